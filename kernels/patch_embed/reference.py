@@ -1,0 +1,25 @@
+"""Patch embedding, paper Eq. 1: the specification of the op, and the path without kernels."""
+
+import jax.numpy as jnp
+
+from kernels import dropout as drop
+
+
+def patch_embed(images, kernel, bias, cls, position, *, dropout=None):
+    """dropout([cls; patches @ kernel + bias] + position): images to tokens.
+
+    images [B, Y, X, C]; kernel [P, P, C, D]; bias [D]; cls [D], or None for a model without class token; position [T, D] or
+    None, T = (Y/P) * (X/P) + (0 or 1), patches in row-major order. float32 or bfloat16, as `images`; accumulates in float32.
+    Returns [B, T, D] in the dtype of `images`.
+    """
+    p, _, c, d = kernel.shape
+    b, y, x, _ = images.shape
+    wide = jnp.promote_types(images.dtype, jnp.float32)
+    patches = images.reshape(b, y // p, p, x // p, p, c)
+    tokens = jnp.einsum("byixjc,ijcd->byxd", patches, kernel.astype(images.dtype), preferred_element_type=wide) + bias
+    tokens = tokens.reshape(b, -1, d)
+    if cls is not None:
+        tokens = jnp.concatenate([jnp.broadcast_to(cls.astype(wide), (b, 1, d)), tokens], axis=1)
+    if position is not None:
+        tokens = tokens + position
+    return drop.apply(tokens, dropout, drop.EMBEDDING).astype(images.dtype)
