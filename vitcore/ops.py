@@ -19,3 +19,8 @@ class Ops(NamedTuple):
 
 
 REFERENCE = Ops(patch_embed, attention_half, mlp_half, layer_norm)
+
+
+def resolve(ops: Ops | None) -> Ops:
+    """The ops to run: those given, or with None what suits the platform."""
+    return REFERENCE if ops is None else ops

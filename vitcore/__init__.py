@@ -1,0 +1,11 @@
+"""A Vision Transformer backend: pure functions over a nested dict, on kernels written by hand."""
+
+from vitcore.config import ViTConfig as ViTConfig
+from vitcore.config import variant as variant
+from vitcore.model import apply as apply
+from vitcore.model import features as features
+from vitcore.model import init as init
+from vitcore.ops import REFERENCE as REFERENCE
+from vitcore.ops import Ops as Ops
+from vitcore.sharding import apply_on as apply_on
+from vitcore.sharding import partition_specs as partition_specs

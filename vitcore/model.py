@@ -1,0 +1,203 @@
+"""The Vision Transformer of the paper, section 3.1, as two pure functions: `init` and `apply`.
+
+    z0 = dropout([x_class; x_p1 E; ...; x_pN E] + E_pos)                                   Eq. 1
+    z'l = z(l-1) + dropout(MSA(LN(z(l-1))))                         l = 1 ... L            Eq. 2
+    zl = z'l + dropout(MLP(LN(z'l)))                                                       Eq. 3
+    y = LN(zL)[class token]                                                                Eq. 4
+    logits = head(tanh(pre_logits(y)))      the tanh layer in pre-training only
+
+Parameters are float32 in a nested dict; the blocks' are stacked on a leading L axis and run under `lax.scan`, so a model of
+any depth compiles in the time of one block. The arithmetic of a half block lives in `ops`.
+
+On a mesh the same code runs inside one `shard_map` with both axes manual (`sharding.py` says where each parameter lives).
+Two kinds of collective stand here, and no others: `gather` brings a layer's matrices together over "data" just before they
+are used (its transpose, a reduce-scatter, takes their gradients apart again), and a half block ends in one sum over "model".
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.dropout import Dropout
+from vitcore.config import ViTConfig
+from vitcore.ops import Ops, resolve
+from vitcore.sharding import MeshShape, block_specs, gather, partition_specs, recompute_gathers, vary
+
+
+def init(key, config: ViTConfig):
+    """Fresh parameters: a nested dict of float32 arrays. Values as in the authors' release.
+
+    Attention and MLP kernels Xavier-uniform, q, k and v drawn apart; MLP biases N(0, 1e-6); patch projection and pre-logits
+    LeCun-normal (truncated); position embedding N(0, 0.02); class token and head zero; norms one and zero.
+    """
+    c = config
+    k = dict(zip(("patch", "position", "qkv", "out", "in", "in_bias", "mlp_out", "mlp_out_bias", "pre"), jax.random.split(key, 9), strict=True))
+    layers = c.depth
+
+    def xavier(key, shape):
+        limit = (6 / (shape[-2] + shape[-1])) ** 0.5
+        return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+
+    def lecun(key, shape):
+        fan_in = 1
+        for n in shape[:-1]:
+            fan_in *= n
+        # a normal cut at two deviations has a deviation of 0.8796: divided out, so that the variance is 1 / fan_in
+        return jax.random.truncated_normal(key, -2, 2, shape, jnp.float32) * (fan_in**-0.5 / 0.87962566103423978)
+
+    def norm(*shape):
+        return {"scale": jnp.ones(shape, jnp.float32), "bias": jnp.zeros(shape, jnp.float32)}
+
+    params = {
+        "patch_embed": {
+            "kernel": lecun(k["patch"], (c.patch_size, c.patch_size, c.channels, c.width)),
+            "bias": jnp.zeros(c.width, jnp.float32),
+            "position": 0.02 * jax.random.normal(k["position"], (c.tokens, c.width), jnp.float32),
+        },
+        "blocks": {
+            "norm1": norm(layers, c.width),
+            "qkv": {"kernel": xavier(k["qkv"], (layers, 3, c.width, c.width)), "bias": jnp.zeros((layers, 3, c.width), jnp.float32)},
+            "out": {"kernel": xavier(k["out"], (layers, c.width, c.width)), "bias": jnp.zeros((layers, c.width), jnp.float32)},
+            "norm2": norm(layers, c.width),
+            "mlp_in": {
+                "kernel": xavier(k["in"], (layers, c.width, c.mlp_dim)),
+                "bias": 1e-6 * jax.random.normal(k["in_bias"], (layers, c.mlp_dim), jnp.float32),
+            },
+            "mlp_out": {
+                "kernel": xavier(k["mlp_out"], (layers, c.mlp_dim, c.width)),
+                "bias": 1e-6 * jax.random.normal(k["mlp_out_bias"], (layers, c.width), jnp.float32),
+            },
+        },
+        "norm": norm(c.width),
+        "head": {
+            "kernel": jnp.zeros((c.feature_size, c.num_classes), jnp.float32),
+            "bias": jnp.full(c.num_classes, c.head_bias, jnp.float32),
+        },
+    }
+    if c.pool == "token":
+        params["patch_embed"]["cls"] = jnp.zeros(c.width, jnp.float32)
+    if c.representation_size is not None:
+        params["pre_logits"] = {
+            "kernel": lecun(k["pre"], (c.width, c.representation_size)),
+            "bias": jnp.zeros(c.representation_size, jnp.float32),
+        }
+    return params
+
+
+def apply(params, images, config: ViTConfig, *, ops: Ops | None = None, dtype=jnp.float32, dropout_key=None, remat=False):
+    """Logits [B, V] float32 of images [B, Y, X, C], floats in [-1, 1].
+
+    ops: REFERENCE, FUSED, or None for what suits the platform. dtype: float32 or bfloat16, of activations and matmul
+    operands (accumulation is float32 either way). dropout_key: a JAX PRNG key; None switches dropout off. remat: keep only
+    the blocks' inputs for the backward pass. Differentiable; runs in a user's own jit on one device, and on a mesh through
+    `apply_on`. Raises ValueError where images or parameters do not fit the configuration.
+    """
+    _check(params, images, config)
+    return forward(params, images, config, ops=ops, dtype=dtype, dropout_key=dropout_key, remat=remat)
+
+
+def features(params, images, config: ViTConfig, *, ops: Ops | None = None, dtype=jnp.float32, remat=False):
+    """The image representation y of Eq. 4, [B, D] float32: the class token after the last norm, or the mean of the patches."""
+    _check(params, images, config)
+    x = encode(params, images, config, ops=resolve(ops), dtype=dtype, remat=remat)
+    return represent(params, x, config, ops=resolve(ops)).astype(jnp.float32)
+
+
+def forward(params, images, config, *, ops=None, dtype=jnp.float32, dropout_key=None, remat=False, mesh: MeshShape | None = None, first_example=0):
+    """`apply` without its checks, on one device (mesh None) or on this device's shards inside a `shard_map`.
+
+    first_example: the global index of images[0], which keys the dropout masks.
+    """
+    ops = resolve(ops)
+    x = encode(params, images, config, ops=ops, dtype=dtype, dropout_key=dropout_key, remat=remat, mesh=mesh, first_example=first_example)
+    y = represent(params, x, config, ops=ops, mesh=mesh)
+    specs = partition_specs(config, mesh)
+    if "pre_logits" in params:
+        y = jnp.tanh(_dense(gather(params["pre_logits"], specs["pre_logits"], mesh, y.dtype), y)).astype(y.dtype)
+    return _dense(gather(params["head"], specs["head"], mesh, y.dtype), y)
+
+
+def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=False, mesh=None, first_example=0):
+    """Images [B, Y, X, C] to the last block's tokens [B, T, D]: Eq. 1 to 3."""
+    specs = partition_specs(config, mesh)
+    share = 1.0 / mesh.model if mesh else 1.0
+    row = first_example * config.tokens
+    column = lax.axis_index("model") * (config.mlp_dim // mesh.model) if mesh else 0
+    keys = None
+    if dropout_key is not None and config.dropout > 0:
+        bits = jax.random.bits(dropout_key, (config.depth + 1,), jnp.uint32)
+        keys = lax.bitcast_convert_type(bits, jnp.int32)  # one for the embedding, one for each block
+
+    def dropout(key):
+        return None if key is None else Dropout(config.dropout, key, row, column)
+
+    p = gather(params["patch_embed"], specs["patch_embed"], mesh, dtype)
+    x = ops.patch_embed(
+        images.astype(dtype), p["kernel"], p["bias"], p.get("cls"), p["position"], dropout=dropout(None if keys is None else keys[0])
+    )
+
+    def block(x, layer):
+        w, key = layer
+        w = gather(w, block_specs(specs), mesh, dtype)
+        x = sum_over_model(
+            ops.attention_half(
+                vary(x, mesh),
+                *(w["norm1"]["scale"], w["norm1"]["bias"], w["qkv"]["kernel"], w["qkv"]["bias"], w["out"]["kernel"], w["out"]["bias"]),
+                num_heads=config.num_heads // (mesh.model if mesh else 1),
+                dropout=dropout(key),
+                share=share,
+            )
+        )
+        x = sum_over_model(
+            ops.mlp_half(
+                vary(x, mesh),
+                *(w["norm2"]["scale"], w["norm2"]["bias"], w["mlp_in"]["kernel"], w["mlp_in"]["bias"]),
+                *(w["mlp_out"]["kernel"], w["mlp_out"]["bias"]),
+                gelu=config.gelu,
+                dropout=dropout(key),
+                share=share,
+            )
+        )
+        return x, None
+
+    sum_over_model = partial(lax.psum, axis_name="model") if mesh else lambda x: x
+    if remat:
+        block = jax.checkpoint(block, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+    elif mesh:
+        block = jax.checkpoint(block, policy=recompute_gathers, prevent_cse=False)
+    # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
+    blocks = vary(params["blocks"], mesh, specs["blocks"])
+    x, _ = lax.scan(block, x, (blocks, None if keys is None else keys[1:]))
+    return x
+
+
+def represent(params, x, config, *, ops, mesh=None):
+    """Tokens [B, T, D] to the representation [B, D] in the same dtype: Eq. 4. The norm acts on each token alone."""
+    norm = gather(params["norm"], partition_specs(config, mesh)["norm"], mesh, x.dtype)
+    if config.pool == "token":
+        return ops.layer_norm(x[:, 0], norm["scale"], norm["bias"])
+    return ops.layer_norm(x, norm["scale"], norm["bias"]).astype(jnp.float32).mean(1).astype(x.dtype)
+
+
+def _dense(p, x):
+    """x [B, D] @ kernel + bias, accumulated and returned in float32."""
+    return jnp.einsum("bd,dv->bv", x, p["kernel"].astype(x.dtype), preferred_element_type=jnp.float32) + p["bias"]
+
+
+def _check(params, images, config):
+    want = (*config.image_shape, config.channels)
+    if images.ndim != 4 or images.shape[1:] != want or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images are {images.dtype}{list(images.shape)}: floats [B, {', '.join(map(str, want))}] in [-1, 1] are required by this config"
+        )
+    shapes = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+    have = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+    need = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)}
+    if have != need:
+        name = min(name for name in have.keys() | need.keys() if have.get(name) != need.get(name))
+        raise ValueError(
+            f"params{name} is {have.get(name, 'missing')}, the config requires {need.get(name, 'no such entry')}: "
+            "use the config the parameters were made with"
+        )
