@@ -128,7 +128,7 @@ def recompute_gathers(prim, *_, **__):
 
 
 def _vary_axes(x, axes):
-    new = tuple(a for a in axes if a not in jax.typeof(x).vma)
+    new = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
     return lax.pcast(x, new, to="varying") if new else x
 
 
