@@ -1,0 +1,162 @@
+"""Table 3 of the paper as data: how each model is pre-trained on each data set.
+
+A recipe is what stays fixed from run to run: data size, epochs, learning rate, decay, regularisation, loss. What a run adds
+(model, mesh, seed, directory) is the job's. Source: Dosovitskiy et al., ICLR 2021, Table 3 and appendix B.1; (release) and
+(later) mark what the authors' public code adds where the paper is silent.
+"""
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+IMAGENET_EXAMPLES = 1_281_167
+IMAGENET21K_EXAMPLES = 14_197_122
+JFT_EXAMPLES = 303_000_000  # the paper's "303M high-resolution images"
+DIGITS_EXAMPLES = 1_437  # four fifths of scikit-learn's 1797; the rest is held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way to pre-train. Frozen; `dataclasses.replace` changes a field and checks it again.
+
+    examples: training images of the data set. epochs: passes over them. base_lr: peak learning rate. decay: its shape after the
+    warm-up, linear to linear_end or cosine to 0. warmup_steps: linear rise from 0. weight_decay: of kernels only, in the form
+    weight_decay_form (`train.optim.optimizer`). dropout: rate in [0, 1). clip_norm: global gradient norm, None = never clipped.
+    label_smoothing: share of the target spread evenly over the classes, softmax only (the paper names no value: 0). loss: softmax
+    (one label an image) or sigmoid (any number of labels). head_bias: initial bias of the classifier; -10 lets a sigmoid over
+    21,843 classes start at "none" (release). b1, b2, eps: Adam's. first_moment: dtype Adam's first moment is kept in (bfloat16: later).
+    """
+
+    name: str
+    examples: int
+    epochs: int
+    base_lr: float
+    decay: Literal["linear", "cosine"]
+    weight_decay: float
+    dropout: float
+    batch_size: int = 4096
+    warmup_steps: int = 10_000
+    image_size: int = 224
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    head_bias: float = 0.0
+    linear_end: float = 1e-5
+    weight_decay_form: Literal["adamw", "independent"] = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for field in ("examples", "epochs", "batch_size", "image_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} in recipe {self.name!r}: must be at least 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} in recipe {self.name!r}: must not be negative")
+        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"dropout={self.dropout}, label_smoothing={self.label_smoothing} in recipe {self.name!r}: must be in [0, 1)")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm} in recipe {self.name!r}: must be positive, or None for no clipping")
+        if self.loss == "sigmoid" and self.label_smoothing:
+            raise ValueError(f"label_smoothing={self.label_smoothing} in recipe {self.name!r}: only the softmax loss smooths its labels")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run: whole batches in `epochs` passes, at least one."""
+        return max(1, self.epochs * self.examples // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of Table 3: the models it names (a trailing * stands for anything), and every number of epochs it lists."""
+
+    models: tuple[str, ...]
+    data: str
+    epochs: tuple[int, ...]
+    base_lr: float
+    decay: Literal["linear", "cosine"]
+    weight_decay: float
+    dropout: float
+
+
+def _row(models, data, epochs, base_lr, decay, weight_decay, dropout) -> Row:
+    return Row(
+        models=models, data=data, epochs=epochs, base_lr=base_lr, decay=decay, weight_decay=weight_decay, dropout=dropout
+    )  # fmt: skip
+
+
+TABLE_3 = (
+    _row(("ViT-B/16", "ViT-B/32"), "jft", (7,), 8e-4, "linear", 0.1, 0.0),
+    _row(("ViT-L/32",), "jft", (7,), 6e-4, "linear", 0.1, 0.0),
+    _row(("ViT-L/16",), "jft", (7, 14), 4e-4, "linear", 0.1, 0.0),
+    _row(("ViT-H/14",), "jft", (14,), 3e-4, "linear", 0.1, 0.0),
+    _row(("R50x1", "R50x2"), "jft", (7,), 1e-3, "linear", 0.1, 0.0),
+    _row(("R101x1",), "jft", (7,), 8e-4, "linear", 0.1, 0.0),
+    _row(("R152x1", "R152x2"), "jft", (7,), 6e-4, "linear", 0.1, 0.0),
+    _row(("R50+ViT-B/16", "R50+ViT-B/32"), "jft", (7,), 8e-4, "linear", 0.1, 0.0),
+    _row(("R50+ViT-L/32",), "jft", (7,), 2e-4, "linear", 0.1, 0.0),
+    _row(("R50+ViT-L/16",), "jft", (7, 14), 4e-4, "linear", 0.1, 0.0),
+    _row(("ViT-B/16", "ViT-B/32"), "imagenet21k", (90,), 1e-3, "linear", 0.03, 0.1),
+    _row(("ViT-L/16", "ViT-L/32"), "imagenet21k", (30, 90), 1e-3, "linear", 0.03, 0.1),
+    _row(("ViT-*",), "imagenet", (300,), 3e-3, "cosine", 0.3, 0.1),
+)
+
+# What a data set brings to all of its rows. Clipping on ImageNet only (Table 3's caption); JFT and ImageNet-21k label an image
+# with several classes, hence the sigmoid (later), and the head bias (release).
+DATA = {
+    "jft": dict(examples=JFT_EXAMPLES, loss="sigmoid"),
+    "imagenet21k": dict(examples=IMAGENET21K_EXAMPLES, loss="sigmoid", head_bias=-10.0),
+    "imagenet": dict(examples=IMAGENET_EXAMPLES, clip_norm=1.0),
+}
+
+# Not of the paper: the default run, small enough for two CPU cores.
+DIGITS = Recipe(
+    name="digits", examples=DIGITS_EXAMPLES, epochs=120, base_lr=1e-3, decay="cosine", weight_decay=0.1, dropout=0.1,
+    batch_size=128, warmup_steps=100, image_size=8, clip_norm=1.0,
+)  # fmt: skip
+
+
+def names() -> tuple[str, ...]:
+    """Every name `recipe` knows. Where Table 3 lists two numbers of epochs, "DATA-Nep" picks one of them."""
+    listed = {f"{row.data}-{epochs}ep" for row in TABLE_3 if len(row.epochs) > 1 for epochs in row.epochs}
+    return ("digits", *DATA, *sorted(listed))
+
+
+def recipe(name: str, model: str) -> Recipe:
+    """The recipe of a name, for a model.
+
+    name: "digits" (any model), or a data set of Table 3: "jft", "imagenet21k", "imagenet". Where a row lists two numbers of epochs
+    the bare name takes the first, and "jft-14ep", "imagenet21k-90ep" say which. model: a variant's name, "ViT-B/16"; only its row matters.
+    A hybrid without a row of its own takes that of its ViT ("Hybrid models are trained with the exact setup as their ViT
+    counterparts", B.1). Raises ValueError, nearest names shown, for a name, a model or a number of epochs that the table lacks.
+
+        >>> recipe("imagenet", "ViT-B/16").base_lr
+        0.003
+    """
+    if name == "digits":
+        return DIGITS
+    data, _, asked = name.partition("-")
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
+        raise ValueError(f"unknown recipe {name!r}: the nearest are {', '.join(near)}")
+    rows = [row for row in TABLE_3 if row.data == data]
+    row = _find(rows, model) or _find(rows, model.removeprefix("R50+"))
+    if row is None:
+        known = tuple(known for row in rows for known in row.models)
+        near = difflib.get_close_matches(model, known, n=3, cutoff=0.4) or known
+        raise ValueError(f"Table 3 trains no {model!r} on {data}: the nearest are {', '.join(near)}; or take another --recipe")
+    epochs = row.epochs[0] if not asked else int(asked.removesuffix("ep"))
+    if epochs not in row.epochs:
+        listed = " or ".join(map(str, row.epochs))
+        raise ValueError(f"recipe {name!r}: Table 3 trains {model!r} on {data} for {listed} epochs, not {epochs}")
+    return Recipe(
+        name=name, epochs=epochs, base_lr=row.base_lr, decay=row.decay, weight_decay=row.weight_decay, dropout=row.dropout, **DATA[data]
+    )  # fmt: skip
+
+
+def _find(rows, model: str) -> Row | None:
+    for row in rows:
+        if any(model.startswith(known[:-1]) if known.endswith("*") else model == known for known in row.models):
+            return row
+    return None
