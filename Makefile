@@ -1,0 +1,73 @@
+# make pretrain, make test: all they need is Python 3.11 or newer, and make. `make help` lists the rest.
+#
+#   PYTHON=python3.13   the interpreter of the virtual environment (default: the first that is new enough)
+#   VENV=.venv          where that environment is; without it nothing is installed anywhere
+#   MESH=8x4            the mesh of `make pretrain`: data x model
+#   ARGS="--steps 100"  more options for `make pretrain`, or for pytest in `make test`
+
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+VENV ?= .venv
+MESH ?= 8x4
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.PHONY: help pretrain test test-all lint format hooks clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make pretrain   train a small ViT on handwritten digits over a mesh of $(MESH); again: resume   (ARGS=\"--help\" lists the options)"
+	@echo "make test       the fast tests                                                     (ARGS=\"-k attention\" picks some)"
+	@echo "make test-all   all tests"
+	@echo "make lint       ruff, pyright; changes nothing"
+	@echo "make format     ruff's formatter and safe fixes"
+	@echo "make hooks      lint before every commit from now on"
+	@echo "make clean      remove $(VENV) and caches; runs stay"
+
+pretrain: $(VENV)/.run
+	$(BIN)/python -m train.pretrain --mesh $(MESH) $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.dev
+	$(BIN)/pre-commit install
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# The environment, and a stamp for what is installed in it: a second `make` starts at once. Each includes the ones before it.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found on the PATH: install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: '$(PYTHON)' is not Python 3.11 or newer: name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' || \
+		{ echo "make: '$(PYTHON)' has no venv module: install it (Debian, Ubuntu: the package python3-venv)" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.run: EXTRA =
+$(VENV)/.test: EXTRA = [test]
+$(VENV)/.dev: EXTRA = [dev]
+$(VENV)/.run: HAS = .run
+$(VENV)/.test: HAS = .run .test
+$(VENV)/.dev: HAS = .run .test .dev
+$(VENV)/.run $(VENV)/.test $(VENV)/.dev: $(REQUIREMENTS) | $(BIN)/python
+	@echo "Installing vitcore$(EXTRA) into $(VENV); about a minute, once."
+	@$(PIP) install -qq -c constraints.txt -e ".$(EXTRA)"
+	@touch $(addprefix $(VENV)/,$(HAS))

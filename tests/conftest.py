@@ -1,0 +1,69 @@
+"""Settings of every test: eight simulated CPU devices, hypothesis profiles, no skips in CI, a clean interpreter after a failure.
+
+Tests run on the CPU, whatever the machine has; `VITCORE_TEST_PLATFORM=tpu` (or cuda) runs them there instead. A test that
+wants another number of devices starts a subprocess.
+"""
+
+import os
+import sys
+
+# Before jax is imported, and for the subprocesses of tests too.
+PLATFORM = os.environ["JAX_PLATFORMS"] = os.environ.get("VITCORE_TEST_PLATFORM", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import jax
+import pytest
+
+if PLATFORM == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)  # not by environment: subprocesses choose their own number
+
+# Compilation dominates an example, so no deadline, and few examples: `@settings(max_examples=...)` or the profile "many" gives more.
+hypothesis.settings.register_profile(
+    "default", deadline=None, max_examples=20, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("default"), derandomize=True)
+hypothesis.settings.register_profile("many", parent=hypothesis.settings.get_profile("default"), max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("VITCORE_HYPOTHESIS") or ("ci" if os.environ.get("CI") else "default"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure of the run (CI)")
+
+
+class NoSkips:
+    """Fails the run when a test, or a whole file, was skipped; an expected failure (xfail) is not a skip."""
+
+    def __init__(self):
+        self.skipped: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.skipped.append(report.nodeid)
+
+    def pytest_collectreport(self, report):
+        if report.skipped:
+            self.skipped.append(report.nodeid)
+
+    def pytest_sessionfinish(self, session):
+        if self.skipped and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.skipped:
+            terminalreporter.write_line(f"--no-skips: {len(self.skipped)} skipped: {', '.join(self.skipped)}", red=True)
+
+
+def pytest_configure(config):
+    if config.getoption("--no-skips"):
+        config.pluginmanager.register(NoSkips(), "vitcore-no-skips")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """After a failure, forget the TPU interpreter's memory and semaphores: they would fail the next test as well."""
+    report = yield
+    pallas_tpu = sys.modules.get("jax.experimental.pallas.tpu")
+    if report.failed and pallas_tpu is not None:
+        pallas_tpu.reset_tpu_interpret_mode_state()
+    return report

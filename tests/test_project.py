@@ -1,0 +1,143 @@
+"""The project's own rules: who imports whom, what may be committed, one version, a pin for every dependency, a README that runs."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+# Who may import whom: kernels <- vitcore <- train, and bench on top.
+LAYERS = {
+    "kernels": {"kernels"},
+    "vitcore": {"kernels", "vitcore"},
+    "train": {"kernels", "vitcore", "train"},
+    "bench": {"kernels", "vitcore", "train", "bench"},
+}
+SOURCES = sorted(path for package in LAYERS for path in (ROOT / package).rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tracked() -> list[Path]:
+    """The files that a commit would hold: git's view, so that runs and environments in the checkout do not count."""
+    if not (ROOT / ".git").exists():  # an unpacked archive: all that is there
+        return [path for path in ROOT.rglob("*") if path.is_file() and ".venv" not in path.as_posix()]
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Top-level names of what a module imports, anywhere in it; `package` is its own, for relative imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add(package if node.level else (node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_imports_go_one_way(path):
+    package = path.relative_to(ROOT).parts[0]
+    upwards = imported(path.read_text(), package) & (set(LAYERS) | {"tests"}) - LAYERS[package]
+    assert not upwards, f"{relative(path)} imports {sorted(upwards)}; {package} may import {sorted(LAYERS[package])}"
+
+
+def test_the_import_rule_sees_every_form_of_import():
+    source = "import numpy\nfrom . import x\ndef f():\n    import train.step as s\n    from bench.plots import draw\n"
+    assert imported(source, "kernels") == {"numpy", "kernels", "train", "bench"}
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if not re.match(r"_[^_]", path.name)], ids=relative)
+def test_module_says_what_it_is(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring or not path.read_text().strip(), f"{relative(path)} has no docstring"
+
+
+# In two halves each, so that this file does not hold what it looks for.
+FORBIDDEN = {
+    "a path of one machine": re.compile("|".join([r"(?<![\w.}$])/wo" + "rk/", "/ro" + "ot/", "/tm" + "p/v/", r"(?<![\w.}$])/ho" + r"me/\w"])),
+    "an option of a package index": re.compile("|".join(["index" + "-url", "trusted" + "-host", "find" + "-links", "PIP_IN" + "DEX", "PIP_FI" + "ND"])),
+    "the host of a package index": re.compile("|".join([r"pypi" + r"\.org", r"python" + r"hosted\.org"])),
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_nothing_of_one_machine_is_committed(what):
+    found = [
+        f"{relative(path)}:{number}: {line.strip()[:120]}"
+        for path in tracked()
+        for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").splitlines(), 1)
+        if FORBIDDEN[what].search(line)
+    ]
+    assert not found, f"{what}:\n" + "\n".join(found)
+
+
+def test_the_rule_on_machines_finds_what_it_looks_for():
+    for what, line in {
+        "a path of one machine": 'open("/ho' + 'me/ada/x")',
+        "an option of a package index": "pip install --extra-index" + "-url X",
+        "the host of a package index": "https://pypi" + ".org/simple",
+    }.items():
+        assert FORBIDDEN[what].search(line)
+
+
+def test_version_stands_in_one_place():
+    assert importlib.metadata.version("vitcore") == PROJECT["version"], "the installed version is another: run make test again"
+    spelled = re.compile(r"""__version__\s*(:\s*str\s*)?=\s*["']""")
+    assert not [relative(path) for path in SOURCES if spelled.search(path.read_text())]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## \[({re.escape(PROJECT['version'])}|Unreleased)\]", changes, re.MULTILINE)
+
+
+def requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"].values()
+    every = [Requirement(text) for texts in [PROJECT["dependencies"], *extras] for text in texts]
+    return [requirement for requirement in every if requirement.name != PROJECT["name"]]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_dependency_has_one_pin_that_fits(python):
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pins: dict[str, list[str]] = {}
+    for pin in map(Requirement, lines):
+        (version,) = pin.specifier
+        assert version.operator == "==", f"constraints.txt: {pin} is not a pin"
+        if pin.marker is None or pin.marker.evaluate({"python_version": python, "python_full_version": f"{python}.0"}):
+            pins.setdefault(canonicalize_name(pin.name), []).append(version.version)
+    for requirement in requirements():
+        found = pins.get(canonicalize_name(requirement.name), [])
+        assert len(found) == 1, f"{requirement.name}: {len(found)} pins in constraints.txt for Python {python}, wants one"
+        assert requirement.specifier.contains(found[0]), f"pyproject.toml wants {requirement}, constraints.txt says {found[0]}"
+
+
+def test_packages_are_found_and_typed():
+    for package in LAYERS:
+        for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
+            assert (folder / "__init__.py").is_file(), f"{relative(folder)} has no __init__.py: it would be missing from the wheel"
+    assert all((ROOT / package / "py.typed").is_file() for package in ("kernels", "vitcore"))
+
+
+def test_commands_in_the_documents_exist():
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text()
+        modules = set(re.findall(r"python -m ((?:train|bench)\.[a-z_.]+[a-z_])", text))
+        missing = [module for module in sorted(modules) if importlib.util.find_spec(module) is None]
+        assert not missing, f"{name} names python -m {missing}: no such module"
+        # A command is in backquotes or starts a line; "make sure" in a sentence is not one.
+        wanted = set(re.findall(r"(?:^[ \t$]*|`)make ([a-z][a-z-]*)", text, re.MULTILINE))
+        assert wanted <= targets, f"{name} names make {sorted(wanted - targets)}: no such target"
+        assert wanted, f"{name} names no make command"
