@@ -1,0 +1,172 @@
+"""From uint8 images to the float32 batch that a model sees: augmentation for training, preprocessing for evaluation.
+
+An augmentation is a pure function of the images and of their rows of draws (see `sampling.uniforms`), so what happens to an
+example depends on (seed, epoch, index) and on nothing around it. Values end in [-1, 1] (ViT paper, B.1). Resizing is Pillow's
+bilinear filter, which widens its support when it shrinks (anti-aliased; the paper's own release does not widen it).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+Images = Sequence[np.ndarray]  # uint8 [Y, X, C] each, of any sizes, C 1 or 3
+
+
+class Augmentation(NamedTuple):
+    """apply(images, draws [B, self.draws], size, channels) -> float32 [B, size, size, channels]."""
+
+    draws: int
+    apply: Callable[[Images, np.ndarray, int, int], np.ndarray]
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------------
+
+
+def resize(images: Images, size: int, channels: int) -> np.ndarray:
+    """Each image resized directly to the square, as the paper's release does. float32 [B, size, size, channels] in [-1, 1]."""
+    if len({image.shape for image in images}) == 1 and images[0].shape in ((size, size, channels), (size, size, 1)):
+        return _channels(_to_unit(np.stack(images)), channels)  # the digits: the same pixels as below, eight times cheaper
+    return _resample(images, [None] * len(images), size, channels)
+
+
+CENTER_SHARE = 224 / 256  # shorter side to 256, the middle 224: the share of the shorter side that stays
+
+
+def center(images: Images, size: int, channels: int) -> np.ndarray:
+    """Shorter side to size * 256/224, then the central square, in one resampling. float32 as `resize`."""
+    boxes = []
+    for image in images:
+        y, x = image.shape[:2]
+        side = min(y, x) * CENTER_SHARE
+        boxes.append(((x - side) / 2, (y - side) / 2, (x + side) / 2, (y + side) / 2))
+    return _resample(images, boxes, size, channels)
+
+
+PREPROCESSES = {"resize": resize, "center": center}
+
+
+# --- training ---------------------------------------------------------------------------------------------------------------
+
+AREA = (0.05, 1.0)
+ASPECT = (3 / 4, 4 / 3)
+ATTEMPTS = 10
+
+
+def crop_boxes(heights: np.ndarray, widths: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The inception crop (Szegedy et al., 2014): int [B, 4] of (top, left, height, width), inside each image.
+
+    Area uniform in 5-100 % of the image, aspect ratio log-uniform in 3/4-4/3, the first of ten attempts that fits, anywhere
+    uniformly. Where none fits (images far from square) the largest centred crop within the aspects is taken.
+
+    Args:
+        heights, widths: int [B]. draws: float [B, 2 * ATTEMPTS + 2].
+    """
+    y, x = heights[:, None], widths[:, None]
+    area = (AREA[0] + (AREA[1] - AREA[0]) * draws[:, :ATTEMPTS]) * y * x
+    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    aspect = np.exp(low + (high - low) * draws[:, ATTEMPTS : 2 * ATTEMPTS])
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w >= 1) & (h >= 1) & (w <= x) & (h <= y)
+    first = fits.argmax(axis=1)[:, None]
+    found = fits.any(axis=1)
+    w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]
+    w = np.where(found, w, np.maximum(1, np.minimum(widths, np.rint(heights * ASPECT[1]))))
+    h = np.where(found, h, np.maximum(1, np.minimum(heights, np.rint(widths / ASPECT[0]))))
+    top = np.where(found, np.floor(draws[:, -2] * (heights - h + 1)), (heights - h) // 2)
+    left = np.where(found, np.floor(draws[:, -1] * (widths - w + 1)), (widths - w) // 2)
+    return np.stack([top, left, h, w], axis=1).astype(np.int64)
+
+
+def inception(images: Images, draws: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """Inception crop, bilinear to the square, horizontal flip of one half: the paper's augmentation (B.1)."""
+    shapes = np.array([image.shape[:2] for image in images])
+    boxes = crop_boxes(shapes[:, 0], shapes[:, 1], draws[:, :-1])
+    crops = [image[t : t + h, left : left + w] for image, (t, left, h, w) in zip(images, boxes.tolist(), strict=True)]
+    out = resize(crops, size, channels)
+    flip = draws[:, -1] < 0.5
+    out[flip] = out[flip, :, ::-1]
+    return out
+
+
+DIGIT_SHIFT = 1 / 16  # of the side, either way: half a pixel of an 8x8 digit
+DIGIT_SCALE = 1.1
+DIGIT_DEGREES = 10.0
+
+
+def digits(images: Images, draws: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """A small rotation, scaling and shift; never a flip, which makes other figures of some digits. Black comes in at the edges.
+
+    The whole batch is one bilinear gather, so the images must have one shape.
+    """
+    if len({image.shape for image in images}) > 1:
+        shapes = sorted({image.shape for image in images})
+        raise ValueError(f"the augmentation 'digits' takes images of one shape, got {shapes[0]} and {shapes[1]}; use 'inception'")
+    stack = np.stack(images).astype(np.float32)
+    b, y, x, c = stack.shape
+    u = (2 * draws - 1).astype(np.float32)
+    angle, scale = u[:, 0] * np.float32(math.radians(DIGIT_DEGREES)), np.float32(DIGIT_SCALE) ** u[:, 1]
+    cos, sin = (f(angle)[:, None, None] / scale[:, None, None] for f in (np.cos, np.sin))
+    grid = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5)[None]  # pixel centres, the image's side being 1
+    gy, gx = grid[:, :, None], grid[:, None, :]
+    # Places in an image padded by one black pixel all round, in pixels; beyond the padding everything is black.
+    py = (cos * gy - sin * gx + 0.5 + DIGIT_SHIFT * u[:, 2, None, None]) * y + 0.5
+    px = (sin * gy + cos * gx + 0.5 + DIGIT_SHIFT * u[:, 3, None, None]) * x + 0.5
+    py, px = np.clip(py, 0, y + 1), np.clip(px, 0, x + 1)
+    iy, ix = np.minimum(py.astype(np.int32), y), np.minimum(px.astype(np.int32), x)
+    fy, fx = (py - iy)[..., None], (px - ix)[..., None]
+    flat = np.zeros((b, y + 2, x + 2, c), np.float32)
+    flat[:, 1:-1, 1:-1] = stack
+    flat = flat.reshape(-1, c)
+    at = (np.arange(b, dtype=np.int32)[:, None, None] * (y + 2) + iy) * (x + 2) + ix
+    upper = flat[at] * (1 - fx) + flat[at + 1] * fx
+    lower = flat[at + x + 2] * (1 - fx) + flat[at + x + 3] * fx
+    return _channels(_to_unit(upper * (1 - fy) + lower * fy), channels)
+
+
+def none(images: Images, draws: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """No augmentation: the image resized to the square, as in evaluation."""
+    del draws
+    return resize(images, size, channels)
+
+
+AUGMENTATIONS = {
+    "inception": Augmentation(draws=2 * ATTEMPTS + 3, apply=inception),
+    "digits": Augmentation(draws=4, apply=digits),
+    "none": Augmentation(draws=0, apply=none),
+}
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------------
+
+
+def _to_unit(pixels: np.ndarray) -> np.ndarray:
+    """0..255 to [-1, 1], float32."""
+    out = pixels.astype(np.float32)
+    out *= np.float32(2 / 255)
+    out -= np.float32(1)
+    return np.clip(out, -1, 1, out=out)
+
+
+def _channels(batch: np.ndarray, channels: int) -> np.ndarray:
+    """float32 [B, Y, X, C] with 1 or 3 channels made `channels` wide: grey repeated, colour as its luma (ITU-R 601)."""
+    if batch.shape[-1] == channels:
+        return batch
+    if batch.shape[-1] == 1:
+        return np.repeat(batch, channels, axis=-1)
+    return np.float32(0.299) * batch[..., :1] + np.float32(0.587) * batch[..., 1:2] + np.float32(0.114) * batch[..., 2:]
+
+
+def _resample(images: Images, boxes: Sequence, size: int, channels: int) -> np.ndarray:
+    """Each image's box (left, upper, right, lower; None: all of it) resized to the square. float32 in [-1, 1]."""
+    out = np.empty((len(images), size, size, channels), np.uint8)
+    for row, image, box in zip(out, images, boxes, strict=True):
+        grey = image.shape[2] == 1
+        picture = Image.fromarray(image[:, :, 0] if grey else image)
+        if channels == 1 and not grey:
+            picture = picture.convert("L")
+        small = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box))
+        row[...] = small if small.ndim == 3 else small[..., None]
+    return _to_unit(out)

@@ -1,0 +1,51 @@
+"""The embedded default: scikit-learn's handwritten digits, 1797 grey images of 8x8, real and without a download."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.data.source import DataError, Example
+
+HELD_OUT_EVERY = 5  # of each class, in the order of the file, every fifth image is for validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits:
+    """One split of the digits. images: uint8 [K, 8, 8, 1]. labels: int32 [K]. numbers: int [K], places in the full set."""
+
+    split: str
+    images: np.ndarray
+    labels: np.ndarray
+    numbers: np.ndarray
+
+    classes = tuple("0123456789")
+    augment = "digits"
+    decoded = True
+
+    @property
+    def name(self) -> str:
+        return f"digits/{self.split}"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self.images[index], int(self.labels[index]), f"digits/{self.numbers[index]}")
+
+
+def open_digits(rest: str, split: str) -> Digits:
+    """The "train" (four fifths) or "val" (one fifth) split: stratified, the same for every seed and library version."""
+    if rest:
+        raise DataError(f"the source 'digits' takes no path, got 'digits:{rest}'; write 'digits'")
+    from sklearn.datasets import load_digits  # here: scikit-learn takes a second to import and other sources do without
+
+    full = load_digits()
+    images, labels = np.asarray(full.images), np.asarray(full.target, np.int32)
+    rank = np.zeros(len(labels), np.int64)
+    for label in range(10):
+        of_class = np.flatnonzero(labels == label)
+        rank[of_class] = np.arange(len(of_class))
+    held_out = rank % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    numbers = np.flatnonzero(held_out if split == "val" else ~held_out)
+    pixels = np.rint(images[numbers] * (255 / 16)).astype(np.uint8)[..., None]  # the file counts ink from 0 to 16
+    return Digits(split=split, images=pixels, labels=labels[numbers], numbers=numbers)

@@ -1,0 +1,310 @@
+"""Batches for training and evaluation that do not depend on how many machines, workers or threads make them.
+
+The stream of a run is one infinite sequence of positions. Position p is example `epoch_order(seed, epoch)[p % K]` in epoch
+p // K; batch s holds the positions s*B .. (s+1)*B - 1; process k of n takes the k-th of n equal blocks of it. So a row of the
+global batch is the same image with the same augmentation on any number of processes, and so are the dropout masks, which
+go by that row. (grain's ElasticIterator deals the positions out like cards: the same set, in an order that changes with n.)
+All the state there is: {"global_next_index": p}, the position that the next batch starts with.
+
+grain does the reading: an ordered pool of threads, in worker processes if asked for. An item of it is a group of rows, since
+an item costs grain some 0.1 ms: a whole batch where examples lie decoded in memory, a few files where they must be decoded.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import grain
+import grain.experimental
+import numpy as np
+
+from train.data.augment import AUGMENTATIONS, PREPROCESSES
+from train.data.sampling import epoch_order, random_subset, uniforms
+from train.data.source import Source
+
+Batch = dict[str, np.ndarray]
+
+GROUP = 16  # files an item decodes: large against grain's 0.1 ms, small enough to spread a batch over the threads
+MAX_THREADS = 16
+PREFETCH = 2  # batches ready or in the making ahead of the one in use
+
+_STATE = "global_next_index"
+
+
+# --- which rows, and what is in them ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """Where the rows of this process stand. group divides batch // count."""
+
+    batch: int
+    index: int
+    count: int
+    group: int
+
+    @property
+    def groups(self) -> int:
+        return self.batch // self.count // self.group
+
+    def positions(self, start: int, item: int) -> np.ndarray:
+        """int64 [group]: the positions of the `item`-th group that this process reads from batch start `start` on."""
+        step, group = divmod(item, self.groups)
+        first = start + step * self.batch + self.index * (self.batch // self.count) + group * self.group
+        return np.arange(first, first + self.group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainRows:
+    """positions -> augmented examples. chosen: the subset's indices into the source, or None for all."""
+
+    source: Source
+    seed: int
+    augment: str
+    size: int
+    channels: int
+    chosen: np.ndarray | None
+
+    def __call__(self, positions: np.ndarray) -> Batch:
+        length = len(self.source) if self.chosen is None else len(self.chosen)
+        epoch, place = np.divmod(positions, length)
+        index = np.empty_like(place)
+        for e in np.unique(epoch).tolist():
+            index[epoch == e] = epoch_order(length, self.seed, e)[place[epoch == e]]
+        if self.chosen is not None:
+            index = self.chosen[index]
+        examples = [self.source[i] for i in index.tolist()]
+        augmentation = AUGMENTATIONS[self.augment]
+        draws = uniforms(self.seed, epoch, index, augmentation.draws)
+        images = augmentation.apply([e.image for e in examples], draws, self.size, self.channels)
+        return {"image": images, "label": np.array([e.label for e in examples], np.int32)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EvalRows:
+    """positions -> preprocessed examples in the source's order; positions past its end -> black images of weight 0."""
+
+    source: Source
+    preprocess: str
+    size: int
+    channels: int
+
+    def __call__(self, positions: np.ndarray) -> Batch:
+        examples = [self.source[i] for i in positions.tolist() if i < len(self.source)]
+        n, size = len(positions), self.size
+        batch = {
+            "image": np.zeros((n, size, size, self.channels), np.float32),
+            "label": np.zeros(n, np.int32),
+            "weight": np.zeros(n, np.float32),
+        }
+        if examples:
+            images = PREPROCESSES[self.preprocess]([e.image for e in examples], size, self.channels)
+            batch["image"][: len(examples)] = images
+            batch["label"][: len(examples)] = [e.label for e in examples]
+            batch["weight"][: len(examples)] = 1
+        return batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Items:
+    """The groups of rows as the random-access source that grain reads."""
+
+    rows: _TrainRows | _EvalRows
+    shard: _Shard
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, item: int) -> Batch:
+        return self.rows(self.shard.positions(self.start, item))
+
+
+def _join(groups: list[Batch]) -> Batch:
+    return {key: np.concatenate([g[key] for g in groups]) for key in groups[0]}
+
+
+# --- the iterators ----------------------------------------------------------------------------------------------------------
+
+
+class _Batches(Iterator[Batch]):
+    """Rows through grain. Nothing starts before the first `next`; `close`, or leaving the `with` block, ends the threads."""
+
+    def __init__(self, rows: _TrainRows | _EvalRows, shard: _Shard, *, steps: int | None, threads: int, workers: int):
+        self._rows, self._shard, self._steps, self._threads, self._workers = rows, shard, steps, threads, workers
+        self._start = 0
+        self._reader: Any = None  # grain's iterator, while there is one
+
+    def _open(self) -> Any:
+        shard, ahead = self._shard, PREFETCH * self._shard.groups
+        steps = sys.maxsize // shard.groups if self._steps is None else self._steps - self._start // shard.batch
+        items = _Items(rows=self._rows, shard=shard, start=self._start, length=steps * shard.groups)
+        buffer = max(1, math.ceil(ahead / max(self._workers, 1)))  # of each process
+        options = grain.ReadOptions(num_threads=min(self._threads, buffer), prefetch_buffer_size=buffer)
+        dataset = grain.MapDataset.source(items).to_iter_dataset(options)
+        if self._workers:
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=buffer))
+        if shard.groups > 1:
+            # Joining the groups copies the batch: in a thread of its own, so that the step does not wait for it.
+            dataset = dataset.batch(shard.groups, batch_fn=_join)
+            dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
+        return iter(dataset)
+
+    def __next__(self) -> Batch:
+        if self._reader is None:
+            self._reader = self._open()
+        try:
+            batch = next(self._reader)
+        except BaseException:
+            self.close()
+            raise
+        self._start += self._shard.batch
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads and processes. Harmless when repeated; a later `next` starts them again where it stopped."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TrainBatches(_Batches):
+    """An endless iterator over {"image": float32 [b, Y, X, C] in [-1, 1], "label": int32 [b]}; b = batch_size / processes."""
+
+    def get_state(self) -> dict[str, int]:
+        """{"global_next_index": n}, n examples of the global stream having been used: the same on every process."""
+        return {_STATE: self._start}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on at a state that `get_state` returned, under any number of processes and workers and any batch size."""
+        start = state.get(_STATE) if isinstance(state, dict) else None
+        if not isinstance(start, int) or start < 0:
+            raise ValueError(f"the loader's state is {state!r}; it must be {{'{_STATE}': n}} with an integer n >= 0")
+        self.close()
+        self._start = start
+
+
+class EvalBatches(_Batches):
+    """A finite iterator over {"image", "label", "weight"}; see `eval_batches`. len() is the number of batches."""
+
+    def __len__(self) -> int:
+        return -(-len(self._rows.source) // self._shard.batch)
+
+    def __next__(self) -> Batch:
+        if self._start >= len(self) * self._shard.batch:
+            self.close()
+            raise StopIteration
+        return super().__next__()
+
+
+def train_batches(
+    source: Source,
+    *,
+    image_size: int,
+    channels: int,
+    batch_size: int,
+    seed: int,
+    augment: str | None = None,
+    shard: tuple[int, int] = (0, 1),
+    subset: int | None = None,
+    subset_seed: int = 0,
+    threads: int | None = None,
+    workers: int = 0,
+    state: dict[str, int] | None = None,
+) -> TrainBatches:
+    """The endless stream of training batches: a new permutation each epoch, no example left out, none twice in an epoch.
+
+    Args:
+        source: from `open_source`.
+        image_size, channels: of the images that the model sees; channels 1 or 3.
+        batch_size: of the whole run; each process gets batch_size / shard count rows, block k of the global batch.
+        seed: in [0, 2**64); the order and, with epoch and example, the augmentation.
+        augment: a key of AUGMENTATIONS; None takes the one that suits the source.
+        shard: (index, count) of this process among those that read different data.
+        subset: train on that many examples only, chosen at random by `subset_seed`.
+        threads: that read and decode, in each process; None chooses.
+        workers: processes that do it instead of this one; they take seconds to start, and pay off with many cores.
+        state: where to go on, from `get_state`.
+
+    Raises:
+        ValueError: an argument out of range, at once. DataError: an image cannot be read, from `next`.
+    """
+    _check_choice("augmentation", augment or source.augment, AUGMENTATIONS)
+    if not 0 <= seed < 2**64 or not 0 <= subset_seed < 2**64:
+        raise ValueError(f"the data's seeds are {seed} and {subset_seed} (subset); each must lie in [0, 2**64)")
+    if subset is not None and not 1 <= subset <= len(source):
+        raise ValueError(
+            f"a training subset of {subset} examples was asked of {source.name}, which has {len(source)}; ask for 1 to that many"
+        )
+    chosen = None if subset is None else random_subset(len(source), subset, subset_seed)
+    rows = _TrainRows(
+        source=source, seed=seed, augment=augment or source.augment, size=image_size, channels=channels, chosen=chosen
+    )
+    place, count = _shard(source, image_size, channels, batch_size, shard, threads, workers)
+    batches = TrainBatches(rows, place, steps=None, threads=count, workers=workers)
+    if state is not None:
+        batches.set_state(state)
+    return batches
+
+
+def eval_batches(
+    source: Source,
+    *,
+    image_size: int,
+    channels: int,
+    batch_size: int,
+    preprocess: str = "resize",
+    shard: tuple[int, int] = (0, 1),
+    threads: int | None = None,
+) -> EvalBatches:
+    """One pass over the source: every image once, whatever the batch size and the number of processes.
+
+    Yields {"image": float32 [b, Y, X, C] in [-1, 1], "label": int32 [b], "weight": float32 [b]}: weight 1 for an image, 0 for the
+    padding that fills the last batch. Every process yields the same number of batches, so collectives match.
+
+    Args: as `train_batches`; preprocess is a key of PREPROCESSES. Raises: likewise.
+    """
+    _check_choice("preprocessing", preprocess, PREPROCESSES)
+    rows = _EvalRows(source=source, preprocess=preprocess, size=image_size, channels=channels)
+    place, count = _shard(source, image_size, channels, batch_size, shard, threads, 0)
+    return EvalBatches(rows, place, steps=-(-len(source) // batch_size), threads=count, workers=0)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------------
+
+
+def _check_choice(what: str, name: str, known: dict) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; the known ones are {', '.join(known)}")
+
+
+def _shard(source, image_size, channels, batch_size, shard, threads, workers) -> tuple[_Shard, int]:
+    """The checks that training and evaluation share; the place of this process, and its number of threads."""
+    index, count = shard
+    if image_size < 1 or channels not in (1, 3):
+        raise ValueError(
+            f"images of side {image_size} with {channels} channels were asked for; the side must be >= 1, channels 1 or 3"
+        )
+    if not 0 <= index < count:
+        raise ValueError(f"the data shard is {index} of {count}; the index must lie in [0, count)")
+    if batch_size < 1 or batch_size % count:
+        raise ValueError(f"a batch of {batch_size} does not divide over {count} data processes; use a positive multiple of {count}")
+    if len(source) == 0:
+        raise ValueError(f"the source {source.name} holds no images")
+    if workers < 0 or (threads is not None and threads < 1):
+        raise ValueError(f"{threads} threads and {workers} workers were asked for; threads must be >= 1, workers >= 0")
+    local = batch_size // count
+    group = local if source.decoded else max(g for g in range(1, min(GROUP, local) + 1) if local % g == 0)
+    if threads is None:
+        threads = 1 if source.decoded else min(MAX_THREADS, os.cpu_count() or 1)
+    return _Shard(batch=batch_size, index=index, count=count, group=group), threads
