@@ -1,0 +1,257 @@
+"""Checkpoints of a run: Orbax (its v1 API) over tensorstore; atomic, asynchronous, sharded, on a local path or gs://.
+
+What Orbax gives: a step is written to a temporary directory and renamed when it is whole, so a killed run leaves either a step
+or nothing; arrays are written shard by shard and read back onto any mesh. What stands here on top: every save is forced (the loop
+decides when), leaves are stored under their names in the tree, a restore is compared with what the caller expects leaf by leaf
+before anything is read (Orbax alone would cast a wrong dtype in silence), and every failure is one line with the path.
+
+On disk: DIRECTORY/STEP/state (arrays, as a nested dict of names: "params/blocks/mlp/in/kernel", "opt_state/0/mu/...") and
+DIRECTORY/STEP/extra/data.json (the rest: loader state, resolved config).
+
+Not here: damage to a committed step is not noticed (no checksums).
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or read: one line that names the path and the reason."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory.
+
+    directory: made if missing, relative paths are made absolute. keep: how many of the newest steps stay. every: steps that are
+    multiples of it stay for good as well. Opening removes what a killed run left half-written. Every process of a job calls every
+    method. Close it, or use it as a context manager: leaving waits for the save under way. Raises ValueError, CheckpointError.
+
+        with Checkpoints("run/checkpoints", keep=3) as checkpoints:
+            if checkpoints.latest_step() is not None:
+                state, extra = checkpoints.restore(None, abstract(state))
+            checkpoints.save(step, state, {"loader": loader_state})
+    """
+
+    def __init__(self, directory, *, keep: int = 3, every: int | None = None):
+        if keep < 1 or (every is not None and every < 1):
+            raise ValueError(f"keep={keep}, every={every}: a run keeps at least 1 checkpoint, and every is None or at least 1")
+        directory = os.fspath(directory)
+        self.directory = directory if re.match(r"\w+://", directory) else os.path.abspath(directory)
+        preservation = ocp.training.preservation_policies
+        policies = [preservation.LatestN(keep)] + ([] if every is None else [preservation.EveryNSteps(every)])
+        registry = ocp.handlers.local_registry()
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="extra")
+        context = ocp.Context()
+        context.checkpointables.registry = registry
+        self._options = dict(
+            context=context, preservation_policy=preservation.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        )  # fmt: skip
+        self._saving = None  # (step, Orbax's response) of the save under way
+        self._open = None
+        logging.getLogger("absl").addFilter(_not_a_failure_of_orbax)
+        self._orbax()
+
+    def _orbax(self):
+        """Orbax's checkpointer, opened anew after a failed save: the old one would raise that failure at every later call."""
+        if self._open is None:
+            try:
+                if os.path.isfile(self.directory):
+                    raise NotADirectoryError("it is a file")
+                self._open = ocp.training.Checkpointer(self.directory, **self._options)
+            except Exception as error:
+                raise CheckpointError(f"cannot open the checkpoints in {self.directory}: {_reason(error)}") from error
+        return self._open
+
+    def steps(self) -> tuple[int, ...]:
+        """The whole steps there are, ascending. One under way does not count."""
+        return tuple(checkpoint.step for checkpoint in self._orbax().checkpoints)
+
+    def latest_step(self) -> int | None:
+        """The newest whole step, None where there is none."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state, extra: dict) -> None:
+        """Starts to write a step and returns once the arrays are copied, so that the caller may donate them at once.
+
+        state: pytree of jax arrays, sharded or not. extra: JSON-able. Waits for the save before it. Raises ValueError for a leaf
+        that is no array, an extra that is not JSON, or a step that is not past the latest; CheckpointError where this save or the
+        one before failed.
+        """
+        self.wait()
+        latest = self.latest_step()
+        if latest is not None and step <= latest:
+            raise ValueError(f"step {step}: {self.directory} already holds step {latest}, and a save must be of a later one")
+        for name, leaf in _named(state).items():
+            if not isinstance(leaf, jax.Array):
+                raise ValueError(f"leaf {name} is a {type(leaf).__name__}: the state holds jax arrays, other values belong in extra")
+        try:
+            extra = json.loads(json.dumps(extra, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the extra of step {step} is not JSON: {error}") from error
+        orbax, tree = self._orbax(), {"state": _nested(state), "extra": extra}
+        try:
+            self._saving = step, orbax.save_checkpointables_async(step, tree, force=True)
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def check(self) -> None:
+        """Raises CheckpointError if the save under way has failed; does not wait, so that a loop may call it at every step."""
+        if self._saving is not None and not self._orbax().is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save under way is whole. Raises CheckpointError if it failed, once: the next save starts afresh."""
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            response.result()
+            self._orbax().wait()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def _failed(self, step, error) -> CheckpointError:
+        kept = ", ".join(map(str, self.steps())) or "none"
+        self._open = None
+        path = os.path.join(self.directory, str(step))
+        return CheckpointError(f"cannot write checkpoint {path}: {_reason(error)}; whole steps there: {kept}")
+
+    def restore(self, step: int | None, abstract):
+        """Reads a step onto the shardings of `abstract`, whatever mesh and process count wrote it.
+
+        step: None for the latest. abstract: tree of jax.ShapeDtypeStruct with shardings, see `abstract` below. Returns (state,
+        extra), state with abstract's structure. Raises ValueError where a leaf is missing, unknown, or of another shape or dtype
+        (named, with what was expected and found), or there is no such step; CheckpointError where the files cannot be read.
+        """
+        self.wait()
+        steps = self.steps()
+        if (step is None and not steps) or (step is not None and step not in steps):
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise ValueError(f"no {wanted} in {self.directory}; it has {', '.join(map(str, steps)) or 'none'}")
+        step = steps[-1] if step is None else step
+        path = os.path.join(self.directory, str(step))
+        with _reading(path):
+            metadata = self._orbax().checkpointables_metadata(step).metadata
+            if set(metadata) != {"state", "extra"}:
+                raise ValueError(f"it holds {', '.join(sorted(metadata)) or 'nothing'}, not state and extra")
+        _must_match(path, _named(abstract), _named(metadata["state"]))
+        with _reading(path):
+            loaded = self._orbax().load_checkpointables(step, {"state": _nested(abstract), "extra": None})
+        leaves = _named(loaded["state"])
+        state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in _named(abstract)])
+        return state, loaded["extra"]
+
+    def close(self) -> None:
+        """Waits for the save under way and frees the threads. Raises CheckpointError if that save failed."""
+        try:
+            self.wait()
+        finally:
+            if self._open is not None:
+                self._open.close()
+                self._open = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None:
+            return self.close()
+        with contextlib.suppress(CheckpointError):  # The error on its way out is the one to show.
+            self.close()
+
+
+def abstract(state):
+    """The shapes, dtypes and shardings of a tree of jax arrays: what `Checkpoints.restore` reads onto."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+
+def _keys(path) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _named(tree) -> dict:
+    """{"a/b/0": leaf}: the tree's leaves by name, in its own order."""
+    return {"/".join(_keys(path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _nested(tree) -> dict:
+    """The tree as nested dicts of strings: what is on disk then depends on names alone, not on optax's classes."""
+    nested = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, last = _keys(path)
+        inner = nested
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = leaf
+    return nested
+
+
+def _stored(leaf) -> str:
+    """Shape and dtype as they are on disk, "float32[3, 4]": a typed random key is stored as its words."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _must_match(path, expected: dict, found: dict) -> None:
+    wrong = []
+    for name in sorted(expected.keys() | found.keys()):
+        want = _stored(expected[name]) if name in expected else "nothing of this name"
+        have = _stored(found[name]) if name in found else "nothing of this name"
+        if want != have:
+            wrong.append(f"{name}: expected {want}, found {have}")
+    if wrong:
+        more = f"; and {len(wrong) - 3} more leaves" if len(wrong) > 3 else ""
+        raise ValueError(f"checkpoint {path} is of another model or optimizer: {'; '.join(wrong[:3])}{more}")
+
+
+def _reason(error: BaseException) -> str:
+    """The root of an exception's chain in one line: Orbax wraps what went wrong ("incompatible handler") around its cause."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    text = " ".join(str(seen[-1]).split()) or type(seen[-1]).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _not_a_failure_of_orbax(record) -> bool:
+    """A log filter: Orbax prints each failure with a traceback on every thread it passes; here it is raised, and said once."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+@contextlib.contextmanager
+def _reading(path):
+    """Turns whatever reading raises into one CheckpointError.
+
+    Orbax leaves its other, still failing reads to the garbage collector, which reports each on stderr: they are collected here,
+    unheard, and the error's own chain, which would keep them alive, is cut.
+    """
+    heard, reason = sys.unraisablehook, None
+
+    def hook(unraisable):
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "orbax" not in code.co_filename:
+            heard(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        try:
+            yield
+        except Exception as error:
+            reason = _reason(error)
+        if reason is not None:
+            gc.collect()
+    finally:
+        sys.unraisablehook = heard
+    if reason is not None:
+        raise CheckpointError(f"cannot read checkpoint {path}: {reason}")

@@ -1,0 +1,176 @@
+"""What a run writes down while it goes: metrics.jsonl, curves.png and the progress line. The only printing of the loop is here.
+
+metrics.jsonl holds one JSON object a line: `step`, and of `loss`, `images_per_second`, `learning_rate`, `gradient_norm` and, where
+they were measured, `val_accuracy` in [0, 1] and `val_loss`, whatever the caller knows. JSON has no NaN: a value that is not finite is null.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+
+RECORDS = "metrics.jsonl"
+CURVES = "curves.png"
+
+
+class Recorder:
+    """The records of one run, in its directory, and its progress line on stderr.
+
+    directory: exists. total_steps: of the whole run. step: the last step done before now; on a resume the lines after it, of
+    steps that will be done again, are dropped first (in one rename), and new lines are appended. stream: where the progress
+    line goes (default stderr), and only if it is a terminal: elsewhere there is none. Use as a context manager or close it.
+    Raises ValueError for records that are not JSON (with the line), OSError where the file cannot be written.
+
+        with Recorder(directory, total_steps=1500, step=start) as recorder:
+            recorder.progress(step, loss=loss, images_per_second=rate)
+            recorder.write(step, loss=loss, images_per_second=rate, val_accuracy=accuracy)
+            recorder.draw()
+    """
+
+    def __init__(self, directory, *, total_steps: int, step: int = 0, stream=None):
+        self.directory = os.fspath(directory)
+        self.path = os.path.join(self.directory, RECORDS)
+        _drop_after(self.path, step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        stream = sys.stderr if stream is None else stream
+        self._bar = None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", file=stream, dynamic_ncols=True, bar_format=_BAR)
+
+    def write(self, step: int, **values: float) -> None:
+        """Appends one line and flushes it. values: floats, or anything float() takes; None is left out."""
+        record = {"step": int(step)} | {key: _number(value) for key, value in values.items() if value is not None}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def progress(self, step: int, *, loss: float | None = None, images_per_second: float | None = None, **more: float) -> None:
+        """Moves the progress line to `step`: loss, images/s and what `more` names beside it. Nothing where there is no terminal."""
+        if self._bar is None:
+            return
+        parts = [] if loss is None else [f"loss {loss:.4f}"]
+        parts += [] if images_per_second is None else [f"{images_per_second:,.0f} images/s"]
+        parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in more.items()]
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def draw(self) -> None:
+        """Writes curves.png from the records so far."""
+        draw(read(self.path), os.path.join(self.directory, CURVES))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+_BAR = "{desc}{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
+
+
+def read(path) -> list[dict]:
+    """The records of a metrics.jsonl in order. A last line that a killed run cut short is left out. ValueError for other damage."""
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("no object with a step")
+        except ValueError as error:
+            if number == len(lines):
+                break  # empty after the last newline, or cut short
+            raise ValueError(f"{os.fspath(path)} line {number} is not a record ({error}): repair or remove the file") from None
+        records.append(record)
+    return records
+
+
+def draw(records: list[dict], path) -> None:
+    """Two panels over the steps, training and validation loss, and validation accuracy (images/s if none was measured), to a PNG.
+
+    The file appears whole or not at all. OSError where it cannot be written.
+    """
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # says so when it first builds its cache of fonts
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    def series(key):
+        """Steps and values of a key; a null value, which was not finite, breaks the line."""
+        found = [(r["step"], math.nan if r[key] is None else r[key]) for r in records if key in r]
+        return [step for step, _ in found], [value for _, value in found]
+
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps, loss = series("loss")
+    left.plot(steps, loss, color="tab:blue", alpha=0.3 if len(steps) > 50 else 1.0, linewidth=1, label="training")
+    if len(steps) > 50:
+        left.plot(steps, _smooth(loss), color="tab:blue", linewidth=1.8, label="training, averaged")
+    val_steps, val_loss = series("val_loss")
+    if val_steps:
+        left.plot(val_steps, val_loss, color="tab:orange", marker="o", markersize=3, label="validation")
+    left.set(xlabel="step", ylabel="loss", title="Loss")
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    val_steps, accuracy = series("val_accuracy")
+    if val_steps:
+        right.plot(val_steps, accuracy, color="tab:orange", marker="o", markersize=3)
+        best = max(((a, s) for s, a in zip(val_steps, accuracy, strict=True) if math.isfinite(a)), default=None)
+        right.set(xlabel="step", title="Validation accuracy" + (f", best {best[0]:.2%} at step {best[1]:,}" if best else ""))
+        right.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+        right.set_ylim(top=1.0)
+    else:
+        right.plot(*series("images_per_second"), color="tab:green", linewidth=1)
+        right.set(xlabel="step", ylabel="images/s", title="Throughput")
+        right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    with _replacing(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """A centred mean over a fiftieth of the run, of the finite values in reach."""
+    reach = max(1, len(values) // 100)
+    windows = ([v for v in values[max(0, i - reach) : i + reach + 1] if math.isfinite(v)] for i in range(len(values)))
+    return [sum(window) / len(window) if window else math.nan for window in windows]
+
+
+def _number(value):
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _drop_after(path, step: int) -> None:
+    if os.path.exists(path):
+        kept = [record for record in read(path) if record["step"] <= step]
+        with _replacing(path) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A binary file beside `path` that takes its place when all is written; on any error `path` stays as it was."""
+    path = os.fspath(path)
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".", suffix=".tmp", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.name)
+            raise
