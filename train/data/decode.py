@@ -4,6 +4,7 @@ Grey, palette, CMYK and 16-bit files become 8-bit RGB; transparency is laid over
 is applied; of an animation the first frame counts. Larger images than Pillow's own limit against decompression bombs are refused.
 """
 
+import contextlib
 import os
 import warnings
 
@@ -25,7 +26,7 @@ def check_header(path: str) -> None:
     try:
         with Image.open(path, formats=FORMATS):
             pass
-    except Exception as error:  # noqa: BLE001: Pillow's plugins raise nearly anything
+    except Exception as error:  # Pillow's plugins raise nearly anything
         raise _refusal(path, error) from error
 
 
@@ -35,7 +36,7 @@ def decode(path: str) -> np.ndarray:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             return np.asarray(_rgb(_upright(image)))
-    except Exception as error:  # noqa: BLE001: as above
+    except Exception as error:  # as above
         raise _refusal(path, error) from error
 
 
@@ -50,10 +51,8 @@ def _refusal(path: str, error: Exception) -> DataError:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
+    with contextlib.suppress(Exception):  # damaged metadata say nothing about the rotation; the pixels are whole
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # noqa: BLE001: damaged metadata say nothing about the rotation; the pixels are whole
-        pass
     return image
 
 

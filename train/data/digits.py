@@ -39,8 +39,8 @@ def open_digits(rest: str, split: str) -> Digits:
         raise DataError(f"the source 'digits' takes no path, got 'digits:{rest}'; write 'digits'")
     from sklearn.datasets import load_digits  # here: scikit-learn takes a second to import and other sources do without
 
-    full = load_digits()
-    images, labels = np.asarray(full.images), np.asarray(full.target, np.int32)
+    flat, target = load_digits(return_X_y=True)
+    images, labels = np.asarray(flat).reshape(-1, 8, 8), np.asarray(target, np.int32)
     rank = np.zeros(len(labels), np.int64)
     for label in range(10):
         of_class = np.flatnonzero(labels == label)

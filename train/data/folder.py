@@ -1,4 +1,4 @@
-"""Class folders of image files: PATH/train/<class>/*.jpg|jpeg|png and PATH/val/<class>/... ; labels in order of the sorted names."""
+"""Class folders of images: PATH/train/<class>/*.jpg|jpeg|png and PATH/val/<class>/...; the sorted class names are the labels."""
 
 import os
 from dataclasses import dataclass, field

@@ -13,7 +13,7 @@ an item costs grain some 0.1 ms: a whole batch where examples lie decoded in mem
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -120,11 +120,11 @@ class _Items:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, item: int) -> Batch:
-        return self.rows(self.shard.positions(self.start, item))
+    def __getitem__(self, index: int) -> Batch:
+        return self.rows(self.shard.positions(self.start, index))
 
 
-def _join(groups: list[Batch]) -> Batch:
+def _join(groups: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([g[key] for g in groups]) for key in groups[0]}
 
 
