@@ -1,0 +1,120 @@
+"""How a kernel is started: compiled or interpreted, with its cost and memory limit, under any mesh.
+
+Every kernel op takes a static keyword `launch=`. A kernel inside `shard_map(..., check_vma=True)` must say over which mesh axes its
+outputs vary; `call` gives them the union of what its inputs vary over. Gradients are then right if the op's arrays vary alike
+BEFORE its custom_vjp: `vary_alike` casts the replicated ones (parameters), and the transpose of that cast is the sum over the
+devices.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.device import Device, from_kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where and how kernels run; hashable, passed as a static argument.
+
+    device: the tiles are chosen for it. interpret: False compiles with Mosaic; `pltpu.InterpretParams` simulates the TPU's memories on a CPU
+    (races, uninitialised memory, slow); True evaluates the kernel as plain jax operations (fast, simulates nothing).
+    """
+
+    device: Device
+    interpret: bool | pltpu.InterpretParams = False
+
+
+def here() -> Launch:
+    """The Launch for the devices of this process: compiled on a TPU, interpreted on a CPU. ValueError elsewhere."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return Launch(device=from_kind("cpu"), interpret=True)
+    return Launch(device=from_kind(device.device_kind))
+
+
+def varying(*arrays) -> frozenset[str]:
+    """The mesh axes over which at least one of the arrays varies; empty outside shard_map."""
+    return reduce(frozenset.union, (jax.typeof(a).manual_axis_type.varying for a in arrays), frozenset())
+
+
+def vary_alike(*arrays):
+    """The arrays, each cast to vary over every mesh axis that any of them varies over. Call it before a custom_vjp.
+
+    The cast is free; its transpose sums a parameter's gradient over the devices that shared the parameter.
+    """
+    axes = varying(*arrays)
+
+    def cast(a):
+        missing = axes - varying(a)
+        return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
+
+    return tuple(cast(jnp.asarray(a)) for a in arrays)
+
+
+def call(
+    kernel: Callable,
+    *,
+    launch: Launch,
+    name: str,
+    grid: Sequence[int],
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Sequence[pl.BlockSpec],
+    out_shapes: Sequence[tuple[Sequence[int], jnp.dtype]],
+    semantics: Sequence[str],
+    cost: pl.CostEstimate,
+    scratch: Sequence = (),
+    prefetch: int = 0,
+    aliases: dict[int, int] | None = None,
+    vmem_bytes: int | None = None,
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """A thin `pl.pallas_call`: returns a function of the kernel's arrays that returns the tuple of its outputs.
+
+    out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading arrays are
+    int32 scalars, in SMEM and known to the index maps. vmem_bytes: limit of the kernel; the core's whole VMEM by default.
+    """
+
+    def run(*arrays):
+        arrays = vary_alike(*arrays)
+        axes = jax.sharding.ManualAxisType(varying=varying(*arrays))
+        return pl.pallas_call(
+            kernel,
+            out_shape=[jax.ShapeDtypeStruct(tuple(s), d, manual_axis_type=axes) for s, d in out_shapes],
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=prefetch,
+                grid=tuple(grid),
+                in_specs=list(in_specs),
+                out_specs=list(out_specs),
+                scratch_shapes=list(scratch),
+            ),
+            input_output_aliases=aliases or {},
+            interpret=launch.interpret,
+            name=name,
+            cost_estimate=cost,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_bytes or launch.device.vmem_bytes
+            ),
+        )(*arrays)
+
+    return lambda *arrays: tuple(run(*arrays))
+
+
+def dot(a, b, device: Device, *, contract: tuple[int, int] = (1, 0)):
+    """a @ b over axis contract[0] of a and contract[1] of b, both 2-D, accumulated and returned in float32. For kernel bodies.
+
+    bfloat16 operands are exact in one MXU pass; where Mosaic does not take them they are cast to float32, which that MXU multiplies in
+    one pass too. float32 operands follow `jax.default_matmul_precision`, as in the reference.
+    """
+    precision = None
+    if a.dtype == jnp.bfloat16 or b.dtype == jnp.bfloat16:
+        precision = lax.Precision.DEFAULT
+        dtype = jnp.bfloat16 if device.bf16_matmul else jnp.float32
+        a, b = a.astype(dtype), b.astype(dtype)
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
