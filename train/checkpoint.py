@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +53,13 @@ class Checkpoints:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name="extra")
         context = ocp.Context()
         context.checkpointables.registry = registry
-        self._options = dict(
-            context=context, preservation_policy=preservation.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )  # fmt: skip
+        self._start = partial(
+            ocp.training.Checkpointer,
+            self.directory,
+            context=context,
+            preservation_policy=preservation.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
         self._saving = None  # (step, Orbax's response) of the save under way
         self._open = None
         logging.getLogger("absl").addFilter(_not_a_failure_of_orbax)
@@ -66,7 +71,7 @@ class Checkpoints:
             try:
                 if os.path.isfile(self.directory):
                     raise NotADirectoryError("it is a file")
-                self._open = ocp.training.Checkpointer(self.directory, **self._options)
+                self._open = self._start()
             except Exception as error:
                 raise CheckpointError(f"cannot open the checkpoints in {self.directory}: {_reason(error)}") from error
         return self._open
@@ -92,14 +97,16 @@ class Checkpoints:
             raise ValueError(f"step {step}: {self.directory} already holds step {latest}, and a save must be of a later one")
         for name, leaf in _named(state).items():
             if not isinstance(leaf, jax.Array):
-                raise ValueError(f"leaf {name} is a {type(leaf).__name__}: the state holds jax arrays, other values belong in extra")
+                raise ValueError(f"leaf {name} is a {type(leaf).__name__}: the state holds jax arrays, the rest is for extra")
         try:
             extra = json.loads(json.dumps(extra, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the extra of step {step} is not JSON: {error}") from error
         orbax, tree = self._orbax(), {"state": _nested(state), "extra": extra}
         try:
-            self._saving = step, orbax.save_checkpointables_async(step, tree, force=True)
+            response = orbax.save_checkpointables_async(step, tree, force=True)
+            assert response is not None, "a forced save is never left out"
+            self._saving = step, response
         except Exception as error:
             raise self._failed(step, error) from error
 
@@ -216,11 +223,9 @@ def _must_match(path, expected: dict, found: dict) -> None:
 
 def _reason(error: BaseException) -> str:
     """The root of an exception's chain in one line: Orbax wraps what went wrong ("incompatible handler") around its cause."""
-    seen = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    text = " ".join(str(seen[-1]).split()) or type(seen[-1]).__name__
+    while (deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = deeper
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 

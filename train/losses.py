@@ -12,7 +12,7 @@ def softmax_cross_entropy(logits, labels, *, label_smoothing: float = 0.0):
     """
     logits, labels = _wide(logits), jnp.asarray(labels)
     if labels.shape != logits.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels {labels.dtype}{list(labels.shape)}: softmax cross entropy needs one integer for each of {logits.shape[0]} rows")
+        raise ValueError(f"labels {labels.dtype}{list(labels.shape)}: softmax needs integers [{logits.shape[0]}]")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing}: must be in [0, 1)")
     log_p = jax.nn.log_softmax(logits)
@@ -30,9 +30,8 @@ def sigmoid_cross_entropy(logits, labels):
     if labels.shape == logits.shape[:1] and jnp.issubdtype(labels.dtype, jnp.integer):
         labels = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
     if labels.shape != logits.shape or not jnp.issubdtype(labels.dtype, jnp.floating):
-        raise ValueError(
-            f"labels {labels.dtype}{list(labels.shape)}: sigmoid cross entropy needs integers [{logits.shape[0]}] or floats {list(logits.shape)}"
-        )
+        want = f"integers [{logits.shape[0]}] or floats {list(logits.shape)}"
+        raise ValueError(f"labels {labels.dtype}{list(labels.shape)}: the sigmoid loss needs {want}")
     labels = labels.astype(logits.dtype)
     return -(labels * jax.nn.log_sigmoid(logits) + (1.0 - labels) * jax.nn.log_sigmoid(-logits)).sum(-1)
 

@@ -1,7 +1,8 @@
 """What a run writes down while it goes: metrics.jsonl, curves.png and the progress line. The only printing of the loop is here.
 
 metrics.jsonl holds one JSON object a line: `step`, and of `loss`, `images_per_second`, `learning_rate`, `gradient_norm` and, where
-they were measured, `val_accuracy` in [0, 1] and `val_loss`, whatever the caller knows. JSON has no NaN: a value that is not finite is null.
+they were measured, `val_accuracy` in [0, 1] and `val_loss`, whatever the caller knows. JSON has no NaN: a value that is not
+finite is null.
 """
 
 import contextlib
@@ -124,7 +125,7 @@ def draw(records: list[dict], path) -> None:
     left.legend(frameon=False)
     val_steps, accuracy = series("val_accuracy")
     if val_steps:
-        right.plot(val_steps, accuracy, color="tab:orange", marker="o", markersize=3)
+        right.plot(val_steps, accuracy, color="tab:orange", marker="o", markersize=3, clip_on=False)
         best = max(((a, s) for s, a in zip(val_steps, accuracy, strict=True) if math.isfinite(a)), default=None)
         right.set(xlabel="step", title="Validation accuracy" + (f", best {best[0]:.2%} at step {best[1]:,}" if best else ""))
         right.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
@@ -163,7 +164,8 @@ def _drop_after(path, step: int) -> None:
 def _replacing(path):
     """A binary file beside `path` that takes its place when all is written; on any error `path` stays as it was."""
     path = os.fspath(path)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".", suffix=".tmp", delete=False) as file:
+    folder, name = os.path.split(path)
+    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=f"{name}.", suffix=".tmp", delete=False) as file:
         try:
             yield file
             file.flush()

@@ -13,7 +13,12 @@ import optax
 
 
 def schedule(
-    *, base_lr: float, total_steps: int, warmup_steps: int = 0, decay: Literal["linear", "cosine"] = "cosine", linear_end: float = 1e-5
+    *,
+    base_lr: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    decay: Literal["linear", "cosine"] = "cosine",
+    linear_end: float = 1e-5,
 ) -> optax.Schedule:
     """The learning rate of step t: linear warm-up times linear or cosine decay.
 
@@ -24,7 +29,7 @@ def schedule(
     float32 scalar. Raises ValueError where the warm-up leaves no step to decay in. Source: the release's learning rate schedule.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps={warmup_steps} of total_steps={total_steps}: the warm-up must be shorter than the run; lower it")
+        raise ValueError(f"warmup_steps={warmup_steps} of total_steps={total_steps}: the warm-up must be shorter than the run")
     if decay not in ("linear", "cosine"):
         raise ValueError(f"decay={decay!r}: must be 'linear' or 'cosine'")
 
@@ -57,10 +62,10 @@ def optimizer(
         adamw:        w -= lr_t u + lr_t wd w
         independent:  w -= lr_t u + (lr_t / base_lr) wd w
 
-    learning_rate: lr_t, from `schedule`; base_lr: its peak, which the independent form divides away. The forms are in use with very
-    different values: Table 3's 0.1 is adamw's, the independent form's usual 1e-4 is the same decay at base_lr 1e-3. Leaves named "kernel"
-    decay; biases, norms, the class token and position embeddings never do. first_moment: dtype m is kept in between steps; the
-    update itself uses the float32 value. State: optax's (`optax.tree.map_params` maps its parameter-like parts).
+    learning_rate: lr_t, from `schedule`; base_lr: its peak, which the independent form divides away. The forms are in use with
+    very different values: Table 3's 0.1 is adamw's, the independent form's usual 1e-4 is the same decay at base_lr 1e-3. Leaves
+    named "kernel" decay; biases, norms, the class token and position embeddings never do. first_moment: dtype m is kept in
+    between steps; the update itself uses the float32 value. State: optax's, so `optax.tree_utils.tree_map_params` maps it.
     Raises ValueError for an unknown form or dtype, or a negative decay. Sources: Kingma & Ba 2015; Loshchilov & Hutter 2019.
     """
     if weight_decay_form not in ("adamw", "independent"):
@@ -68,7 +73,7 @@ def optimizer(
     if first_moment not in ("float32", "bfloat16"):
         raise ValueError(f"first_moment={first_moment!r}: must be 'float32' or 'bfloat16'")
     if weight_decay < 0 or base_lr <= 0:
-        raise ValueError(f"weight_decay={weight_decay}, base_lr={base_lr}: the decay must not be negative, the rate must be positive")
+        raise ValueError(f"weight_decay={weight_decay}, base_lr={base_lr}: required are a decay >= 0, a rate > 0")
     rate = weight_decay if weight_decay_form == "adamw" else weight_decay / base_lr
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=jnp.dtype(first_moment)),

@@ -6,7 +6,7 @@ A recipe is what stays fixed from run to run: data size, epochs, learning rate, 
 """
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 IMAGENET_EXAMPLES = 1_281_167
@@ -24,7 +24,8 @@ class Recipe:
     weight_decay_form (`train.optim.optimizer`). dropout: rate in [0, 1). clip_norm: global gradient norm, None = never clipped.
     label_smoothing: share of the target spread evenly over the classes, softmax only (the paper names no value: 0). loss: softmax
     (one label an image) or sigmoid (any number of labels). head_bias: initial bias of the classifier; -10 lets a sigmoid over
-    21,843 classes start at "none" (release). b1, b2, eps: Adam's. first_moment: dtype Adam's first moment is kept in (bfloat16: later).
+    21,843 classes start at "none" (release). b1, b2, eps: Adam's. first_moment: dtype Adam's first moment is kept in (bfloat16:
+    later).
     """
 
     name: str
@@ -55,11 +56,12 @@ class Recipe:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} in recipe {self.name!r}: must not be negative")
         if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"dropout={self.dropout}, label_smoothing={self.label_smoothing} in recipe {self.name!r}: must be in [0, 1)")
+            rates = f"dropout={self.dropout}, label_smoothing={self.label_smoothing}"
+            raise ValueError(f"{rates} in recipe {self.name!r}: must be in [0, 1)")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm={self.clip_norm} in recipe {self.name!r}: must be positive, or None for no clipping")
         if self.loss == "sigmoid" and self.label_smoothing:
-            raise ValueError(f"label_smoothing={self.label_smoothing} in recipe {self.name!r}: only the softmax loss smooths its labels")
+            raise ValueError(f"label_smoothing={self.label_smoothing} in recipe {self.name!r}: only softmax smooths labels")
 
     @property
     def steps(self) -> int:
@@ -81,9 +83,7 @@ class Row:
 
 
 def _row(models, data, epochs, base_lr, decay, weight_decay, dropout) -> Row:
-    return Row(
-        models=models, data=data, epochs=epochs, base_lr=base_lr, decay=decay, weight_decay=weight_decay, dropout=dropout
-    )  # fmt: skip
+    return Row(models=models, data=data, epochs=epochs, base_lr=base_lr, decay=decay, weight_decay=weight_decay, dropout=dropout)
 
 
 TABLE_3 = (
@@ -127,9 +127,9 @@ def recipe(name: str, model: str) -> Recipe:
     """The recipe of a name, for a model.
 
     name: "digits" (any model), or a data set of Table 3: "jft", "imagenet21k", "imagenet". Where a row lists two numbers of epochs
-    the bare name takes the first, and "jft-14ep", "imagenet21k-90ep" say which. model: a variant's name, "ViT-B/16"; only its row matters.
-    A hybrid without a row of its own takes that of its ViT ("Hybrid models are trained with the exact setup as their ViT
-    counterparts", B.1). Raises ValueError, nearest names shown, for a name, a model or a number of epochs that the table lacks.
+    the bare name takes the first, and "jft-14ep", "imagenet21k-90ep" say which. model: a variant's name, "ViT-B/16". A hybrid
+    without a row of its own takes that of its ViT ("Hybrid models are trained with the exact setup as their ViT counterparts",
+    B.1). Raises ValueError, nearest names shown, for a name, a model or a number of epochs that the table lacks.
 
         >>> recipe("imagenet", "ViT-B/16").base_lr
         0.003
@@ -151,8 +151,14 @@ def recipe(name: str, model: str) -> Recipe:
         listed = " or ".join(map(str, row.epochs))
         raise ValueError(f"recipe {name!r}: Table 3 trains {model!r} on {data} for {listed} epochs, not {epochs}")
     return Recipe(
-        name=name, epochs=epochs, base_lr=row.base_lr, decay=row.decay, weight_decay=row.weight_decay, dropout=row.dropout, **DATA[data]
-    )  # fmt: skip
+        name=name,
+        epochs=epochs,
+        base_lr=row.base_lr,
+        decay=row.decay,
+        weight_decay=row.weight_decay,
+        dropout=row.dropout,
+        **DATA[data],
+    )
 
 
 def _find(rows, model: str) -> Row | None:
