@@ -1,0 +1,153 @@
+"""One training step and one evaluation step on a mesh, each a single shard_map with all axes manual.
+
+The model does its own collectives (`vitcore/model.py`). What is left to this file: the mean of the loss over the batch, the
+global gradient norm, and the update, which is elementwise and runs on each device's shard. Differentiating the mean inside
+the shard_map is right because check_vma knows which values differ between devices: every parameter's gradient arrives already
+summed, and scattered where the parameter is.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
+from vitcore.config import ViTConfig
+from vitcore.model import forward, init
+from vitcore.ops import Ops
+from vitcore.sharding import AXES, MeshShape, partition_specs
+
+
+class TrainState(NamedTuple):
+    """All that a run is between two steps. step: int32 scalar, updates done. average: Polyak average of params, or None."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    average: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How a step is taken. accumulate: parts the batch is worked through in, one update for all. clip_norm: bound of the global gradient
+    norm, None for none. polyak: decay of the parameters' average, None for none. seed: of the dropout masks. The rest: as in `vitcore.apply`
+    and `train.recipes`."""
+
+    ops: Ops | None = None
+    dtype: Any = jnp.float32
+    remat: bool = False
+    accumulate: int = 1
+    loss: str = "softmax"
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    polyak: float | None = None
+    seed: int = 0
+
+    def losses(self, logits, labels):
+        """[B] float32."""
+        if self.loss == "sigmoid":
+            return sigmoid_cross_entropy(logits, labels)
+        return softmax_cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+def state_specs(config: ViTConfig, mesh: Mesh, tx: optax.GradientTransformation, *, polyak: bool) -> TrainState:
+    """PartitionSpecs of a TrainState: what mirrors a parameter lies where the parameter lies, counters everywhere."""
+    specs = partition_specs(config, mesh)
+    params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+    opt_state = optax.tree.map_params(
+        tx, lambda _, spec: spec, jax.eval_shape(tx.init, params), specs, transform_non_params=lambda _: P()
+    )  # fmt: skip
+    return TrainState(P(), specs, opt_state, specs if polyak else None)
+
+
+def shardings(mesh: Mesh, specs):
+    """The NamedShardings of a tree of PartitionSpecs."""
+    return jax.tree.map(partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def make_init(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
+    """A compiled function key -> TrainState at step 0; every device makes its own shards, the same values on every mesh."""
+
+    def start(key):
+        params = init(key, config)
+        average = jax.tree.map(jnp.copy, params) if options.polyak else None
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
+
+    return jax.jit(start, out_shardings=shardings(mesh, state_specs(config, mesh, tx, polyak=bool(options.polyak))))
+
+
+def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
+    """A compiled function (state, images [B, Y, X, C], labels [B] or [B, V]) -> (state, {"loss", "gradient_norm"}), both scalars.
+
+    B is the global batch, split over "data"; it must be divisible by the data axis times `accumulate`. The state is donated.
+    """
+    shape = MeshShape.of(mesh)
+    specs = state_specs(config, mesh, tx, polyak=bool(options.polyak))
+
+    def loss_of(params, images, labels, first_example, key):
+        """The sum over this part's images of loss / B, over all devices: parts add up to the mean over the global batch."""
+        logits = forward(
+            params, images, config, ops=options.ops, dtype=options.dtype, remat=options.remat, dropout_key=key, mesh=shape, first_example=first_example
+        )
+        scale = 1.0 / (images.shape[0] * options.accumulate * shape.data)
+        return lax.psum(options.losses(logits, labels).sum() * scale, "data")
+
+    def step(state, images, labels):
+        here = images.shape[0]  # examples on this device
+        part = here // options.accumulate
+        first = lax.axis_index("data") * here
+        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+        gradient = jax.value_and_grad(loss_of)
+
+        if options.accumulate == 1:
+            loss, grads = gradient(state.params, images, labels, first, key)
+        else:
+
+            def add(total, i):
+                rows = partial(lax.dynamic_slice_in_dim, start_index=i * part, slice_size=part)
+                return jax.tree.map(jnp.add, total, gradient(state.params, rows(images), rows(labels), first + i * part, key)), None
+
+            zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+            (loss, grads), _ = lax.scan(add, zeros, jnp.arange(options.accumulate))
+
+        norm = global_norm(grads)
+        if options.clip_norm is not None:
+            grads = jax.tree.map(partial(jnp.multiply, jnp.minimum(1.0, options.clip_norm / (norm + 1e-6))), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if options.polyak:
+            average = jax.tree.map(lambda a, p: a + (1 - options.polyak) * (p - a), average, params)
+        return TrainState(state.step + 1, params, opt_state, average), {"loss": loss, "gradient_norm": norm}
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=(specs, P()))
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def make_eval_step(config: ViTConfig, mesh: Mesh, options: StepOptions):
+    """A compiled function (params, images, labels, weights [B] 0 or 1) -> float32 sums over the weighted images: count, correct, loss."""
+
+    def step(params, images, labels, weights):
+        logits = forward(params, images, config, ops=options.ops, dtype=options.dtype, mesh=MeshShape.of(mesh))
+        correct = logits.argmax(-1) == labels if labels.ndim == 1 else jnp.take_along_axis(labels, logits.argmax(-1)[:, None], 1)[:, 0] > 0
+        sums = {"count": weights.sum(), "correct": (weights * correct).sum(), "loss": (weights * options.losses(logits, labels)).sum()}
+        return lax.psum(sums, "data")
+
+    specs = partition_specs(config, mesh)
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data"), P("data"), P("data")), out_specs=P()))
+
+
+def global_norm(tree):
+    """The Euclidean norm of a tree of shards over the whole mesh, each element counted once: float32 scalar, the same everywhere."""
+    sums: dict[tuple[str, ...], Any] = defaultdict(float)
+    for leaf in jax.tree.leaves(tree):
+        split = tuple(axis for axis in AXES if axis in jax.typeof(leaf).manual_axis_type.varying)
+        sums[split] += jnp.square(leaf.astype(jnp.float32)).sum()
+    return jnp.sqrt(sum(lax.psum(s, split) if split else s for split, s in sums.items()))
