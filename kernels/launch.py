@@ -23,8 +23,9 @@ from kernels.device import Device, from_kind
 class Launch:
     """Where and how kernels run; hashable, passed as a static argument.
 
-    device: the tiles are chosen for it. interpret: False compiles with Mosaic; `pltpu.InterpretParams` simulates the TPU's memories on a CPU
-    (races, uninitialised memory, slow); True evaluates the kernel as plain jax operations (fast, simulates nothing).
+    device: the tiles are chosen for it. interpret: False compiles with Mosaic; `pltpu.InterpretParams` simulates a TPU's memories on a
+    CPU (races, uninitialised memory); True evaluates the kernel as plain jax operations, on one device only: jax's evaluator does not
+    know what varies over a mesh. Simulated devices talk to the CPU's thread pool: a mesh of 2 wants 4 threads (`NPROC=8`).
     """
 
     device: Device
@@ -35,7 +36,7 @@ def here() -> Launch:
     """The Launch for the devices of this process: compiled on a TPU, interpreted on a CPU. ValueError elsewhere."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return Launch(device=from_kind("cpu"), interpret=True)
+        return Launch(device=from_kind("cpu"), interpret=pltpu.InterpretParams())
     return Launch(device=from_kind(device.device_kind))
 
 
@@ -76,8 +77,8 @@ def call(
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """A thin `pl.pallas_call`: returns a function of the kernel's arrays that returns the tuple of its outputs.
 
-    out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading arrays are
-    int32 scalars, in SMEM and known to the index maps. vmem_bytes: limit of the kernel; the core's whole VMEM by default.
+    out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading arrays
+    are int32 scalars, in SMEM and known to the index maps. vmem_bytes: limit of the kernel; the core's whole VMEM by default.
     """
 
     def run(*arrays):
@@ -108,8 +109,8 @@ def call(
 def dot(a, b, device: Device, *, contract: tuple[int, int] = (1, 0)):
     """a @ b over axis contract[0] of a and contract[1] of b, both 2-D, accumulated and returned in float32. For kernel bodies.
 
-    bfloat16 operands are exact in one MXU pass; where Mosaic does not take them they are cast to float32, which that MXU multiplies in
-    one pass too. float32 operands follow `jax.default_matmul_precision`, as in the reference.
+    bfloat16 operands are exact in one MXU pass; where Mosaic does not take them they are cast to float32, which that MXU multiplies
+    in one pass too. float32 operands follow `jax.default_matmul_precision`, as in the reference.
     """
     precision = None
     if a.dtype == jnp.bfloat16 or b.dtype == jnp.bfloat16:

@@ -1,10 +1,10 @@
 """The judge of every kernel, and the only tolerance in the repository.
 
-An implementation is compared with its plain reference twice: both run in the dtype under test, and the reference runs once more in
-float64. Our error may be at most TWICE the error of the plain implementation in the same dtype, both against float64 (the
-rule of the FlashAttention tests), plus a floor of one rounding of the largest true value: where the plain result happens to be exact,
-a result that was rounded once more is still right. Errors are largest absolute differences, array by array, for the value and for the
-gradient of every argument (one vector-Jacobian product with a fixed random cotangent).
+An implementation is compared with its plain reference twice: both run in the dtype under test, and the reference runs once more
+in float64. Our error may be at most TWICE the error of the plain implementation in the same dtype, both against float64 (the
+rule of the FlashAttention tests), plus a floor of one rounding of the largest true value: where the plain result happens to be
+exact, a result that was rounded once more is still right. Errors are largest absolute differences, array by array, for the value
+and for the gradient of every argument (one vector-Jacobian product with a fixed random cotangent).
 """
 
 from collections.abc import Callable, Sequence
