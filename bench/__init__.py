@@ -1,0 +1,2 @@
+"""Measurements: what the kernels, the model and a training step cost, by the compiler here and by the clock where there is a
+TPU."""

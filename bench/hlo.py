@@ -1,0 +1,157 @@
+"""What a compiled TPU program costs, read from its text: the compiler's cycle estimate of every XLA operation, times its trips.
+
+XLA writes `"window_config":{... "estimated_cycles":"N"}` on each operation it emitted. A `while` body stands in the text once and
+runs `trips` times, so costs are multiplied through nested loops; trip counts come from the loop's own condition. Mosaic kernels
+carry no estimate here: they are listed with their trips, and `bench.llo` counts them.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-<>]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-<>]+) = (.*?) ([a-z][\w\-]*)\(")
+_CYCLES = re.compile(r'"window_config":\{[^{}]*"estimated_cycles":"(\d+)"')
+_OPERANDS = re.compile(r"%([\w.\-<>]+)")
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+
+class ProgramError(ValueError):
+    """The program's text does not say what it should; the message says where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One operation of a program. trips: how often it runs. cycles: of one run, by XLA's cost model (0 for a kernel).
+
+    kind: the HLO opcode, or "kernel" for a Mosaic kernel. source: the `op_name` that jax gave it.
+    """
+
+    name: str
+    kind: str
+    cycles: int
+    trips: int
+    source: str
+    shape: str
+
+    @property
+    def kernel(self) -> str:
+        """The `name=` of the pallas_call."""
+        return re.sub(r"\.\d+$", "", self.name)
+
+
+@dataclass(frozen=True)
+class _Line:
+    name: str
+    shape: str
+    opcode: str
+    text: str
+
+    def operands(self) -> list[str]:
+        inside = self.text.split(f" {self.opcode}(", 1)[1]
+        depth = 1
+        for end, letter in enumerate(inside):
+            depth += (letter in "({") - (letter in ")}")
+            if depth == 0:
+                return _OPERANDS.findall(inside[:end])
+        return []
+
+    def attribute(self, key: str) -> str | None:
+        found = re.search(rf"\b{key}=%?([\w.\-<>]+)", self.text)
+        return found[1] if found else None
+
+
+def _computations(text: str) -> tuple[dict[str, dict[str, _Line]], str]:
+    found: dict[str, dict[str, _Line]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = found.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            current[match[1]] = _Line(match[1], match[2], match[3], line)
+    if not entry:
+        raise ProgramError("no ENTRY computation in the compiled text; the format of this jax is not known to bench.hlo")
+    return found, entry
+
+
+def _constant(lines: dict[str, _Line], name: str) -> int | None:
+    """The integer that `name` holds, looking through copies."""
+    line = lines.get(name)
+    while line is not None and line.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
+        operands = line.operands()
+        line = lines.get(operands[0]) if operands else None
+    if line is None or line.opcode != "constant":
+        return None
+    value = re.search(r"constant\((-?\d+)\)", line.text)
+    return int(value[1]) if value else None
+
+
+def _trips(computations: dict[str, dict[str, _Line]], where: dict[str, _Line], loop: _Line) -> int:
+    """How often a while's body runs: limit minus start, for the counted loops that lax.scan and fori_loop make."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
+    if known:
+        return int(known[1])
+    condition = computations[loop.attribute("condition") or ""]
+    initial = where[loop.operands()[0]]
+
+    def resolve(name: str) -> tuple[int | None, int | None]:
+        """(value inside the condition or before the loop, tuple index)"""
+        line = condition.get(name)
+        if line is not None and line.opcode == "get-tuple-element":
+            index = re.search(r"index=(\d+)", line.text)
+            k = int(index[1]) if index else 0
+            return (_constant(where, initial.operands()[k]) if initial.opcode == "tuple" else None), k
+        return _constant(condition, name), None
+
+    compare = next((x for x in condition.values() if x.opcode in ("compare", "fusion") and "ROOT" in x.text), None)
+    if compare is not None:
+        values = [resolve(name) for name in compare.operands()]
+        numbers = [v for v, _ in values if v is not None]
+        if len(values) == 2 and len(numbers) == 2:
+            return abs(numbers[1] - numbers[0]) + ("direction=LE" in compare.text or "direction=GE" in compare.text)
+        if compare.opcode == "fusion" and len(numbers) == 1:  # the limit was fused into the comparison
+            inner = computations[compare.attribute("calls") or ""]
+            limits = [v for name in inner if (v := _constant(inner, name)) is not None]
+            if len(limits) == 1:
+                return abs(limits[0] - numbers[0])
+    raise ProgramError(f"the trip count of the loop %{loop.name} cannot be read from its condition")
+
+
+def operations(text: str) -> list[Operation]:
+    """Every operation of a compiled program that costs cycles, and every kernel and collective, with its trips.
+
+    text: `compiled.as_text()`. Fused computations count as the one fusion they are. ProgramError for a loop that is not counted.
+    """
+    computations, entry = _computations(text)
+
+    def walk(name: str, trips: int) -> Iterator[Operation]:
+        lines = computations[name]
+        for line in lines.values():
+            source = re.search(r'op_name="([^"]*)"', line.text)
+            cycles = _CYCLES.search(line.text)
+            op = Operation(
+                name=line.name,
+                kind=line.opcode,
+                cycles=int(cycles[1]) if cycles else 0,
+                trips=trips,
+                source=source[1] if source else "",
+                shape=line.shape,
+            )
+            if line.opcode == "while":
+                yield from walk(line.attribute("body") or "", trips * _trips(computations, lines, line))
+            elif line.opcode == "call":
+                yield from walk(line.attribute("to_apply") or "", trips)
+            elif line.opcode == "conditional":
+                names = re.findall(r"(?:true_computation|false_computation)=%([\w.\-]+)", line.text)
+                names += _OPERANDS.findall(m[1]) if (m := re.search(r"branch_computations=\{([^}]*)\}", line.text)) else []
+                yield from max((list(walk(n, trips)) for n in names), key=lambda ops: sum(o.cycles * o.trips for o in ops))
+            elif line.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in line.text:
+                yield replace(op, kind="kernel", cycles=0)
+            elif op.cycles or line.opcode.removesuffix("-start") in COLLECTIVES:
+                yield op
+
+    return list(walk(entry, 1))
