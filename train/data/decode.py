@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 
 from train.data.source import DataError
 
-# By content, not by extension: sets hold PNGs named .JPEG. MPO is what many phones write as .jpg. The rarer plugins stay out:
-# they are slow to try and written with less care against hostile files.
-FORMATS = ("JPEG", "PNG", "MPO", "GIF", "BMP", "WEBP")
+# By content, not by extension: sets hold PNGs named .JPEG, and phones write .jpg files that are MPO, which the JPEG plugin reads.
+# These four are what Pillow loads at once; its rarer plugins are slow to try and written with less care against hostile files.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP")
 
 # Pillow only warns between one and two times its limit. A filter set once is safe with threads; catch_warnings is not.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
