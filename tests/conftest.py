@@ -18,7 +18,7 @@ import pytest
 if PLATFORM == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)  # not by environment: subprocesses choose their own number
 
-# Compilation dominates an example, so no deadline, and few examples: `@settings(max_examples=...)` or the profile "many" gives more.
+# Compilation dominates an example, so no deadline and few examples; `@settings(max_examples=...)` or the profile "many" gives more.
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=20, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
