@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -150,6 +151,7 @@ def test_no_skips_turns_a_skip_into_a_failure(tmp_path, options, status, skip):
     (tmp_path / "test_skips.py").write_text(f"import pytest\ndef test_passes():\n    pass\n{skip}\n")
     (tmp_path / "test_passes.py").write_text("def test_passes():\n    pass\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", *options, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     assert ("--no-skips: 1 skipped" in done.stdout) == bool(options)
