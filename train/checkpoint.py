@@ -57,7 +57,7 @@ class Checkpoints:
             ocp.training.Checkpointer,
             self.directory,
             context=context,
-            preservation_policy=preservation.AnyPreservationPolicy(policies),
+            preservation_policy=preservation.AnyPreservationPolicy(policies),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
         self._saving = None  # (step, Orbax's response) of the save under way

@@ -1,0 +1,201 @@
+"""Schedules and optimizers against a float64 NumPy implementation written from the equations."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from train.optim import optimizer, schedule, sgd
+
+BASE, TOTAL, WARMUP = 3e-3, 40, 8
+
+
+def shapes():
+    return {
+        "patch_embed": {"kernel": (4, 6), "bias": (6,), "position": (5, 6), "cls": (6,)},
+        "blocks": {"norm1": {"scale": (2, 6), "bias": (2, 6)}, "qkv": {"kernel": (2, 6, 8), "bias": (2, 8)}},
+        "head": {"kernel": (8, 3), "bias": (3,)},
+    }
+
+
+def tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32), shapes(), is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def expected_rate(t, decay):
+    progress = min(1.0, max(0.0, (t - WARMUP) / (TOTAL - WARMUP)))
+    lr = 1e-5 + (BASE - 1e-5) * (1 - progress) if decay == "linear" else BASE * (1 + math.cos(math.pi * progress)) / 2
+    return lr * min(1.0, t / WARMUP)
+
+
+def expected_adam(params, gradients, *, decay, weight_decay, form, first_moment=None):
+    """The parameters after all gradients, in float64, leaf by leaf; first_moment rounds m between steps."""
+    result = {}
+    for path, w in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        w = np.asarray(w, np.float64)
+        m, v = np.zeros_like(w), np.zeros_like(w)
+        for t, grads in enumerate(gradients):
+            g = np.asarray(
+                dict((jax.tree_util.keystr(p), x) for p, x in jax.tree_util.tree_leaves_with_path(grads))[name], np.float64
+            )
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            u = (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-8)
+            lr = expected_rate(t, decay)
+            shrink = 0.0
+            if name.endswith("['kernel']"):
+                shrink = lr * weight_decay if form == "adamw" else lr / BASE * weight_decay
+            w = w - lr * u - shrink * w
+            m = m if first_moment is None else m.astype(first_moment).astype(np.float64)
+        result[name] = w
+    return result
+
+
+def trained(tx, params, gradients):
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    for grads in gradients:
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@pytest.mark.parametrize(("form", "weight_decay"), [("adamw", 0.3), ("independent", 0.01), ("adamw", 0.0)])
+def test_adam_is_its_equations(decay, form, weight_decay):
+    params, gradients = tree(0), [tree(1 + i, 0.1) for i in range(TOTAL)]
+    rate = schedule(base_lr=BASE, total_steps=TOTAL, warmup_steps=WARMUP, decay=decay)
+    tx = optimizer(rate, base_lr=BASE, weight_decay=weight_decay, weight_decay_form=form)
+    found, _ = trained(tx, params, gradients)
+    expected = expected_adam(params, gradients, decay=decay, weight_decay=weight_decay, form=form)
+    for path, w in jax.tree_util.tree_leaves_with_path(found):
+        np.testing.assert_allclose(
+            w, expected[jax.tree_util.keystr(path)], rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def test_weight_decay_moves_kernels_and_nothing_else():
+    params, gradients = tree(0), [tree(1), tree(2)]
+    rate = schedule(base_lr=BASE, total_steps=10, decay="cosine")
+    plain, _ = trained(optimizer(rate, base_lr=BASE), params, gradients)
+    for form, weight_decay in (("adamw", 0.3), ("independent", 1e-3)):
+        decayed, _ = trained(optimizer(rate, base_lr=BASE, weight_decay=weight_decay, weight_decay_form=form), params, gradients)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(decayed), strict=True):
+            assert np.array_equal(a, b) == (path[-1].key != "kernel"), jax.tree_util.keystr(path)
+
+
+def test_the_two_forms_of_decay_are_one_at_the_same_product():
+    params, gradients = tree(0), [tree(1 + i) for i in range(5)]
+    rate = schedule(base_lr=BASE, total_steps=10, decay="linear")
+    a, _ = trained(optimizer(rate, base_lr=BASE, weight_decay=0.1), params, gradients)
+    b, _ = trained(optimizer(rate, base_lr=BASE, weight_decay=0.1 * BASE, weight_decay_form="independent"), params, gradients)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), a, b)
+
+
+def test_a_bfloat16_first_moment_is_kept_so_and_costs_only_its_rounding():
+    params, gradients = tree(0), [tree(1 + i, 0.1) for i in range(TOTAL)]
+    rate = schedule(base_lr=BASE, total_steps=TOTAL, warmup_steps=WARMUP, decay="cosine")
+    found, state = trained(optimizer(rate, base_lr=BASE, first_moment="bfloat16"), params, gradients)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[0].mu)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state[0].nu)} == {jnp.dtype("float32")}
+    same = expected_adam(params, gradients, decay="cosine", weight_decay=0.0, form="adamw", first_moment=jnp.bfloat16)
+    other = expected_adam(params, gradients, decay="cosine", weight_decay=0.0, form="adamw")
+    for path, w in jax.tree_util.tree_leaves_with_path(found):
+        name = jax.tree_util.keystr(path)
+        rounding = np.abs(same[name] - other[name]).max()
+        assert rounding > 1e-5
+        # A product that lands on the edge between two bfloat16 values may round either way in float32 and in float64.
+        assert np.abs(w - same[name]).max() < 0.5 * rounding
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_schedule_is_its_equation_at_every_step(decay):
+    rate = jax.jit(schedule(base_lr=BASE, total_steps=TOTAL, warmup_steps=WARMUP, decay=decay))
+    found = [float(rate(jnp.int32(t))) for t in range(TOTAL + 5)]
+    np.testing.assert_allclose(found, [expected_rate(t, decay) for t in range(TOTAL + 5)], rtol=1e-5, atol=1e-9)
+    assert found[0] == 0.0
+    assert found[WARMUP] == pytest.approx(BASE)
+    assert found[TOTAL] == found[TOTAL + 4] == pytest.approx(1e-5 if decay == "linear" else 0.0, abs=1e-9)
+
+
+def test_schedule_counts_single_steps_of_a_very_long_run():
+    rate = schedule(base_lr=1.0, total_steps=2**25, warmup_steps=2**25 - 8, decay="linear", linear_end=0.0)
+    found = [float(jax.jit(rate)(jnp.int32(2**25 - 8 + i))) for i in range(9)]
+    np.testing.assert_allclose(found, 1 - np.arange(9) / 8, atol=1e-6)
+
+
+def test_schedule_without_warm_up_starts_at_its_peak():
+    assert float(schedule(base_lr=0.1, total_steps=5, decay="cosine")(0)) == pytest.approx(0.1)
+
+
+def test_the_state_mirrors_the_parameters():
+    params = tree(0)
+    tx = optimizer(schedule(base_lr=BASE, total_steps=9), base_lr=BASE, weight_decay=0.1, first_moment="bfloat16")
+    specs = jax.tree.map(lambda w: P(*("data",) * w.ndim), params)
+    state = jax.eval_shape(tx.init, params)
+    marked = optax.tree_utils.tree_map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P())
+    assert marked[0].mu == marked[0].nu == specs
+    assert marked[0].count == P()
+    assert jax.tree.structure(marked, is_leaf=lambda x: isinstance(x, P)) == jax.tree.structure(state)
+
+
+def test_shards_are_updated_as_the_whole_is():
+    params = {"a": {"kernel": jnp.arange(32.0).reshape(8, 4) / 7, "bias": jnp.arange(8.0)}}
+    gradients = jax.tree.map(jnp.sin, params)
+    tx = optimizer(schedule(base_lr=BASE, total_steps=9), base_lr=BASE, weight_decay=0.1)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def two_steps(params, grads):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    split = jax.jit(jax.shard_map(two_steps, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(params, gradients)
+    whole = jax.jit(two_steps)(params, gradients)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), split, whole)
+    assert not np.allclose(whole["a"]["kernel"], params["a"]["kernel"], rtol=1e-6)
+
+
+def test_sgd_is_its_equations():
+    params, gradients = tree(0), [tree(1 + i) for i in range(6)]
+    found, _ = trained(sgd(schedule(base_lr=0.1, total_steps=8)), params, gradients)
+    for i, w in enumerate(jax.tree.leaves(params)):
+        w, m = np.asarray(w, np.float64), 0.0
+        for t, grads in enumerate(gradients):
+            m = 0.9 * m + np.asarray(jax.tree.leaves(grads)[i], np.float64)
+            w = w - 0.1 * (1 + math.cos(math.pi * t / 8)) / 2 * m
+        np.testing.assert_allclose(jax.tree.leaves(found)[i], w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: schedule(base_lr=1.0, total_steps=10, warmup_steps=10), "warmup_steps=10 of total_steps=10"),
+        (lambda: schedule(base_lr=1.0, total_steps=10, warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: schedule(base_lr=1.0, total_steps=10, decay="step"), "decay='step'"),
+        (lambda: optimizer(optax.constant_schedule(1.0), base_lr=1.0, weight_decay_form="l2"), "weight_decay_form='l2'"),
+        (lambda: optimizer(optax.constant_schedule(1.0), base_lr=1.0, first_moment="float16"), "first_moment='float16'"),
+        (lambda: optimizer(optax.constant_schedule(1.0), base_lr=1.0, weight_decay=-0.1), "weight_decay=-0.1"),
+        (lambda: optimizer(optax.constant_schedule(1.0), base_lr=0.0), "base_lr=0.0"),
+    ],
+)
+def test_what_makes_no_optimizer_is_refused(call, words):
+    with pytest.raises(ValueError, match=r"must|required") as error:
+        call()
+    assert words in str(error.value)
+
+
+def test_decay_without_parameters_is_refused():
+    tx = optimizer(optax.constant_schedule(1.0), base_lr=1.0, weight_decay=0.1)
+    with pytest.raises(ValueError, match="params=None"):
+        tx.update(tree(0), tx.init(tree(0)))

@@ -1,0 +1,117 @@
+"""The recipes against Table 3 of the paper, typed in again from its text."""
+
+import dataclasses
+
+import pytest
+
+from train.recipes import TABLE_3, Recipe, names, recipe
+
+# Models, data set, epochs, base LR, LR decay, weight decay, dropout: the thirteen rows as printed.
+PAPER = """
+ViT-B/16 ViT-B/32         | jft         | 7     | 8e-4 | linear | 0.1  | 0.0
+ViT-L/32                  | jft         | 7     | 6e-4 | linear | 0.1  | 0.0
+ViT-L/16                  | jft         | 7 14  | 4e-4 | linear | 0.1  | 0.0
+ViT-H/14                  | jft         | 14    | 3e-4 | linear | 0.1  | 0.0
+R50x1 R50x2               | jft         | 7     | 1e-3 | linear | 0.1  | 0.0
+R101x1                    | jft         | 7     | 8e-4 | linear | 0.1  | 0.0
+R152x1 R152x2             | jft         | 7     | 6e-4 | linear | 0.1  | 0.0
+R50+ViT-B/16 R50+ViT-B/32 | jft         | 7     | 8e-4 | linear | 0.1  | 0.0
+R50+ViT-L/32              | jft         | 7     | 2e-4 | linear | 0.1  | 0.0
+R50+ViT-L/16              | jft         | 7 14  | 4e-4 | linear | 0.1  | 0.0
+ViT-B/16 ViT-B/32         | imagenet21k | 90    | 1e-3 | linear | 0.03 | 0.1
+ViT-L/16 ViT-L/32         | imagenet21k | 30 90 | 1e-3 | linear | 0.03 | 0.1
+ViT-Ti/16 ViT-S/16 ViT-B/16 ViT-B/32 ViT-L/16 ViT-L/32 ViT-H/14 | imagenet | 300 | 3e-3 | cosine | 0.3 | 0.1
+"""
+ROWS = [[cell.strip() for cell in line.split("|")] for line in PAPER.strip().splitlines()]
+EXAMPLES = {"jft": 303_000_000, "imagenet21k": 14_197_122, "imagenet": 1_281_167}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[1]}-{row[0].split()[0]}")
+def test_every_row_of_table_3(row):
+    models, data, epochs, base_lr, decay, weight_decay, dropout = row
+    for model in models.split():
+        for position, count in enumerate(epochs.split()):
+            found = [recipe(data, model)] if position == 0 else []
+            if f"{data}-{count}ep" in names():
+                found.append(recipe(f"{data}-{count}ep", model))
+            assert found
+            for r in found:
+                assert (r.epochs, r.base_lr, r.decay) == (int(count), float(base_lr), decay)
+                assert (r.weight_decay, r.dropout) == (float(weight_decay), float(dropout))
+                assert (r.batch_size, r.warmup_steps, r.image_size) == (4096, 10_000, 224)
+                assert (r.b1, r.b2) == (0.9, 0.999)
+                assert r.clip_norm == (1.0 if data == "imagenet" else None)
+                assert r.examples == EXAMPLES[data]
+                assert r.steps == int(count) * EXAMPLES[data] // 4096 > r.warmup_steps
+
+
+def test_the_table_holds_the_paper_s_rows_and_no_others():
+    def key(models, data, epochs):
+        return frozenset(models), data, tuple(epochs)
+
+    printed = {key(models.split(), data, map(int, epochs.split())) for models, data, epochs, *_ in ROWS if data != "imagenet"}
+    assert {key(row.models, row.data, row.epochs) for row in TABLE_3 if row.data != "imagenet"} == printed
+    assert [row.models for row in TABLE_3 if row.data == "imagenet"] == [("ViT-*",)]
+    assert len(TABLE_3) == len(ROWS) == 13
+
+
+def test_a_hybrid_is_trained_as_its_vit_where_the_table_has_no_row():
+    for data in ("imagenet21k", "imagenet"):
+        assert recipe(data, "R50+ViT-B/16") == recipe(data, "ViT-B/16")
+    assert recipe("jft", "R50+ViT-L/32").base_lr != recipe("jft", "ViT-L/32").base_lr
+
+
+def test_digits_is_for_any_model():
+    r = recipe("digits", "ViT-Nano/2")
+    assert r == recipe("digits", "anything")
+    assert (r.image_size, r.examples) == (8, 1437)
+    assert r.warmup_steps < r.steps
+
+
+def test_multi_label_data_take_the_sigmoid():
+    assert recipe("imagenet21k", "ViT-B/16").loss == recipe("jft", "ViT-B/16").loss == "sigmoid"
+    assert recipe("imagenet21k", "ViT-B/16").head_bias == -10.0
+    assert recipe("imagenet", "ViT-B/16").loss == "softmax"
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "words"),
+    [
+        ("imagnet", "ViT-B/16", "unknown recipe 'imagnet': the nearest are imagenet"),
+        ("zzz", "ViT-B/16", "digits"),
+        ("jft", "ViT-B/61", "no 'ViT-B/61' on jft: the nearest are ViT-B/16"),
+        ("jft", "R200x3", "no 'R200x3' on jft"),
+        ("jft-14ep", "ViT-B/16", "for 7 epochs, not 14"),
+        ("imagenet21k-30ep", "ViT-B/32", "for 90 epochs, not 30"),
+        ("imagenet-10ep", "ViT-B/16", "unknown recipe 'imagenet-10ep'"),
+    ],
+)
+def test_what_the_table_lacks_is_refused_with_the_nearest(name, model, words):
+    with pytest.raises(ValueError, match=r"recipe|Table 3") as error:
+        recipe(name, model)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"warmup_steps": -1},
+        {"dropout": 1.0},
+        {"label_smoothing": -0.1},
+        {"clip_norm": 0.0},
+        {"loss": "sigmoid", "label_smoothing": 0.1},
+    ],
+    ids=str,
+)
+def test_a_changed_recipe_is_checked_again(change):
+    with pytest.raises(ValueError, match=next(reversed(change))):
+        dataclasses.replace(recipe("imagenet", "ViT-B/16"), **change)
+
+
+def test_steps_are_whole_batches_and_at_least_one():
+    r = Recipe(name="x", examples=10, epochs=3, base_lr=1.0, decay="cosine", weight_decay=0.0, dropout=0.0, batch_size=4)
+    assert r.steps == 7
+    assert dataclasses.replace(r, batch_size=100).steps == 1
