@@ -13,6 +13,7 @@ an item costs grain some 0.1 ms: a whole batch where examples lie decoded in mem
 import math
 import os
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -20,10 +21,11 @@ from typing import Any, Self
 import grain
 import grain.experimental
 import numpy as np
+from absl import flags
 
 from train.data.augment import AUGMENTATIONS, PREPROCESSES
 from train.data.sampling import epoch_order, random_subset, uniforms
-from train.data.source import Source
+from train.data.source import DataError, Source
 
 Batch = dict[str, np.ndarray]
 
@@ -128,6 +130,11 @@ def _join(groups: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([g[key] for g in groups]) for key in groups[0]}
 
 
+def _close(reader: list[Any]) -> None:
+    while reader:
+        reader.pop().close()
+
+
 # --- the iterators ----------------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +144,8 @@ class _Batches(Iterator[Batch]):
     def __init__(self, rows: _TrainRows | _EvalRows, shard: _Shard, *, steps: int | None, threads: int, workers: int):
         self._rows, self._shard, self._steps, self._threads, self._workers = rows, shard, steps, threads, workers
         self._start = 0
-        self._reader: Any = None  # grain's iterator, while there is one
+        self._reader: list[Any] = []  # grain's iterator, while there is one
+        self._end: weakref.finalize | None = None  # closes it
 
     def _open(self) -> Any:
         shard, ahead = self._shard, PREFETCH * self._shard.groups
@@ -147,6 +155,8 @@ class _Batches(Iterator[Batch]):
         options = grain.ReadOptions(num_threads=min(self._threads, buffer), prefetch_buffer_size=buffer)
         dataset = grain.MapDataset.source(items).to_iter_dataset(options)
         if self._workers:
+            if not flags.FLAGS.is_parsed():  # grain reads its flags before it starts a process; only absl programs parse them
+                flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=buffer))
         if shard.groups > 1:
             # Joining the groups copies the batch: in a thread of its own, so that the step does not wait for it.
@@ -155,21 +165,24 @@ class _Batches(Iterator[Batch]):
         return iter(dataset)
 
     def __next__(self) -> Batch:
-        if self._reader is None:
-            self._reader = self._open()
+        if not self._reader:
+            self._reader = [self._open()]
+            # Also where nobody closes: grain's own destructor, run last of all, finds its modules gone and says so at length.
+            self._end = weakref.finalize(self, _close, self._reader)
         try:
-            batch = next(self._reader)
-        except BaseException:
+            batch = next(self._reader[0])
+        except BaseException as error:
             self.close()
+            if isinstance(error, DataError):
+                error.__dict__.pop("__notes__", None)  # grain's remark on how to see its own frames: not for the user
             raise
         self._start += self._shard.batch
         return batch
 
     def close(self) -> None:
         """Ends the threads and processes. Harmless when repeated; a later `next` starts them again where it stopped."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
+        if self._end is not None:
+            self._end()
 
     def __enter__(self) -> Self:
         return self

@@ -24,10 +24,17 @@ class Source(Protocol):
     decoded: True where reading is a look-up in memory; the pipeline then reads a whole batch in one thread.
     """
 
-    name: str
-    classes: tuple[str, ...]
-    augment: str
-    decoded: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def augment(self) -> str: ...
+
+    @property
+    def decoded(self) -> bool: ...
 
     def __len__(self) -> int: ...
 
