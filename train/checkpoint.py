@@ -33,8 +33,9 @@ class Checkpoints:
     """The checkpoints of one run, in one directory.
 
     directory: made if missing, relative paths are made absolute. keep: how many of the newest steps stay. every: steps that are
-    multiples of it stay for good as well. Opening removes what a killed run left half-written. Every process of a job calls every
-    method. Close it, or use it as a context manager: leaving waits for the save under way. Raises ValueError, CheckpointError.
+    multiples of it stay for good as well. Opening removes, in the background, what a killed run left half-written. Every process
+    of a job calls every method. Close it, or use it as a context manager: leaving waits for the save under way. Raises ValueError,
+    CheckpointError.
 
         with Checkpoints("run/checkpoints", keep=3) as checkpoints:
             if checkpoints.latest_step() is not None:

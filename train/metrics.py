@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import tempfile
+from typing import SupportsFloat
 
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -43,19 +44,21 @@ class Recorder:
 
             self._bar = tqdm(total=total_steps, initial=step, unit="step", file=stream, dynamic_ncols=True, bar_format=_BAR)
 
-    def write(self, step: int, **values: float) -> None:
-        """Appends one line and flushes it. values: floats, or anything float() takes; None is left out."""
+    def write(self, step: int, **values: SupportsFloat | None) -> None:
+        """Appends one line and flushes it. values: whatever float() takes; None is left out."""
         record = {"step": int(step)} | {key: _number(value) for key, value in values.items() if value is not None}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
-    def progress(self, step: int, *, loss: float | None = None, images_per_second: float | None = None, **more: float) -> None:
+    def progress(
+        self, step: int, *, loss: SupportsFloat | None = None, images_per_second: SupportsFloat | None = None, **more: SupportsFloat
+    ) -> None:
         """Moves the progress line to `step`: loss, images/s and what `more` names beside it. Nothing where there is no terminal."""
         if self._bar is None:
             return
-        parts = [] if loss is None else [f"loss {loss:.4f}"]
-        parts += [] if images_per_second is None else [f"{images_per_second:,.0f} images/s"]
-        parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in more.items()]
+        parts = [] if loss is None else [f"loss {float(loss):.4f}"]
+        parts += [] if images_per_second is None else [f"{float(images_per_second):,.0f} images/s"]
+        parts += [f"{name.replace('_', ' ')} {float(value):.4g}" for name, value in more.items()]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update(step - self._bar.n)
 

@@ -5,7 +5,8 @@ Clipping by the global norm is not here, for it needs a sum over the mesh: the t
 Count: the t-th call of `update` (t = 0, 1, ...) uses schedule(t), as in optax and the release; with a warm-up the first has rate 0.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ def schedule(
     warmup_steps: int = 0,
     decay: Literal["linear", "cosine"] = "cosine",
     linear_end: float = 1e-5,
-) -> optax.Schedule:
+) -> Callable[[Any], jax.Array]:
     """The learning rate of step t: linear warm-up times linear or cosine decay.
 
         p = clip((t - warmup) / (total - warmup), 0, 1)

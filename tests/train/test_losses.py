@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
 
-shapes = st.tuples(st.integers(1, 9), st.integers(1, 40))
+shapes = st.sampled_from([(1, 1), (4, 2), (3, 10), (2, 1000)])  # few, for each one compiles anew; the seeds vary
 seeds = st.integers(0, 2**31)
 smoothings = st.sampled_from([0.0, 0.1, 0.5])
 

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def expected_adam(params, gradients, *, decay, weight_decay, form, first_moment=
     return result
 
 
-def trained(tx, params, gradients):
+def trained(tx, params: Any, gradients) -> tuple[Any, Any]:
     step = jax.jit(tx.update)
     state = tx.init(params)
     for grads in gradients:
@@ -70,7 +71,7 @@ def trained(tx, params, gradients):
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 @pytest.mark.parametrize(("form", "weight_decay"), [("adamw", 0.3), ("independent", 0.01), ("adamw", 0.0)])
-def test_adam_is_its_equations(decay, form, weight_decay):
+def test_adam_is_its_equations(decay: Any, form: Any, weight_decay):
     params, gradients = tree(0), [tree(1 + i, 0.1) for i in range(TOTAL)]
     rate = schedule(base_lr=BASE, total_steps=TOTAL, warmup_steps=WARMUP, decay=decay)
     tx = optimizer(rate, base_lr=BASE, weight_decay=weight_decay, weight_decay_form=form)
@@ -86,7 +87,8 @@ def test_weight_decay_moves_kernels_and_nothing_else():
     params, gradients = tree(0), [tree(1), tree(2)]
     rate = schedule(base_lr=BASE, total_steps=10, decay="cosine")
     plain, _ = trained(optimizer(rate, base_lr=BASE), params, gradients)
-    for form, weight_decay in (("adamw", 0.3), ("independent", 1e-3)):
+    forms: Any = (("adamw", 0.3), ("independent", 1e-3))
+    for form, weight_decay in forms:
         decayed, _ = trained(optimizer(rate, base_lr=BASE, weight_decay=weight_decay, weight_decay_form=form), params, gradients)
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(decayed), strict=True):
             assert np.array_equal(a, b) == (path[-1].key != "kernel"), jax.tree_util.keystr(path)
@@ -141,7 +143,7 @@ def test_the_state_mirrors_the_parameters():
     tx = optimizer(schedule(base_lr=BASE, total_steps=9), base_lr=BASE, weight_decay=0.1, first_moment="bfloat16")
     specs = jax.tree.map(lambda w: P(*("data",) * w.ndim), params)
     state = jax.eval_shape(tx.init, params)
-    marked = optax.tree_utils.tree_map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P())
+    marked: Any = optax.tree_utils.tree_map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P())
     assert marked[0].mu == marked[0].nu == specs
     assert marked[0].count == P()
     assert jax.tree.structure(marked, is_leaf=lambda x: isinstance(x, P)) == jax.tree.structure(state)
@@ -178,20 +180,21 @@ def test_sgd_is_its_equations():
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("function", "change", "words"),
     [
-        (lambda: schedule(base_lr=1.0, total_steps=10, warmup_steps=10), "warmup_steps=10 of total_steps=10"),
-        (lambda: schedule(base_lr=1.0, total_steps=10, warmup_steps=-1), "warmup_steps=-1"),
-        (lambda: schedule(base_lr=1.0, total_steps=10, decay="step"), "decay='step'"),
-        (lambda: optimizer(optax.constant_schedule(1.0), base_lr=1.0, weight_decay_form="l2"), "weight_decay_form='l2'"),
-        (lambda: optimizer(optax.constant_schedule(1.0), base_lr=1.0, first_moment="float16"), "first_moment='float16'"),
-        (lambda: optimizer(optax.constant_schedule(1.0), base_lr=1.0, weight_decay=-0.1), "weight_decay=-0.1"),
-        (lambda: optimizer(optax.constant_schedule(1.0), base_lr=0.0), "base_lr=0.0"),
+        (schedule, {"warmup_steps": 10}, "warmup_steps=10 of total_steps=10"),
+        (schedule, {"warmup_steps": -1}, "warmup_steps=-1"),
+        (schedule, {"decay": "step"}, "decay='step'"),
+        (optimizer, {"weight_decay_form": "l2"}, "weight_decay_form='l2'"),
+        (optimizer, {"first_moment": "float16"}, "first_moment='float16'"),
+        (optimizer, {"weight_decay": -0.1}, "weight_decay=-0.1"),
+        (optimizer, {"base_lr": 0.0}, "base_lr=0.0"),
     ],
 )
-def test_what_makes_no_optimizer_is_refused(call, words):
+def test_what_makes_no_optimizer_is_refused(function, change, words):
+    arguments = {"total_steps": 10} if function is schedule else {"learning_rate": optax.constant_schedule(1.0)}
     with pytest.raises(ValueError, match=r"must|required") as error:
-        call()
+        function(**{"base_lr": 1.0, **arguments, **change})
     assert words in str(error.value)
 
 
