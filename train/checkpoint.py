@@ -100,7 +100,7 @@ class Checkpoints:
             if not isinstance(leaf, jax.Array):
                 raise ValueError(f"leaf {name} is a {type(leaf).__name__}: the state holds jax arrays, the rest is for extra")
         try:
-            extra = json.loads(json.dumps(extra, allow_nan=False))
+            extra = json.loads(json.dumps(extra))  # as it will come back
         except (TypeError, ValueError) as error:
             raise ValueError(f"the extra of step {step} is not JSON: {error}") from error
         orbax, tree = self._orbax(), {"state": _nested(state), "extra": extra}
