@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from train.data import AUGMENTATIONS, PREPROCESSES
-from train.data.augment import ATTEMPTS, CENTER_SHARE, DIGIT_SHIFT, crop_boxes
+from train.data.augment import ATTEMPTS, CENTER_SHARE, DIGIT_DEGREES, DIGIT_SCALE, DIGIT_SHIFT, crop_boxes
 from train.data.digits import open_digits
 from train.data.sampling import AUGMENT, SUBSET, epoch_order, philox4x32, random_subset, uniforms
 
@@ -205,6 +205,13 @@ def test_crop_statistics_on_a_photograph():
         assert abs(share.std() - math.sqrt(1 / 12)) < 0.01
 
 
+def test_crops_reach_both_edges():
+    top, left, h, w = boxes_of(4, 4, 20000).T
+    for start, extent in ((top, h), (left, w)):
+        places = np.bincount(start[extent == 2], minlength=3) / (extent == 2).sum()
+        assert abs(places - 1 / 3).max() < 0.03
+
+
 @pytest.mark.parametrize(("y", "x", "expected"), [(1000, 10, (493, 0, 13, 10)), (10, 1000, (0, 493, 10, 13)), (1, 1, (0, 0, 1, 1))])
 def test_where_no_crop_fits_the_centre_is_taken(y, x, expected):
     found = boxes_of(y, x, 50)
@@ -250,6 +257,19 @@ def test_digits_shift_by_a_known_amount():
     expected = np.zeros((8, 8))
     expected[4, 4], expected[3, 4] = 200 * (1 - moved), 200 * moved
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+@pytest.mark.parametrize("angle", [0, 0.5, 1])
+def test_digits_turn_and_scale_without_shear(angle, scale):
+    """On linear ramps bilinear sampling is exact, so the slopes of the result are the Jacobian of the map."""
+    gy, gx = np.mgrid[0:16, 0:16].astype(np.uint8)[..., None]
+    draws = np.array([[angle, scale, 0.3, 0.8]] * 2)
+    out = (AUGMENTATIONS["digits"].apply([10 * gy, 10 * gx], draws, 16, 1)[:, 5:11, 5:11, 0] + 1) * 12.75
+    jacobian = np.array([[np.diff(ramp, axis=0).mean(), np.diff(ramp, axis=1).mean()] for ramp in out])
+    radians, factor = math.radians(DIGIT_DEGREES) * (2 * angle - 1), DIGIT_SCALE ** -(2 * scale - 1)
+    turn = np.array([[math.cos(radians), -math.sin(radians)], [math.sin(radians), math.cos(radians)]])
+    np.testing.assert_allclose(jacobian, factor * turn, atol=1e-4)
 
 
 def test_digits_are_never_flipped():

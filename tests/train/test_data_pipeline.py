@@ -277,6 +277,7 @@ def test_subset_is_that_many_examples_each_once_an_epoch():
     members = set(order[:60])
     assert len(members) == 60
     assert set(order[60:]) == members
+    assert len({tuple(order[:60]), tuple(order[60:]), tuple(sorted(members))}) == 3, "each epoch has an order of its own"
     assert members != set(seen(Numbered(1000), 5, subset=60, subset_seed=1))
     assert members == set(seen(Numbered(1000), 5, subset=60, seed=9)), "the run's seed must not choose the subset"
     assert members < set(seen(Numbered(1000), 25, subset=300))

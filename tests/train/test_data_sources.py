@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from train.data import SOURCES, DataError, open_source
 from train.data.decode import FORMATS, check_header, decode
@@ -162,17 +162,27 @@ def test_decode_lays_transparency_over_white(tmp_path, mode):
     assert (found[:, 3:] == 0).all()
 
 
-def test_decode_applies_exif_rotation(tmp_path):
-    rgb = gradient()
+@pytest.mark.parametrize("orientation", range(10))  # 1 to 8 are defined; the others mean nothing
+def test_decode_applies_exif_rotation(tmp_path, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-    path = saved(tmp_path, Image.fromarray(rgb), "x.png", exif=exif)
-    np.testing.assert_array_equal(decode(path), np.rot90(rgb, -1))
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.fromarray(gradient()), exif=exif)
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(decode(path), np.asarray(ImageOps.exif_transpose(image)))
+    if orientation == 6:  # to be shown turned by 90 degrees clockwise
+        np.testing.assert_array_equal(decode(path), np.rot90(gradient(), -1))
 
 
 def test_decode_survives_damaged_exif(tmp_path):
-    path = saved(tmp_path, Image.fromarray(gradient()), "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\xff\xff\xff\xff\xff\xff")
-    assert decode(path).shape == (12, 20, 3)
+    """A maker's name that is a number: Pillow cannot write such a block, but the pixels and the rotation are whole."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x0132] = "maker", 6, "date" * 40
+    damaged = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x05")  # of the type "fraction"
+    assert damaged != exif.tobytes()
+    path = saved(tmp_path, Image.fromarray(gradient()), "x.jpg", exif=damaged)
+    assert decode(path).shape == (20, 12, 3)
+    with Image.open(path) as image, pytest.raises((AttributeError, TypeError, ValueError)):
+        ImageOps.exif_transpose(image)  # what makes this test one
 
 
 def test_decode_takes_the_first_frame_and_goes_by_content(tmp_path):
@@ -229,7 +239,7 @@ def test_the_bomb_filter_is_set_by_the_module():
     code = """
 import warnings
 import train.data.decode
-from PIL import Image
+from PIL import Image, ImageOps
 print([action for action, _, category, *_ in warnings.filters if category is Image.DecompressionBombWarning])
 """
     root = Path(__file__).resolve().parents[2]

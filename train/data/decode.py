@@ -4,12 +4,11 @@ Grey, palette, CMYK and 16-bit files become 8-bit RGB; transparency is laid over
 is applied; of an animation the first frame counts. Larger images than Pillow's own limit against decompression bombs are refused.
 """
 
-import contextlib
 import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from train.data.source import DataError
 
@@ -19,6 +18,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP")
 
 # Pillow only warns between one and two times its limit. A filter set once is safe with threads; catch_warnings is not.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# What it says about damaged EXIF tags concerns nobody here, and would break into the progress line.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL.TiffImagePlugin")
 
 
 def check_header(path: str) -> None:
@@ -50,10 +51,21 @@ def _refusal(path: str, error: Exception) -> DataError:
     return DataError(f"cannot decode the image {path}: {reason}; repair or remove the file")
 
 
+# By the EXIF orientation. Not ImageOps.exif_transpose: it also writes the EXIF block anew, and damaged tags then raise.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # damaged metadata say nothing about the rotation; the pixels are whole
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
