@@ -36,8 +36,9 @@ class Operation:
 
     @property
     def kernel(self) -> str:
-        """The `name=` of the pallas_call."""
-        return re.sub(r"\.\d+$", "", self.name)
+        """The `name=` of the pallas_call, from `jit(f)/transpose(jvp(NAME))/pallas_call`; the instruction's name where that is absent."""
+        inside = re.search(r"([\w.\-]+)\)*/pallas_call$", self.source)
+        return inside[1] if inside else re.sub(r"\.\d+$", "", self.name)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
 _OP = re.compile(r"%(\S+) = (\S+)(.*)", re.S)
 _PREDICATE = re.compile(r"\((!?)%([^)\s]+)\)")
+_SELECT = re.compile(r"\((!?)%(\w+), *([^)]+)\)")  # `smov (%p1, %s2), 3`: 3 where p1 holds, else s2
 _WINDOW = re.compile(r"window_bounds: \(([\d, ]*)\)")
 _ELEMENT = re.compile(r"element_size_in_bytes: (\d+)")
 _GRANULES = re.compile(r"size_in_granules=\*/(\S+?)[,\s]")
@@ -72,6 +73,7 @@ class _Op:
     negated: bool
     predicate: str | None
     extra: tuple = ()
+    otherwise: str = ""  # the value where the predicate does not hold
 
 
 def _wrap(value: int) -> int:
@@ -208,6 +210,10 @@ def _parse_op(text: str, raw: str, granule: int) -> _Op | None:
     out, name, rest = match[1], match[2], match[3]
     if not _SCALAR.match(name):
         return None
+    select = _SELECT.search(rest)
+    if select is not None:
+        args = tuple(a for a in rest.replace(select[0], "", 1).split(",") if a.strip())
+        return _Op(out, name, args, bool(select[1]), select[2], otherwise=select[3])
     predicate = _PREDICATE.search(rest)
     if predicate is not None:
         rest = rest.replace(predicate[0], "", 1)
@@ -328,6 +334,9 @@ class _Walk:
                     self.assumed += 1
                 elif holds:
                     target = op.args[0]
+                continue
+            if op.otherwise and holds != 1:
+                self.machine.write(op.out, self.machine.read(op.otherwise) if holds == 0 else None)
                 continue
             if holds == 0:
                 continue
