@@ -34,7 +34,8 @@ def specs(tree):
 
 
 def state_on(mesh, params=None):
-    """As a train state is: parameters, an optimizer's named tuples, a counter, a typed random key and a None."""
+    """As a train state is: parameters, an optimizer's named tuples, a counter, a typed random key, a None; and a tuple whose
+    order is not that of its entries' names ("10" sorts before "2")."""
     params = values() if params is None else params
     state = {
         "params": params,
@@ -42,6 +43,7 @@ def state_on(mesh, params=None):
         "step": jnp.int32(5),
         "key": jax.random.key(3),
         "average": None,
+        "many": tuple(jnp.float32(i) for i in range(11)),
     }
     return jax.tree.map(lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), state, specs(state))
 
@@ -247,8 +249,10 @@ def test_files_that_cannot_be_read_are_one_line_and_nothing_else(tmp_path):
     done = subprocess_of(
         """
         import os, shutil, sys
+        from jax.sharding import NamedSharding, PartitionSpec
         from train.checkpoint import CheckpointError, Checkpoints, abstract
-        state = {"w": jax.random.normal(jax.random.key(0), (512, 512))}
+        split = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+        state = {name: jax.device_put(jax.random.normal(jax.random.key(0), (512, 512)), split) for name in "abc"}
         with Checkpoints(sys.argv[1]) as checkpoints:
             checkpoints.save(1, state, {})
             checkpoints.wait()
