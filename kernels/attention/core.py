@@ -1,0 +1,396 @@
+"""Softmax attention on packed projections, as Pallas TPU kernels: o = softmax(q k^T / sqrt(H)) v, head by head.
+
+Layout. The projections are one array [3, B, T, K], K = N * H: the product of LN(x) with w_qkv [3, D, K] as it stands. A kernel takes it three
+times through three index maps, and writes o as [B, T, K]: no transpose, no split, no padding in HBM. A block is exactly T rows; in
+VMEM the heads lie side by side in the lanes, and a head is worked on in the whole 128-lane columns that it touches: its queries
+are masked to its own lanes, so that the products with the columns of k are the head's alone (the MXU would pad a width of 64 to
+128 anyway). So every head width and every number of heads takes the same path, a head across a column border included (width 80).
+
+Forward, a tile of queries at a time: s = q k^T, p = exp(s - max), o = (p v) / sum(p). While T keys fit, the softmax sees whole rows;
+beyond, it is the online softmax over chunks of keys. Backward recomputes p and works on the transpose, s' = k q^T, so that the sums of
+the softmax run over sublanes and only dq and o need a transposed product:
+
+    dv = p' do,  dp' = v do^T,  ds' = p' * (dp' - sum_s(p' * dp')),  dk = ds' q / sqrt(H),  dq = ds'^T k / sqrt(H)
+
+It also returns o, which the gradient of the output projection needs. Probabilities never leave VMEM. Everything between the products
+is float32; operands of products are rounded to the dtype of the arrays, where the reference rounds them too.
+
+HBM traffic: forward 4 and backward 8 arrays of B * T * K. Paper: appendix A; online softmax: Milakov and Gimelshein 2018; recomputation:
+Dao et al. 2022.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.device import LANES, Device
+from kernels.launch import Launch, call, dot
+
+# Float32 tiles [keys, queries] that the compiler keeps in VMEM for one head, seen on v3 where memory is tight: several heads of a step are in
+# flight at once and their tiles are not reused.
+FORWARD_TILES, BACKWARD_TILES = 2.5, 5.0
+WHOLE_ROWS = 2048  # longest row of keys whose softmax is not online
+ROWS = 128  # a tile of queries or a chunk of keys is a multiple of this, or all there are
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreTiles:
+    """images and lanes (whole heads) a grid step; queries a tile; keys a chunk (T: whole rows)."""
+
+    images: int
+    lanes: int
+    queries: int
+    keys: int
+
+
+def _round_up(n: int, m: int) -> int:
+    return -(-n // m) * m
+
+
+def divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most max(limit, 1)."""
+    return next(d for d in range(max(1, min(n, limit)), 0, -1) if n % d == 0)
+
+
+def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: bool) -> CoreTiles:
+    """Tiles for shape (B, T, N, H): all heads in one step if they fit, then shorter query tiles, then chunks of keys.
+
+    NotImplementedError if a group of heads that fills whole columns does not fit VMEM even with the smallest tiles.
+    """
+    b, t, n, h = shape
+    k, size = n * h, jnp.dtype(dtype).itemsize
+    group = math.lcm(h, LANES) if k % math.lcm(h, LANES) == 0 else k
+    arrays, copies = (8, BACKWARD_TILES) if backward else (4, FORWARD_TILES)
+    rows, budget = _round_up(t, 16), device.vmem_bytes * 0.94
+
+    def bytes_of(images, lanes, queries, keys):
+        blocks = 2 * arrays * images * rows * _round_up(lanes, LANES) * size
+        scratch = 2 * rows * _round_up(lanes, LANES) * 4 if backward and (queries, keys) != (t, t) else 0
+        heads = lanes // h if (queries, keys) == (t, t) else group // h
+        return blocks + scratch + copies * heads * _round_up(keys, 8) * _round_up(queries, LANES) * 4
+
+    lengths = [t] if t <= 640 else []
+    lengths += [q for q in (512, 384, 256, ROWS) if q < t]
+    for keys in [t, 1024, 512, 256, ROWS] if t <= WHOLE_ROWS else [1024, 512, 256, ROWS]:
+        for queries in lengths:
+            for steps in range(1, k // group + 1):
+                lanes = k // steps
+                if k % steps == 0 and lanes % group == 0 and keys <= t and bytes_of(1, lanes, queries, keys) <= budget:
+                    images = divisor(b, 256 // t) if steps == 1 else 1
+                    while images > 1 and bytes_of(images, lanes, queries, keys) > budget:
+                        images = divisor(b, images - 1)
+                    return CoreTiles(images=images, lanes=lanes, queries=queries, keys=keys)
+    raise NotImplementedError(
+        f"attention over {t} tokens: keys and values of {group // h} heads of width {h} do not fit the {device.vmem_bytes >> 20} MiB of "
+        f"VMEM of a {device.name}. Use fewer tokens, or the reference ops."
+    )
+
+
+def cost(shape: tuple[int, int, int, int], dtype, *, backward: bool) -> pl.CostEstimate:
+    """FLOPs of the products (2 forward; 6 backward, two of them recomputation), exponentials, HBM bytes. shape (B, T, N, H)."""
+    b, t, n, h = shape
+    products, arrays = (6, 8) if backward else (2, 4)
+    return pl.CostEstimate(
+        flops=products * 2 * b * n * t * t * h,
+        transcendentals=b * n * t * t,
+        bytes_accessed=arrays * b * t * n * h * jnp.dtype(dtype).itemsize,
+    )
+
+
+def sweep(total: int, size: int, body) -> None:
+    """body(start, length) for consecutive tiles of `size` and, last, the shorter rest; a loop where there are several."""
+    full = total // size
+    if full == 1:
+        body(0, size)
+    elif full > 1:
+
+        def step(i, _):
+            body(pl.multiple_of(i * size, size), size)
+
+        lax.fori_loop(0, full, step, None)
+    if total % size:
+        body(full * size, total % size)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Where one head lies in the lanes of a block: the columns [lo, hi) that it touches, and its own [first, last)."""
+
+    first: int
+    last: int
+    lo: int
+    hi: int
+
+    def mask(self, value):
+        """value [rows, hi - lo] in float32 (not every generation selects in bfloat16), zero outside the head's own lanes."""
+        value = value.astype(jnp.float32)
+        if (self.first, self.last) == (self.lo, self.hi):
+            return value
+        lane = self.lo + lax.broadcasted_iota(jnp.int32, (1, self.hi - self.lo), 1)
+        return jnp.where((lane >= self.first) & (lane < self.last), value, 0.0)
+
+    def columns(self):
+        return [(c, min(c + LANES, self.hi)) for c in range(self.lo, self.hi, LANES)]
+
+
+def _heads(lanes: int, h: int) -> list[list[_Head]]:
+    """The heads of a block of `lanes` lanes, in runs that share no column with each other."""
+    runs: list[list[_Head]] = []
+    for first in range(0, lanes, h):
+        head = _Head(first, first + h, first // LANES * LANES, min(_round_up(first + h, LANES), lanes))
+        if runs and head.lo < runs[-1][-1].hi:
+            runs[-1].append(head)
+        else:
+            runs.append([head])
+    return runs
+
+
+def narrow(value, dtype, device: Device):
+    """A float32 value as an operand beside arrays of `dtype`; left alone where the MXU rounds float32 operands by itself."""
+    return value.astype(dtype) if device.bf16_matmul else value
+
+
+class _Sums(dict):
+    """Sums over heads, one a column of lanes; values, not memory."""
+
+    def add(self, head: _Head, value):
+        for lo, hi in head.columns():
+            part = value[:, lo - head.lo : hi - head.lo]
+            self[lo, hi] = self[lo, hi] + part if (lo, hi) in self else part
+
+    def store(self, put):
+        for (lo, hi), value in self.items():
+            put(slice(lo, hi), value)
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, o_ref, *, t: CoreTiles, h: int, device: Device):
+    images, total, lanes = o_ref.shape
+    factor = h**-0.5 * math.log2(math.e)  # exp(x / sqrt(H)) = 2**(factor x), one multiplication either way
+
+    def attend(i, head, q, start, size):
+        """One chunk of keys: logits [Tq, S] and values [S, columns]."""
+        keys = pl.ds(start, size)
+        s = dot(q, k_ref[0, i, keys, head.lo : head.hi], device, contract=(1, 1))
+        return s, v_ref[0, i, keys, head.lo : head.hi]
+
+    def whole(i, head, q):
+        s, v = attend(i, head, q, 0, total)
+        p = jnp.exp2((s - s.max(1, keepdims=True)) * factor)
+        return dot(narrow(p, v.dtype, device), v, device) * (1.0 / p.sum(1, keepdims=True))
+
+    def online(i, head, q):
+        def chunk(start, size, carry):
+            m, norm, acc = carry
+            s, v = attend(i, head, q, start, size)
+            new = jnp.maximum(m, s.max(1, keepdims=True))
+            p, shrink = jnp.exp2((s - new) * factor), jnp.exp2((m - new) * factor)
+            return new, norm * shrink + p.sum(1, keepdims=True), acc * shrink + dot(narrow(p, v.dtype, device), v, device)
+
+        zeros = jnp.zeros((q.shape[0], 1), jnp.float32)
+        carry = zeros - jnp.inf, zeros, jnp.zeros(q.shape, jnp.float32)
+        full = total // t.keys
+        carry = lax.fori_loop(0, full, lambda c, carry: chunk(pl.multiple_of(c * t.keys, t.keys), t.keys, carry), carry)
+        if total % t.keys:
+            carry = chunk(full * t.keys, total % t.keys, carry)
+        return carry[2] * (1.0 / carry[1])
+
+    def image(i):
+        for run in _heads(lanes, h):
+
+            def tile(start, size, run=run):
+                sums = _Sums()
+                for head in run:
+                    q = narrow(head.mask(q_ref[0, i, pl.ds(start, size), head.lo : head.hi]), o_ref.dtype, device)
+                    o = whole(i, head, q) if t.keys == total else online(i, head, q)
+                    sums.add(head, head.mask(o))
+
+                def put(columns, value):
+                    o_ref[i, pl.ds(start, size), columns] = value.astype(o_ref.dtype)
+
+                sums.store(put)
+
+            sweep(total, t.queries, tile)
+
+    sweep(images, 1, lambda i, _: image(i))
+
+
+def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, *scratch, t: CoreTiles, h: int, device: Device):
+    images, total, lanes = o_ref.shape
+    scale, factor = h**-0.5, h**-0.5 * math.log2(math.e)
+    dtype = o_ref.dtype
+    several = bool(scratch)  # several tiles of queries or chunks of keys: dk and dv are summed in scratch
+
+    def products(i, head, q, do, start, size):
+        """Transposed logits and their gradient before the softmax [S, Tq] of one chunk of keys, the keys and the values."""
+        keys = pl.ds(start, size)
+        k, v = k_ref[0, i, keys, head.lo : head.hi], v_ref[0, i, keys, head.lo : head.hi]
+        return dot(k, q, device, contract=(1, 1)), dot(v, do, device, contract=(1, 1)), k, v
+
+    def gradients(p, dp, delta, q, do, k, v):
+        """dk, dv [S, columns], and dq, o [Tq, columns] of one chunk of keys."""
+        ds, p = narrow(p * (dp - delta), dtype, device), narrow(p, dtype, device)
+        dq, o = dot(ds, k, device, contract=(0, 0)) * scale, dot(p, v, device, contract=(0, 0))
+        return dot(ds, q, device) * scale, dot(p, do, device), dq, o
+
+    def whole(i, head, q, do, emit):
+        s, dp, k, v = products(i, head, q, do, 0, total)
+        p = jnp.exp2((s - s.max(0, keepdims=True)) * factor)
+        p = p * (1.0 / p.sum(0, keepdims=True))
+        dk, dv, dq, o = gradients(p, dp, (p * dp).sum(0, keepdims=True), q, do, k, v)
+        emit(head, 0, total, dk, dv)
+        return dq, o
+
+    def online(i, head, q, do, emit):
+        """Twice over the keys: first the softmax's maximum, sum and delta of each query, then the gradients."""
+
+        def loop(chunk, carry):
+            full = total // t.keys
+            carry = lax.fori_loop(0, full, lambda c, carry: chunk(pl.multiple_of(c * t.keys, t.keys), t.keys, carry), carry)
+            return chunk(full * t.keys, total % t.keys, carry) if total % t.keys else carry
+
+        def measure(start, size, carry):
+            m, norm, delta = carry
+            s, dp, _, _ = products(i, head, q, do, start, size)
+            new = jnp.maximum(m, s.max(0, keepdims=True))
+            p, shrink = jnp.exp2((s - new) * factor), jnp.exp2((m - new) * factor)
+            return new, norm * shrink + p.sum(0, keepdims=True), delta * shrink + (p * dp).sum(0, keepdims=True)
+
+        zeros = jnp.zeros((1, q.shape[0]), jnp.float32)
+        m, norm, delta = loop(measure, (zeros - jnp.inf, zeros, zeros))
+        inverse = 1.0 / norm
+
+        def differentiate(start, size, carry):
+            s, dp, k, v = products(i, head, q, do, start, size)
+            dk, dv, dq, o = gradients(jnp.exp2((s - m) * factor) * inverse, dp, delta * inverse, q, do, k, v)
+            emit(head, start, size, dk, dv)
+            return carry[0] + dq, carry[1] + o
+
+        return loop(differentiate, (jnp.zeros(q.shape, jnp.float32),) * 2)
+
+    def image(i):
+        for ref in scratch:
+            ref[...] = jnp.zeros_like(ref)
+        for run in _heads(lanes, h):
+            dks, dvs = _Sums(), _Sums()
+
+            def emit(head, start, size, dk, dv, dks=dks, dvs=dvs):
+                if several:
+                    scratch[0][pl.ds(start, size), head.lo : head.hi] += dk
+                    scratch[1][pl.ds(start, size), head.lo : head.hi] += dv
+                else:
+                    dks.add(head, dk)
+                    dvs.add(head, dv)
+
+            def tile(start, size, run=run, emit=emit):
+                dqs, os, rows = _Sums(), _Sums(), pl.ds(start, size)
+                for head in run:
+                    q = narrow(head.mask(q_ref[0, i, rows, head.lo : head.hi]), dtype, device)
+                    do = narrow(head.mask(do_ref[i, rows, head.lo : head.hi]), dtype, device)
+                    dq, o = (whole if t.keys == total else online)(i, head, q, do, emit)
+                    dqs.add(head, head.mask(dq))
+                    os.add(head, head.mask(o))
+
+                def put_dq(columns, value):
+                    dqkv_ref[0, i, rows, columns] = value.astype(dtype)
+
+                def put_o(columns, value):
+                    o_ref[i, rows, columns] = value.astype(dtype)
+
+                dqs.store(put_dq)
+                os.store(put_o)
+
+            sweep(total, t.queries, tile)
+            for c, sums in ((1, dks), (2, dvs)):
+
+                def put(columns, value, c=c):
+                    dqkv_ref[c, i, :, columns] = value.astype(dtype)
+
+                sums.store(put)
+        for c, ref in enumerate(scratch, 1):
+            dqkv_ref[c, i] = ref[...].astype(dtype)
+
+    sweep(images, 1, lambda i, _: image(i))
+
+
+def _specs(t: CoreTiles, total: int):
+    """Block specs of one section of [3, B, T, K], of all three, and of [B, T, K]."""
+    section = [pl.BlockSpec((1, t.images, total, t.lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
+    packed = pl.BlockSpec((3, t.images, total, t.lanes), lambda i, g: (0, i, 0, g))
+    return section, packed, pl.BlockSpec((t.images, total, t.lanes), lambda i, g: (i, 0, g))
+
+
+def forward(qkv, *, num_heads: int, launch: Launch):
+    """o [B, T, K] of qkv [3, B, T, K]. Not differentiable by itself: see `attention`."""
+    _, b, total, k = qkv.shape
+    shape = b, total, num_heads, k // num_heads
+    t = tiles(shape, launch.device, qkv.dtype, backward=False)
+    section, _, rows = _specs(t, total)
+
+    def kernel(q, k, v, o):
+        _forward_kernel(q, k, v, o, t=t, h=shape[3], device=launch.device)
+
+    return call(
+        kernel,
+        launch=launch,
+        name="attention_core_forward",
+        grid=(b // t.images, k // t.lanes),
+        in_specs=section,
+        out_specs=[rows],
+        out_shapes=[((b, total, k), qkv.dtype)],
+        semantics=("parallel", "parallel"),
+        cost=cost(shape, qkv.dtype, backward=False),
+    )(qkv, qkv, qkv)[0]
+
+
+def backward(qkv, do, *, num_heads: int, launch: Launch):
+    """(dqkv [3, B, T, K], o [B, T, K]) of qkv [3, B, T, K] and the gradient do [B, T, K] of o."""
+    _, b, total, k = qkv.shape
+    shape = b, total, num_heads, k // num_heads
+    t = tiles(shape, launch.device, qkv.dtype, backward=True)
+    section, packed, rows = _specs(t, total)
+    several = (t.queries, t.keys) != (total, total)
+
+    def kernel(q, k, v, do, dqkv, o, *scratch):
+        _backward_kernel(q, k, v, do, dqkv, o, *scratch, t=t, h=shape[3], device=launch.device)
+
+    return call(
+        kernel,
+        launch=launch,
+        name="attention_core_backward",
+        grid=(b // t.images, k // t.lanes),
+        in_specs=[*section, rows],
+        out_specs=[packed, rows],
+        out_shapes=[(qkv.shape, qkv.dtype), ((b, total, k), qkv.dtype)],
+        semantics=("parallel", "parallel"),
+        cost=cost(shape, qkv.dtype, backward=True),
+        scratch=[pltpu.VMEM((total, t.lanes), jnp.float32)] * (2 * several),
+    )(qkv, qkv, qkv, do)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attention(qkv, num_heads, launch):
+    return forward(qkv, num_heads=num_heads, launch=launch)
+
+
+_attention.defvjp(
+    lambda qkv, num_heads, launch: (forward(qkv, num_heads=num_heads, launch=launch), qkv),
+    lambda num_heads, launch, qkv, do: (backward(qkv, do, num_heads=num_heads, launch=launch)[0],),
+)
+
+
+def attention(qkv, num_heads: int, *, launch: Launch):
+    """Multi-head softmax attention of packed projections qkv [3, B, T, N*H] -> [B, T, N*H]; float32 or bfloat16, differentiable.
+
+    ValueError for another shape or dtype; NotImplementedError where T is too long for VMEM.
+    """
+    if qkv.ndim != 4 or qkv.shape[0] != 3 or min(qkv.shape) < 1 or num_heads < 1 or qkv.shape[-1] % num_heads:
+        raise ValueError(f"attention: qkv has shape {qkv.shape}; required [3, B, T, N*H] with N = num_heads = {num_heads}")
+    if qkv.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"attention: qkv is {qkv.dtype}; required float32 or bfloat16")
+    return _attention(qkv, num_heads, launch)
