@@ -173,6 +173,7 @@ def test_decode_applies_exif_rotation(tmp_path, orientation):
         np.testing.assert_array_equal(decode(path), np.rot90(gradient(), -1))
 
 
+@pytest.mark.filterwarnings("ignore:Metadata Warning")  # the module's filter does so outside of pytest
 def test_decode_survives_damaged_exif(tmp_path):
     """A maker's name that is a number: Pillow cannot write such a block, but the pixels and the rotation are whole."""
     exif = Image.Exif()
