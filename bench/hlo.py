@@ -36,7 +36,7 @@ class Operation:
 
     @property
     def kernel(self) -> str:
-        """The `name=` of the pallas_call, from `jit(f)/transpose(jvp(NAME))/pallas_call`; the instruction's name where that is absent."""
+        """The `name=` of the pallas_call, from `jit(f)/transpose(jvp(NAME))/pallas_call`, else the instruction's name."""
         inside = re.search(r"([\w.\-]+)\)*/pallas_call$", self.source)
         return inside[1] if inside else re.sub(r"\.\d+$", "", self.name)
 

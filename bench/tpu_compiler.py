@@ -346,8 +346,9 @@ def _compile(program: Program, devices, request: dict) -> Report:
     except Exception as error:  # the compiler's message is the result: it is reported, not hidden
         message = " ".join(f"{type(error).__name__}: {error}".split())
         return Report(name=name, target=request["target"], error=message[:1500], seconds=time.monotonic() - started)
-    memory = compiled.memory_analysis()
-    text = compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None  # what only a backend other than XLA's may leave out
     seconds = time.monotonic() - started
     operations = hlo.operations(text)
     xla = [op for op in operations if op.kind != "kernel"]

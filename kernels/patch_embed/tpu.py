@@ -3,19 +3,20 @@
     forward     tokens[b, t] = dropout([0; patch[b, t]] @ W + a[t])       a = [cls; bias, bias, ...] + position, made outside
     backward    dW = sum_b [0; patch[b]]' g[b],   da = sum_b g[b],   dpatch[b] = (g[b] W')[1:]       g = masked cotangent
 
-The image comes as planes [B, C, Y, X], which is how XLA lays out [B, Y, X, C] on a TPU for batches that are no multiple of 128 (three
-channels in the minor dimension would be padded to 128): the transpose in front of the kernel is then a relabelling. For
+The image comes as planes [B, C, Y, X], which is how XLA lays out [B, Y, X, C] on a TPU for batches that are no multiple of 128
+(three channels in the minor dimension would be padded to 128): the transpose in front of the kernel is then a relabelling. For
 multiples of 128 XLA keeps the BATCH minor and the transpose is one copy of the image; give the argument
 `Format(Layout((0, 3, 1, 2)), sharding)` and the copy moves into the transfer from the host.
 
 Patchifying is a regrouping of lanes: X lanes are (column, j) and must become rows `column` with lanes j. In the kernel, the P
 rows of a row of patches, all channels, are transposed ([C*P, X] -> [X, C*P]); a load with stride P then takes column j of every
 patch, and the P loads side by side are the patches, contracted in the order (j, c, i). The weights are reordered to that, not the
-image. Rows of patches are built at offsets that are multiples of 8 (a dynamic offset must be) and then moved to their token's row.
+image. Rows of patches are built at offsets that are multiples of 8 (a dynamic offset must be) and then moved to their token's
+row.
 
-Shapes: planes [B, C, R, P, X], R = Y/P rows of Q = X/P patches; W [K, D], K = P*C*P; a [T, D] float32; tokens [B, T, D]. Bytes: the image
-and W once for each tile of D (one tile but for the longest sequences in 16 MiB), the tokens once. Accumulates in float32. The
-gradients of parameters and of the image are two kernels, so that XLA removes the second where nobody asks for it.
+Shapes: planes [B, C, R, P, X], R = Y/P rows of Q = X/P patches; W [K, D], K = P*C*P; a [T, D] float32; tokens [B, T, D].
+Bytes: the image and W once for each tile of D (one tile but for the longest sequences in 16 MiB), the tokens once. Accumulates
+in float32. The gradients of parameters and of the image are two kernels, so that XLA removes the second where nobody asks for it.
 """
 
 from dataclasses import dataclass
@@ -470,13 +471,16 @@ def _shape(images, kernel, bias, cls, position) -> Shape:
 def patch_embed(images, kernel, bias, cls, position, *, dropout: drop.Dropout | None = None, launch: Launch):
     """dropout([cls; patches @ kernel + bias] + position): images to tokens; `kernels.patch_embed.reference` on a TPU.
 
-    images [B, Y, X, C] float32 or bfloat16; kernel [P, P, C, D]; bias [D]; cls [D] or None; position [T, D] or None. Differentiable in all
-    of them. Returns [B, T, D] in the dtype of `images`. ValueError for shapes that do not fit together; NotImplementedError for a
-    dtype, or a shape and device, that the kernel cannot take.
+    images [B, Y, X, C] float32 or bfloat16; kernel [P, P, C, D]; bias [D]; cls [D] or None; position [T, D] or None.
+    Differentiable in all of them. Returns [B, T, D] in the dtype of `images`. ValueError for shapes that do not fit together;
+    NotImplementedError for a dtype, or a shape and device, that the kernel cannot take.
     """
     s = _shape(images, kernel, bias, cls, position)
-    dropping = dropout is not None and dropout.rate > 0.0
-    static = _Static(shape=s, rate=float(dropout.rate) if dropping else 0.0, launch=launch, dtype=images.dtype)
+    rate, scalars = 0.0, jnp.zeros(2, jnp.int32)
+    if dropout is not None and dropout.rate > 0.0:
+        rate = float(dropout.rate)
+        scalars = jnp.stack([drop.site_key(dropout.key, drop.EMBEDDING), jnp.asarray(dropout.row, jnp.int32)])
+    static = _Static(shape=s, rate=rate, launch=launch, dtype=images.dtype)
     tiles(s, launch.device)
     planes = images.transpose(0, 3, 1, 2).reshape(s.batch, s.channels, s.rows, s.patch, s.patch * s.columns)
     weight = kernel.transpose(1, 2, 0, 3).reshape(s.contracted, s.width)  # (j, c, i): the order in which patches are gathered
@@ -485,8 +489,4 @@ def patch_embed(images, kernel, bias, cls, position, *, dropout: drop.Dropout | 
         added = jnp.concatenate([cls.astype(jnp.float32)[None], added])
     if position is not None:
         added = added + position.astype(jnp.float32)
-    if dropping:
-        scalars = jnp.stack([drop.site_key(dropout.key, drop.EMBEDDING), jnp.asarray(dropout.row, jnp.int32)])
-    else:
-        scalars = jnp.zeros(2, jnp.int32)
     return _embed(static, *vary_alike(planes, weight, added, scalars))

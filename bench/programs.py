@@ -1,0 +1,136 @@
+"""Programs for the compiler: the builders that `bench.tpu_compiler` calls in its subprocess, for single ops and for whole models.
+
+Each is called as builder(devices, **arguments) with the devices of the topology, and returns (function, shapes of its arguments).
+`kernels` says whose code it is: True ours, False the references as XLA compiles them.
+"""
+
+import importlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bench.shapes import SHAPES
+from kernels.device import from_kind
+from kernels.dropout import Dropout
+from kernels.launch import Launch
+from train.step import StepOptions, make_train_step, state_specs
+from train.step import shardings as shardings_of
+from vitcore import ViTConfig, variant
+from vitcore.model import forward, init
+from vitcore.ops import REFERENCE, Ops
+
+S = jax.ShapeDtypeStruct
+
+
+def _kernel(op: str, device):
+    """Our op, compiled for `device`, which need not be a device of this process."""
+    module = importlib.import_module(f"kernels.{op.removesuffix('_half')}.tpu")
+    return partial(getattr(module, op), launch=Launch(device=from_kind(device.device_kind)))
+
+
+def ops_for(device, *, kernels: bool) -> Ops:
+    """The ops of a program compiled for `device`."""
+    return Ops(*(_kernel(op, device) for op in Ops._fields)) if kernels else REFERENCE
+
+
+def _plain_attention(q, k, v):
+    """softmax(q k' / sqrt(H)) v with the heads apart, [B, T, N, H], as XLA likes it best."""
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    probs = jax.nn.softmax(logits).astype(q.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", probs, v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+
+def _attention(device, config: ViTConfig, batch: int, dtype, *, kernels: bool):
+    """Attention without projections: ours takes them packed, [3, B, T, N*H], and XLA's code heads apart."""
+    t, n, d = config.tokens, config.num_heads, config.width
+    if not kernels:
+        return _plain_attention, (S((batch, t, n, d // n), dtype),) * 3
+    from kernels.attention.core import attention
+
+    launch = Launch(device=from_kind(device.device_kind))
+    return partial(attention, num_heads=n, launch=launch), (S((3, batch, t, d), dtype),)
+
+
+def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool, rate: float):
+    """(function, shapes of its float arguments) of an op at a model's shapes; parameters are float32."""
+    c, d, f = config, config.width, config.mlp_dim
+
+    def p(*shape):
+        return S(shape, jnp.float32)
+
+    x = S((batch, c.tokens, d), dtype)
+    dropout = Dropout(rate, jnp.int32(7)) if rate else None
+    if op == "attention":
+        return _attention(device, c, batch, dtype, kernels=kernels)
+    fn = _kernel(op, device) if kernels else getattr(REFERENCE, op)
+    if op == "patch_embed":
+        y, w = c.image_shape
+        images = S((batch, y, w, c.channels), dtype)
+        kernel = p(c.patch_size, c.patch_size, c.channels, d)
+        return partial(fn, dropout=dropout), (images, kernel, p(d), p(d), p(c.tokens, d))
+    if op == "attention_half":
+        return partial(fn, num_heads=c.num_heads, dropout=dropout), (x, p(d), p(d), p(3, d, d), p(3, d), p(d, d), p(d))
+    if op == "mlp_half":
+        return partial(fn, dropout=dropout), (x, p(d), p(d), p(d, f), p(f), p(f, d), p(d))
+    return fn, (x, p(d), p(d))
+
+
+def one_op(devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, rate=0.0):
+    """An op at a named shape: its forward pass, or forward and all gradients (a patch embedding's image only with image=True)."""
+    fn, arguments = _op(devices[0], op, SHAPES[shape].config, batch, jnp.dtype(dtype), kernels=kernels, rate=rate)
+    if not backward:
+        return fn, arguments
+    constants = 1 if op == "patch_embed" and not image else 0
+
+    def both(cotangent, *arrays):
+        value, pullback = jax.vjp(partial(fn, *arrays[:constants]), *arrays[constants:])
+        return value, pullback(cotangent)
+
+    return both, (jax.eval_shape(fn, *arguments), *arguments)
+
+
+def _config(model: str, image_size: int | None) -> ViTConfig:
+    return variant(model, num_classes=1000, **({} if image_size is None else {"image_size": image_size}))
+
+
+def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None):
+    """The logits of a whole model, parameters float32, on one core."""
+    config = _config(model, image_size)
+    ops = ops_for(devices[0], kernels=kernels)
+    params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+    images = S((batch, *config.image_shape, config.channels), dtype)
+    return (lambda p, x: forward(p, x, config, ops=ops, dtype=jnp.dtype(dtype))), (params, images)
+
+
+def train_step(
+    devices,
+    *,
+    model,
+    batch,
+    data=1,
+    axis=1,
+    dtype="bfloat16",
+    kernels=True,
+    remat=False,
+    accumulate=1,
+    image_size=None,
+    dropout=0.0,
+):
+    """The training step of `train.step` with Adam on a mesh of data x axis cores; `batch` is the global batch."""
+    config = _config(model, image_size)
+    if dropout:
+        config = variant(model, num_classes=1000, dropout=dropout, **({} if image_size is None else {"image_size": image_size}))
+    mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
+    tx = optax.adam(1e-3)
+    options = StepOptions(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), remat=remat, accumulate=accumulate)
+    specs = state_specs(config, mesh, tx, polyak=False)
+    params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+    state = type(specs)(S((), jnp.int32), params, jax.eval_shape(tx.init, params), None)
+    state = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), state, shardings_of(mesh, specs))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    images = S((batch, *config.image_shape, config.channels), jnp.dtype(dtype), sharding=split)
+    labels = S((batch,), jnp.int32, sharding=split)
+    return make_train_step(config, mesh, tx, options), (state, images, labels)
