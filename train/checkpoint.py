@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-
 # Replicas of an array share the work of writing it where each part is at least this large, in bytes. Orbax has no lower bound of
 # its own and compiles a slice for every replica of every small vector: a first save on an 8x4 mesh blocked for 14 s, now 0.1 s.
 _REPLICA_SLICE = 2**20
