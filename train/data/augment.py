@@ -88,7 +88,9 @@ def inception(images: Images, draws: np.ndarray, size: int, channels: int) -> np
     return _resample(crops, [None] * len(crops), size, channels, flips=draws[:, -1] < 0.5)
 
 
-DIGIT_SHIFT = 1 / 16  # of the side, either way: half a pixel of an 8x8 digit
+# An MLP (256, 128) after 1200 batches of 128, two seeds, on the held-out fifth: 97.9 % without augmentation, 98.3 % with half
+# this shift, 98.9 % as it stands, 99.0 % with 1.15 and 15 degrees (one image is 0.3 %).
+DIGIT_SHIFT = 1 / 8  # of the side, either way: one pixel of an 8x8 digit
 DIGIT_SCALE = 1.1
 DIGIT_DEGREES = 10.0
 
