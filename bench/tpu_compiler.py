@@ -76,9 +76,13 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A Mosaic kernel of a program: one call costs `cycles` (None where it was not counted), and there are `trips` calls."""
+    """A Mosaic kernel of a program: one call costs `cycles` (None where it was not counted), and there are `trips` calls.
+
+    name: of the instruction in the program. kernel: the `name=` of its pallas_call.
+    """
 
     name: str
+    kernel: str = ""
     trips: int
     cycles: int | None = None
     source: str = ""  # "schedule" or "profile"
@@ -313,7 +317,7 @@ def _profiled(request: dict, program: Program, report: Report, *, seconds: float
         match = next((k for k in result.kernels if k.name == kernel.name and k.source == "profile"), None)
         why = result.error or "the compiler wrote no profile for it"
         found[kernel.name] = match or replace(kernel, error=f"no static profile: {why}")
-    kernels = tuple(replace(found[k.name], trips=k.trips, schedule=k.schedule) for k in report.kernels)
+    kernels = tuple(replace(found[k.name], kernel=k.kernel, trips=k.trips, schedule=k.schedule) for k in report.kernels)
     return replace(report, kernels=kernels)
 
 
@@ -393,19 +397,20 @@ def _placed(arguments, device):
 
 
 def _kernel(op: hlo.Operation, request: dict) -> Kernel:
+    blank = Kernel(name=op.name, kernel=op.kernel, trips=op.trips)
     if not request["cycles"]:
-        return Kernel(name=op.name, trips=op.trips)
+        return blank
     folder = Path(request["dumps"])
     schedules = [f for f in folder.glob(f"*-{op.name}-*-final_bundles.txt") if "schedule-analysis" not in f.name]
     if not schedules:
-        return Kernel(name=op.name, trips=op.trips, error="the compiler dumped no schedule for it")
+        return replace(blank, error="the compiler dumped no schedule for it")
     utilization = next(iter(folder.glob(f"*-{op.name}-*-final_hlo-static-per-bundle-utilization.txt")), None)
     bandwidth = DEVICES[request["target"]].hbm_bytes_per_cycle
     try:
         count = llo.count(schedules[0], utilization, target=request["target"], bytes_per_cycle=bandwidth)
     except llo.ScheduleError as error:
-        return Kernel(name=op.name, trips=op.trips, error=str(error))
-    return Kernel(name=op.name, trips=op.trips, cycles=count.cycles, source="schedule", schedule=asdict(count))
+        return replace(blank, error=str(error))
+    return replace(blank, cycles=count.cycles, source="schedule", schedule=asdict(count))
 
 
 def _clear(folder: Path) -> None:
