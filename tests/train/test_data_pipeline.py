@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def test_labels_belong_to_their_images():
 
 def test_the_seed_decides():
     source = open_source("digits", "train")
-    run = lambda seed: take(train_batches(source, image_size=8, channels=1, batch_size=32, seed=seed), 50)  # noqa: E731
+    run = lambda seed: take(train_batches(source, image_size=8, channels=1, batch_size=32, seed=seed), 20)  # noqa: E731
     first = run(0)
     assert_same(first, run(0))
     assert all((a["image"] != b["image"]).any() for a, b in zip(first, run(1), strict=True))
@@ -361,14 +361,29 @@ def test_close_ends_the_threads(decoded):
     assert_no_threads()
 
 
-def test_batches_are_made_ahead():
-    """While the caller computes, the next batches are made: four batches of 0.1 s each cost little more than the first."""
-    with train(Numbered(1000, slow=0.1 / 12), batch_size=12) as batches:
+@dataclass(frozen=True)
+class Watched(Numbered):
+    """Counts its readings."""
+
+    read: list[int] = field(default_factory=list)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_batches_are_made_ahead_but_not_without_limit(decoded):
+    """While the caller computes, the next batches are read; some, not all that there are."""
+    source = Watched(1000, decoded=decoded)
+    with train(source) as batches:
         next(batches)
-        time.sleep(0.5)
-        start = time.perf_counter()
-        next(batches)
-        assert time.perf_counter() - start < 0.05
+        deadline = time.monotonic() + 10
+        while len(source.read) < 3 * 12:  # the one in use and PREFETCH more
+            assert time.monotonic() < deadline, len(source.read)
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(source.read) <= 6 * 12
 
 
 LEFT_OPEN = """
@@ -380,8 +395,10 @@ print(next(batches)["image"].shape, flush=True)
 """
 
 
-@pytest.mark.parametrize(("end", "code"), [("", 0), ("raise SystemExit(3)", 3), ("raise KeyboardInterrupt", None)])
-@pytest.mark.parametrize("kind", ["digits", "folder"])
+@pytest.mark.parametrize(
+    ("kind", "end", "code"),
+    [("digits", "", 0), ("folder", "", 0), ("folder", "raise SystemExit(3)", 3), ("folder", "raise KeyboardInterrupt", None)],
+)
 def test_the_interpreter_ends_with_an_iterator_open(jpegs, kind, end, code):
     spec = "digits" if kind == "digits" else f"folder:{jpegs}"
     start = time.monotonic()
