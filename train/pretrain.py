@@ -27,7 +27,7 @@ class Pretrain:
     """Pre-train a Vision Transformer. Whatever is not given comes from the recipe (paper Table 3)."""
 
     model: str | None = None
-    """ViT-{Nano,Ti,S,B,L,H}/PATCH. Default: ViT-Nano/2 for the digits, ViT-B/16 otherwise."""
+    """ViT-{Nano,Ti,S,B,L,H}/PATCH. Default: ViT-Nano/4 for the digits, ViT-B/16 otherwise."""
     data: str = "digits"
     """digits, or folder:PATH with train/CLASS/*.jpg and val/CLASS/*.jpg."""
     recipe: str | None = None
@@ -114,7 +114,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     from vitcore.config import variant
 
     digits = args.data == "digits"
-    model = args.model or ("ViT-Nano/2" if digits else "ViT-B/16")
+    model = args.model or ("ViT-Nano/4" if digits else "ViT-B/16")
     name = args.recipe or ("digits" if digits else "imagenet")
     variant(model, image_size=_patch(model))  # an unknown model is the first thing to say
     recipe = recipes.recipe(name, model)

@@ -76,7 +76,7 @@ class ViTConfig:
         return self.representation_size or self.width
 
 
-#                 width depth  mlp heads   B, L, H: paper Table 1. Ti, S: the releases that followed. Nano: for 8x8 digits.
+#                 width depth  mlp heads   B, L, H: paper Table 1. Ti, S: the releases that followed. Nano: ours, for 8x8 digits.
 _SIZES = {
     "Nano": dict(width=64, depth=4, mlp_dim=128, num_heads=4),
     "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
@@ -85,7 +85,7 @@ _SIZES = {
     "L": dict(width=1024, depth=24, mlp_dim=4096, num_heads=16),
     "H": dict(width=1280, depth=32, mlp_dim=5120, num_heads=16),
 }
-_PATCHES = {"Nano": (2,), "Ti": (16,), "S": (16, 32), "B": (16, 32), "L": (16, 32), "H": (14,)}
+_PATCHES = {"Nano": (4, 2), "Ti": (16,), "S": (16, 32), "B": (16, 32), "L": (16, 32), "H": (14,)}
 
 
 def variant(name: str, **changes) -> ViTConfig:
