@@ -3,7 +3,8 @@
 The order of an epoch is one permutation per (seed, epoch), from numpy's Philox. The draws of an augmentation come from
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) written over arrays: one call gives the
 draws of a whole batch, each row what its example would get alone, at 0.5 us an example; an object of numpy's own generators
-for each would take 9 us, more than all the rest of a digit. Both are fixed by published algorithms, so a run resumes under another numpy.
+for each would take 9 us, more than all the rest of a digit. Both are fixed by published algorithms, so a run resumes under
+another numpy.
 """
 
 from functools import lru_cache
