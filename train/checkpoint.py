@@ -12,6 +12,7 @@ Not here: damage to a committed step is not noticed (no checksums).
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -67,7 +68,8 @@ class Checkpoints:
         )
         self._saving = None  # (step, Orbax's response) of the save under way
         self._open = None
-        logging.getLogger("absl").addFilter(_not_a_failure_of_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_a_failure_of_orbax)
         self._orbax()
 
     def _orbax(self):
@@ -235,16 +237,17 @@ def _reason(error: BaseException) -> str:
 
 
 def _not_a_failure_of_orbax(record) -> bool:
-    """A log filter: Orbax prints each failure with a traceback on every thread it passes; here it is raised, and said once."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+    """A log filter: Orbax prints each failure with a traceback on every thread it passes, and asyncio those of Orbax's tasks that
+    nobody awaits any more; here a failure is raised, and said once."""
+    return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
 
 
 @contextlib.contextmanager
 def _reading(path):
     """Turns whatever reading raises into one CheckpointError.
 
-    Orbax drops its other, still failing reads, and Python reports each on stderr when it is freed: here they go unheard, and the
-    error's own chain, which would keep them alive until later, is cut.
+    Orbax drops its other, still failing reads, and Python reports each on stderr when it is freed, which for some is at the next
+    garbage collection: that is run here, unheard, and the error's own chain, which would keep them alive longer, is cut.
     """
     heard, reason = sys.unraisablehook, None
 
@@ -255,9 +258,12 @@ def _reading(path):
 
     sys.unraisablehook = hook
     try:
-        yield
-    except Exception as error:
-        reason = _reason(error)
+        try:
+            yield
+        except Exception as error:
+            reason = _reason(error)
+        if reason is not None:
+            gc.collect()
     finally:
         sys.unraisablehook = heard
     if reason is not None:
