@@ -124,12 +124,14 @@ def tiles(s: Shape, device: Device) -> Tiles:
     def at(images: int, rows: int, width: int) -> Tiles:
         return Tiles(images=images, rows=rows, width=width, group=min(group, images * rows))
 
-    for width in widths:
-        for rows in _divisors(s.rows):
-            if _bytes(s, at(1, rows, width)) > budget:
-                continue
-            room = min(_IMAGES_A_STEP, max(1, _ROWS_A_STEP // _up(s.tokens, SUBLANES)))
-            return next(t for n in _divisors(s.batch) if n <= room and _bytes(s, t := at(n, rows, width)) <= budget)
+    # a block of fewer rows than fit in flight leaves the transposes exposed: narrower tiles of D come first
+    for fewest in (min(group, s.rows), 1):
+        for width in widths:
+            for rows in (r for r in _divisors(s.rows) if r >= fewest):
+                if _bytes(s, at(1, rows, width)) > budget:
+                    continue
+                room = min(_IMAGES_A_STEP, max(1, _ROWS_A_STEP // _up(s.tokens, SUBLANES)))
+                return next(t for n in _divisors(s.batch) if n <= room and _bytes(s, t := at(n, rows, width)) <= budget)
     least = _bytes(s, at(1, 1, widths[-1]))
     raise NotImplementedError(
         f"patch_embed: {s.tokens} tokens of {s.contracted} pixels take {least / 2**20:.0f} MiB of VMEM and a {device.name} core "
