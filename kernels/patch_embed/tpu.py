@@ -61,6 +61,11 @@ class Shape:
         return self.patch * self.channels * self.patch
 
     @property
+    def side(self) -> int:
+        """Rows of pixels of a row of patches, all channels."""
+        return self.channels * self.patch
+
+    @property
     def first(self) -> int:
         """Token of the first patch: 1 after a class token, else 0."""
         return self.tokens - self.rows * self.columns
@@ -101,14 +106,14 @@ def _block(rows: int, lanes: int, itemsize: int) -> int:
 
 def _bytes(s: Shape, t: Tiles) -> int:
     """VMEM of the hungriest of the three kernels at tiles t: the parameters' gradient, or the image's."""
-    side = s.patch * s.columns
-    image = 2 * t.images * s.channels * t.rows * _block(s.patch, side, s.itemsize)
+    long = s.patch * _up(s.columns, SUBLANES)
+    image = 2 * t.images * s.channels * t.rows * _block(s.patch, long, s.itemsize)
     padded = t.images * s.rows * _block(_up(s.columns, SUBLANES), s.contracted, 4)
     patches = t.images * _block(s.tokens, s.contracted, 4)
     tokens = 2 * t.images * _block(s.tokens, t.width, s.itemsize)
     weight = 2 * _block(s.contracted, t.width, 4)
     added = 2 * _block(s.tokens, t.width, 4)
-    turned = t.group * (_block(side, s.channels * s.patch, 4) + _block(s.channels * s.patch, side, 4))
+    turned = t.group * (_block(long, s.side, 4) + 2 * _block(s.side, long, 4)) + _block(long, long, 4)
     return image + padded + patches + tokens + weight + added + turned + t.images * _block(s.tokens, t.width, 4)
 
 
@@ -178,21 +183,20 @@ def _keep(static: _Static, scalars_ref, example, tile, width: int):
     return drop.keep(drop.row_hash(scalars_ref[0], rows), columns, static.rate)
 
 
-def _each_row(t: Tiles, body) -> None:
-    """body(image, row, slot) for every row of patches of a block, t.group of them in flight, each in its own slot of scratch."""
-    rows, total, group = t.rows, t.images * t.rows, t.group
+def _each_group(t: Tiles, body) -> None:
+    """body([(image, row), ...]) over the rows of patches of a block, t.group of them in flight, each in its own slot of scratch."""
+    total, group = t.images * t.rows, t.group
 
-    def one(index, slot):
-        body(*(divmod(index, rows) if isinstance(index, int) else (lax.div(index, rows), lax.rem(index, rows))), slot)
+    def at(index):
+        return divmod(index, t.rows) if isinstance(index, int) else (lax.div(index, t.rows), lax.rem(index, t.rows))
 
     def several(step, carry):
-        for slot in range(group):
-            one(step * group + slot, slot)
+        body([at(step * group + slot) for slot in range(group)])
         return carry
 
     lax.fori_loop(0, total // group, several, 0)
-    for slot in range(total % group):
-        one(total - total % group + slot, slot)
+    if total % group:
+        body([at(total - total % group + slot) for slot in range(total % group)])
 
 
 def _place(s: Shape, image, row):
@@ -210,20 +214,30 @@ def _moves(s: Shape, t: Tiles):
             yield image, s.first + row * s.columns, (image * s.rows + row) * q
 
 
-def _patchify(s: Shape, t: Tiles, chunk, planes_ref, rows_ref, turned_ref, padded_ref):
+def _patchify(static: _Static, t: Tiles, chunk, planes_ref, order_ref, rows_ref, turned_ref, padded_ref):
     """The patches of a block of the image into the padded scratch."""
-    p, side = s.patch, s.channels * s.patch
+    s = static.shape
+    p, q, side, deep = s.patch, _up(s.columns, SUBLANES), s.side, _up(s.side, SUBLANES)
 
-    def body(image, row, slot):
-        for c in range(s.channels):
-            rows_ref[slot, c * p : (c + 1) * p, :] = planes_ref[image, c, row].astype(jnp.float32)
-        turned_ref[slot] = rows_ref[slot].T
-        columns = [turned_ref.at[slot][pl.ds(j, s.columns, stride=p), :] for j in range(p)]
-        start = _place(s, image, chunk * t.rows + row)
-        for j, column in enumerate(columns):
-            padded_ref[pl.ds(start, s.columns), j * side : (j + 1) * side] = column
+    def body(where):
+        for slot, (image, row) in enumerate(where):
+            for c in range(s.channels):
+                rows_ref[slot * deep + c * p : slot * deep + (c + 1) * p, :] = planes_ref[image, c, row].astype(jnp.float32)
+        if order_ref is not None:
+            ordered = _dot(rows_ref[: len(where) * deep, :], order_ref[...], static, (1, 0))
+        for slot in range(len(where)):
+            block = slice(slot * deep, slot * deep + side)
+            turned_ref[slot] = (rows_ref[block, :] if order_ref is None else ordered[block]).T
+        for slot, (image, row) in enumerate(where):
+            start = _place(s, image, chunk * t.rows + row)
+            for j in range(p):
+                if order_ref is None:
+                    column = turned_ref.at[slot][pl.ds(j, s.columns, stride=p), :]
+                else:
+                    column = turned_ref[slot, j * q : j * q + s.columns, :]
+                padded_ref[pl.ds(start, s.columns), j * side : (j + 1) * side] = column
 
-    _each_row(t, body)
+    _each_group(t, body)
 
 
 def _to_tokens(s: Shape, t: Tiles, padded_ref, patches_ref):
@@ -238,10 +252,10 @@ def _to_tokens(s: Shape, t: Tiles, padded_ref, patches_ref):
         patches_ref[image, token : token + s.columns, :] = padded_ref[row : row + s.columns, :]
 
 
-def _forward(static, t, scalars_ref, planes_ref, w_ref, a_ref, out_ref, rows_ref, turned_ref, padded_ref, patches_ref):
+def _forward(static, t, scalars_ref, planes_ref, order_ref, w_ref, a_ref, out_ref, rows_ref, turned_ref, padded_ref, patches_ref):
     s = static.shape
     tile, block, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    _patchify(s, t, chunk, planes_ref, rows_ref, turned_ref, padded_ref)
+    _patchify(static, t, chunk, planes_ref, order_ref, rows_ref, turned_ref, padded_ref)
 
     @pl.when(chunk == s.rows // t.rows - 1)
     def _():
@@ -254,10 +268,12 @@ def _forward(static, t, scalars_ref, planes_ref, w_ref, a_ref, out_ref, rows_ref
             out_ref[image] = tokens.astype(out_ref.dtype)
 
 
-def _parameters_backward(static, t, scalars_ref, planes_ref, g_ref, dw_ref, da_ref, rows_ref, turned_ref, padded_ref, patches_ref):
+def _parameters_backward(
+    static, t, scalars_ref, planes_ref, order_ref, g_ref, dw_ref, da_ref, rows_ref, turned_ref, padded_ref, patches_ref
+):
     s = static.shape
     tile, block, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    _patchify(s, t, chunk, planes_ref, rows_ref, turned_ref, padded_ref)
+    _patchify(static, t, chunk, planes_ref, order_ref, rows_ref, turned_ref, padded_ref)
 
     @pl.when((block == 0) & (chunk == 0))
     def _():
@@ -275,22 +291,25 @@ def _parameters_backward(static, t, scalars_ref, planes_ref, g_ref, dw_ref, da_r
             dw_ref[...] += _dot(patches_ref[image, : s.tokens, :], g, static, (0, 0))
 
 
-def _unpatchify(s: Shape, t: Tiles, chunk, padded_ref, turned_ref, rows_ref, dplanes_ref):
+def _unpatchify(s: Shape, t: Tiles, chunk, padded_ref, turned_ref, dplanes_ref):
     """The reverse of `_patchify`: a block of the image's gradient from the padded scratch."""
-    p, side = s.patch, s.channels * s.patch
+    p, side = s.patch, s.side
 
-    def body(image, row, slot):
-        start = _place(s, image, chunk * t.rows + row)
-        for j in range(p):
-            turned_ref.at[slot][pl.ds(j, s.columns, stride=p), :] = padded_ref[pl.ds(start, s.columns), j * side : (j + 1) * side]
-        rows_ref[slot] = turned_ref[slot].T
-        for c in range(s.channels):
-            dplanes_ref[image, c, row] = rows_ref[slot, c * p : (c + 1) * p, :].astype(dplanes_ref.dtype)
+    def body(where):
+        for slot, (image, row) in enumerate(where):
+            start = _place(s, image, chunk * t.rows + row)
+            for j in range(p):
+                column = padded_ref[pl.ds(start, s.columns), j * side : (j + 1) * side]
+                turned_ref.at[slot][pl.ds(j, s.columns, stride=p), :] = column
+        for slot, (image, row) in enumerate(where):
+            rows = turned_ref[slot].T
+            for c in range(s.channels):
+                dplanes_ref[image, c, row] = rows[c * p : (c + 1) * p, :].astype(dplanes_ref.dtype)
 
-    _each_row(t, body)
+    _each_group(t, body)
 
 
-def _image_backward(static, t, scalars_ref, g_ref, w_ref, dplanes_ref, rows_ref, turned_ref, padded_ref, patches_ref):
+def _image_backward(static, t, scalars_ref, g_ref, w_ref, dplanes_ref, turned_ref, padded_ref, patches_ref):
     """Grid (images, steps): first the tiles of D, summed into dpatch, then the blocks of the image; the last tile is the first block."""
     s = static.shape
     block, step, summed = pl.program_id(0), pl.program_id(1), s.width // t.width
@@ -314,20 +333,49 @@ def _image_backward(static, t, scalars_ref, g_ref, w_ref, dplanes_ref, rows_ref,
 
     @pl.when(step >= summed - 1)
     def _():
-        _unpatchify(s, t, step - (summed - 1), padded_ref, turned_ref, rows_ref, dplanes_ref)
+        _unpatchify(s, t, step - (summed - 1), padded_ref, turned_ref, dplanes_ref)
 
 
 # ---- launches
 
 
-def _scratch(s: Shape, t: Tiles):
-    side, deep = s.patch * s.columns, s.channels * s.patch
+def _gathers(device: Device) -> bool:
+    """Whether loads with a stride over sublanes are one instruction; elsewhere Mosaic makes them of one load a row."""
+    return device.name in ("v5e", "v5p", "v6e", "7x")
+
+
+def _scratch(static: _Static, t: Tiles):
+    s = static.shape
+    q = _up(s.columns, SUBLANES)
+    long = s.patch * (s.columns if _gathers(static.launch.device) else q)
     return [
-        pltpu.VMEM((t.group, deep, side), jnp.float32),
-        pltpu.VMEM((t.group, side, deep), jnp.float32),
-        pltpu.VMEM((t.images * s.rows * _up(s.columns, SUBLANES), s.contracted), jnp.float32),
+        pltpu.VMEM((t.group * _up(s.side, SUBLANES), s.patch * s.columns), jnp.float32),
+        pltpu.VMEM((t.group, long, s.side), jnp.float32),
+        pltpu.VMEM((t.images * s.rows * q, s.contracted), jnp.float32),
         pltpu.VMEM((t.images, _up(s.tokens, SUBLANES), s.contracted), jnp.float32),
     ]
+
+
+def _image_scratch(static: _Static, t: Tiles):
+    s = static.shape
+    _, _, padded, patches = _scratch(static, t)
+    return [pltpu.VMEM((t.group, s.patch * s.columns, s.side), jnp.float32), padded, patches]
+
+
+def _with_order(kernel, static: _Static, t: Tiles):
+    """(kernel body, its extra inputs, their specs): where loads cannot gather, the matrix that reorders lanes (column, j) to (j, column).
+
+    A 0/1 matrix product is exact for what the MXU takes exactly, and rounds float32 as the product that follows does.
+    """
+    s = static.shape
+    if _gathers(static.launch.device):
+        return lambda scalars, planes, *refs: kernel(static, t, scalars, planes, None, *refs), (), ()
+    q = _up(s.columns, SUBLANES)
+    j, column = np.divmod(np.arange(s.patch * q), q)
+    source = np.where(column < s.columns, column * s.patch + j, -1).astype(np.int32)
+    order = (jnp.arange(s.patch * s.columns, dtype=jnp.int32)[:, None] == source).astype(jnp.float32)
+    spec = pl.BlockSpec(order.shape, lambda d, b, r, _: (0, 0), pipeline_mode=pl.Buffered(1))
+    return partial(kernel, static, t), (order,), (spec,)
 
 
 def _planes_spec(s: Shape, t: Tiles):
@@ -347,15 +395,17 @@ def _weights(weight, static: _Static):
 def _run_forward(static: _Static, planes, weight, added, scalars):
     s = static.shape
     t = tiles(s, static.launch.device)
+    body, order, order_specs = _with_order(_forward, static, t)
     held = pl.Buffered(1)  # constant while the images go by: a second buffer would never fill
     (tokens,) = call(
-        partial(_forward, static, t),
+        body,
         launch=static.launch,
         name="patch_embed",
         grid=_grid(s, t),
         prefetch=1,
         in_specs=[
             _planes_spec(s, t),
+            *order_specs,
             pl.BlockSpec((s.contracted, t.width), lambda d, b, r, _: (0, d), pipeline_mode=held),
             pl.BlockSpec((s.tokens, t.width), lambda d, b, r, _: (0, d), pipeline_mode=held),
         ],
@@ -363,21 +413,22 @@ def _run_forward(static: _Static, planes, weight, added, scalars):
         out_shapes=[((s.batch, s.tokens, s.width), static.dtype)],
         semantics=("parallel", "parallel", "arbitrary"),
         cost=cost(s),
-        scratch=_scratch(s, t),
-    )(scalars, planes, _weights(weight, static), added)
+        scratch=_scratch(static, t),
+    )(scalars, planes, *order, _weights(weight, static), added)
     return tokens
 
 
 def _run_parameters(static: _Static, planes, g, scalars):
     s = static.shape
     t = tiles(s, static.launch.device)
+    body, order, order_specs = _with_order(_parameters_backward, static, t)
     dw, da = call(
-        partial(_parameters_backward, static, t),
+        body,
         launch=static.launch,
         name="patch_embed_backward",
         grid=_grid(s, t),
         prefetch=1,
-        in_specs=[_planes_spec(s, t), pl.BlockSpec((t.images, s.tokens, t.width), lambda d, b, r, _: (b, 0, d))],
+        in_specs=[_planes_spec(s, t), *order_specs, pl.BlockSpec((t.images, s.tokens, t.width), lambda d, b, r, _: (b, 0, d))],
         out_specs=[
             pl.BlockSpec((s.contracted, t.width), lambda d, b, r, _: (0, d)),
             pl.BlockSpec((s.tokens, t.width), lambda d, b, r, _: (0, d)),
@@ -385,8 +436,8 @@ def _run_parameters(static: _Static, planes, g, scalars):
         out_shapes=[((s.contracted, s.width), jnp.float32), ((s.tokens, s.width), jnp.float32)],
         semantics=("parallel", "arbitrary", "arbitrary"),
         cost=cost(s, backward=True),
-        scratch=_scratch(s, t),
-    )(scalars, planes, g)
+        scratch=_scratch(static, t),
+    )(scalars, planes, *order, g)
     return dw, da
 
 
@@ -401,7 +452,7 @@ def _run_image(static: _Static, weight, g, scalars):
     def block(step):
         return jnp.maximum(step - (summed - 1), 0)
 
-    side = s.patch * s.columns
+    long = s.patch * s.columns
     (dplanes,) = call(
         partial(_image_backward, static, t),
         launch=static.launch,
@@ -412,11 +463,11 @@ def _run_image(static: _Static, weight, g, scalars):
             pl.BlockSpec((t.images, s.tokens, t.width), lambda b, step, _: (b, 0, tile(step))),
             pl.BlockSpec((s.contracted, t.width), lambda b, step, _: (0, tile(step))),
         ],
-        out_specs=[pl.BlockSpec((t.images, s.channels, t.rows, s.patch, side), lambda b, step, _: (b, 0, block(step), 0, 0))],
-        out_shapes=[((s.batch, s.channels, s.rows, s.patch, side), static.dtype)],
+        out_specs=[pl.BlockSpec((t.images, s.channels, t.rows, s.patch, long), lambda b, step, _: (b, 0, block(step), 0, 0))],
+        out_shapes=[((s.batch, s.channels, s.rows, s.patch, long), static.dtype)],
         semantics=("parallel", "arbitrary"),
         cost=cost(s, backward=True),
-        scratch=_scratch(s, t),
+        scratch=_image_scratch(static, t),
     )(scalars, g, _weights(weight, static))
     return dplanes
 
