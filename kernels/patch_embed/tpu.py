@@ -218,23 +218,25 @@ def _patchify(static: _Static, t: Tiles, chunk, planes_ref, order_ref, rows_ref,
     """The patches of a block of the image into the padded scratch."""
     s = static.shape
     p, q, side, deep = s.patch, _up(s.columns, SUBLANES), s.side, _up(s.side, SUBLANES)
+    stack = 1 if order_ref is None else _stack(s)
 
     def body(where):
         for slot, (image, row) in enumerate(where):
             for c in range(s.channels):
                 rows_ref[slot * deep + c * p : slot * deep + (c + 1) * p, :] = planes_ref[image, c, row].astype(jnp.float32)
-        if order_ref is not None:
-            ordered = _dot(rows_ref[: len(where) * deep, :], order_ref[...], static, (1, 0))
-        for slot in range(len(where)):
-            block = slice(slot * deep, slot * deep + side)
-            turned_ref[slot] = (rows_ref[block, :] if order_ref is None else ordered[block]).T
+        for first in range(0, len(where), stack):
+            height = (min(stack, len(where) - first) - 1) * deep + side
+            rows = rows_ref[first * deep : first * deep + height, :]
+            turned = rows.T if order_ref is None else _dot(order_ref[...], rows, static, (1, 1))
+            turned_ref[first // stack, :, :height] = turned
         for slot, (image, row) in enumerate(where):
             start = _place(s, image, chunk * t.rows + row)
+            lanes = slice(slot % stack * deep, slot % stack * deep + side)
             for j in range(p):
                 if order_ref is None:
                     column = turned_ref.at[slot][pl.ds(j, s.columns, stride=p), :]
                 else:
-                    column = turned_ref[slot, j * q : j * q + s.columns, :]
+                    column = turned_ref[slot // stack, j * q : j * q + s.columns, lanes]
                 padded_ref[pl.ds(start, s.columns), j * side : (j + 1) * side] = column
 
     _each_group(t, body)
@@ -344,13 +346,21 @@ def _gathers(device: Device) -> bool:
     return device.name in ("v5e", "v5p", "v6e", "7x")
 
 
+def _stack(s: Shape) -> int:
+    """Rows of patches that lie side by side in the lanes of one reordering product."""
+    return max(1, LANES // _up(s.side, SUBLANES))
+
+
 def _scratch(static: _Static, t: Tiles):
     s = static.shape
-    q = _up(s.columns, SUBLANES)
-    long = s.patch * (s.columns if _gathers(static.launch.device) else q)
+    q, deep = _up(s.columns, SUBLANES), _up(s.side, SUBLANES)
+    if _gathers(static.launch.device):
+        turned = (t.group, s.patch * s.columns, s.side)
+    else:
+        turned = (-(-t.group // _stack(s)), s.patch * q, _stack(s) * deep)
     return [
-        pltpu.VMEM((t.group * _up(s.side, SUBLANES), s.patch * s.columns), jnp.float32),
-        pltpu.VMEM((t.group, long, s.side), jnp.float32),
+        pltpu.VMEM((t.group * deep, s.patch * s.columns), jnp.float32),
+        pltpu.VMEM(turned, jnp.float32),
         pltpu.VMEM((t.images * s.rows * q, s.contracted), jnp.float32),
         pltpu.VMEM((t.images, _up(s.tokens, SUBLANES), s.contracted), jnp.float32),
     ]
@@ -363,9 +373,10 @@ def _image_scratch(static: _Static, t: Tiles):
 
 
 def _with_order(kernel, static: _Static, t: Tiles):
-    """(kernel body, its extra inputs, their specs): where loads cannot gather, the matrix that reorders lanes (column, j) to (j, column).
+    """(kernel body, its extra inputs, their specs): where loads cannot gather, the matrix that turns lanes (column, j) to rows (j, column).
 
-    A 0/1 matrix product is exact for what the MXU takes exactly, and rounds float32 as the product that follows does.
+    Its product transposes and reorders at once, with the pixels as the MXU's transposed operand. It is 0/1: exact for what the
+    MXU takes exactly, and it rounds float32 as the product that follows does.
     """
     s = static.shape
     if _gathers(static.launch.device):
@@ -373,7 +384,7 @@ def _with_order(kernel, static: _Static, t: Tiles):
     q = _up(s.columns, SUBLANES)
     j, column = np.divmod(np.arange(s.patch * q), q)
     source = np.where(column < s.columns, column * s.patch + j, -1).astype(np.int32)
-    order = (jnp.arange(s.patch * s.columns, dtype=jnp.int32)[:, None] == source).astype(jnp.float32)
+    order = (jnp.arange(s.patch * s.columns, dtype=jnp.int32) == source[:, None]).astype(jnp.float32)
     spec = pl.BlockSpec(order.shape, lambda d, b, r, _: (0, 0), pipeline_mode=pl.Buffered(1))
     return partial(kernel, static, t), (order,), (spec,)
 
