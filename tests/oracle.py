@@ -2,11 +2,12 @@
 
 An implementation is compared with its plain reference twice: both run in the dtype under test, and the reference runs once more
 in float64. Our error may be at most TWICE the error of the plain implementation in the same dtype, both against float64 (the
-rule of the FlashAttention tests), plus a floor of one rounding of the largest true value: where the plain result happens to be
-exact, a result that was rounded once more is still right. Errors are largest absolute differences, array by array, for the value
+rule of the FlashAttention tests), plus a floor of one rounding of the largest true value (where the plain result happens to be
+exact, a result that was rounded once more is still right) and two of float32 (sums in another order). Errors are largest absolute differences, array by array, for the value
 and for the gradient of every argument (one vector-Jacobian product with a fixed random cotangent).
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -38,7 +39,8 @@ def check(ours: Callable, plain: Callable, args: Sequence, *, names: Sequence[st
     wrong = []
     for label, dtype, t, e, f in zip(labels, dtypes, truth, expected, found, strict=True):
         assert f.shape == t.shape, f"{label}: shape {f.shape}, expected {t.shape}"
-        allowed = FACTOR * np.abs(e - t).max() + 0.5 * float(jnp.finfo(dtype).eps) * np.abs(t).max()
+        floor = 0.5 * float(jnp.finfo(dtype).eps) + 2.0 * float(jnp.finfo(jnp.float32).eps)
+        allowed = FACTOR * np.abs(e - t).max() + floor * np.abs(t).max()
         error = np.abs(f - t).max() if np.isfinite(f).all() else np.inf
         if not error <= allowed:
             wrong.append(f"{label}: error {error:.3g}, allowed {allowed:.3g} (largest true value {np.abs(t).max():.3g})")
@@ -68,4 +70,6 @@ def assert_kernel_ran(fn: Callable, *args, name: str) -> None:
 def assert_kernel_compiled(compiled, name: str) -> None:
     """Asserts that a compiled TPU program holds a Mosaic kernel whose name starts with `name`."""
     calls = [line for line in compiled.as_text().splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    assert any(f"/{name}" in line or f"%{name}" in line for line in calls), f"no kernel {name}* among {len(calls)} Mosaic calls"
+    assert any(re.search(rf'op_name="[^"]*[/(]{name}', line) for line in calls), (
+        f"no kernel {name}* among {len(calls)} Mosaic calls"
+    )

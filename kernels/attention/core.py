@@ -1,24 +1,25 @@
 """Softmax attention on packed projections, as Pallas TPU kernels: o = softmax(q k^T / sqrt(H)) v, head by head.
 
-Layout. The projections are one array [3, B, T, K], K = N * H: the product of LN(x) with w_qkv [3, D, K] as it stands. A kernel takes it three
-times through three index maps, and writes o as [B, T, K]: no transpose, no split, no padding in HBM. A block is exactly T rows; in
-VMEM the heads lie side by side in the lanes, and a head is worked on in the whole 128-lane columns that it touches: its queries
-are masked to its own lanes, so that the products with the columns of k are the head's alone (the MXU would pad a width of 64 to
-128 anyway). So every head width and every number of heads takes the same path, a head across a column border included (width 80).
+Layout. The projections are one array [3, B, T, K], K = N * H: the product of LN(x) with w_qkv [3, D, K] as it stands. A kernel takes
+it three times through three index maps, and writes o as [B, T, K]: no transpose, no split, no padding in HBM. A block is exactly T
+rows; in VMEM the heads lie side by side in the lanes, and a head is worked on in the whole 128-lane columns that it touches: its
+queries are masked to its own lanes, so that the products with the columns of k are the head's alone (the MXU would pad a width of 64
+to 128 anyway). So every head width and every number of heads takes one path, a head across a column border (width 80) included.
 
 Forward, a tile of queries at a time: s = q k^T, p = exp(s - max), o = (p v) / sum(p). While T keys fit, the softmax sees whole rows;
-beyond, it is the online softmax over chunks of keys. Backward recomputes p and works on the transpose, s' = k q^T, so that the sums of
-the softmax run over sublanes and only dq and o need a transposed product:
+beyond, it is the online softmax over chunks of keys. Backward recomputes p and works on the transpose, s' = k q^T, so that the sums
+of the softmax run over sublanes and only dq and o need a transposed product:
 
     dv = p' do,  dp' = v do^T,  ds' = p' * (dp' - sum_s(p' * dp')),  dk = ds' q / sqrt(H),  dq = ds'^T k / sqrt(H)
 
-It also returns o, which the gradient of the output projection needs. Probabilities never leave VMEM. Everything between the products
-is float32; operands of products are rounded to the dtype of the arrays, where the reference rounds them too.
+It also returns o, if the gradient of an output projection needs it. Probabilities never leave VMEM. Everything between the products is
+float32; operands of products are rounded to the dtype of the arrays, where the reference rounds them too.
 
-HBM traffic: forward 4 and backward 8 arrays of B * T * K. Paper: appendix A; online softmax: Milakov and Gimelshein 2018; recomputation:
-Dao et al. 2022.
+HBM traffic: forward 4 and backward 8 arrays of B * T * K. Paper: appendix A; online softmax: Milakov and Gimelshein 2018;
+recomputation: Dao et al. 2022.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +33,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.device import LANES, Device
 from kernels.launch import Launch, call, dot
 
-# Float32 tiles [keys, queries] that the compiler keeps in VMEM for one head, seen on v3 where memory is tight: several heads of a step are in
-# flight at once and their tiles are not reused.
-FORWARD_TILES, BACKWARD_TILES = 2.5, 5.0
+# Float32 arrays that the compiler keeps in VMEM for each head of an unrolled step, read off its "used ... of 16 MiB" on v3: operands
+# and results [T, columns of the head], and tiles [keys, queries].
+FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = (3, 2), (5, 3)
 WHOLE_ROWS = 2048  # longest row of keys whose softmax is not online
 ROWS = 128  # a tile of queries or a chunk of keys is a multiple of this, or all there are
 
@@ -66,14 +67,16 @@ def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: 
     b, t, n, h = shape
     k, size = n * h, jnp.dtype(dtype).itemsize
     group = math.lcm(h, LANES) if k % math.lcm(h, LANES) == 0 else k
-    arrays, copies = (8, BACKWARD_TILES) if backward else (4, FORWARD_TILES)
+    arrays, (operands, logits) = (8, BACKWARD_TEMPORARIES) if backward else (4, FORWARD_TEMPORARIES)
+    window = max(head.hi - head.lo for run in _heads(group, h) for head in run)
     rows, budget = _round_up(t, 16), device.vmem_bytes * 0.94
 
     def bytes_of(images, lanes, queries, keys):
         blocks = 2 * arrays * images * rows * _round_up(lanes, LANES) * size
         scratch = 2 * rows * _round_up(lanes, LANES) * 4 if backward and (queries, keys) != (t, t) else 0
         heads = lanes // h if (queries, keys) == (t, t) else group // h
-        return blocks + scratch + copies * heads * _round_up(keys, 8) * _round_up(queries, LANES) * 4
+        tile = _round_up(keys, 8) * _round_up(queries, LANES)
+        return blocks + scratch + 4 * heads * (operands * max(queries, keys) * window + logits * tile)
 
     lengths = [t] if t <= 640 else []
     lengths += [q for q in (512, 384, 256, ROWS) if q < t]
@@ -87,9 +90,24 @@ def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: 
                         images = divisor(b, images - 1)
                     return CoreTiles(images=images, lanes=lanes, queries=queries, keys=keys)
     raise NotImplementedError(
-        f"attention over {t} tokens: keys and values of {group // h} heads of width {h} do not fit the {device.vmem_bytes >> 20} MiB of "
-        f"VMEM of a {device.name}. Use fewer tokens, or the reference ops."
+        f"attention over {t} tokens: keys and values of {group // h} heads of width {h} do not fit the "
+        f"{device.vmem_bytes >> 20} MiB of VMEM of a {device.name}. Use fewer tokens, or the reference ops."
     )
+
+
+def head_lanes(shape: tuple[int, int, int, int], device: Device, dtype) -> int:
+    """Lanes that a head should take in the arrays: H, or H rounded up to whole columns where only single heads fit VMEM.
+
+    Heads of width 80 share columns in groups of 8. A core with 16 MiB cannot hold 8 heads of 1370 tokens, but it can hold one; the
+    caller then pads the weights of the projections (zero columns change nothing).
+    """
+    b, t, n, h = shape
+    fits = {}
+    for lanes in (h, _round_up(h, LANES)):
+        with contextlib.suppress(NotImplementedError):
+            fits[lanes] = tiles((b, t, n, lanes), device, dtype, backward=True)
+    whole = [lanes for lanes, found in fits.items() if found.keys == t]
+    return next(iter((*whole, *fits)), h)
 
 
 def cost(shape: tuple[int, int, int, int], dtype, *, backward: bool) -> pl.CostEstimate:
@@ -169,9 +187,9 @@ class _Sums(dict):
             put(slice(lo, hi), value)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, o_ref, *, t: CoreTiles, h: int, device: Device):
+def _forward_kernel(q_ref, k_ref, v_ref, o_ref, *, t: CoreTiles, h: int, scale: float, device: Device):
     images, total, lanes = o_ref.shape
-    factor = h**-0.5 * math.log2(math.e)  # exp(x / sqrt(H)) = 2**(factor x), one multiplication either way
+    factor = scale * math.log2(math.e)  # exp(x / sqrt(H)) = 2**(factor x), one multiplication either way
 
     def attend(i, head, q, start, size):
         """One chunk of keys: logits [Tq, S] and values [S, columns]."""
@@ -220,10 +238,10 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, *, t: CoreTiles, h: int, device:
     sweep(images, 1, lambda i, _: image(i))
 
 
-def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, *scratch, t: CoreTiles, h: int, device: Device):
-    images, total, lanes = o_ref.shape
-    scale, factor = h**-0.5, h**-0.5 * math.log2(math.e)
-    dtype = o_ref.dtype
+def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, scratch, *, t: CoreTiles, h: int, scale: float, device: Device):
+    images, total, lanes = do_ref.shape
+    factor = scale * math.log2(math.e)
+    dtype = do_ref.dtype
     several = bool(scratch)  # several tiles of queries or chunks of keys: dk and dv are summed in scratch
 
     def products(i, head, q, do, start, size):
@@ -235,7 +253,8 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, *scratch, t: 
     def gradients(p, dp, delta, q, do, k, v):
         """dk, dv [S, columns], and dq, o [Tq, columns] of one chunk of keys."""
         ds, p = narrow(p * (dp - delta), dtype, device), narrow(p, dtype, device)
-        dq, o = dot(ds, k, device, contract=(0, 0)) * scale, dot(p, v, device, contract=(0, 0))
+        dq = dot(ds, k, device, contract=(0, 0)) * scale
+        o = dq if o_ref is None else dot(p, v, device, contract=(0, 0))
         return dot(ds, q, device) * scale, dot(p, do, device), dq, o
 
     def whole(i, head, q, do, emit):
@@ -303,7 +322,8 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, *scratch, t: 
                     o_ref[i, rows, columns] = value.astype(dtype)
 
                 dqs.store(put_dq)
-                os.store(put_o)
+                if o_ref is not None:
+                    os.store(put_o)
 
             sweep(total, t.queries, tile)
             for c, sums in ((1, dks), (2, dvs)):
@@ -325,15 +345,15 @@ def _specs(t: CoreTiles, total: int):
     return section, packed, pl.BlockSpec((t.images, total, t.lanes), lambda i, g: (i, 0, g))
 
 
-def forward(qkv, *, num_heads: int, launch: Launch):
-    """o [B, T, K] of qkv [3, B, T, K]. Not differentiable by itself: see `attention`."""
+def forward(qkv, *, num_heads: int, launch: Launch, width: int | None = None):
+    """o [B, T, K] of qkv [3, B, T, K]; width: of a head, if its lanes are padded. Not differentiable by itself: see `attention`."""
     _, b, total, k = qkv.shape
     shape = b, total, num_heads, k // num_heads
     t = tiles(shape, launch.device, qkv.dtype, backward=False)
     section, _, rows = _specs(t, total)
 
     def kernel(q, k, v, o):
-        _forward_kernel(q, k, v, o, t=t, h=shape[3], device=launch.device)
+        _forward_kernel(q, k, v, o, t=t, h=shape[3], scale=(width or shape[3]) ** -0.5, device=launch.device)
 
     return call(
         kernel,
@@ -348,16 +368,17 @@ def forward(qkv, *, num_heads: int, launch: Launch):
     )(qkv, qkv, qkv)[0]
 
 
-def backward(qkv, do, *, num_heads: int, launch: Launch):
-    """(dqkv [3, B, T, K], o [B, T, K]) of qkv [3, B, T, K] and the gradient do [B, T, K] of o."""
+def backward(qkv, do, *, num_heads: int, launch: Launch, width: int | None = None, with_o: bool):
+    """(dqkv [3, B, T, K], and with_o: o [B, T, K]) of qkv [3, B, T, K] and the gradient do [B, T, K] of o; width: as in `forward`."""
     _, b, total, k = qkv.shape
     shape = b, total, num_heads, k // num_heads
     t = tiles(shape, launch.device, qkv.dtype, backward=True)
     section, packed, rows = _specs(t, total)
     several = (t.queries, t.keys) != (total, total)
 
-    def kernel(q, k, v, do, dqkv, o, *scratch):
-        _backward_kernel(q, k, v, do, dqkv, o, *scratch, t=t, h=shape[3], device=launch.device)
+    def kernel(q, k, v, do, dqkv, *rest):
+        o, scratch = (rest[0], rest[1:]) if with_o else (None, rest)
+        _backward_kernel(q, k, v, do, dqkv, o, scratch, t=t, h=shape[3], scale=(width or shape[3]) ** -0.5, device=launch.device)
 
     return call(
         kernel,
@@ -365,8 +386,8 @@ def backward(qkv, do, *, num_heads: int, launch: Launch):
         name="attention_core_backward",
         grid=(b // t.images, k // t.lanes),
         in_specs=[*section, rows],
-        out_specs=[packed, rows],
-        out_shapes=[(qkv.shape, qkv.dtype), ((b, total, k), qkv.dtype)],
+        out_specs=[packed, rows][: 1 + with_o],
+        out_shapes=[(qkv.shape, qkv.dtype), ((b, total, k), qkv.dtype)][: 1 + with_o],
         semantics=("parallel", "parallel"),
         cost=cost(shape, qkv.dtype, backward=True),
         scratch=[pltpu.VMEM((total, t.lanes), jnp.float32)] * (2 * several),
@@ -380,7 +401,7 @@ def _attention(qkv, num_heads, launch):
 
 _attention.defvjp(
     lambda qkv, num_heads, launch: (forward(qkv, num_heads=num_heads, launch=launch), qkv),
-    lambda num_heads, launch, qkv, do: (backward(qkv, do, num_heads=num_heads, launch=launch)[0],),
+    lambda num_heads, launch, qkv, do: (backward(qkv, do, num_heads=num_heads, launch=launch, with_o=False)[0],),
 )
 
 

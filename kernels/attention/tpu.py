@@ -15,8 +15,8 @@ Backward saves x alone. With dy' the masked dy it recomputes the projections (`p
     dw_out = o^T dy', db_out      `output_weights`
     dw_qkv = z^T dqkv, db_qkv     `projection_weights`: z recomputed, sums over the batch stay in VMEM
 
-Operands are rounded where the reference rounds them; sums, LN and softmax are float32, as are the gradients of the parameters. Generations
-whose Mosaic takes no bfloat16 operands get weights that were rounded to bfloat16 and widened, so that nothing is cast in the loops.
+Operands are rounded where the reference rounds them; sums, LN and softmax are float32, as are the gradients of the parameters.
+Generations whose Mosaic takes no bfloat16 operands get weights rounded to bfloat16 and widened: nothing is cast in the loops.
 """
 
 from dataclasses import dataclass
@@ -55,58 +55,61 @@ class HalfTiles:
 @dataclass(frozen=True, kw_only=True)
 class _Static:
     num_heads: int
+    width: int  # of a head, H; the arrays may hold more lanes a head, the rest zero
     rate: float
     share: float
     launch: Launch
 
 
-_WEIGHTS = ("output_weights", "projection_weights")  # steps whose columns are those of a gradient summed over the batch
+# The six matrix-product kernels: how many sections of weights they have, and whether the columns of their weights are D (or K).
+_STEPS = {
+    "project": (3, False),
+    "output": (1, True),
+    "output_gradient": (1, False),
+    "input_gradient": (3, False),
+    "output_weights": (1, True),
+    "projection_weights": (3, False),
+}
+_WEIGHTS = ("output_weights", "projection_weights")  # these sum over the batch
 
 
 def tiles(step: str, shape: tuple[int, int, int, int], device: Device, dtype) -> HalfTiles:
-    """Tiles of one of the six matrix-product kernels (see the head of this file) for shape (B, T, D, K).
+    """Tiles of one of the `_STEPS` for shape (B, T, D, K).
 
-    Weights, or the sums for their gradients, resident in VMEM if they fit, several images a step; else column tiles of them, as many images as
-    hide their transfer. NotImplementedError where not even one image and 128 columns fit.
+    Weights, or the sums for their gradients, resident in VMEM if they fit, several images a step; else column tiles of them, and as
+    many images as hide their transfer. NotImplementedError where not even 128 rows and 128 columns fit.
     """
     b, t, d, k = shape
     size = jnp.dtype(dtype).itemsize
-    wide = 2 if device.bf16_matmul and size == 2 else 4
-    full = d if step in ("output", "output_weights") else k
+    wide = 2 if device.bf16_matmul and size == 2 else 4  # bytes of a weight and of a cast activation
+    parts, of_d = _STEPS[step]
+    full = d if of_d else k
 
-    def bytes_of(images, rows, columns, sections):
+    def bytes_of(images, rows, n, sections):
+        """Weights, pipelined blocks of tokens (twice), scratch, and the temporaries of one image."""
         one = -(-rows // 16) * 16
-        r, alone = images * one, 1 if (columns, sections) == (full, 3) else 2
-        weights = alone * sections * columns
+        r, m = images * one, sections * n
+        w = m * (1 if (n, sections) == (full, parts) else 2)
         return {
-            "project": weights * d * wide
-            + 2 * r * size * (d + sections * columns)
-            + r * d * wide
-            + 4 * one * (2 * d + 2 * columns),
-            "output": weights * k * wide / sections + 2 * r * size * (k + 2 * columns) + 4 * one * (k + 3 * columns),
-            "output_gradient": weights * d * wide / sections
-            + 2 * r * size * (d + columns)
-            + r * d * wide
-            + 4 * one * (2 * d + columns),
-            "input_gradient": weights * d * wide
-            + 2 * r * size * (3 * d + sections * columns)
-            + 4 * r * d
-            + 4 * one * (4 * d + columns),
-            "output_weights": weights * k * 4 / sections + 2 * r * size * (k + columns) + 4 * one * (k + 3 * columns) + 4 * k * 256,
-            "projection_weights": weights * d * 4 + 2 * r * size * (d + sections * columns) + 4 * one * (4 * d + 256) + 4 * d * 256,
+            "project": w * d * wide + 2 * r * size * (d + m) + r * d * wide + 4 * one * (2 * d + 2 * n),
+            "output": w * k * wide + 2 * r * size * (k + 2 * n) + 4 * one * (k + 3 * n),
+            "output_gradient": w * d * wide + 2 * r * size * (d + n) + r * d * wide + 4 * one * (2 * d + n),
+            "input_gradient": w * d * wide + 2 * r * size * (3 * d + m) + r * d * 4 + 4 * one * (6 * d + n),
+            "output_weights": w * k * 4 + 2 * r * size * (k + n) + 4 * one * (k + 3 * n) + 4 * k * 256,
+            "projection_weights": w * d * 4 + 2 * r * size * (d + m) + 4 * one * (4 * d + 256) + 4 * d * 256,
         }[step]
 
-    widths = [full, *(c for c in range(full - LANES, 0, -LANES) if full % c == 0 and full % LANES == 0)]
-    lengths = [t] if t <= LONG else [512, 256, 128]
-    together = [n for n in range(min(b, max(1, ROWS // t)), 0, -1) if b % n == 0] if t <= LONG else [1]
-    for columns, sections in ([full, 3], [0, 1]):
+    widths = [c for c in range(full - 1, 0, -1) if full % c == 0 and c % LANES == 0]
+    lengths = [t] * (t <= LONG) + [rows for rows in (512, 256, 128) if rows < t]
+    together = [n for n in range(min(b, max(1, ROWS // t)), 0, -1) if b % n == 0]
+    for weights in ([(full, parts)], [(c, 1) for c in (full, *widths)]):
         for rows in lengths:
-            for images in together:
-                for c in [columns] if columns else widths:
-                    if bytes_of(images, rows, c, sections) <= 0.92 * device.vmem_bytes:
-                        return HalfTiles(images=images, rows=rows, columns=c, sections=sections)
+            for images in together if rows == t else [1]:
+                for columns, sections in weights:
+                    if bytes_of(images, rows, columns, sections) <= 0.92 * device.vmem_bytes:
+                        return HalfTiles(images=images, rows=rows, columns=columns, sections=sections)
     raise NotImplementedError(
-        f"attention half, {step}: one image tile of width {d} with {widths[-1]} columns of the weights does not fit the "
+        f"attention half, {step}: 128 tokens of width {d} with {min((full, *widths))} columns of the weights do not fit the "
         f"{device.vmem_bytes >> 20} MiB of VMEM of a {device.name}. Split the heads over a model axis, or use the reference ops."
     )
 
@@ -133,9 +136,10 @@ class _Call:
         self.device = static.launch.device
         self.images, self.rows = self.tiles.images, self.tiles.rows
         self.batch = self.b // self.images, pl.cdiv(self.t, self.rows)
-        full = self.d if step in ("output", "output_weights") else k
+        assert self.t == self.rows or self.images == 1
         self.columns = self.tiles.columns
-        self.weights = 3 // self.tiles.sections, full // self.columns
+        parts, of_d = _STEPS[step]
+        self.weights = parts // self.tiles.sections, (self.d if of_d else k) // self.columns
         self.resident = self.weights == (1, 1)
         self.sums = step in _WEIGHTS  # the batch is then the inner loop
 
@@ -434,7 +438,7 @@ def _operand(w, dtype, device: Device):
 def _forward(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, static: _Static):
     device = static.launch.device
     qkv = _project(scalars, x, norm_scale, norm_bias, _operand(w_qkv, x.dtype, device), b_qkv, static)
-    o = core.forward(qkv, num_heads=static.num_heads, launch=static.launch)
+    o = core.forward(qkv, num_heads=static.num_heads, launch=static.launch, width=static.width)
     return _output(scalars, o, x, _operand(w_out, x.dtype, device), b_out, static)
 
 
@@ -443,7 +447,7 @@ def _backward(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, dy, static
     w_qkv, w_out = _operand(w_qkv, x.dtype, device), _operand(w_out, x.dtype, device)
     qkv = _project(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, static)
     do = _output_gradient(scalars, dy, w_out.T, static)
-    dqkv, o = core.backward(qkv, do, num_heads=static.num_heads, launch=static.launch)
+    dqkv, o = core.backward(qkv, do, num_heads=static.num_heads, launch=static.launch, width=static.width, with_o=True)
     dw_out, db_out = _output_weights(scalars, o, dy, static)
     dw_qkv, db_qkv = _projection_weights(scalars, x, norm_scale, norm_bias, dqkv, static)
     dx, dscale, dbias = _input_gradient(scalars, x, norm_scale, dqkv, dy, w_qkv.swapaxes(1, 2), static)
@@ -516,9 +520,21 @@ def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_
     rate = 0.0 if dropout is None else float(dropout.rate)
     key, row = (0, 0) if dropout is None or rate == 0.0 else (drop.site_key(dropout.key, drop.ATTENTION_OUT), dropout.row)
     scalars = jnp.stack([jnp.asarray(key, jnp.int32), jnp.asarray(row, jnp.int32)])
+    width = w_out.shape[0] // num_heads
+    lanes = core.head_lanes((*x.shape[:2], num_heads, width), launch.device, x.dtype)
+    w_qkv, b_qkv, w_out = (_widen(w, axis, width, lanes) for w, axis in ((w_qkv, 2), (b_qkv, 1), (w_out, 0)))
     arrays = x, norm_scale[None], norm_bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
-    static = _Static(num_heads=num_heads, rate=rate, share=float(share), launch=launch)
+    static = _Static(num_heads=num_heads, width=width, rate=rate, share=float(share), launch=launch)
     return _half(*vary_alike(scalars, *arrays), static)
+
+
+def _widen(w, axis: int, width: int, lanes: int):
+    """A weight whose axis N*H becomes N*lanes, zeros after each head; differentiation cuts them off again."""
+    if width == lanes:
+        return w
+    heads = w.reshape(*w.shape[:axis], -1, width, *w.shape[axis + 1 :])
+    pads = [(0, lanes - width if a == axis + 1 else 0) for a in range(heads.ndim)]
+    return jnp.pad(heads, pads).reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
 
 
 def _check(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, num_heads):
