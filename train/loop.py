@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,8 +27,8 @@ from vitcore.config import ViTConfig
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything `train` needs. batches: the endless stream of training batches; validation: a fresh pass over the held-out images.
-    log_every, eval_every, checkpoint_every: in steps. early_stop: evaluations without a better accuracy after which to stop, 0 for never.
-    config_json: the resolved configuration, kept in every checkpoint."""
+    log_every, eval_every, checkpoint_every: in steps. early_stop: evaluations without a better accuracy after which to stop, 0
+    for never. config_json: the resolved configuration, kept in every checkpoint."""
 
     directory: Path
     config: ViTConfig
@@ -61,7 +62,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. steps: done in all; started: where this process took it up; seconds: spent here, set-up and compilation included."""
+    """How a run ended. steps: done in all; started: where this process took it up; seconds: spent here, compilation included."""
 
     steps: int
     started: int
@@ -130,7 +131,7 @@ def train(run: Run, say: Callable[[str], None] = print) -> Result:
                 stop = bool(run.early_stop) and best.waited >= run.early_stop
                 record |= {"val_accuracy": accuracy, "val_loss": loss}
             if record:
-                recorder.write(step, **record, learning_rate=float(run.learning_rate(step - 1)), images_per_second=rate)
+                recorder.write(step, **record, learning_rate=np.asarray(run.learning_rate(step - 1)).item(), images_per_second=rate)
                 recorder.progress(step, loss=record["loss"], images_per_second=rate)
                 if log and not last:
                     busy, timed = 0.0, 0

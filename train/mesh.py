@@ -11,7 +11,9 @@ from jax.sharding import AxisType, Mesh
 from vitcore.sharding import AXES, MeshShape
 
 # Simulated devices take turns on the cores there are; XLA's patience with a late one is 40 s unless told otherwise.
-_COLLECTIVE_FLAGS = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
+_COLLECTIVE_FLAGS = (
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
+)
 
 
 def parse(text: str) -> MeshShape:
@@ -29,7 +31,9 @@ def prepare(shape: MeshShape | None) -> None:
     """
     count = 1 if shape is None else shape.data * shape.model
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if not os.environ.get("JAX_PLATFORMS") and not any(map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))):
+    if not os.environ.get("JAX_PLATFORMS") and not any(
+        map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
+    ):
         jax.config.update("jax_platforms", "cpu")  # an installed libtpu would otherwise look for its TPU, at length
     with contextlib.suppress(RuntimeError):  # a caller who has started JAX keeps the devices he chose
         jax.config.update("jax_num_cpu_devices", count)
@@ -49,7 +53,10 @@ def make(shape: MeshShape | None) -> tuple[Mesh, str]:
     count = shape.data * shape.model
     kind = devices[0].device_kind
     if count > len(devices):
-        raise ValueError(f"--mesh {shape.data}x{shape.model} needs {count} devices, {len(devices)} x {kind} present: use a mesh of at most {len(devices)}")
+        raise ValueError(
+            f"--mesh {shape.data}x{shape.model} needs {count} devices, {len(devices)} x {kind} present: "
+            f"use a mesh of at most {len(devices)}"
+        )
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
     if devices[0].platform == "cpu" and count > 1:
         return mesh, f"mesh {shape.data}x{shape.model}: {count} devices simulated on {os.cpu_count()} CPU cores"

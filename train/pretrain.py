@@ -13,10 +13,9 @@ import hashlib
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from train import mesh as meshes
 from train import recipes
@@ -31,7 +30,7 @@ class Pretrain:
     data: str = "digits"
     """digits, or folder:PATH with train/CLASS/*.jpg and val/CLASS/*.jpg."""
     recipe: str | None = None
-    """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep. Default: the data's own, else imagenet."""
+    """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep. Default: digits or imagenet."""
     mesh: str | None = None
     """DATAxMODEL devices, e.g. 8x4. A CPU with fewer simulates them. Default: all devices on the data axis."""
     out: str | None = None
@@ -83,7 +82,8 @@ class Pretrain:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmul operands; parameters, sums and optimizer are float32."""
-    ops: Literal["auto", "reference"] = "auto"
+    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
+    """reference: einsum through XLA. fused: the Pallas kernels, on a TPU. interpret: the kernels anywhere, slowly."""
     remat: bool = False
     """Keep only the blocks' inputs for the backward pass: more images fit, a third more arithmetic."""
     threads: int | None = None
@@ -101,7 +101,20 @@ class Pretrain:
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
 PLACEMENT = {
-    *("out", "config", "mesh", "ops", "remat", "accumulate", "threads", "workers", "log_every", "eval_every", "checkpoint_every", "keep"),
+    *(
+        "out",
+        "config",
+        "mesh",
+        "ops",
+        "remat",
+        "accumulate",
+        "threads",
+        "workers",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep",
+    ),
     *("steps_per_epoch", "epochs"),
 }
 
@@ -124,7 +137,18 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
 
     if args.subset is not None and not 1 <= args.subset <= examples:
         raise ValueError(f"--subset {args.subset}: {args.data} has {examples} training images, choose 1 to {examples}")
-    for option in ("steps", "epochs", "batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep", "threads", "image_size"):
+    for option in (
+        "steps",
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep",
+        "threads",
+        "image_size",
+    ):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} {value}: a positive number is required")
     for option in ("seed", "subset_seed", "early_stop", "workers", "warmup_steps", "representation_size"):
@@ -138,6 +162,10 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     every = max(1, steps // 20)
     # a run shorter than its recipe's warm-up keeps the warm-up's share of a tenth
     warmup = given(args.warmup_steps, recipe.warmup_steps if recipe.warmup_steps < steps else steps // 10)
+    rate = given(args.learning_rate, recipe.base_lr)
+    form = given(args.weight_decay_form, recipe.weight_decay_form)
+    # Table 3's decay is adamw's, multiplied by the rate; the independent form's value of the same strength has the peak rate in it
+    weight_decay = given(args.weight_decay, recipe.weight_decay * (rate if form == "independent" else 1.0))
     loss = given(args.loss, recipe.loss)
     smoothing = given(args.label_smoothing, recipe.label_smoothing if loss == recipe.loss else 0.0)
     checked = dataclasses.replace(  # the recipe's own checks, on what the command line made of it
@@ -161,11 +189,11 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         image_size=checked.image_size,
         representation_size=given(args.representation_size, variant(model, image_size=_patch(model)).width),
         dropout=checked.dropout,
-        learning_rate=given(args.learning_rate, recipe.base_lr),
+        learning_rate=rate,
         warmup_steps=warmup,
         decay=given(args.decay, recipe.decay),
-        weight_decay=given(args.weight_decay, recipe.weight_decay),
-        weight_decay_form=given(args.weight_decay_form, recipe.weight_decay_form),
+        weight_decay=weight_decay,
+        weight_decay_form=form,
         clip_norm=checked.clip_norm or 0.0,
         first_moment=given(args.first_moment, recipe.first_moment),
         loss=loss,
@@ -210,7 +238,9 @@ def claim(out: Path, args: Pretrain) -> None:
         other = [key for key in mine if held.get(key) != mine[key]]
         if other:
             what = ", ".join(f"{key} {held.get(key)} there, {mine[key]} now" for key in other[:3])
-            raise ValueError(f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it")
+            raise ValueError(
+                f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it"
+            )
     out.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.tmp")
     partial.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(args, out=str(out))), indent=2) + "\n")
@@ -261,63 +291,44 @@ def run(args: Pretrain) -> None:
 
     from train.data import eval_batches, open_source, train_batches
     from train.loop import Run, train
-    from train.optim import optimizer, schedule
     from train.step import StepOptions
-    from vitcore.config import variant
-    from vitcore.ops import REFERENCE
-    from vitcore.sharding import check_mesh
+    from vitcore.ops import BY_NAME
+    from vitcore.ops import resolve as resolve_ops
+    from vitcore.sharding import MeshShape, check_mesh
 
     source, held_out = open_source(args.data, "train"), open_source(args.data, "val")
-    args = resolve(args, examples=len(source))
-    assert args.model and args.steps and args.batch_size and args.image_size and args.learning_rate is not None  # resolved
+    full: Any = resolve(args, examples=len(source))  # every value is there now, which the types of Pretrain cannot say
     mesh, where = meshes.make(shape)
-    data_axis = mesh.shape["data"]
-    if args.batch_size % (data_axis * args.accumulate):
+    parts = mesh.shape["data"] * full.accumulate
+    if full.batch_size % parts:
         raise ValueError(
-            f"--batch-size {args.batch_size} is not divisible by the data axis of {data_axis} times --accumulate {args.accumulate}: "
-            f"use a multiple of {data_axis * args.accumulate}"
+            f"--batch-size {full.batch_size} is not divisible by the data axis of {mesh.shape['data']} "
+            f"times --accumulate {full.accumulate}: use a multiple of {parts}"
         )
-    recipe = recipes.recipe(args.recipe or "", args.model)
-    config = variant(
-        args.model,
-        image_size=args.image_size,
-        num_classes=len(source.classes),
-        representation_size=args.representation_size or None,
-        pool=args.pool,
-        dropout=args.dropout,
-        gelu=args.gelu,
-        channels=1 if args.data == "digits" else 3,
-        head_bias=recipe.head_bias if args.loss == "sigmoid" else 0.0,
-    )
-    check_mesh(config, meshes.MeshShape.of(mesh))
-    learning_rate = schedule(
-        base_lr=args.learning_rate, total_steps=args.steps, warmup_steps=args.warmup_steps or 0, decay=args.decay or "cosine", linear_end=min(recipe.linear_end, args.learning_rate)
-    )  # fmt: skip
-    tx = optimizer(
-        learning_rate,
-        base_lr=args.learning_rate,
-        weight_decay=args.weight_decay or 0.0,
-        weight_decay_form=args.weight_decay_form or "adamw",
-        b1=recipe.b1,
-        b2=recipe.b2,
-        eps=recipe.eps,
-        first_moment=args.first_moment or "float32",
-    )
-    size, channels = args.image_size, config.channels
+    ops = resolve_ops(None if full.ops == "auto" else BY_NAME[full.ops])
+    if ops is BY_NAME["fused"] and mesh.devices.flat[0].platform != "tpu":
+        raise ValueError(f"--ops fused runs on a TPU, {where} here: use --ops reference, or --ops interpret to try the kernels")
+    config = _model(full, classes=len(source.classes), channels=source[0].image.shape[2])
+    check_mesh(config, MeshShape.of(mesh))
+    learning_rate, tx = _optimizer(full)
+    images = dict(image_size=full.image_size, channels=config.channels, threads=full.threads)
     batches = train_batches(
-        source, image_size=size, channels=channels, batch_size=args.batch_size, seed=args.seed, augment=args.augment,
-        subset=args.subset, subset_seed=args.subset_seed, threads=args.threads, workers=args.workers,
+        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment,
+        subset=full.subset, subset_seed=full.subset_seed, workers=full.workers, **images,
     )  # fmt: skip
-    eval_size = max(data_axis, min(args.batch_size, -(-len(held_out) // data_axis) * data_axis))
+    eval_size = min(full.batch_size, -(-len(held_out) // mesh.shape["data"]) * mesh.shape["data"])
 
-    def validation():
-        return eval_batches(held_out, image_size=size, channels=channels, batch_size=eval_size, preprocess=args.preprocess, threads=args.threads)
-
-    out = directory(args)
-    claim(out, args)
-    print(f"{args.model} on {args.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes")
-    print(f"{where}; ops: reference; {args.steps} steps of {args.batch_size} images; recipe {args.recipe}; {out}", flush=True)
-    started = time.perf_counter()
+    out = directory(full)
+    claim(out, full)
+    named = next(name for name, known in BY_NAME.items() if known is ops)
+    print(
+        f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes"
+    )
+    print(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}", flush=True)
+    options = StepOptions(
+        ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat, accumulate=full.accumulate, loss=full.loss,
+        label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed,
+    )  # fmt: skip
     result = train(
         Run(
             directory=out,
@@ -325,36 +336,67 @@ def run(args: Pretrain) -> None:
             mesh=mesh,
             tx=tx,
             learning_rate=learning_rate,
-            options=StepOptions(
-                ops=REFERENCE,
-                dtype=jnp.dtype(args.dtype),
-                remat=args.remat,
-                accumulate=args.accumulate,
-                loss=args.loss or "softmax",
-                label_smoothing=args.label_smoothing or 0.0,
-                clip_norm=args.clip_norm or None,
-                polyak=args.polyak or None,
-                seed=args.seed,
-            ),
+            options=options,
             batches=batches,
-            validation=validation,
-            batch_size=args.batch_size,
-            total_steps=args.steps,
-            log_every=args.log_every or 1,
-            eval_every=args.eval_every or 1,
-            checkpoint_every=args.checkpoint_every or 1,
-            keep=args.keep,
-            early_stop=args.early_stop,
-            config_json=dataclasses.asdict(args),
+            validation=lambda: eval_batches(held_out, batch_size=eval_size, preprocess=full.preprocess, **images),
+            batch_size=full.batch_size,
+            total_steps=full.steps,
+            log_every=full.log_every,
+            eval_every=full.eval_every,
+            checkpoint_every=full.checkpoint_every,
+            keep=full.keep,
+            early_stop=full.early_stop,
+            config_json=dataclasses.asdict(full),
         ),
         say=lambda line: print(line, flush=True),
     )
-    done = result.steps - result.started
-    if done:
-        print(f"{done} steps in {time.perf_counter() - started:.0f} s, {result.images_per_second:,.0f} images/s")
+    if result.steps > result.started:
+        print(f"{result.steps - result.started} steps in {result.seconds:.0f} s, {result.images_per_second:,.0f} images/s")
     ended = f"stopped early at step {result.steps}" if result.stopped_early else f"finished at step {result.steps}"
     best = f"; best {result.best.accuracy:.2%} at step {result.best.step}" if result.best.accuracy > result.accuracy else ""
     print(f"{ended}: {result.correct} of {result.count} held-out images right, {result.accuracy:.2%}{best}; {out / 'curves.png'}")
+
+
+def _model(full, *, classes: int, channels: int):
+    """The ViTConfig of resolved options."""
+    from vitcore.config import variant
+
+    return variant(
+        full.model,
+        image_size=full.image_size,
+        num_classes=classes,
+        representation_size=full.representation_size or None,
+        pool=full.pool,
+        dropout=full.dropout,
+        gelu=full.gelu,
+        channels=channels,
+        head_bias=recipes.recipe(full.recipe, full.model).head_bias if full.loss == "sigmoid" else 0.0,
+    )
+
+
+def _optimizer(full):
+    """The schedule and the optimizer of resolved options."""
+    from train.optim import optimizer, schedule
+
+    recipe = recipes.recipe(full.recipe, full.model)
+    rate = schedule(
+        base_lr=full.learning_rate,
+        total_steps=full.steps,
+        warmup_steps=full.warmup_steps,
+        decay=full.decay,
+        linear_end=min(recipe.linear_end, full.learning_rate),
+    )
+    tx = optimizer(
+        rate,
+        base_lr=full.learning_rate,
+        weight_decay=full.weight_decay,
+        weight_decay_form=full.weight_decay_form,
+        b1=recipe.b1,
+        b2=recipe.b2,
+        eps=recipe.eps,
+        first_moment=full.first_moment,
+    )
+    return rate, tx
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from vitcore.sharding import AXES, MeshShape, partition_specs
 class TrainState(NamedTuple):
     """All that a run is between two steps. step: int32 scalar, updates done. average: Polyak average of params, or None."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
     average: Any
@@ -36,9 +36,9 @@ class TrainState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How a step is taken. accumulate: parts the batch is worked through in, one update for all. clip_norm: bound of the global gradient
-    norm, None for none. polyak: decay of the parameters' average, None for none. seed: of the dropout masks. The rest: as in `vitcore.apply`
-    and `train.recipes`."""
+    """How a step is taken. accumulate: parts the batch is worked through in, one update for all. clip_norm: bound of the global
+    gradient norm, None for none. polyak: decay of the parameters' average, 0 for none. seed: of the dropout masks. The rest: as in
+    `vitcore.apply` and `train.recipes`."""
 
     ops: Ops | None = None
     dtype: Any = jnp.float32
@@ -47,7 +47,7 @@ class StepOptions:
     loss: str = "softmax"
     label_smoothing: float = 0.0
     clip_norm: float | None = None
-    polyak: float | None = None
+    polyak: float = 0.0
     seed: int = 0
 
     def losses(self, logits, labels):
@@ -94,7 +94,15 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
     def loss_of(params, images, labels, first_example, key):
         """The sum over this part's images of loss / B, over all devices: parts add up to the mean over the global batch."""
         logits = forward(
-            params, images, config, ops=options.ops, dtype=options.dtype, remat=options.remat, dropout_key=key, mesh=shape, first_example=first_example
+            params,
+            images,
+            config,
+            ops=options.ops,
+            dtype=options.dtype,
+            remat=options.remat,
+            dropout_key=key,
+            mesh=shape,
+            first_example=first_example,
         )
         scale = 1.0 / (images.shape[0] * options.accumulate * shape.data)
         return lax.psum(options.losses(logits, labels).sum() * scale, "data")
@@ -132,12 +140,20 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
 
 
 def make_eval_step(config: ViTConfig, mesh: Mesh, options: StepOptions):
-    """A compiled function (params, images, labels, weights [B] 0 or 1) -> float32 sums over the weighted images: count, correct, loss."""
+    """A compiled function (params, images, labels, weights [B] 0 or 1) -> float32 sums over the images: count, correct, loss."""
 
     def step(params, images, labels, weights):
         logits = forward(params, images, config, ops=options.ops, dtype=options.dtype, mesh=MeshShape.of(mesh))
-        correct = logits.argmax(-1) == labels if labels.ndim == 1 else jnp.take_along_axis(labels, logits.argmax(-1)[:, None], 1)[:, 0] > 0
-        sums = {"count": weights.sum(), "correct": (weights * correct).sum(), "loss": (weights * options.losses(logits, labels)).sum()}
+        correct = (
+            logits.argmax(-1) == labels
+            if labels.ndim == 1
+            else jnp.take_along_axis(labels, logits.argmax(-1)[:, None], 1)[:, 0] > 0
+        )
+        sums = {
+            "count": weights.sum(),
+            "correct": (weights * correct).sum(),
+            "loss": (weights * options.losses(logits, labels)).sum(),
+        }
         return lax.psum(sums, "data")
 
     specs = partition_specs(config, mesh)
@@ -145,7 +161,7 @@ def make_eval_step(config: ViTConfig, mesh: Mesh, options: StepOptions):
 
 
 def global_norm(tree):
-    """The Euclidean norm of a tree of shards over the whole mesh, each element counted once: float32 scalar, the same everywhere."""
+    """The Euclidean norm of a tree of shards over the whole mesh, each element counted once: a float32 scalar."""
     sums: dict[tuple[str, ...], Any] = defaultdict(float)
     for leaf in jax.tree.leaves(tree):
         split = tuple(axis for axis in AXES if axis in jax.typeof(leaf).manual_axis_type.varying)

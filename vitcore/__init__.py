@@ -5,7 +5,10 @@ from vitcore.config import variant as variant
 from vitcore.model import apply as apply
 from vitcore.model import features as features
 from vitcore.model import init as init
+from vitcore.ops import FUSED as FUSED
+from vitcore.ops import INTERPRET as INTERPRET
 from vitcore.ops import REFERENCE as REFERENCE
 from vitcore.ops import Ops as Ops
+from vitcore.ops import fused as fused
 from vitcore.sharding import apply_on as apply_on
 from vitcore.sharding import partition_specs as partition_specs

@@ -39,12 +39,15 @@ class ViTConfig:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a positive integer is required")
         if min(self.image_shape) < 1 or any(side % self.patch_size for side in self.image_shape):
+            near = max(1, round(min(self.image_shape) / self.patch_size)) * self.patch_size
             raise ValueError(
                 f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}: "
-                f"use a multiple of {self.patch_size}, e.g. {max(1, round(min(self.image_shape) / self.patch_size)) * self.patch_size}"
+                f"use a multiple of {self.patch_size}, e.g. {near}"
             )
         if self.width % self.num_heads:
-            raise ValueError(f"width={self.width} is not divisible by num_heads={self.num_heads}: every head has width / num_heads columns")
+            raise ValueError(
+                f"width={self.width} is not divisible by num_heads={self.num_heads}: every head has width / num_heads columns"
+            )
         if self.representation_size is not None and self.representation_size < 1:
             raise ValueError(f"representation_size={self.representation_size}: a positive integer or None is required")
         if self.pool not in ("token", "gap"):
@@ -99,7 +102,9 @@ def variant(name: str, **changes) -> ViTConfig:
     if not match or match[1] not in _SIZES:
         known = [f"ViT-{size}/{patch}" for size, patches in _PATCHES.items() for patch in patches]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-        raise ValueError(f"unknown model {name!r}: did you mean {', '.join(near)}? (ViT-{{{','.join(_SIZES)}}}/P with any patch side P)")
+        raise ValueError(
+            f"unknown model {name!r}: did you mean {', '.join(near)}? (ViT-{{{','.join(_SIZES)}}}/P with any patch side P)"
+        )
     fields = {field.name for field in dataclasses.fields(ViTConfig)}
     if unknown := set(changes) - fields:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))} of ViTConfig: it has {', '.join(sorted(fields))}")

@@ -33,7 +33,13 @@ def init(key, config: ViTConfig):
     LeCun-normal (truncated); position embedding N(0, 0.02); class token and head zero; norms one and zero.
     """
     c = config
-    k = dict(zip(("patch", "position", "qkv", "out", "in", "in_bias", "mlp_out", "mlp_out_bias", "pre"), jax.random.split(key, 9), strict=True))
+    k = dict(
+        zip(
+            ("patch", "position", "qkv", "out", "in", "in_bias", "mlp_out", "mlp_out_bias", "pre"),
+            jax.random.split(key, 9),
+            strict=True,
+        )
+    )
     layers = c.depth
 
     def xavier(key, shape):
@@ -58,7 +64,10 @@ def init(key, config: ViTConfig):
         },
         "blocks": {
             "norm1": norm(layers, c.width),
-            "qkv": {"kernel": xavier(k["qkv"], (layers, 3, c.width, c.width)), "bias": jnp.zeros((layers, 3, c.width), jnp.float32)},
+            "qkv": {
+                "kernel": xavier(k["qkv"], (layers, 3, c.width, c.width)),
+                "bias": jnp.zeros((layers, 3, c.width), jnp.float32),
+            },
             "out": {"kernel": xavier(k["out"], (layers, c.width, c.width)), "bias": jnp.zeros((layers, c.width), jnp.float32)},
             "norm2": norm(layers, c.width),
             "mlp_in": {
@@ -105,13 +114,26 @@ def features(params, images, config: ViTConfig, *, ops: Ops | None = None, dtype
     return represent(params, x, config, ops=resolve(ops)).astype(jnp.float32)
 
 
-def forward(params, images, config, *, ops=None, dtype=jnp.float32, dropout_key=None, remat=False, mesh: MeshShape | None = None, first_example=0):
+def forward(
+    params,
+    images,
+    config,
+    *,
+    ops=None,
+    dtype=jnp.float32,
+    dropout_key=None,
+    remat=False,
+    mesh: MeshShape | None = None,
+    first_example=0,
+):
     """`apply` without its checks, on one device (mesh None) or on this device's shards inside a `shard_map`.
 
     first_example: the global index of images[0], which keys the dropout masks.
     """
     ops = resolve(ops)
-    x = encode(params, images, config, ops=ops, dtype=dtype, dropout_key=dropout_key, remat=remat, mesh=mesh, first_example=first_example)
+    x = encode(
+        params, images, config, ops=ops, dtype=dtype, dropout_key=dropout_key, remat=remat, mesh=mesh, first_example=first_example
+    )
     y = represent(params, x, config, ops=ops, mesh=mesh)
     specs = partition_specs(config, mesh)
     if "pre_logits" in params:
@@ -135,7 +157,12 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=False,
 
     p = gather(params["patch_embed"], specs["patch_embed"], mesh, dtype)
     x = ops.patch_embed(
-        images.astype(dtype), p["kernel"], p["bias"], p.get("cls"), p["position"], dropout=dropout(None if keys is None else keys[0])
+        images.astype(dtype),
+        p["kernel"],
+        p["bias"],
+        p.get("cls"),
+        p["position"],
+        dropout=dropout(None if keys is None else keys[0]),
     )
 
     def block(x, layer):
@@ -144,7 +171,14 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=False,
         x = sum_over_model(
             ops.attention_half(
                 vary(x, mesh),
-                *(w["norm1"]["scale"], w["norm1"]["bias"], w["qkv"]["kernel"], w["qkv"]["bias"], w["out"]["kernel"], w["out"]["bias"]),
+                *(
+                    w["norm1"]["scale"],
+                    w["norm1"]["bias"],
+                    w["qkv"]["kernel"],
+                    w["qkv"]["bias"],
+                    w["out"]["kernel"],
+                    w["out"]["bias"],
+                ),
                 num_heads=config.num_heads // (mesh.model if mesh else 1),
                 dropout=dropout(key),
                 share=share,
@@ -190,7 +224,8 @@ def _check(params, images, config):
     want = (*config.image_shape, config.channels)
     if images.ndim != 4 or images.shape[1:] != want or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
-            f"images are {images.dtype}{list(images.shape)}: floats [B, {', '.join(map(str, want))}] in [-1, 1] are required by this config"
+            f"images are {images.dtype}{list(images.shape)}: "
+            f"floats [B, {', '.join(map(str, want))}] in [-1, 1] are required by this config"
         )
     shapes = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     have = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}

@@ -1,16 +1,25 @@
 """Ops: the functions a model calls, as one record passed as one static argument. A new device is a new record, nothing else."""
 
 from collections.abc import Callable
+from functools import cache, partial, wraps
 from typing import NamedTuple
 
-from kernels.attention.reference import attention_half
-from kernels.layer_norm.reference import layer_norm
-from kernels.mlp.reference import mlp_half
-from kernels.patch_embed.reference import patch_embed
+import jax
+
+from kernels.attention import reference as attention
+from kernels.attention import tpu as attention_tpu
+from kernels.device import DEVICES
+from kernels.launch import Launch, here
+from kernels.layer_norm import reference as layer_norm
+from kernels.layer_norm import tpu as layer_norm_tpu
+from kernels.mlp import reference as mlp
+from kernels.mlp import tpu as mlp_tpu
+from kernels.patch_embed import reference as patch_embed
+from kernels.patch_embed import tpu as patch_embed_tpu
 
 
 class Ops(NamedTuple):
-    """What a ViT is made of; each field has the signature and the meaning of the function of its name in `kernels/*/reference.py`."""
+    """What a ViT is made of; each field has the signature and meaning of the function of its name in `kernels/*/reference.py`."""
 
     patch_embed: Callable
     attention_half: Callable
@@ -18,9 +27,39 @@ class Ops(NamedTuple):
     layer_norm: Callable
 
 
-REFERENCE = Ops(patch_embed, attention_half, mlp_half, layer_norm)
+_KERNELS = (patch_embed_tpu.patch_embed, attention_tpu.attention_half, mlp_tpu.mlp_half, layer_norm_tpu.layer_norm)
+
+
+@cache
+def fused(launch: Launch) -> Ops:
+    """The Pallas kernels, started as `launch` says: for another device than the one present, or interpreted."""
+    return Ops(*(partial(kernel, launch=launch) for kernel in _KERNELS))
+
+
+def _on_the_tpu(kernel):
+    @wraps(kernel)
+    def run(*args, **options):
+        if (platform := jax.default_backend()) != "tpu":
+            raise ValueError(
+                f"the fused ops run on a TPU, the devices are {platform}: use the reference ops, or interpret to try the kernels"
+            )
+        return kernel(*args, launch=here(), **options)
+
+    return run
+
+
+# Plain einsum, compiled by XLA: the specification, and the path of every platform without kernels.
+REFERENCE = Ops(patch_embed.patch_embed, attention.attention_half, mlp.mlp_half, layer_norm.layer_norm)
+# The kernels, compiled for the TPU that is present.
+FUSED = Ops(*map(_on_the_tpu, _KERNELS))
+# The kernels as plain JAX operations, on any platform: slow, for trying and testing them.
+INTERPRET = fused(Launch(device=DEVICES["cpu"], interpret=True))
+
+BY_NAME = {"reference": REFERENCE, "fused": FUSED, "interpret": INTERPRET}
 
 
 def resolve(ops: Ops | None) -> Ops:
-    """The ops to run: those given, or with None what suits the platform."""
-    return REFERENCE if ops is None else ops
+    """The ops to run: those given, or with None what suits the platform: FUSED on a TPU, REFERENCE elsewhere."""
+    if ops is None:
+        return FUSED if jax.default_backend() == "tpu" else REFERENCE
+    return ops

@@ -33,7 +33,9 @@ class MeshShape(NamedTuple):
     def of(cls, mesh: Mesh) -> "MeshShape":
         """The shape of a `jax.sharding.Mesh`; ValueError where its axes are not named data and model."""
         if tuple(mesh.axis_names) != AXES:
-            raise ValueError(f"mesh axes are {mesh.axis_names}: ('data', 'model') is required, e.g. jax.make_mesh((8, 4), ('data', 'model'))")
+            raise ValueError(
+                f"mesh axes are {mesh.axis_names}: ('data', 'model') is required, e.g. jax.make_mesh((8, 4), ('data', 'model'))"
+            )
         return cls(mesh.shape["data"], mesh.shape["model"])
 
 
@@ -42,8 +44,8 @@ def check_mesh(config: ViTConfig, mesh: MeshShape) -> None:
     for what, n in (("num_heads", config.num_heads), ("mlp_dim", config.mlp_dim)):
         if n % mesh.model:
             raise ValueError(
-                f"{what}={n} is not divisible by the model axis of the {mesh.data}x{mesh.model} mesh: use a model axis that divides {n}, "
-                f"e.g. --mesh {mesh.data * mesh.model}x1"
+                f"{what}={n} is not divisible by the model axis of the {mesh.data}x{mesh.model} mesh: "
+                f"use a model axis that divides {n}, e.g. --mesh {mesh.data * mesh.model}x1"
             )
 
 
@@ -164,15 +166,27 @@ def apply_on(mesh: Mesh, config: ViTConfig, *, ops=None, dtype=jnp.float32, rema
 
     def run(params, images, dropout_key=None):
         if images.ndim != 4 or images.shape[0] % shape.data:
-            raise ValueError(f"images are {list(images.shape)}: [B, Y, X, C] with B divisible by the data axis, {shape.data}, is required")
+            raise ValueError(
+                f"images are {list(images.shape)}: [B, Y, X, C] with B divisible by the data axis, {shape.data}, is required"
+            )
 
         def local(params, images, *key):
             first = lax.axis_index("data") * images.shape[0]
             return forward(
-                params, images, config, ops=ops, dtype=dtype, dropout_key=key[0] if key else None, remat=remat, mesh=shape, first_example=first
+                params,
+                images,
+                config,
+                ops=ops,
+                dtype=dtype,
+                dropout_key=key[0] if key else None,
+                remat=remat,
+                mesh=shape,
+                first_example=first,
             )
 
         keys = () if dropout_key is None else (dropout_key,)
-        return jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data"), *(P() for _ in keys)), out_specs=P("data"))(params, images, *keys)
+        return jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data"), *(P() for _ in keys)), out_specs=P("data"))(
+            params, images, *keys
+        )
 
     return run

@@ -40,9 +40,11 @@ def main(shape_text: str, out: str, accumulate: str = "1") -> None:
         state, metrics = step(state, images, labels)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["gradient_norm"]))
-    flat = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path({"params": state.params, "average": state.average})}
+    trees = {"params": state.params, "average": state.average}
+    flat = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(trees)}
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((state.params, state.opt_state)))
-    np.savez(out, losses=losses, norms=norms, devices=mesh.devices.size, split=split, **flat)
+    flat |= {"losses": np.array(losses), "norms": np.array(norms), "devices": np.array(mesh.devices.size), "split": np.array(split)}
+    np.savez(out, allow_pickle=False, **flat)
 
 
 if __name__ == "__main__":

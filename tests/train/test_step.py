@@ -143,13 +143,17 @@ def test_apply_on_a_users_mesh():
 
 # --- the program ------------------------------------------------------------------------------------------------------------
 
+
 def collectives(text):
     """(kind, result's element type and shape) of every collective in an HLO module's text; tuples are taken apart."""
     found = []
     for line in text.splitlines():
         match = re.search(r"= (\(?.*?\)?) (all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)(-start)?\(", line)
         if match:
-            found += [(match[2], tuple(map(int, shape.split(","))) if shape else ()) for shape in re.findall(r"[a-z]+\d+\[([\d,]*)\]", match[1])]
+            found += [
+                (match[2], tuple(map(int, shape.split(","))) if shape else ())
+                for shape in re.findall(r"[a-z]+\d+\[([\d,]*)\]", match[1])
+            ]
     return found
 
 

@@ -57,7 +57,9 @@ def test_bad_values_are_refused(changes, words):
         vitcore.variant("ViT-B/16", **changes)
 
 
-@pytest.mark.parametrize(("name", "near"), [("ViT-B16", "ViT-B/16"), ("vit-l/16", "ViT-L/16"), ("ViT-XXL/14", "ViT-L/16"), ("", "ViT-B/16")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("ViT-B16", "ViT-B/16"), ("vit-l/16", "ViT-L/16"), ("ViT-XXL/14", "ViT-L/16"), ("", "ViT-B/16")]
+)
 def test_unknown_model_shows_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"unknown model '{name}'.*{near}"):
         vitcore.variant(name)

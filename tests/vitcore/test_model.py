@@ -130,7 +130,10 @@ def test_vit_b16_initial_values():
     for x in (p["blocks"]["norm1"]["scale"], p["blocks"]["norm2"]["scale"], p["norm"]["scale"]):
         assert (x == 1).all()
     q, k, v = p["blocks"]["qkv"]["kernel"][0]
-    assert np.unique([q[0, 0], k[0, 0], v[0, 0], p["blocks"]["qkv"]["kernel"][1, 0, 0, 0], p["blocks"]["out"]["kernel"][0, 0, 0]]).size == 5
+    assert (
+        np.unique([q[0, 0], k[0, 0], v[0, 0], p["blocks"]["qkv"]["kernel"][1, 0, 0, 0], p["blocks"]["out"]["kernel"][0, 0, 0]]).size
+        == 5
+    )
     assert (np.asarray(vitcore.init(jax.random.key(0), vitcore.variant("ViT-Ti/16", head_bias=-10.0))["head"]["bias"]) == -10).all()
 
 
@@ -161,11 +164,13 @@ def test_bf16_is_near_float32():
 
 
 def test_dropout_stands_where_the_paper_puts_it(monkeypatch):
-    """After the position embedding, the output projection, the GELU and the second MLP layer, with a fresh key each layer; nowhere else."""
+    """After the position embedding, the output projection, the GELU and the second MLP layer; nowhere else."""
     from kernels import dropout as drop
 
     sites, original = [], drop.apply
-    monkeypatch.setattr(drop, "apply", lambda x, dropout, site, column=0: (sites.append((site, x.shape)), original(x, dropout, site, column))[1])
+    monkeypatch.setattr(
+        drop, "apply", lambda x, dropout, site, column=0: (sites.append((site, x.shape)), original(x, dropout, site, column))[1]
+    )
     params, images = small_inputs()
     images = images[:5]  # a batch not traced before
     vitcore.apply(params, images, SMALL, dropout_key=jax.random.key(0))

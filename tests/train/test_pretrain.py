@@ -1,0 +1,244 @@
+"""The job as its user meets it: what a run leaves, resuming, running again from config.json, and every mistake in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from train import mesh as meshes
+from train import pretrain
+
+ROOT = Path(__file__).parents[2]
+assert len(jax.devices()) == 8, "started by the first job instead, JAX would have that job's number of devices"
+
+TINY = ["--mesh", "2x2", "--batch-size", "32", "--steps", "12", "--eval-every", "6", "--checkpoint-every", "6", "--log-every", "1"]
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(*argv, fails=False):
+    assert pretrain.main([str(a) for a in argv]) == (2 if fails else 0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of 12 steps."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    run(*TINY, "--out", out)
+    return out
+
+
+def test_a_run_leaves_its_directory(whole, capsys):
+    lines = records(whole)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(line["loss"] > 0 and line["images_per_second"] >= 0 for line in lines)
+    measured = {line["step"]: line["val_accuracy"] for line in lines if "val_accuracy" in line}
+    assert measured.keys() == {6, 12}
+    assert all(0 <= accuracy <= 1 and abs(accuracy * 355 - round(accuracy * 355)) < 1e-6 for accuracy in measured.values())
+    assert Image.open(whole / "curves.png").size[0] > 800
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["model"], config["recipe"], config["steps"], config["learning_rate"]) == ("ViT-Nano/4", "digits", 12, 0.002)
+    assert None not in {config[key] for key in ("batch_size", "dropout", "warmup_steps", "decay", "loss", "eval_every")}
+    # the same again: nothing left to do, and said so
+    run(*TINY, "--out", whole)
+    printed = capsys.readouterr().out
+    assert "resuming at step 12" in printed
+    assert "finished at step 12" in printed
+    assert records(whole) == lines
+
+
+def test_config_json_runs_again_to_the_same_numbers(whole, tmp_path):
+    run("--config", whole / "config.json", "--out", tmp_path / "again")
+    for a, b in zip(records(whole), records(tmp_path / "again"), strict=True):
+        assert (a["step"], a["loss"], a.get("val_accuracy")) == (b["step"], b["loss"], b.get("val_accuracy"))
+
+
+@pytest.mark.parametrize("mesh", ["2x2", "4x1"])
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(whole, tmp_path, monkeypatch, mesh):
+    """Stopped after 9 steps, between checkpoints; continued from step 6: bit for bit on the same mesh, to rounding on another."""
+    import train.loop
+
+    make, taken = train.loop.make_train_step, []
+
+    def stopping(*args):
+        step = make(*args)
+
+        def wrapped(*batch):
+            if len(taken) == 9:
+                raise KeyboardInterrupt
+            taken.append(1)
+            return step(*batch)
+
+        return wrapped
+
+    monkeypatch.setattr(train.loop, "make_train_step", stopping)
+    assert pretrain.main([*TINY, "--out", str(tmp_path)]) == 130
+    assert [line["step"] for line in records(tmp_path)] == list(range(1, 10))
+    monkeypatch.undo()
+    run(*TINY, "--mesh", mesh, "--out", tmp_path)
+    a, b = records(whole), records(tmp_path)
+    assert [line["step"] for line in b] == list(range(1, 13))
+    if mesh == "2x2":
+        assert [line["loss"] for line in a] == [line["loss"] for line in b]
+    else:
+        np.testing.assert_allclose([line["loss"] for line in a], [line["loss"] for line in b], rtol=1e-5)
+    assert a[-1]["val_accuracy"] == pytest.approx(b[-1]["val_accuracy"], abs=0.01)
+
+
+def test_options_change_what_they_say(tmp_path):
+    run(*TINY, "--out", tmp_path / "r", "--model", "ViT-Nano/2", "--seed", 3, "--dropout", 0.3, "--accumulate", 2, "--remat",
+        "--dtype", "bfloat16", "--polyak", 0.9, "--first-moment", "bfloat16", "--decay", "linear", "--loss", "sigmoid",
+        "--subset", 500, "--clip-norm", 0, "--pool", "gap", "--weight-decay-form", "independent",
+        "--representation-size", 0, "--learning-rate", 1e-4)  # fmt: skip
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert (config["seed"], config["dropout"], config["clip_norm"], config["representation_size"]) == (3, 0.3, 0.0, 0)
+    first = records(tmp_path / "r")[0]
+    assert first["loss"] == pytest.approx(10 * np.log(2), rel=1e-3)  # ten sigmoids at zero: the loss is the one asked for
+
+
+def test_early_stopping_ends_two_evaluations_after_the_best(tmp_path, capsys):
+    run(*TINY[:-6], "--eval-every", 1, "--log-every", 1, "--early-stop", 2, "--learning-rate", 1e-9, "--out", tmp_path)
+    accuracies = [line["val_accuracy"] for line in records(tmp_path)]
+    best = int(np.argmax(accuracies)) + 1
+    assert len(accuracies) == best + 2 < 12
+    assert f"stopped early at step {best + 2}" in capsys.readouterr().out
+    run(*TINY[:-6], "--eval-every", 1, "--log-every", 1, "--early-stop", 2, "--learning-rate", 1e-9, "--out", tmp_path)
+    assert len(records(tmp_path)) == best + 2  # a run that has stopped stays stopped
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------------
+
+
+def folder(path, train=("cat", "dog"), val=("cat", "dog"), broken=False):
+    rng = np.random.default_rng(0)
+    for split, classes in (("train", train), ("val", val)):
+        for name in classes:
+            (path / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(rng.integers(0, 255, (24, 30, 3), dtype=np.uint8)).save(path / split / name / f"{i}.png")
+    if broken:
+        (path / "train" / train[0] / "0.png").write_bytes((path / "train" / train[0] / "0.png").read_bytes()[:200])
+    return f"folder:{path}"
+
+
+def test_a_folder_of_images_trains(tmp_path, capsys):
+    data = folder(tmp_path / "data")
+    run("--mesh", "2x1", "--data", data, "--model", "ViT-Ti/16", "--recipe", "imagenet", "--image-size", 32, "--batch-size", 4,
+        "--steps", 2, "--out", tmp_path / "run")  # fmt: skip
+    assert "8 training and 8 held-out images of 2 classes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["clip_norm"] == 1.0
+
+
+MISTAKES = {
+    "unknown model": (["--model", "ViT-B-16"], "unknown model 'ViT-B-16': did you mean ViT-B/16"),
+    "unknown recipe": (["--recipe", "imagent"], "unknown recipe 'imagent': the nearest are imagenet"),
+    "unknown data": (["--data", "digit"], "unknown data source 'digit'; the known ones are digits, folder:PATH"),
+    "patch": (["--model", "ViT-Nano/3"], "image_size=8 is not divisible by patch_size=3"),
+    "heads": (["--mesh", "1x8"], "num_heads=4 is not divisible by the model axis of the 1x8 mesh"),
+    "batch": (["--mesh", "8x1", "--batch-size", "100"], "--batch-size 100 is not divisible by the data axis of 8"),
+    "batch and parts": (
+        ["--mesh", "2x1", "--batch-size", "6", "--accumulate", "2"],
+        "data axis of 2 times --accumulate 2: use a multiple of 4",
+    ),
+    "mesh of zero": (["--mesh", "0x4"], "--mesh 0x4: two positive sizes DATAxMODEL are required"),
+    "negative mesh": (["--mesh=-8x4"], "--mesh -8x4: two positive sizes"),
+    "mesh of words": (["--mesh", "big"], "--mesh big: two positive sizes"),
+    "too many devices": (["--mesh", "16x1"], "--mesh 16x1 needs 16 devices, 8 x cpu present"),
+    "steps": (["--steps", "0"], "--steps 0: a positive number is required"),
+    "dropout": (["--dropout", "1.5"], "dropout=1.5"),
+    "subset": (["--subset", "5000"], "--subset 5000: digits has 1442 training images"),
+    "missing folder": (["--data", "folder:/no/such/place"], "/no/such/place"),
+    "missing config": (["--config", "/no/such/config.json"], "/no/such/config.json"),
+    "smoothed sigmoid": (["--loss", "sigmoid", "--label-smoothing", "0.1"], "only softmax smooths labels"),
+    "warm-up": (["--steps", "10", "--warmup-steps", "10"], "the warm-up must be shorter than the run"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, words = MISTAKES[name]
+    run(*argv, fails=True)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("train.pretrain: error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+    assert not list(tmp_path.iterdir())  # and nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: (path.mkdir(), f"folder:{path}")[1], "data"),
+        (lambda path: folder(path, val=("cat", "cow")), "cow"),
+        (lambda path: folder(path, broken=True), "0.png"),
+    ],
+    ids=["empty folder", "classes that differ", "undecodable image"],
+)
+def test_a_bad_folder_is_one_line(make, words, tmp_path, capsys):
+    data = make(tmp_path / "data")
+    run(
+        "--data",
+        data,
+        "--model",
+        "ViT-Ti/16",
+        "--image-size",
+        16,
+        "--batch-size",
+        8,
+        "--steps",
+        2,
+        "--mesh",
+        "1x1",
+        "--out",
+        tmp_path / "o",
+        fails=True,
+    )
+    error = capsys.readouterr().err
+    assert error.startswith("train.pretrain: error: ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_another_runs_directory_is_left_alone(whole, capsys):
+    before = {path: path.read_bytes() for path in whole.glob("*.*")}
+    run(*TINY, "--out", whole, "--seed", 1, fails=True)
+    assert "holds another run (seed 0 there, 1 now): choose another --out" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in whole.glob("*.*")} == before
+
+
+def test_default_name_is_the_runs_own():
+    a = pretrain.resolve(pretrain.Pretrain(), examples=1442)
+    same = pretrain.resolve(pretrain.Pretrain(mesh="8x4", keep=9, steps=1205), examples=1442)
+    other = pretrain.resolve(pretrain.Pretrain(seed=1), examples=1442)
+    assert pretrain.directory(a) == pretrain.directory(same) != pretrain.directory(other)
+    assert pretrain.directory(a).name.startswith("ViT-Nano_4-digits-")
+
+
+def test_mesh_is_parsed():
+    assert meshes.parse("8x4") == (8, 4)
+
+
+# --- the default run, as the README has it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_default_run_reads_digits_on_8x4(tmp_path):
+    """96 % of the held-out fifth, at least; quiet on stderr where there is no terminal."""
+    command = [sys.executable, "-m", "train.pretrain", "--mesh", "8x4", "--out", tmp_path / "run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "32 devices simulated" in done.stdout
+    last = records(tmp_path / "run")[-1]
+    assert last["val_accuracy"] >= 0.96
+    assert f"{last['val_accuracy']:.2%}" in done.stdout
+    assert done.stderr == ""
