@@ -199,7 +199,7 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=False,
     sum_over_model = partial(lax.psum, axis_name="model") if mesh else lambda x: x
     if remat:
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
-    elif mesh:
+    elif mesh and mesh.data > 1:
         block = jax.checkpoint(block, policy=recompute_gathers, prevent_cse=False)
     # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
     blocks = vary(params["blocks"], mesh, specs["blocks"])
