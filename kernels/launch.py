@@ -23,9 +23,10 @@ from kernels.device import Device, from_kind
 class Launch:
     """Where and how kernels run; hashable, passed as a static argument.
 
-    device: the tiles are chosen for it. interpret: False compiles with Mosaic; `pltpu.InterpretParams` simulates a TPU's memories on a
-    CPU (races, uninitialised memory); True evaluates the kernel as plain jax operations, on one device only: jax's evaluator does not
-    know what varies over a mesh. Simulated devices talk to the CPU's thread pool: a mesh of 2 wants 4 threads (`NPROC=8`).
+    device: the tiles are chosen for it. interpret: False compiles with Mosaic; `pltpu.InterpretParams` simulates a TPU's memories
+    on a CPU (races, uninitialised memory); True evaluates the kernel as plain jax operations, on one device only: jax's evaluator
+    does not know what varies over a mesh. `jax.checkpoint` takes only False and True: simulation has side effects. Simulated
+    devices talk to the CPU's thread pool: a mesh of 2 wants 4 threads (`NPROC=8`).
     """
 
     device: Device
@@ -77,8 +78,9 @@ def call(
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """A thin `pl.pallas_call`: returns a function of the kernel's arrays that returns the tuple of its outputs.
 
-    out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading arrays
-    are int32 scalars, in SMEM and known to the index maps. vmem_bytes: limit of the kernel; the core's whole VMEM by default.
+    out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading
+    arrays are int32 scalars, in SMEM and known to the index maps. vmem_bytes: limit of the kernel; the core's whole VMEM by
+    default.
     """
 
     def run(*arrays):
@@ -115,7 +117,8 @@ def dot(a, b, device: Device, *, contract: tuple[int, int] = (1, 0)):
     precision = None
     if a.dtype == jnp.bfloat16 or b.dtype == jnp.bfloat16:
         precision = lax.Precision.DEFAULT
-        dtype = jnp.bfloat16 if device.bf16_matmul else jnp.float32
+        single = 1 in (a.shape[1 - contract[0]], b.shape[1 - contract[1]])  # Mosaic makes it a VPU product, and fails in bfloat16
+        dtype = jnp.bfloat16 if device.bf16_matmul and not single else jnp.float32
         a, b = a.astype(dtype), b.astype(dtype)
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)

@@ -3,8 +3,9 @@
 An implementation is compared with its plain reference twice: both run in the dtype under test, and the reference runs once more
 in float64. Our error may be at most TWICE the error of the plain implementation in the same dtype, both against float64 (the
 rule of the FlashAttention tests), plus a floor of one rounding of the largest true value (where the plain result happens to be
-exact, a result that was rounded once more is still right) and two of float32 (sums in another order). Errors are largest absolute differences, array by array, for the value
-and for the gradient of every argument (one vector-Jacobian product with a fixed random cotangent).
+exact, a result that was rounded once more is still right) and two of float32 (sums in another order). Errors are largest absolute
+differences, array by array, for the value and for the gradient of every argument (one vector-Jacobian product with a fixed random
+cotangent).
 """
 
 import re
@@ -13,13 +14,17 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 FACTOR = 2.0
 
 
 def _value_and_gradients(fn: Callable, args: Sequence, cotangent) -> list[np.ndarray]:
-    value, pullback = jax.vjp(fn, *args)
-    return [np.asarray(a).astype(np.float64) for a in (value, *pullback(jnp.asarray(cotangent, value.dtype)))]
+    def both(args, cotangent):
+        value, pullback = jax.vjp(fn, *args)
+        return value, *pullback(cotangent.astype(value.dtype))
+
+    return [np.asarray(a).astype(np.float64) for a in jax.jit(both)(tuple(args), jnp.asarray(cotangent))]
 
 
 def check(ours: Callable, plain: Callable, args: Sequence, *, names: Sequence[str] = (), seed: int = 0) -> None:
@@ -55,7 +60,7 @@ def kernels_in(fn: Callable, *args) -> list[str]:
             if eqn.primitive.name == "pallas_call":
                 yield eqn.params["name"]
                 continue
-            for inner in jax.core.jaxprs_in_params(eqn.params):
+            for inner in jaxprs_in_params(eqn.params):
                 yield from walk(inner)
 
     return list(walk(jax.make_jaxpr(fn)(*args).jaxpr))

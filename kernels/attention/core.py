@@ -1,19 +1,20 @@
 """Softmax attention on packed projections, as Pallas TPU kernels: o = softmax(q k^T / sqrt(H)) v, head by head.
 
-Layout. The projections are one array [3, B, T, K], K = N * H: the product of LN(x) with w_qkv [3, D, K] as it stands. A kernel takes
-it three times through three index maps, and writes o as [B, T, K]: no transpose, no split, no padding in HBM. A block is exactly T
-rows; in VMEM the heads lie side by side in the lanes, and a head is worked on in the whole 128-lane columns that it touches: its
-queries are masked to its own lanes, so that the products with the columns of k are the head's alone (the MXU would pad a width of 64
-to 128 anyway). So every head width and every number of heads takes one path, a head across a column border (width 80) included.
+Layout. The projections are one array [3, B, T, K], K = N * H: the product of LN(x) with w_qkv [3, D, K] as it stands. A kernel
+takes it three times through three index maps, and writes o as [B, T, K]: no transpose, no split, no padding in HBM. A block is
+exactly T rows; in VMEM the heads lie side by side in the lanes, and a head is worked on in the whole 128-lane columns that it
+touches: its queries are masked to its own lanes, so that the products with the columns of k are the head's alone (the MXU would
+pad a width of 64 to 128 anyway). So every head width and every number of heads takes one path, a head across a column border
+(width 80) included.
 
-Forward, a tile of queries at a time: s = q k^T, p = exp(s - max), o = (p v) / sum(p). While T keys fit, the softmax sees whole rows;
-beyond, it is the online softmax over chunks of keys. Backward recomputes p and works on the transpose, s' = k q^T, so that the sums
-of the softmax run over sublanes and only dq and o need a transposed product:
+Forward, a tile of queries at a time: s = q k^T, p = exp(s - max), o = (p v) / sum(p). While T keys fit, the softmax sees whole
+rows; beyond, it is the online softmax over chunks of keys. Backward recomputes p and works on the transpose, s' = k q^T, so that
+the sums of the softmax run over sublanes and only dq and o need a transposed product:
 
     dv = p' do,  dp' = v do^T,  ds' = p' * (dp' - sum_s(p' * dp')),  dk = ds' q / sqrt(H),  dq = ds'^T k / sqrt(H)
 
-It also returns o, if the gradient of an output projection needs it. Probabilities never leave VMEM. Everything between the products is
-float32; operands of products are rounded to the dtype of the arrays, where the reference rounds them too.
+It also returns o, if the gradient of an output projection needs it. Probabilities never leave VMEM. Everything between the
+products is float32; operands of products are rounded to the dtype of the arrays, where the reference rounds them too.
 
 HBM traffic: forward 4 and backward 8 arrays of B * T * K. Paper: appendix A; online softmax: Milakov and Gimelshein 2018;
 recomputation: Dao et al. 2022.
@@ -33,9 +34,10 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.device import LANES, Device
 from kernels.launch import Launch, call, dot
 
-# Float32 arrays that the compiler keeps in VMEM for each head of an unrolled step, read off its "used ... of 16 MiB" on v3: operands
-# and results [T, columns of the head], and tiles [keys, queries].
+# Float32 arrays that the compiler keeps in VMEM for each head of an unrolled step, read off its "used ... of 16 MiB" on v3:
+# operands and results [T, columns of the head], and tiles [keys, queries].
 FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = (3, 2), (5, 3)
+UNROLLED = 2**20  # logits of the heads unrolled in one step: more compile slowly and gain nothing
 WHOLE_ROWS = 2048  # longest row of keys whose softmax is not online
 ROWS = 128  # a tile of queries or a chunk of keys is a multiple of this, or all there are
 
@@ -67,7 +69,7 @@ def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: 
     b, t, n, h = shape
     k, size = n * h, jnp.dtype(dtype).itemsize
     group = math.lcm(h, LANES) if k % math.lcm(h, LANES) == 0 else k
-    arrays, (operands, logits) = (8, BACKWARD_TEMPORARIES) if backward else (4, FORWARD_TEMPORARIES)
+    arrays, (operands, squares) = (8, BACKWARD_TEMPORARIES) if backward else (4, FORWARD_TEMPORARIES)
     window = max(head.hi - head.lo for run in _heads(group, h) for head in run)
     rows, budget = _round_up(t, 16), device.vmem_bytes * 0.94
 
@@ -76,7 +78,7 @@ def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: 
         scratch = 2 * rows * _round_up(lanes, LANES) * 4 if backward and (queries, keys) != (t, t) else 0
         heads = lanes // h if (queries, keys) == (t, t) else group // h
         tile = _round_up(keys, 8) * _round_up(queries, LANES)
-        return blocks + scratch + 4 * heads * (operands * max(queries, keys) * window + logits * tile)
+        return blocks + scratch + 4 * heads * (operands * max(queries, keys) * window + squares * tile)
 
     lengths = [t] if t <= 640 else []
     lengths += [q for q in (512, 384, 256, ROWS) if q < t]
@@ -84,7 +86,10 @@ def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: 
         for queries in lengths:
             for steps in range(1, k // group + 1):
                 lanes = k // steps
-                if k % steps == 0 and lanes % group == 0 and keys <= t and bytes_of(1, lanes, queries, keys) <= budget:
+                logits = lanes // h * keys * queries
+                if k % steps or lanes % group or keys > t or (lanes > group and logits > UNROLLED):
+                    continue
+                if bytes_of(1, lanes, queries, keys) <= budget:
                     images = divisor(b, 256 // t) if steps == 1 else 1
                     while images > 1 and bytes_of(images, lanes, queries, keys) > budget:
                         images = divisor(b, images - 1)
@@ -369,7 +374,7 @@ def forward(qkv, *, num_heads: int, launch: Launch, width: int | None = None):
 
 
 def backward(qkv, do, *, num_heads: int, launch: Launch, width: int | None = None, with_o: bool):
-    """(dqkv [3, B, T, K], and with_o: o [B, T, K]) of qkv [3, B, T, K] and the gradient do [B, T, K] of o; width: as in `forward`."""
+    """(dqkv [3, B, T, K], and with_o: o [B, T, K]) of qkv [3, B, T, K] and do [B, T, K]; width: as in `forward`."""
     _, b, total, k = qkv.shape
     shape = b, total, num_heads, k // num_heads
     t = tiles(shape, launch.device, qkv.dtype, backward=True)

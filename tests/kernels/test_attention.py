@@ -1,0 +1,262 @@
+"""The attention kernels: as exact as the reference in value and every gradient, lawful, safe under scan, remat and meshes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+
+from kernels.attention import core, reference, tpu
+from kernels.device import DEVICES
+from kernels.dropout import Dropout
+from kernels.launch import Launch
+from tests import oracle
+
+NAMES = ("x", "norm_scale", "norm_bias", "w_qkv", "b_qkv", "w_out", "b_out")
+SIMULATED = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+KERNELS = ("project", "core_forward", "output")
+GRADIENTS = ("project", "output_gradient", "core_backward", "output_weights", "projection_weights", "input_gradient")
+
+
+def launch(device="cpu", **changes):
+    """Interpreted with the tiles of a device; `changes` shrink it, so that small shapes meet every kind of tile."""
+    return Launch(device=DEVICES[device].__class__(**{**vars(DEVICES[device]), **changes}), interpret=SIMULATED)
+
+
+def plain_core(qkv, num_heads):
+    """Softmax attention of packed projections in einsum, as in the reference."""
+    _, b, t, k = qkv.shape
+    wide = jnp.promote_types(qkv.dtype, jnp.float32)
+    q, key, v = qkv.reshape(3, b, t, num_heads, -1)
+    logits = jnp.einsum("btnh,bsnh->bnts", q, key, preferred_element_type=wide) * q.shape[-1] ** -0.5
+    probs = jax.nn.softmax(logits).astype(qkv.dtype)
+    o = jnp.einsum("bnts,bsnh->btnh", probs, v, preferred_element_type=wide)
+    return o.astype(qkv.dtype).reshape(b, t, k)
+
+
+def packed(b, t, n, h, dtype, seed=0, sharpness=1.0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((3, b, t, n * h)) * sharpness, dtype)
+
+
+def arguments(b, t, d, n, h, dtype, seed=0):
+    """x in dtype and float32 parameters, at the scales of a network after some training."""
+    random, k = np.random.default_rng(seed), n * h
+
+    def normal(*shape, scale=1.0, shift=0.0, dtype=jnp.float32):
+        return jnp.asarray(random.standard_normal(shape) * scale + shift, dtype)
+
+    return (
+        normal(b, t, d, dtype=dtype),
+        normal(d, scale=0.1, shift=1.0),
+        normal(d, scale=0.1),
+        normal(3, d, k, scale=d**-0.5),
+        normal(3, k, scale=0.1),
+        normal(k, d, scale=k**-0.5),
+        normal(d, scale=0.1),
+    )
+
+
+def check_half(b, t, d, n, h, dtype, *, where=None, dropout=None, share=1.0, seed=0):
+    where = where or launch()
+    ours = partial(tpu.attention_half, num_heads=n, dropout=dropout, share=share, launch=where)
+    plain = partial(reference.attention_half, num_heads=n, dropout=dropout, share=share)
+    oracle.check(ours, plain, arguments(b, t, d, n, h, dtype, seed), names=NAMES, seed=seed)
+
+
+TOKENS = st.sampled_from([1, 2, 7, 8, 13, 16, 17, 31])
+HEADS = st.sampled_from([(1, 32), (3, 32), (4, 32), (1, 64), (2, 64), (3, 64), (1, 80), (3, 80), (8, 80), (1, 128), (2, 128)])
+DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
+
+
+@settings(max_examples=3)
+@given(b=st.integers(1, 3), t=TOKENS, heads=HEADS, dtype=DTYPES, seed=st.integers(0, 99))
+def test_core_agrees(b, t, heads, dtype, seed):
+    n, h = heads
+    ours = partial(core.attention, num_heads=n, launch=launch())
+    oracle.check(ours, partial(plain_core, num_heads=n), [packed(b, t, n, h, dtype, seed, sharpness=2.0)], seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("t", "n", "h", "queries", "keys"),
+    [(33, 3, 32, 16, 33), (37, 2, 64, 16, 16), (48, 1, 128, 48, 16), (17, 1, 80, 16, 16)],
+    ids=["queries in tiles", "online", "keys in chunks", "one row left over"],
+)
+def test_core_agrees_in_tiles(monkeypatch, t, n, h, queries, keys):
+    """Tiles of queries and the online softmax, with a shorter last tile of both."""
+    few = core.CoreTiles(images=1, lanes=n * h, queries=queries, keys=keys)
+    monkeypatch.setattr(core, "tiles", lambda *_, **__: few)
+    ours = partial(core.attention, num_heads=n, launch=launch())
+    oracle.check(ours, partial(plain_core, num_heads=n), [packed(1, t, n, h, jnp.float32, sharpness=3.0)])
+
+
+def test_core_agrees_in_groups_of_heads(monkeypatch):
+    """Several grid steps over the heads and several images a step."""
+    few = core.CoreTiles(images=2, lanes=128, queries=9, keys=9)
+    monkeypatch.setattr(core, "tiles", lambda *_, **__: few)
+    ours = partial(core.attention, num_heads=4, launch=launch("v3"))
+    oracle.check(ours, partial(plain_core, num_heads=4), [packed(4, 9, 4, 64, jnp.bfloat16)])
+
+
+@settings(max_examples=1)
+@given(b=st.integers(1, 3), t=TOKENS, heads=HEADS, dtype=DTYPES, rate=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 99))
+def test_half_agrees(b, t, heads, dtype, rate, seed):
+    dropout = Dropout(rate, jnp.int32(seed), jnp.int32(1000)) if rate else None
+    check_half(b, t, 128, *heads, dtype, dropout=dropout, share=0.5 if seed % 2 else 1.0, seed=seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(b=st.integers(1, 4), t=TOKENS, heads=HEADS, dtype=DTYPES, rate=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 99))
+def test_half_agrees_often(b, t, heads, dtype, rate, seed):
+    dropout = Dropout(rate, jnp.int32(seed), jnp.int32(1000)) if rate else None
+    check_half(b, t, 128, *heads, dtype, dropout=dropout, share=0.5 if seed % 2 else 1.0, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("b", "t", "d", "n", "h"), [(2, 197, 192, 3, 64), (1, 257, 160, 2, 80), (1, 1025, 64, 1, 64)])
+def test_half_agrees_at_the_sizes_of_models(b, t, d, n, h):
+    check_half(b, t, d, n, h, jnp.bfloat16, where=launch("v3"), dropout=Dropout(0.1, jnp.int32(1)))
+
+
+def test_half_agrees_in_tiles(monkeypatch):
+    """Rows in tiles with a shorter last one, and the weights streamed section by section, column by column; with dropout."""
+
+    def few(step, shape, *_):
+        return tpu.HalfTiles(images=1, rows=16, columns=128, sections=1)
+
+    monkeypatch.setattr(tpu, "tiles", few)
+    check_half(2, 21, 256, 4, 64, jnp.bfloat16, dropout=Dropout(0.4, jnp.int32(5), jnp.int32(77)))
+
+
+def test_half_agrees_where_heads_take_whole_columns(monkeypatch):
+    """Heads of width 80 that are padded to 128 lanes, as on the cores with 16 MiB: the weights are padded, the scale is not."""
+    monkeypatch.setattr(core, "head_lanes", lambda *_: 128)
+    check_half(1, 9, 128, 2, 80, jnp.float32)
+
+
+def test_half_agrees_in_parts_of_the_batch(monkeypatch):
+    """A batch that is cut into parts, scanned over; dropout knows its rows all the same."""
+    monkeypatch.setattr(tpu, "CHUNK_ROWS", 32)
+    check_half(6, 11, 128, 2, 64, jnp.float32, dropout=Dropout(0.3, jnp.int32(2), jnp.int32(5)))
+
+
+def test_kernels_ran():
+    x, *weights = arguments(2, 5, 128, 3, 64, jnp.bfloat16)
+    half = partial(tpu.attention_half, num_heads=3, launch=launch())
+    assert oracle.kernels_in(half, x, *weights) == [f"attention_{name}" for name in KERNELS]
+
+    def loss(x, *weights):
+        return half(x, *weights).astype(jnp.float32).sum()
+
+    names = oracle.kernels_in(jax.grad(loss, argnums=range(7)), x, *weights)
+    assert names == [f"attention_{name}" for name in (*KERNELS, *GRADIENTS)]
+
+
+def test_residuals_are_the_inputs():
+    """What waits for the backward pass is the block's input and the weights: no projections, no probabilities."""
+    x, *weights = arguments(2, 16, 128, 2, 64, jnp.bfloat16)
+    half = partial(tpu.attention_half, num_heads=2, launch=launch())
+    saved = jax.eval_shape(lambda *a: jax.vjp(half, *a)[1], x, *weights)
+    tokens = [a for a in jax.tree.leaves(saved) if a.shape[:2] == x.shape[:2] or a.size > 3 * 128 * 128]
+    assert [a.shape for a in tokens] == [x.shape]
+
+
+def test_permuted_tokens_give_permuted_outputs():
+    x, *weights = arguments(1, 13, 128, 2, 64, jnp.float32)
+    order = np.random.default_rng(1).permutation(13)
+    half = jax.jit(partial(tpu.attention_half, num_heads=2, launch=launch()))
+    np.testing.assert_allclose(half(x, *weights)[:, order], half(x[:, order], *weights), atol=1e-5)
+
+
+def test_shifted_logits_change_nothing():
+    """A constant added to all keys shifts every logit of a query; so the keys' bias has no gradient either."""
+    qkv = packed(2, 17, 2, 64, jnp.float32)
+    attend = jax.jit(partial(core.attention, num_heads=2, launch=launch()))
+    np.testing.assert_allclose(attend(qkv), attend(qkv.at[1].add(3.0)), atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda qkv: jnp.square(attend(qkv)).sum()))(qkv)
+    np.testing.assert_allclose(gradient[1].sum(axis=1), 0.0, atol=2e-5)
+    assert np.abs(gradient).max() > 0.1
+
+
+def test_images_do_not_mix():
+    """The gradient of one image's output is zero at every other image."""
+    qkv = packed(3, 9, 1, 64, jnp.float32)
+    gradient = jax.jit(jax.grad(lambda qkv: core.attention(qkv, 1, launch=launch())[1].sum()))(qkv)
+    assert np.abs(gradient[:, 1]).max() > 0
+    assert not gradient[:, [0, 2]].any()
+
+
+def test_huge_logits_stay_finite():
+    qkv = packed(1, 9, 1, 64, jnp.float32, sharpness=1e3)
+    value, pullback = jax.vjp(partial(core.attention, num_heads=1, launch=launch()), qkv)
+    assert np.isfinite(value).all()
+    assert np.isfinite(pullback(value)[0]).all()
+
+
+def test_under_scan_and_remat():
+    """Two layers by scan, each rematerialised, give what two calls give. (The simulator has effects, which remat refuses.)"""
+    x, *weights = arguments(1, 7, 128, 1, 64, jnp.float32)
+    layers = [jnp.stack([w, w * 0.9]) for w in weights]
+    half = partial(tpu.attention_half, num_heads=1, launch=Launch(device=DEVICES["cpu"], interpret=True))
+
+    def scanned(x, layers):
+        return jnp.square(jax.lax.scan(lambda x, w: (jax.checkpoint(half)(x, *w), None), x, layers)[0]).sum()
+
+    def plain(x, layers):
+        for i in range(2):
+            x = reference.attention_half(x, *(w[i] for w in layers), num_heads=1)
+        return jnp.square(x).sum()
+
+    oracle.assert_kernel_ran(jax.grad(scanned), x, layers, name="attention_core_backward")
+    found, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, layers) for f in (scanned, plain))
+    for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(f, e, atol=2e-5 * np.abs(e).max())
+
+
+def test_under_shard_map():
+    """Images over "data", heads over "model", dropout on: the sum over "model" and all gradients are those of one device."""
+    b, t, d, n, h = 2, 6, 128, 2, 64
+    x, scale, bias, w_qkv, b_qkv, w_out, b_out = arguments(b, t, d, n, h, jnp.float32)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    heads = (P("data"), P(), P(), P(None, None, "model"), P(None, "model"), P("model"), P())
+    where = launch()
+
+    def local(x, *weights):
+        dropout = Dropout(0.3, jnp.int32(3), jax.lax.axis_index("data") * (b // 2) * t)
+        y = tpu.attention_half(x, *weights, num_heads=n // 2, dropout=dropout, share=0.5, launch=where)
+        return jax.lax.psum(y, "model")
+
+    def loss(*args):
+        y = jax.shard_map(local, mesh=mesh, in_specs=heads, out_specs=P("data"), check_vma=True)(*args)
+        return jnp.square(y).sum(), y
+
+    def plain(*args):
+        y = reference.attention_half(*args, num_heads=n, dropout=Dropout(0.3, jnp.int32(3)))
+        return jnp.square(y).sum(), y
+
+    args = x, scale, bias, w_qkv, b_qkv, w_out, b_out
+    found, expected = (jax.jit(jax.grad(f, argnums=range(7), has_aux=True))(*args) for f in (loss, plain))
+    for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(f, e, atol=2e-5 * np.abs(e).max())
+
+
+def test_rejects():
+    x, *weights = arguments(1, 3, 8, 2, 4, jnp.float32)
+    where = launch()
+    with pytest.raises(ValueError, match=r"x is float16\[1, 3, 8\]; required float32 or bfloat16 \[B, T, D\]"):
+        tpu.attention_half(x.astype(jnp.float16), *weights, num_heads=2, launch=where)
+    with pytest.raises(ValueError, match="w_out has 8 rows; required N\\*H for num_heads = 3"):
+        tpu.attention_half(x, *weights, num_heads=3, launch=where)
+    with pytest.raises(ValueError, match=r"b_qkv has shape \(8,\); required \(3, 8\)"):
+        tpu.attention_half(x, *weights[:3], weights[3][0], *weights[4:], num_heads=2, launch=where)
+    with pytest.raises(ValueError, match=r"required \[3, B, T, N\*H\]"):
+        core.attention(jnp.zeros((2, 1, 3, 8)), 2, launch=where)
+    with pytest.raises(NotImplementedError, match=r"attention over 200000 tokens: .* 16 MiB of VMEM of a v3"):
+        core.tiles((1, 200_000, 12, 64), DEVICES["v3"], jnp.bfloat16, backward=False)
+    with pytest.raises(NotImplementedError, match="project: 128 tokens of width 65536"):
+        tpu.tiles("project", (1, 197, 65536, 65536), DEVICES["v3"], jnp.bfloat16)
