@@ -172,11 +172,28 @@ def whole(options: Kernels, target: str) -> list[dict]:
     work = model_flops(_config(options.whole or "", None), options.batch, train=options.train)
     what = f"{options.whole} {'train step' + (', remat' if options.remat else '') if options.train else 'forward'}"
     build = "bench.programs:train_step" if options.train else "bench.programs:whole_forward"
-    return _pairs(options, target, [(what, work, build, arguments)])
+    records = _pairs(options, target, [(what, work, build, arguments)])
+    for record in records:
+        print(_breakdown(record), flush=True)
+    return records
+
+
+def _breakdown(record: dict[str, Any]) -> str:
+    """Where the cycles of our program go: each kernel with its calls, its stalls and its fullest units, and XLA's operations."""
+    ours = record["ours"]
+    lines = []
+    for k in sorted(ours["kernels"], key=lambda k: -(k["cycles"] or 0) * k["trips"]):
+        if not k["cycles"] or not k["schedule"]:
+            continue
+        units = sorted(k["schedule"]["units"].items(), key=lambda u: -u[1])[:4]
+        full = "  ".join(f"{name} {used:.0%}" for name, used in units)
+        stalled = k["schedule"]["stalls"] / k["cycles"]
+        lines.append(f"  {k['kernel']:<34}{k['cycles']:>12,} x {k['trips']:<5}{f'waits {stalled:.0%}':>10}   slots: {full}")
+    return "\n".join([*lines, f"  {'operations of XLA':<34}{ours['xla_cycles']:>12,}"])
 
 
 def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
-    """The largest multiple of `step` images whose training step compiles for one core. RuntimeError if it is not memory that fails."""
+    """The largest multiple of `step` images whose training step compiles for one core. RuntimeError if not memory is what fails."""
     tried: dict[int, Report] = {}
 
     def fits(batch: int) -> bool:

@@ -274,7 +274,8 @@ class _Program:
                 if op is not None:
                     ops.append(op)
             self.delays.append(sum(int(op.args[0]) for op in ops if op.name == "vdelay"))
-            self.ops.append([op for op in ops if op.name != "vdelay"])
+            # a bundle lists its phis last, but they name what the rest of it reads
+            self.ops.append(sorted((op for op in ops if op.name != "vdelay"), key=lambda op: op.name not in ("sphi", "pphi")))
 
 
 class _Walk:

@@ -99,8 +99,8 @@ def small(vmem_bytes) -> Launch:
 
 
 def test_tiles_of_the_width_and_blocks_of_the_image():
-    args = arrays(2, 6, 2, 1, 8, 256, dtype=jnp.bfloat16)
-    launch = small(512 * 1024)
+    args = arrays(2, 6, 2, 3, 8, 256, dtype=jnp.bfloat16)
+    launch = small(680 * 1024)
     shape = tpu._shape(*args)
     found = tpu.tiles(shape, launch.device)
     assert found.width < shape.width
