@@ -43,7 +43,9 @@ def tiles(shape: tuple[int, int], device: Device) -> Tiles:
 def cost(shape: tuple[int, int], itemsize: int, *, backward: bool) -> pl.CostEstimate:
     """FLOPs and bytes of one pass over [R, D]."""
     r, d = shape
-    return pl.CostEstimate(flops=(14 if backward else 8) * r * d, transcendentals=r, bytes_accessed=(3 if backward else 2) * r * d * itemsize)
+    return pl.CostEstimate(
+        flops=(14 if backward else 8) * r * d, transcendentals=r, bytes_accessed=(3 if backward else 2) * r * d * itemsize
+    )
 
 
 def normalise(x):

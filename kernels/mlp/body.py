@@ -1,0 +1,105 @@
+"""What the bodies of the forward and the backward kernel share: products, GELU, masks, and the walk over a block's images."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels import dropout as drop
+from kernels.device import LANES
+from kernels.mlp.tiling import Tiling
+
+PIECE = 128  # rows normalised or transposed at a time: one square of the transpose unit
+
+
+def dot(a, b, x_dtype, contract=(1, 0)):
+    """As `launch.dot`, but the operands are already what the MXU takes; bfloat16 models are one pass even where they lie in float32."""
+    precision = lax.Precision.DEFAULT if x_dtype == jnp.bfloat16 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+_TANH, _CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
+
+
+def gelu(a, kind):
+    """GELU(a) = a p, and p, float32. In the tanh form p = (1 + tanh(a (_TANH + _CUBIC a^2))) / 2; in the exact one p is the normal cdf."""
+    if kind == "tanh":
+        p = 0.5 + 0.5 * jnp.tanh(a * (_TANH + _CUBIC * (a * a)))
+    else:
+        p = 0.5 + 0.5 * lax.erf(a * math.sqrt(0.5))
+    return a * p, p
+
+
+def gelu_slope(a, h, p, kind):
+    """dGELU/da at a, where h and p are what `gelu` returned: p + a dp/da, with dp/da = 2 p (1 - p) du/da for the tanh of u."""
+    if kind == "tanh":
+        return p + h * (1 - p) * (2 * _TANH + 6 * _CUBIC * (a * a))
+    return p + a * jnp.exp(-0.5 * (a * a)) * (1 / math.sqrt(2 * math.pi))
+
+
+def iota(n, axis):
+    """0 .. n-1 along an axis of a 2-D vector."""
+    return lax.broadcasted_iota(jnp.int32, (n, 1) if axis == 0 else (1, n), axis)
+
+
+def loop(count, stride, body):
+    """body(first) for first = 0, stride, 2 stride ...: a loop, so that the registers of one turn are free for the next."""
+    if count == 1:
+        body(0)
+    else:
+        lax.fori_loop(0, count, lambda c, _: body(pl.multiple_of(c * stride, stride)), None)
+
+
+def for_pieces(t: Tiling, body):
+    """body(image, first row of it, number of rows) for every piece of every image of a block."""
+
+    def image(b):
+        loop(t.rows // PIECE, PIECE, lambda r: body(b, r, PIECE)) if t.rows >= PIECE else None
+        if t.rows % PIECE:
+            body(b, t.rows // PIECE * PIECE, t.rows % PIECE)
+
+    loop(t.images, 1, image)
+
+
+def at(t: Tiling, image, r):
+    """Where row r of an image stands in a block whose images lie one stride apart."""
+    return pl.multiple_of(image * t.stride + r, math.gcd(t.stride, PIECE))
+
+
+class Block:
+    """Where the row tile i of the grid stands in x, of `images` images with `rows` rows."""
+
+    def __init__(self, t: Tiling, i, images: int, rows: int):
+        parts = pl.cdiv(rows, t.rows)
+        self.t, self.images, self.rows = t, images, rows
+        self.image, self.row = lax.div(i, parts) * t.images, lax.rem(i, parts) * t.rows
+
+    def valid(self, image, r, n):
+        """bool [n, 1]: which of a piece's rows exist. The others hold anything at all, NaN included."""
+        return (self.row + r + iota(n, 0) < self.rows) & (self.image + image < self.images)
+
+    def global_rows(self, image, r, n):
+        """int32 [n, 1]: the rows of a piece, counted over all of x."""
+        return (self.image + image) * self.rows + self.row + r + iota(n, 0)
+
+    def all_global_rows(self, n, axis):
+        """The same for all n rows of the block as they lie in VMEM, one stride per image; in the padding anything."""
+        p = iota(n, axis)
+        image = sum(((p >= k * self.t.stride).astype(jnp.int32) for k in range(1, self.t.images)), jnp.zeros_like(p))
+        return self.image * self.rows + self.row + p + image * (self.rows - self.t.stride)
+
+
+def keep(scalars, site, rows, columns, rate):
+    """The dropout mask of global rows and columns. scalars: key of site 0 (hidden), of site 1 (output), first row, first hidden column."""
+    return drop.keep(drop.row_hash(scalars[site], scalars[2] + rows), columns, rate)
+
+
+def hidden_columns(ref, first, size):
+    """ref[:, first : first + size] of a block of w_in, `first` a multiple of 128 or a literal 0."""
+    return ref[...] if size == ref.shape[1] else ref[:, pl.ds(pl.multiple_of(first, LANES), size)]
+
+
+def hidden_rows(ref, first, size):
+    return ref[...] if size == ref.shape[0] else ref[pl.ds(pl.multiple_of(first, LANES), size)]

@@ -1,0 +1,170 @@
+"""How the MLP half is cut into grid steps on each TPU generation, and what that costs: plain arithmetic, no arrays.
+
+A kernel sees x [B, T, D] either as it is, some whole images (or a part of one) a step, or flat, as one image of B*T rows. Flat is a free
+view where T is a multiple of the 8 rows of an HBM tile; elsewhere it is a copy by XLA of every array that passes, as dear on v5e as
+a quarter of the forward kernel. Not flat, every image is padded in VMEM to whole register tiles, and the rows of a backward
+step to whole squares of 128. `tiles` weighs one against the other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jax.experimental import pallas as pl
+
+from kernels.device import LANES, SUBLANES, Device, MiB
+
+_ROWS = (2048, 1664, 1536, 1280, 1024, 896, 768, 640, 512, 384, 256, 128)  # most rows of a step, those of the padding included
+_HIDDEN = {False: (1024, 768, 512, 384, 256, 128), True: (256, 128)}  # by backward: there, 512 gains nothing and spills
+_STEP_CYCLES = 600  # what a grid step costs beside its products: filling and draining the pipelines, the sums' read-modify-write
+_COPY_BYTES = (
+    1.6  # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
+)
+_VMEM_SHARE = 0.85  # the rest is the compiler's: spilled registers, masks, copies of odd operands
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+class Shape(NamedTuple):
+    """What the tiles depend on: B, T, D, this device's F, and the bytes of an element of x."""
+
+    b: int
+    t: int
+    d: int
+    f: int
+    itemsize: int
+
+    @property
+    def rows(self) -> int:
+        return self.b * self.t
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Of one kernel. A grid step takes `rows` rows of each of `images` images and `hidden` of the F hidden values.
+
+    flat: x is taken as one image of B*T rows. stride: from one image to the next in VMEM, rows rounded up to whole register tiles. resident:
+    the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
+    """
+
+    flat: bool
+    images: int
+    rows: int
+    stride: int
+    hidden: int
+    resident: bool
+
+    @property
+    def height(self) -> int:
+        """Rows of a step in VMEM."""
+        return self.images * self.stride
+
+    @property
+    def columns(self) -> int:
+        """The same where rows lie along the lanes: whole squares of 128."""
+        return round_up(self.height, LANES)
+
+    def view(self, shape: Shape) -> tuple[int, int]:
+        """Images and rows of each as the kernel sees x."""
+        return (1, shape.rows) if self.flat else (shape.b, shape.t)
+
+    def grid(self, shape: Shape) -> tuple[int, int]:
+        """(row tiles, hidden tiles)."""
+        images, rows = self.view(shape)
+        return pl.cdiv(images, self.images) * pl.cdiv(rows, self.rows), shape.f // self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    forward: Tiling
+    backward: Tiling
+
+
+def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> int:
+    """VMEM a kernel takes: blocks (two of each that streams), scratch, and the float32 hidden tiles it has in flight."""
+    d, hidden = round_up(shape.d, LANES), round_up(t.hidden, LANES)
+    operand = shape.itemsize if device.bf16_matmul else 4
+    whole = shape.f // t.hidden * hidden
+    block = t.images * round_up(t.rows, 16) * d * shape.itemsize
+    weights = d * operand * (whole if t.resident else 2 * hidden)
+    if not backward:
+        return 4 * block + t.height * d * (operand + 4) + 2 * weights + 3 * t.height * hidden * 4
+    natural = 0 if t.stride % LANES == 0 else t.columns * d * 4
+    sums = 2 * d * 4 * (whole if t.resident else 2 * hidden)
+    scratch = t.columns * (d * (2 * operand + 4) + hidden * 2 * operand) + natural
+    blocks = (6 if t.resident else 3) * block
+    return blocks + 2 * weights + sums + scratch + t.columns * LANES * 4 * 2 + 2 * d * LANES * 4
+
+
+def vmem_limit(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> int:
+    """The kernel's limit: all of a small VMEM; of a large one what it needs, so that XLA can keep its neighbours' arrays in the rest."""
+    return min(device.vmem_bytes, max(16 * MiB, int(vmem_bytes(shape, device, t, backward=backward) / _VMEM_SHARE)))
+
+
+def cost(shape: Shape, t: Tiling, *, backward: bool) -> pl.CostEstimate:
+    """FLOPs, transcendentals and bytes of HBM traffic of one pass; recomputed products count."""
+    passes = 1 if t.resident else t.grid(shape)[0]
+    weights = 2 * shape.d * shape.f
+    moved = weights * shape.itemsize * passes + (weights * 4 * (2 * passes - 1) if backward else 0)
+    return pl.CostEstimate(
+        flops=(5 if backward else 2) * 2 * shape.rows * shape.d * shape.f,
+        transcendentals=shape.rows * shape.f,
+        bytes_accessed=int((3 if backward else 2) * shape.rows * shape.d * shape.itemsize + moved),
+    )
+
+
+def _candidates(shape: Shape, device: Device, backward: bool) -> Iterator[Tiling]:
+    tile = SUBLANES if shape.itemsize == 4 or not device.bf16_matmul else 2 * SUBLANES
+    hidden = [h for h in _HIDDEN[backward] if shape.f % h == 0] or [shape.f]
+    heights = set()
+    for flat in (True, False):
+        images, rows = (1, shape.rows) if flat else (shape.b, shape.t)
+        for most in _ROWS:
+            if round_up(rows, tile) <= most:
+                stride = round_up(rows, tile)
+                heights.add((flat, min(images, most // stride), rows, stride))
+            elif flat:
+                heights.add((flat, 1, most, most))
+            else:
+                part = round_up(-(-rows // -(-rows // most)), 2 * SUBLANES)
+                heights.add((flat, 1, part, part))
+    for flat, images, rows, stride in sorted(heights, reverse=True):
+        for h in hidden:
+            for resident in (True, False) if h < shape.f else (True,):
+                yield Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident)
+
+
+def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float:
+    """Estimate of one pass, XLA's copies included: the measure by which tilings are compared."""
+    row_tiles, hidden_tiles = t.grid(shape)
+    height = t.columns if backward else t.height
+    products = (5 if backward else 2) * 2 * height * shape.d * shape.f / device.flops_per_cycle
+    moved = cost(shape, t, backward=backward).bytes_accessed / row_tiles / device.hbm_bytes_per_cycle
+    copied = 0.0
+    if t.flat and shape.t % SUBLANES:
+        copied = (3 if backward else 2) * 2 * shape.rows * shape.d * shape.itemsize * _COPY_BYTES / device.hbm_bytes_per_cycle
+    return row_tiles * (max(products, moved) + hidden_tiles * _STEP_CYCLES + _STEP_CYCLES) + copied
+
+
+def tiles(shape: Shape, device: Device) -> Tiles:
+    """The only choice of tiles: of those that fit the VMEM, the one of the fewest estimated cycles.
+
+    NotImplementedError, with the reason, where none fits.
+    """
+
+    def best(backward):
+        fitting = [
+            t
+            for t in _candidates(shape, device, backward)
+            if vmem_bytes(shape, device, t, backward=backward) <= _VMEM_SHARE * device.vmem_bytes
+        ]
+        if not fitting:
+            raise NotImplementedError(
+                f"mlp_half: no tiling of D={shape.d}, F={shape.f} fits the {device.vmem_bytes // MiB} MiB of VMEM of {device.name}; "
+                "a hidden width that is a multiple of 128 can be tiled, or use the reference"
+            )
+        return min(fitting, key=lambda t: _cycles(shape, device, t, backward=backward))
+
+    return Tiles(forward=best(False), backward=best(True))
