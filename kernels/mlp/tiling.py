@@ -20,7 +20,7 @@ _STEP_CYCLES = 600  # what a grid step costs beside its products: filling and dr
 _COPY_BYTES = (
     1.6  # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
 )
-_VMEM_SHARE = 0.85  # the rest is the compiler's: spilled registers, masks, copies of odd operands
+_VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
 
 
 def round_up(n: int, to: int) -> int:

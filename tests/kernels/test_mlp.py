@@ -1,0 +1,231 @@
+"""The MLP half as TPU kernels, interpreted: against its reference and the oracle, by laws, under every transformation, on a mesh."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+
+from kernels.device import DEVICES
+from kernels.dropout import Dropout
+from kernels.launch import Launch, vary_alike
+from kernels.mlp import reference, tpu
+from kernels.mlp.tiling import Shape, Tiles, Tiling, cost, tiles, vmem_bytes
+from tests import oracle
+
+NAMES = ("x", "norm_scale", "norm_bias", "w_in", "b_in", "w_out", "b_out")
+FAST = Launch(device=DEVICES["v5e"], interpret=True)
+WIDE = Launch(device=DEVICES["v3"], interpret=True)  # float32 operands in VMEM
+STRICT = replace(FAST, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+
+# Two and more steps along every axis of the grid, with tails: images of their own, flat rows, weights resident and streamed.
+RESIDENT = Tiling(flat=False, images=2, rows=17, stride=32, hidden=128, resident=True)
+PARTS = Tiling(flat=False, images=1, rows=16, stride=16, hidden=128, resident=False)
+STREAMED = Tiling(flat=True, images=1, rows=128, stride=128, hidden=128, resident=False)
+
+
+@contextmanager
+def cut(t: Tiling | None):
+    """Within it, mlp_half takes these tiles whatever the shape."""
+    with mock.patch.object(tpu, "tiles", lambda shape, device: Tiles(forward=t, backward=t)) if t else mock.MagicMock():
+        yield
+
+
+def arrays(b, t, d, f, dtype=jnp.float32, seed=0):
+    r = np.random.default_rng(seed)
+    x = r.standard_normal((b, t, d)) * 1.3 + 0.2
+    w_in, w_out = r.standard_normal((d, f)) / d**0.5, r.standard_normal((f, d)) / f**0.5
+    vectors = [r.standard_normal(n) * 0.3 for n in (d, d, f, d)]
+    rest = (1 + vectors[0], vectors[1], w_in, vectors[2], w_out, vectors[3])
+    return (jnp.asarray(x, dtype), *(jnp.asarray(a, jnp.float32) for a in rest))
+
+
+def judge(args, launch, t=None, **options):
+    ours = partial(tpu.mlp_half, launch=launch, **options)
+    with cut(t):
+        oracle.assert_kernel_ran(ours, *args, name="mlp_half_forward")
+        oracle.check(ours, partial(reference.mlp_half, **options), args, names=NAMES)
+
+
+@settings(max_examples=6)
+@given(
+    bt=st.sampled_from([(1, 1), (2, 17), (3, 13), (1, 128), (1, 129), (2, 50)]),
+    df=st.sampled_from([(64, 32), (48, 128), (128, 256)]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    gelu=st.sampled_from(["tanh", "erf"]),
+    rate=st.sampled_from([0.0, 0.3]),
+    share=st.sampled_from([1.0, 0.25]),
+    launch=st.sampled_from([FAST, WIDE]),
+    seed=st.integers(0, 99),
+)
+@example((1, 1), (64, 32), jnp.float32, "erf", 0.3, 0.5, FAST, 0)
+def test_value_and_gradients_agree_with_the_reference(bt, df, dtype, gelu, rate, share, launch, seed):
+    dropout = Dropout(rate, jnp.int32(seed), 1000, 77) if rate else None
+    judge(arrays(*bt, *df, dtype, seed), launch, gelu=gelu, dropout=dropout, share=share)
+
+
+@pytest.mark.slow
+@settings(max_examples=100)
+@given(
+    bt=st.tuples(st.integers(1, 5), st.integers(1, 70)),
+    df=st.sampled_from([(64, 32), (48, 128), (128, 256), (192, 384)]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    gelu=st.sampled_from(["tanh", "erf"]),
+    rate=st.sampled_from([0.0, 0.1, 0.6]),
+    launch=st.sampled_from([FAST, WIDE]),
+    seed=st.integers(0, 9999),
+)
+def test_many_shapes_agree_with_the_reference(bt, df, dtype, gelu, rate, launch, seed):
+    dropout = Dropout(rate, jnp.int32(seed), seed, 3 * seed) if rate else None
+    judge(arrays(*bt, *df, dtype, seed), launch, gelu=gelu, dropout=dropout)
+
+
+@pytest.mark.parametrize("t", [RESIDENT, PARTS, STREAMED], ids=["resident", "parts", "streamed"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_way_to_cut_agrees_with_the_reference(t, dtype):
+    judge(arrays(3, 47, 64, 384, dtype), FAST, replace(t, rows=47, stride=48) if t is RESIDENT else t, dropout=Dropout(0.3, jnp.int32(5), 9, 4))
+
+
+@pytest.mark.parametrize("t", [RESIDENT, STREAMED], ids=["resident", "streamed"])
+def test_no_race_and_no_uninitialised_memory(t):
+    """The TPU interpreter: DMAs take time, memory begins as NaN (rows beyond the array too), races raise."""
+    args, options = arrays(*((3, 17) if t is RESIDENT else (1, 150)), 32, 256), {"dropout": Dropout(0.2, jnp.int32(5))}
+    judge(args, STRICT, t, **options)
+
+
+def test_rows_are_independent_and_in_any_order():
+    args = arrays(2, 17, 64, 128)
+    run = lambda x: tpu.mlp_half(x, *args[1:], launch=FAST)  # noqa: E731
+    order = np.random.default_rng(0).permutation(17)
+    np.testing.assert_allclose(run(args[0][:, order]), run(args[0])[:, order], atol=1e-5)
+    gradient = jax.grad(lambda x: run(x)[1, 3].sum())(args[0])
+    assert np.abs(gradient[1, 3]).max() > 0.1
+    assert not np.asarray(gradient.at[1, 3].set(0)).any(), "a row's gradient reached another row"
+
+
+def test_share_splits_a_block_over_devices():
+    """The parts of a hidden axis split in two, each with half the share and its global column, sum to the whole."""
+    x, scale, bias, w_in, b_in, w_out, b_out = arrays(2, 17, 64, 256)
+    drop = Dropout(0.25, jnp.int32(9), 34, 0)
+    whole = tpu.mlp_half(x, scale, bias, w_in, b_in, w_out, b_out, dropout=drop, launch=FAST)
+    parts = 0.0
+    for column in (0, 128):
+        of = slice(column, column + 128)
+        parts += tpu.mlp_half(
+            x, scale, bias, w_in[:, of], b_in[of], w_out[of], b_out, dropout=drop._replace(column=column), share=0.5, launch=FAST
+        )
+    np.testing.assert_allclose(parts, whole, atol=2e-5)
+
+
+def test_rows_split_over_devices_drop_the_same_elements():
+    args = arrays(4, 17, 64, 128)
+    drop = Dropout(0.25, jnp.int32(9), 0, 0)
+    whole = tpu.mlp_half(*args, dropout=drop, launch=FAST)
+    for first in range(4):
+        part = tpu.mlp_half(args[0][first : first + 1], *args[1:], dropout=drop._replace(row=first * 17), launch=FAST)
+        np.testing.assert_allclose(part[0], whole[first], atol=1e-5)
+
+
+def test_forward_and_backward_drop_the_same_elements_as_the_reference():
+    """With the output as the identity of the drop mask, zeros of the kernel's dy path stand where the reference's do."""
+    x, scale, bias, w_in, b_in, w_out, b_out = arrays(2, 17, 64, 128)
+    drop = Dropout(0.5, jnp.int32(3), 11, 0)
+    for op in (partial(tpu.mlp_half, launch=FAST), reference.mlp_half):
+        y = op(x, scale, bias, 0 * w_in, b_in, 0 * w_out, b_out + 1, dropout=drop) - x
+        kept = np.asarray(y) != 0
+        gradient = jax.grad(lambda v, op=op: op(x, scale, bias, 0 * w_in, b_in, 0 * w_out, v, dropout=drop).sum())(b_out)
+        np.testing.assert_allclose(gradient, 2.0 * kept.sum((0, 1)), rtol=1e-6)
+        masks = kept if op is not reference.mlp_half else (masks, kept)  # noqa: F821
+    np.testing.assert_array_equal(*masks)
+
+
+def test_under_jit_scan_and_remat():
+    """A stack of two layers, rematerialised, gives the gradients of the plain stack."""
+    x, *params = arrays(1, 17, 32, 128)
+    stacked = [jnp.stack([p, p * 0.5]) for p in params]
+
+    def loss(op, x, stacked):
+        body = jax.checkpoint(lambda x, p: (op(x, *p), None))
+        return (jax.lax.scan(body, x, stacked)[0] ** 2).mean()
+
+    ours = jax.jit(jax.value_and_grad(partial(loss, partial(tpu.mlp_half, launch=FAST)), argnums=(0, 1)))
+    plain = jax.value_and_grad(partial(loss, reference.mlp_half), argnums=(0, 1))
+    for a, b in zip(jax.tree.leaves(ours(x, stacked)), jax.tree.leaves(plain(x, stacked)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_on_a_mesh_with_all_axes_manual():
+    """2 x 2: images over "data", hidden values over "model"; check_vma=True. Value and every gradient as on one device."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    args = arrays(2, 17, 32, 256)
+    specs = (P("data"), P(), P(), P(None, "model"), P("model"), P("model"), P())
+    drop = Dropout(0.25, jnp.int32(9))
+
+    def part(x, *params):
+        at = drop._replace(row=jax.lax.axis_index("data") * 17, column=jax.lax.axis_index("model") * 128)
+        x, *params = vary_alike(x, *params)
+        y = tpu.mlp_half(x, *params, dropout=at, share=0.5, launch=STRICT)
+        return jax.lax.psum(y, "model")
+
+    sharded = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=True))
+    weight = jnp.asarray(np.random.default_rng(1).standard_normal(args[0].shape), jnp.float32)
+    value = lambda op, *a: (op(*a) * weight).sum()  # noqa: E731
+    found = jax.grad(partial(value, sharded), argnums=range(7))(*args)
+    expected = jax.grad(partial(value, partial(reference.mlp_half, dropout=drop)), argnums=range(7))(*args)
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+def test_backward_is_one_kernel_that_saves_no_hidden_values():
+    args = arrays(2, 17, 64, 128, jnp.bfloat16)
+    run = partial(tpu.mlp_half, launch=FAST)
+    _, pullback = jax.vjp(run, *args)
+    saved = sum(a.size for a in jax.tree.leaves(pullback) if hasattr(a, "size"))
+    assert saved <= sum(a.size for a in args) + 4, "something besides the inputs is saved"
+    names = oracle.kernels_in(lambda *a: jax.vjp(run, *a)[1](a[0]), *args)
+    assert names == ["mlp_half_forward", "mlp_half_backward"]
+
+
+@pytest.mark.parametrize("device", [d for d in DEVICES.values()], ids=lambda d: d.name)
+@pytest.mark.parametrize("shape", [(128, 197, 768, 3072), (64, 197, 1024, 4096), (32, 257, 1280, 5120), (8, 1370, 1280, 5120), (8, 17, 64, 32)])
+def test_tiles_fit_and_cover(shape, device):
+    for itemsize in (2, 4):
+        s = Shape(*shape, itemsize)
+        both = tiles(s, device)
+        for backward, t in ((False, both.forward), (True, both.backward)):
+            assert vmem_bytes(s, device, t, backward=backward) <= device.vmem_bytes
+            row_tiles, hidden_tiles = t.grid(s)
+            assert hidden_tiles * t.hidden == s.f
+            assert row_tiles * t.images * t.rows >= s.rows
+            assert t.stride >= t.rows and t.stride % 8 == 0
+            assert cost(s, t, backward=backward).flops == (5 if backward else 2) * 2 * s.rows * s.d * s.f
+
+
+def test_rejects_what_it_cannot_take():
+    x, scale, bias, w_in, b_in, w_out, b_out = arrays(1, 8, 32, 64)
+    good = [x, scale, bias, w_in, b_in, w_out, b_out]
+
+    def call(at=None, value=None, **options):
+        given = [value if k == at else a for k, a in enumerate(good)]
+        return tpu.mlp_half(*given, launch=FAST, **options)
+
+    with pytest.raises(ValueError, match=r"x has shape \(8, 32\)"):
+        call(0, x[0])
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        call(0, x.astype(jnp.float16))
+    with pytest.raises(ValueError, match=r"w_out has shape \(32, 64\)"):
+        call(5, w_out.T)
+    with pytest.raises(ValueError, match="known: 'tanh', 'erf'"):
+        call(gelu="relu")
+    with pytest.raises(ValueError, match="must be in"):
+        call(dropout=Dropout(1.0, jnp.int32(0)))
+    with pytest.raises(NotImplementedError, match="multiple of 128 can be tiled"):
+        tiles(Shape(1, 197, 4096, 16384 + 1, 4), DEVICES["v3"])
