@@ -244,8 +244,8 @@ def calibrate(options: Kernels, target: str) -> list[dict]:
         if report.error:
             print(f"{report.name}: {report.error}")
         for kernel in report.kernels:
-            if kernel.schedule is None or kernel.source != "profile" or kernel.cycles is None:
-                print(f"{report.name}: {kernel.name}: {kernel.error or 'no profile'}")
+            if kernel.schedule is None or kernel.source != "profile" or not kernel.cycles:
+                print(f"{report.name}: {kernel.name}: {kernel.error[:160] or 'the compiler profiled it as nothing'}")
                 continue
             counted = kernel.schedule["cycles"]
             records.append(
