@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.device import LANES, Device
+from kernels.device import LANES, SUBLANES, Device
 from kernels.launch import Launch, call, dot
 
 # Float32 arrays that the compiler keeps in VMEM for each head of an unrolled step, read off its "used ... of 16 MiB" on v3:
@@ -199,11 +199,19 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, *, t: CoreTiles, h: int, scale: 
     def attend(i, head, q, start, size):
         """One chunk of keys: logits [Tq, S] and values [S, columns]."""
         keys = pl.ds(start, size)
-        s = dot(q, k_ref[0, i, keys, head.lo : head.hi], device, contract=(1, 1))
-        return s, v_ref[0, i, keys, head.lo : head.hi]
+        k, v = k_ref[0, i, keys, head.lo : head.hi], v_ref[0, i, keys, head.lo : head.hi]
+        return dot(q, k, device, contract=(1, 1)), v
 
-    def whole(i, head, q):
-        s, v = attend(i, head, q, 0, total)
+    def whole(i, head, q, wide):
+        if device.bf16_matmul or total < SUBLANES:
+            s, v = attend(i, head, q, 0, total)
+        else:  # widened and transposed once for the heads of a column: 8 % fewer cycles on v3 (on v6e 18 % more)
+            columns = slice(head.lo, head.hi)
+            if (head.lo, head.hi) not in wide:
+                k, v = k_ref[0, i, :, columns].astype(jnp.float32), v_ref[0, i, :, columns].astype(jnp.float32)
+                wide[head.lo, head.hi] = k.T, v
+            k, v = wide[head.lo, head.hi]
+            s = dot(q, k, device)
         p = jnp.exp2((s - s.max(1, keepdims=True)) * factor)
         return dot(narrow(p, v.dtype, device), v, device) * (1.0 / p.sum(1, keepdims=True))
 
@@ -227,10 +235,10 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, *, t: CoreTiles, h: int, scale: 
         for run in _heads(lanes, h):
 
             def tile(start, size, run=run):
-                sums = _Sums()
+                sums, wide = _Sums(), {}
                 for head in run:
                     q = narrow(head.mask(q_ref[0, i, pl.ds(start, size), head.lo : head.hi]), o_ref.dtype, device)
-                    o = whole(i, head, q) if t.keys == total else online(i, head, q)
+                    o = whole(i, head, q, wide) if t.keys == total else online(i, head, q)
                     sums.add(head, head.mask(o))
 
                 def put(columns, value):
@@ -249,10 +257,12 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, scratch, *, t
     dtype = do_ref.dtype
     several = bool(scratch)  # several tiles of queries or chunks of keys: dk and dv are summed in scratch
 
-    def products(i, head, q, do, start, size):
+    def products(i, head, q, do, start, size, wide):
         """Transposed logits and their gradient before the softmax [S, Tq] of one chunk of keys, the keys and the values."""
         keys = pl.ds(start, size)
         k, v = k_ref[0, i, keys, head.lo : head.hi], v_ref[0, i, keys, head.lo : head.hi]
+        if not device.bf16_matmul and size == total:  # widened once for the heads of a column
+            k, v = wide.setdefault((head.lo, head.hi), (k.astype(jnp.float32), v.astype(jnp.float32)))
         return dot(k, q, device, contract=(1, 1)), dot(v, do, device, contract=(1, 1)), k, v
 
     def gradients(p, dp, delta, q, do, k, v):
@@ -262,15 +272,15 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, scratch, *, t
         o = dq if o_ref is None else dot(p, v, device, contract=(0, 0))
         return dot(ds, q, device) * scale, dot(p, do, device), dq, o
 
-    def whole(i, head, q, do, emit):
-        s, dp, k, v = products(i, head, q, do, 0, total)
+    def whole(i, head, q, do, emit, wide):
+        s, dp, k, v = products(i, head, q, do, 0, total, wide)
         p = jnp.exp2((s - s.max(0, keepdims=True)) * factor)
         p = p * (1.0 / p.sum(0, keepdims=True))
         dk, dv, dq, o = gradients(p, dp, (p * dp).sum(0, keepdims=True), q, do, k, v)
         emit(head, 0, total, dk, dv)
         return dq, o
 
-    def online(i, head, q, do, emit):
+    def online(i, head, q, do, emit, wide):
         """Twice over the keys: first the softmax's maximum, sum and delta of each query, then the gradients."""
 
         def loop(chunk, carry):
@@ -280,7 +290,7 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, scratch, *, t
 
         def measure(start, size, carry):
             m, norm, delta = carry
-            s, dp, _, _ = products(i, head, q, do, start, size)
+            s, dp, _, _ = products(i, head, q, do, start, size, wide)
             new = jnp.maximum(m, s.max(0, keepdims=True))
             p, shrink = jnp.exp2((s - new) * factor), jnp.exp2((m - new) * factor)
             return new, norm * shrink + p.sum(0, keepdims=True), delta * shrink + (p * dp).sum(0, keepdims=True)
@@ -290,7 +300,7 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, scratch, *, t
         inverse = 1.0 / norm
 
         def differentiate(start, size, carry):
-            s, dp, k, v = products(i, head, q, do, start, size)
+            s, dp, k, v = products(i, head, q, do, start, size, wide)
             dk, dv, dq, o = gradients(jnp.exp2((s - m) * factor) * inverse, dp, delta * inverse, q, do, k, v)
             emit(head, start, size, dk, dv)
             return carry[0] + dq, carry[1] + o
@@ -312,11 +322,11 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, scratch, *, t
                     dvs.add(head, dv)
 
             def tile(start, size, run=run, emit=emit):
-                dqs, os, rows = _Sums(), _Sums(), pl.ds(start, size)
+                dqs, os, wide, rows = _Sums(), _Sums(), {}, pl.ds(start, size)
                 for head in run:
                     q = narrow(head.mask(q_ref[0, i, rows, head.lo : head.hi]), dtype, device)
                     do = narrow(head.mask(do_ref[i, rows, head.lo : head.hi]), dtype, device)
-                    dq, o = (whole if t.keys == total else online)(i, head, q, do, emit)
+                    dq, o = (whole if t.keys == total else online)(i, head, q, do, emit, wide)
                     dqs.add(head, head.mask(dq))
                     os.add(head, head.mask(o))
 
