@@ -356,7 +356,8 @@ def _compile(program: Program, devices, request: dict) -> Report:
     seconds = time.monotonic() - started
     operations = hlo.operations(text)
     xla = [op for op in operations if op.kind != "kernel"]
-    kernels = tuple(_kernel(op, request) for op in operations if op.kind == "kernel")
+    ours = [op for op in operations if op.kind == "kernel"]
+    kernels = tuple(_kernel(op, [other for other in ours if _twins(op, other)], request) for op in ours)
     if request.get("profile"):
         kernels = _profiles(Path(request["dumps"]))
     _clear(Path(request["dumps"]))
@@ -396,18 +397,28 @@ def _placed(arguments, device):
     return jax.tree.map(place, arguments)
 
 
-def _kernel(op: hlo.Operation, request: dict) -> Kernel:
+def _twins(a: hlo.Operation, b: hlo.Operation) -> bool:
+    """Calls of one kernel with the same result: the compiler emits, and dumps, such code once."""
+    return (a.kernel, a.shape) == (b.kernel, b.shape)
+
+
+def _kernel(op: hlo.Operation, twins: list[hlo.Operation], request: dict) -> Kernel:
     blank = Kernel(name=op.name, kernel=op.kernel, trips=op.trips)
     if not request["cycles"]:
         return blank
     folder = Path(request["dumps"])
-    schedules = [f for f in folder.glob(f"*-{op.name}-*-final_bundles.txt") if "schedule-analysis" not in f.name]
-    if not schedules:
+    found = None
+    for name in (op.name, *(twin.name for twin in twins)):
+        schedules = [f for f in folder.glob(f"*-{name}-*-final_bundles.txt") if "schedule-analysis" not in f.name]
+        if schedules:
+            utilization = next(iter(folder.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt")), None)
+            found = schedules[0], utilization
+            break
+    if found is None:
         return replace(blank, error="the compiler dumped no schedule for it")
-    utilization = next(iter(folder.glob(f"*-{op.name}-*-final_hlo-static-per-bundle-utilization.txt")), None)
     bandwidth = DEVICES[request["target"]].hbm_bytes_per_cycle
     try:
-        count = llo.count(schedules[0], utilization, target=request["target"], bytes_per_cycle=bandwidth)
+        count = llo.count(*found, target=request["target"], bytes_per_cycle=bandwidth)
     except llo.ScheduleError as error:
         return replace(blank, error=str(error))
     return replace(blank, cycles=count.cycles, source="schedule", schedule=asdict(count))

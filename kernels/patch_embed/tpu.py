@@ -376,7 +376,7 @@ def _image_scratch(static: _Static, t: Tiles):
 
 
 def _with_order(kernel, static: _Static, t: Tiles):
-    """(kernel body, extra inputs, their specs): where loads cannot gather, a matrix that turns lanes (column, j) to rows (j, column).
+    """(kernel body, extra inputs, their specs): where loads cannot gather, a matrix from lanes (column, j) to rows (j, column).
 
     Its product transposes and reorders at once, with the pixels as the MXU's transposed operand. It is 0/1: exact for what the
     MXU takes exactly, and it rounds float32 as the product that follows does.
@@ -534,8 +534,7 @@ def _shape(images, kernel, bias, cls, position) -> Shape:
         raise NotImplementedError(
             f"patch_embed: the kernel takes float32 and bfloat16 images, not {images.dtype}; use the reference op"
         )
-    return Shape(batch=b, channels=c, rows=y // p, columns=x // p, patch=p, width=d, tokens=tokens,
-    itemsize=images.dtype.itemsize)
+    return Shape(batch=b, channels=c, rows=y // p, columns=x // p, patch=p, width=d, tokens=tokens, itemsize=images.dtype.itemsize)
 
 
 def patch_embed(images, kernel, bias, cls, position, *, dropout: drop.Dropout | None = None, launch: Launch):
