@@ -6,6 +6,7 @@ Each is called as builder(devices, **arguments) with the devices of the topology
 
 import importlib
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ def train_step(
     options = StepOptions(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), remat=remat, accumulate=accumulate)
     specs = state_specs(config, mesh, tx, polyak=False)
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
-    state = type(specs)(*jax.tree.leaves(S((), jnp.int32)), params, jax.eval_shape(tx.init, params), None)
+    state: Any = specs._replace(step=S((), jnp.int32), params=params, opt_state=jax.eval_shape(tx.init, params), average=None)
     state = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), state, shardings_of(mesh, specs))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     images = S((batch, *config.image_shape, config.channels), jnp.dtype(dtype), sharding=split)

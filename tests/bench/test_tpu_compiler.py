@@ -86,6 +86,7 @@ def test_cycles_grow_with_the_grid_and_with_loops_inside_it(target):
         assert not report.error
         (kernel,) = report.kernels
         assert (kernel.kernel, kernel.source) == ("product", "schedule")
+        assert kernel.schedule is not None
         assert kernel.schedule["assumed"] == 0
         return kernel.schedule
 
@@ -103,6 +104,7 @@ def test_the_schedule_agrees_with_the_profile_where_there_is_one():
     report = one("v5e", "product", steps=8, profile=True)
     (kernel,) = report.kernels
     assert kernel.source == "profile", kernel.error
+    assert kernel.schedule is not None
     assert abs(kernel.schedule["cycles"] / kernel.cycles - 1) < 0.25
 
 
