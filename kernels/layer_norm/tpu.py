@@ -1,6 +1,6 @@
 """Layer normalisation as TPU kernels, forward and backward; `reference.py` beside this file is the specification.
 
-    forward     c = x - mean(x),  r = 1 / sqrt(mean(c^2) + eps),  n = c r,  z = n scale + bias          (over the last axis, width D)
+    forward     c = x - mean(x),  r = 1 / sqrt(mean(c^2) + eps),  n = c r,  z = n scale + bias     (over the last axis, of D)
     backward    u = dz scale,  dx = r (u - mean(u) - n mean(u n)),  dscale = sum dz n,  dbias = sum dz  (sums over all rows)
 
 x [..., D] is seen as [R, D] rows. Bytes moved: forward x once in, z once out; backward x and dz in, dx out. Nothing but x is

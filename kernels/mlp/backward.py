@@ -1,7 +1,7 @@
 """The backward kernel of the MLP half; the equations and the plan stand in `tpu.py`.
 
-It works on transposes, hidden values along the rows and tokens along the lanes: z and g are transposed once a row tile, dz back once,
-and the five products a hidden tile needs take their operands as they lie or as the MXU's transposed load takes them:
+It works on transposes, hidden values along the rows and tokens along the lanes: z and g are transposed once a row tile, dz back
+once, and the five products a hidden tile needs take their operands as they lie or as the MXU's transposed load takes them:
 
     a' = W1' z',  dh' = W2 g',  dz' += W1 da',  dW1 += z' da,  dW2 += h' g
 
@@ -30,8 +30,8 @@ def z_rows(d: int) -> int:
 class Sums:
     """The float32 sums dW1 and dW2, a hidden tile at a time.
 
-    Resident: slot j is hidden tile j, written to HBM during the last row tile. Streamed: two slots take turns; a tile's earlier sum is
-    fetched one step ahead, and the new one written back behind its step, both while the MXU works.
+    Resident: slot j is hidden tile j, written to HBM during the last row tile. Streamed: two slots take turns; a tile's earlier sum
+    is fetched one step ahead, and the new one written back behind its step, both while the MXU works.
     """
 
     def __init__(self, hbm, slots, semaphores, t: Tiling, i, j):
@@ -51,7 +51,7 @@ class Sums:
             yield pltpu.make_async_copy(hbm, vmem, semaphore) if load else pltpu.make_async_copy(vmem, hbm, semaphore)
 
     def prefetch(self):
-        """Waits until the other slot is written, and starts to fetch the next step's sums into it. Mid-step, so that both have time."""
+        """Waits until the other slot is written, and starts to fetch the next step's sums into it; mid-step, to give both time."""
         if self.t.resident:
             return
 
@@ -107,8 +107,8 @@ def kernel(
 ):  # fmt: skip
     """One row tile times one hidden tile.
 
-    dw_in [D, F] and dw_out [F, D] are in HBM; db_in [F/hidden, 1, hidden], db_out, dscale, dbias [1, D] gather in place over the grid.
-    zt [D+, columns] is z' with ones below, gt [D, columns] is g', dzt the float32 sum of dz'; ht, dat [hidden, columns] are h' and da'.
+    dw_in [D, F] and dw_out [F, D] are in HBM; db_in [F/hidden, 1, hidden], db_out, dscale, dbias [1, D] gather over the grid.
+    zt [D+, columns] is z' with ones below, gt [D, columns] is g', dzt the float32 sum of dz'; ht, dat [hidden, columns] h' and da'.
     nat [columns, D] float32 lays images out at their stride before a transpose; None where every piece is a whole square.
     """
     i, j = pl.program_id(0), pl.program_id(1)

@@ -14,7 +14,7 @@ PIECE = 128  # rows normalised or transposed at a time: one square of the transp
 
 
 def dot(a, b, x_dtype, contract=(1, 0)):
-    """As `launch.dot`, but the operands are already what the MXU takes; bfloat16 models are one pass even where they lie in float32."""
+    """As `launch.dot`, but the operands are already what the MXU takes; bfloat16 models are one pass even in float32."""
     precision = lax.Precision.DEFAULT if x_dtype == jnp.bfloat16 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
@@ -24,7 +24,7 @@ _TANH, _CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
 
 
 def gelu(a, kind):
-    """GELU(a) = a p, and p, float32. In the tanh form p = (1 + tanh(a (_TANH + _CUBIC a^2))) / 2; in the exact one p is the normal cdf."""
+    """GELU(a) = a p, and p, float32: p = (1 + tanh(a (_TANH + _CUBIC a^2))) / 2, or in the exact form the normal cdf."""
     if kind == "tanh":
         p = 0.5 + 0.5 * jnp.tanh(a * (_TANH + _CUBIC * (a * a)))
     else:
@@ -92,7 +92,7 @@ class Block:
 
 
 def keep(scalars, site, rows, columns, rate):
-    """The dropout mask of global rows and columns. scalars: key of site 0 (hidden), of site 1 (output), first row, first hidden column."""
+    """The dropout mask of rows and columns. scalars: keys of sites 0 (hidden) and 1 (output), first row and hidden column."""
     return drop.keep(drop.row_hash(scalars[site], scalars[2] + rows), columns, rate)
 
 

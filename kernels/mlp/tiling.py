@@ -1,7 +1,7 @@
 """How the MLP half is cut into grid steps on each TPU generation, and what that costs: plain arithmetic, no arrays.
 
-A kernel sees x [B, T, D] either as it is, some whole images (or a part of one) a step, or flat, as one image of B*T rows. Flat is a free
-view where T is a multiple of the 8 rows of an HBM tile; elsewhere it is a copy by XLA of every array that passes, as dear on v5e as
+A kernel sees x [B, T, D] either as it is, some whole images (or a part of one) a step, or flat, as one image of B*T rows. Flat is a
+free view where T is a multiple of the 8 rows of an HBM tile, else a copy by XLA of every array that passes, as dear on v5e as
 a quarter of the forward kernel. Not flat, every image is padded in VMEM to whole register tiles, and the rows of a backward
 step to whole squares of 128. `tiles` weighs one against the other.
 """
@@ -45,8 +45,8 @@ class Shape(NamedTuple):
 class Tiling:
     """Of one kernel. A grid step takes `rows` rows of each of `images` images and `hidden` of the F hidden values.
 
-    flat: x is taken as one image of B*T rows. stride: from one image to the next in VMEM, rows rounded up to whole register tiles. resident:
-    the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
+    flat: x is taken as one image of B*T rows. stride: from one image to the next in VMEM, rows rounded up to whole register tiles.
+    resident: the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
     """
 
     flat: bool
@@ -99,7 +99,7 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
 
 
 def vmem_limit(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> int:
-    """The kernel's limit: all of a small VMEM; of a large one what it needs, so that XLA can keep its neighbours' arrays in the rest."""
+    """The kernel's limit: all of a small VMEM; of a large one what it needs; XLA may keep arrays in the rest."""
     return min(device.vmem_bytes, max(16 * MiB, int(vmem_bytes(shape, device, t, backward=backward) / _VMEM_SHARE)))
 
 
@@ -162,8 +162,8 @@ def tiles(shape: Shape, device: Device) -> Tiles:
         ]
         if not fitting:
             raise NotImplementedError(
-                f"mlp_half: no tiling of D={shape.d}, F={shape.f} fits the {device.vmem_bytes // MiB} MiB of VMEM of {device.name}; "
-                "a hidden width that is a multiple of 128 can be tiled, or use the reference"
+                f"mlp_half: no tiling of D={shape.d}, F={shape.f} fits the {device.vmem_bytes // MiB} MiB VMEM of {device.name}; a "
+                "hidden width that is a multiple of 128 can be tiled, or use the reference"
             )
         return min(fitting, key=lambda t: _cycles(shape, device, t, backward=backward))
 

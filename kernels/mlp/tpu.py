@@ -4,12 +4,12 @@
     backward    g = drop(dy),  dh = drop(g W2'),  da = dh GELU'(a)
                 dW2 = h' g,  db2 = share sum g,  dW1 = z' da,  db1 = sum da,  dx = share dy + LN_back(da W1')
 
-The hidden values [B*T, F] live only in VMEM, one tile of rows times one tile of F at a time; backward starts from x again, so x and the
-weights are all that is saved. Matrix operands are in x's dtype (float32 on v2 and v3, whose MXU rounds them itself), sums and
+The hidden values [B*T, F] live only in VMEM, one tile of rows times one tile of F at a time; backward starts from x again, so x and
+the weights are all that is saved. Matrix operands are in x's dtype (float32 on v2 and v3, whose MXU rounds them itself), sums and
 everything between in float32.
 
-The grid of both kernels is (row tiles, hidden tiles), rows outermost. Where VMEM holds both weights (v5 and later) they stay in it and
-HBM sees each array once; elsewhere hidden tiles of them are streamed, and in the backward pass so are the sums dW1 and dW2, by
+The grid of both kernels is (row tiles, hidden tiles), rows outermost. Where VMEM holds both weights (v5 and later) they stay in it
+and HBM sees each array once; elsewhere hidden tiles of them are streamed, and in the backward pass so are the sums dW1 and dW2, by
 hand. How x is cut: `tiling.py`; the backward kernel: `backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
 
@@ -92,7 +92,6 @@ def _row(v):
 def _specs(t: Tiling, shape: Shape):
     """Block specs of a row tile, a [1, D] vector, w_in and w_out."""
     d, f, parts = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
-    # Without room for the weights, the two copies of a row tile that hide its transfer are better spent on more rows.
     rows = pl.BlockSpec((t.images, t.rows, d), lambda i, j, _: (lax.div(i, parts), lax.rem(i, parts), 0))
     vector = pl.BlockSpec((1, d), lambda i, j, _: (0, 0))
     if t.resident:

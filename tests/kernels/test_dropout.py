@@ -22,7 +22,8 @@ def test_rate(rate):
         dropped = 1 - mask(rate, key).mean()
         assert abs(dropped - rate) < 5 * (rate * (1 - rate)) ** 0.5 / N  # five standard deviations of N*N draws
     per_row, per_column = 1 - mask(rate).mean(1), 1 - mask(rate).mean(0)
-    assert np.abs(per_row - rate).max() < 0.12 and np.abs(per_column - rate).max() < 0.12
+    assert np.abs(per_row - rate).max() < 0.12
+    assert np.abs(per_column - rate).max() < 0.12
 
 
 def agreement(a, b):
