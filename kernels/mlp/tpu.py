@@ -77,7 +77,8 @@ def _forward_kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc
 
 
 def _shape(x, w_in) -> Shape:
-    return Shape(*x.shape, w_in.shape[1], x.dtype.itemsize)
+    b, t, d = x.shape
+    return Shape(b, t, d, w_in.shape[1], x.dtype.itemsize)
 
 
 def _weights(spec: _Spec, x, w_in, w_out):
