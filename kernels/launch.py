@@ -9,6 +9,7 @@ devices.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def call(
     in_specs: Sequence[pl.BlockSpec],
     out_specs: Sequence[pl.BlockSpec],
     out_shapes: Sequence[tuple[Sequence[int], jnp.dtype]],
-    semantics: Sequence[str],
+    semantics: Sequence[Any],
     cost: pl.CostEstimate,
     scratch: Sequence = (),
     prefetch: int = 0,

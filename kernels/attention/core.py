@@ -24,6 +24,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -420,7 +421,7 @@ _attention.defvjp(
 )
 
 
-def attention(qkv, num_heads: int, *, launch: Launch):
+def attention(qkv, num_heads: int, *, launch: Launch) -> Any:
     """Multi-head softmax attention of packed projections qkv [3, B, T, N*H] -> [B, T, N*H]; float32 or bfloat16, differentiable.
 
     ValueError for another shape or dtype; NotImplementedError where T is too long for VMEM.

@@ -21,6 +21,7 @@ Generations whose Mosaic takes no bfloat16 operands get weights rounded to bfloa
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +198,7 @@ class _Call:
         row = pl.program_id(3 if self.sums else 1) * self.rows + lax.broadcasted_iota(jnp.int32, (self.rows, 1), 0)
         return jnp.where(row < self.t, value, 0.0)
 
-    def drop(self, value, scalars, i, first_column=0):
+    def drop(self, value, scalars, i, first_column: jax.Array | int = 0):
         """Dropout of [rows, columns] float32 of image i of the block; its own transpose, so also the gradient's."""
         if self.static.rate == 0.0:
             return value
@@ -435,14 +436,16 @@ def _operand(w, dtype, device: Device):
     return w if device.bf16_matmul else w.astype(F32)
 
 
-def _forward(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, static: _Static):
+def _forward(scalars, x, weights, static: _Static):
+    norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     device = static.launch.device
     qkv = _project(scalars, x, norm_scale, norm_bias, _operand(w_qkv, x.dtype, device), b_qkv, static)
     o = core.forward(qkv, num_heads=static.num_heads, launch=static.launch, width=static.width)
     return _output(scalars, o, x, _operand(w_out, x.dtype, device), b_out, static)
 
 
-def _backward(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, dy, static: _Static):
+def _backward(scalars, x, weights, dy, static: _Static):
+    norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     device = static.launch.device
     w_qkv, w_out = _operand(w_qkv, x.dtype, device), _operand(w_out, x.dtype, device)
     qkv = _project(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, static)
@@ -475,9 +478,9 @@ def _half(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, static:
     n = _chunks(x)
     weights = norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out
     if n == 1:
-        return _forward(scalars, x, *weights, static)
+        return _forward(scalars, x, weights, static)
     parts = _first_rows(scalars, n, x.shape[0] // n * x.shape[1]), _cut(x, n)
-    return lax.map(lambda part: _forward(*part, *weights, static), parts).reshape(x.shape)
+    return lax.map(lambda part: _forward(part[0], part[1], weights, static), parts).reshape(x.shape)
 
 
 def _half_forward(scalars, x, *rest):
@@ -487,19 +490,19 @@ def _half_forward(scalars, x, *rest):
 
 
 def _half_backward(static: _Static, residuals, dy):
-    scalars, x, *weights, _ = residuals
+    scalars, x, *weights = residuals
     n = _chunks(x)
     if n == 1:
-        dx, gradients = _backward(scalars, x, *weights, dy, static)
+        dx, gradients = _backward(scalars, x, weights, dy, static)
     else:
         parts = _first_rows(scalars, n, x.shape[0] // n * x.shape[1]), _cut(x, n), _cut(dy, n)
 
         def step(sums, part):
             scalars, x, dy = part
-            dx, gradients = _backward(scalars, x, *weights, dy, static)
+            dx, gradients = _backward(scalars, x, weights, dy, static)
             return jax.tree.map(jnp.add, sums, gradients), dx
 
-        shapes = jax.eval_shape(lambda s, x, dy: _backward(s, x, *weights, dy, static)[1], *(p[0] for p in parts))
+        shapes = jax.eval_shape(lambda s, x, dy: _backward(s, x, weights, dy, static)[1], *(p[0] for p in parts))
         zeros = vary_alike(scalars, *(jnp.zeros(s.shape, s.dtype) for s in shapes))[1:]
         gradients, dx = lax.scan(step, zeros, parts)
         dx = dx.reshape(x.shape)
@@ -510,7 +513,9 @@ def _half_backward(static: _Static, residuals, dy):
 _half.defvjp(_half_forward, _half_backward)
 
 
-def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, dropout=None, share=1.0, launch: Launch):
+def attention_half(
+    x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, dropout=None, share=1.0, launch: Launch
+) -> Any:
     """share * x + dropout(MSA(LN(x)) @ w_out + share * b_out) -> [B, T, D]; arguments and meaning as in `reference.py`.
 
     launch: from `kernels.launch`. Differentiable in all arrays; saves x and the weights only. ValueError for shapes or dtypes that
