@@ -254,8 +254,8 @@ def test_rejects():
         tpu.attention_half(x.astype(jnp.float16), *weights, num_heads=2, launch=where)
     with pytest.raises(ValueError, match="w_out has 8 rows; required N\\*H for num_heads = 3"):
         tpu.attention_half(x, *weights, num_heads=3, launch=where)
+    weights[3] = weights[3][0]
     with pytest.raises(ValueError, match=r"b_qkv has shape \(8,\); required \(3, 8\)"):
-        weights[3] = weights[3][0]
         tpu.attention_half(x, *weights, num_heads=2, launch=where)
     with pytest.raises(ValueError, match=r"required \[3, B, T, N\*H\]"):
         core.attention(jnp.zeros((2, 1, 3, 8)), 2, launch=where)
