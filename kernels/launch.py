@@ -25,9 +25,9 @@ class Launch:
     """Where and how kernels run; hashable, passed as a static argument.
 
     device: the tiles are chosen for it. interpret: False compiles with Mosaic; `pltpu.InterpretParams` simulates a TPU's memories
-    on a CPU (races, uninitialised memory); True evaluates the kernel as plain jax operations, on one device only: jax's evaluator
-    does not know what varies over a mesh. `jax.checkpoint` takes only False and True: simulation has side effects. Simulated
-    devices talk to the CPU's thread pool: a mesh of 2 wants 4 threads (`NPROC=8`).
+    on a CPU (races, uninitialised memory); True evaluates the kernel as plain jax operations where jax can: its evaluator does not
+    know what varies over a mesh, and there `call` takes InterpretParams() instead. `jax.checkpoint` refuses those: simulation has
+    side effects. Simulated devices talk to the CPU's thread pool: a mesh of 2 wants 4 threads (`NPROC=8`).
     """
 
     device: Device
@@ -87,6 +87,7 @@ def call(
     def run(*arrays):
         arrays = vary_alike(*arrays)
         axes = jax.sharding.ManualAxisType(varying=varying(*arrays))
+        interpret = pltpu.InterpretParams() if launch.interpret is True and axes.varying else launch.interpret
         return pl.pallas_call(
             kernel,
             out_shape=[jax.ShapeDtypeStruct(tuple(s), d, manual_axis_type=axes) for s, d in out_shapes],
@@ -98,7 +99,7 @@ def call(
                 scratch_shapes=list(scratch),
             ),
             input_output_aliases=aliases or {},
-            interpret=launch.interpret,
+            interpret=interpret,
             name=name,
             cost_estimate=cost,
             compiler_params=pltpu.CompilerParams(

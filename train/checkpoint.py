@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from functools import partial
 
 import jax
@@ -135,7 +136,10 @@ class Checkpoints:
 
     def _failed(self, step, error) -> CheckpointError:
         kept = ", ".join(map(str, self.steps())) or "none"
-        self._open = None
+        broken, self._open = self._open, None
+        if broken is not None:
+            # closing waits for, and raises, what has failed already: off to a thread that nobody waits for
+            threading.Thread(target=_quietly, args=(broken.close,), daemon=True).start()
         path = os.path.join(self.directory, str(step))
         return CheckpointError(f"cannot write checkpoint {path}: {_reason(error)}; whole steps there: {kept}")
 
@@ -181,6 +185,11 @@ class Checkpoints:
             return self.close()
         with contextlib.suppress(CheckpointError):  # The error on its way out is the one to show.
             self.close()
+
+
+def _quietly(function) -> None:
+    with contextlib.suppress(Exception):
+        function()
 
 
 def abstract(state):

@@ -28,7 +28,8 @@ from vitcore.config import ViTConfig
 class Run:
     """Everything `train` needs. batches: the endless stream of training batches; validation: a fresh pass over the held-out images.
     log_every, eval_every, checkpoint_every: in steps. early_stop: evaluations without a better accuracy after which to stop, 0
-    for never. config_json: the resolved configuration, kept in every checkpoint."""
+    for never. config_json: the resolved configuration, kept in every checkpoint; identity: the part of it that a continuation must
+    share."""
 
     directory: Path
     config: ViTConfig
@@ -46,6 +47,7 @@ class Run:
     keep: int
     early_stop: int
     config_json: dict
+    identity: dict
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ class Result:
     images_per_second: float
 
 
+@dataclass(frozen=True)
+class _Clock:
+    """Steps, and the seconds they took."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    def after(self, seconds: float) -> "_Clock":
+        return _Clock(self.steps + 1, self.seconds + seconds)
+
+    @property
+    def rate(self) -> float:
+        """Steps a second."""
+        return self.steps / self.seconds if self.steps else 0.0
+
+
 def train(run: Run, say: Callable[[str], None] = print) -> Result:
     """Train to the end, from the latest checkpoint in the run's directory or from the start."""
     begun = time.perf_counter()
@@ -102,6 +120,8 @@ def train(run: Run, say: Callable[[str], None] = print) -> Result:
         best, scores = Best(), None
         if checkpoints.latest_step() is not None:
             state, extra = checkpoints.restore(None, abstract(state))
+            if other := [key for key, value in run.identity.items() if extra["config"].get(key) != value]:
+                raise ValueError(f"{checkpoints.directory} is another run's ({', '.join(other)} differ): choose another --out")
             run.batches.set_state(extra["loader"])
             best, scores = Best(**extra["best"]), extra["scores"]
             say(f"resuming at step {int(state.step)} from {checkpoints.directory}")
@@ -109,7 +129,7 @@ def train(run: Run, say: Callable[[str], None] = print) -> Result:
         stop = bool(run.early_stop) and best.waited >= run.early_stop
         recorder = stack.enter_context(Recorder(run.directory, total_steps=run.total_steps, step=step))
 
-        busy, timed, rate, running = 0.0, 0, 0.0, None  # seconds and steps since the last line; metrics of the step in flight
+        since, whole, running = _Clock(), _Clock(), None  # time since the last line, and without the first step; the step in flight
         while step < run.total_steps and not stop:
             tick = time.perf_counter()
             batch = next(run.batches)
@@ -121,9 +141,9 @@ def train(run: Run, say: Callable[[str], None] = print) -> Result:
             record = {}
             if log or due:
                 record = {"loss": float(metrics["loss"]), "gradient_norm": float(metrics["gradient_norm"])}
-            if step > started + 1:  # the first step compiles
-                busy, timed = busy + time.perf_counter() - tick, timed + 1
-                rate = run.batch_size * timed / busy
+            taken = time.perf_counter() - tick
+            since = since.after(taken)
+            whole = whole if step == started + 1 else whole.after(taken)  # the first step compiles
             if due:
                 scores = evaluate(state)
                 accuracy, loss = scores["correct"] / scores["count"], scores["loss"] / scores["count"]
@@ -131,10 +151,14 @@ def train(run: Run, say: Callable[[str], None] = print) -> Result:
                 stop = bool(run.early_stop) and best.waited >= run.early_stop
                 record |= {"val_accuracy": accuracy, "val_loss": loss}
             if record:
-                recorder.write(step, **record, learning_rate=np.asarray(run.learning_rate(step - 1)).item(), images_per_second=rate)
-                recorder.progress(step, loss=record["loss"], images_per_second=rate)
-                if log and not last:
-                    busy, timed = 0.0, 0
+                recorder.write(
+                    step,
+                    **record,
+                    learning_rate=np.asarray(run.learning_rate(step - 1)).item(),
+                    images_per_second=since.rate * run.batch_size,
+                )
+                recorder.progress(step, loss=record["loss"], images_per_second=since.rate * run.batch_size)
+                since = _Clock()
             checkpoints.check()
             if step % run.checkpoint_every == 0 or last or stop:
                 extra = {"loader": run.batches.get_state(), "best": vars(best), "scores": scores, "config": run.config_json}
@@ -152,5 +176,5 @@ def train(run: Run, say: Callable[[str], None] = print) -> Result:
         best=best,
         stopped_early=stop and step < run.total_steps,
         seconds=time.perf_counter() - begun,
-        images_per_second=rate,
+        images_per_second=whole.rate * run.batch_size,
     )

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, Mesh
 
 from vitcore.sharding import AXES, MeshShape
 
+MOST_SIMULATED = 1024  # more take minutes to start and teach nothing
+
 # Simulated devices take turns on the cores there are; XLA's patience with a late one is 40 s unless told otherwise.
 _COLLECTIVE_FLAGS = (
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
@@ -36,7 +38,7 @@ def prepare(shape: MeshShape | None) -> None:
     ):
         jax.config.update("jax_platforms", "cpu")  # an installed libtpu would otherwise look for its TPU, at length
     with contextlib.suppress(RuntimeError):  # a caller who has started JAX keeps the devices he chose
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", min(count, MOST_SIMULATED))
     if count > 1:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COLLECTIVE_FLAGS}".strip()
         # several steps in flight starve each other's collectives when devices outnumber cores: one at a time

@@ -8,14 +8,21 @@ config.json (everything resolved: `--config FILE` runs it again), metrics.jsonl,
 again resumes; another mesh may take over, anything else that changes the result is another run and wants another --out.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
+import io
 import json
+import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import jax
 
 from train import mesh as meshes
 from train import recipes
@@ -100,8 +107,8 @@ class Pretrain:
 
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
-PLACEMENT = {
-    *(
+PLACEMENT = frozenset(
+    [
         "out",
         "config",
         "mesh",
@@ -114,9 +121,9 @@ PLACEMENT = {
         "eval_every",
         "checkpoint_every",
         "keep",
-    ),
-    *("steps_per_epoch", "epochs"),
-}
+        "epochs",
+    ],
+)
 
 
 def resolve(args: Pretrain, *, examples: int) -> Pretrain:
@@ -127,8 +134,8 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     from vitcore.config import variant
 
     digits = args.data == "digits"
-    model = args.model or ("ViT-Nano/4" if digits else "ViT-B/16")
-    name = args.recipe or ("digits" if digits else "imagenet")
+    model = ("ViT-Nano/4" if digits else "ViT-B/16") if args.model is None else args.model
+    name = ("digits" if digits else "imagenet") if args.recipe is None else args.recipe
     variant(model, image_size=_patch(model))  # an unknown model is the first thing to say
     recipe = recipes.recipe(name, model)
 
@@ -154,6 +161,11 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     for option in ("seed", "subset_seed", "early_stop", "workers", "warmup_steps", "representation_size"):
         if (value := getattr(args, option)) is not None and value < 0:
             raise ValueError(f"--{option.replace('_', '-')} {value}: zero or a positive number is required")
+    for option, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{option.replace('_', '-')} {value}: a finite number is required")
+    if max(args.seed, args.subset_seed) >= 2**63:
+        raise ValueError(f"--seed {args.seed}, --subset-seed {args.subset_seed}: seeds below 2**63 are required")
     if not 0 <= args.polyak < 1:
         raise ValueError(f"--polyak {args.polyak}: a decay in [0, 1) is required")
     batch = given(args.batch_size, recipe.batch_size)
@@ -178,9 +190,11 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         warmup_steps=warmup,
         image_size=given(args.image_size, recipe.image_size),
     )
+    scheme, colon, path = args.data.partition(":")
     return dataclasses.replace(
         args,
         config=None,
+        data=scheme + colon + os.path.abspath(path) if colon else scheme,
         model=model,
         recipe=name,
         steps=steps,
@@ -212,12 +226,13 @@ def _patch(model: str) -> int:
 
 def identity(args: Pretrain) -> dict:
     """What makes a resolved run the run it is, and no other: JSON-able."""
-    return {key: value for key, value in dataclasses.asdict(args).items() if key not in PLACEMENT}
+    placement = PLACEMENT - {"eval_every"} if args.early_stop else PLACEMENT  # early stopping counts evaluations
+    return {key: value for key, value in dataclasses.asdict(args).items() if key not in placement}
 
 
 def directory(args: Pretrain) -> Path:
     """Where the run lives: --out, or runs/MODEL-DATA-HASH, the same for the same resolved configuration."""
-    if args.out:
+    if args.out is not None:
         return Path(args.out)
     digest = hashlib.sha256(json.dumps(identity(args), sort_keys=True).encode()).hexdigest()[:8]
     data = args.data.partition(":")[0] + ("-" + Path(args.data.partition(":")[2]).name if ":" in args.data else "")
@@ -232,6 +247,8 @@ def claim(out: Path, args: Pretrain) -> None:
     if path.exists():
         try:
             held = json.loads(path.read_text())
+            if not isinstance(held, dict):
+                raise ValueError("no object")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
         mine = identity(args)
@@ -241,6 +258,8 @@ def claim(out: Path, args: Pretrain) -> None:
             raise ValueError(
                 f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it"
             )
+    elif left := [name for name in ("metrics.jsonl", "checkpoints") if (out / name).exists()]:
+        raise ValueError(f"--out {out} holds {left[0]} but no config.json to say whose: restore that, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.tmp")
     partial.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(args, out=str(out))), indent=2) + "\n")
@@ -251,10 +270,12 @@ def main(argv: list[str] | None = None) -> int:
     """The job. Returns the exit code: 0, or 2 with one line on stderr for whatever a user can mend."""
     try:
         run(parse(sys.argv[1:] if argv is None else argv))
-    except (ValueError, NotImplementedError, OSError) as error:
-        if os.environ.get("VITCORE_TRACEBACK"):
+    except (ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
+        from_device = isinstance(error, jax.errors.JaxRuntimeError)
+        if os.environ.get("VITCORE_TRACEBACK") or (from_device and "RESOURCE_EXHAUSTED" not in str(error)):
             raise
-        print(f"train.pretrain: error: {error}", file=sys.stderr)
+        advice = "lower --batch-size, raise --accumulate, or add --remat: " if from_device else ""
+        print(f"train.pretrain: error: {advice}{str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.pretrain: interrupted; the same command resumes from the latest checkpoint", file=sys.stderr)
@@ -263,28 +284,50 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> Pretrain:
-    """The command line, over the values of --config FILE where that is given."""
+    """The command line, after the values of --config FILE where that is given. ValueError, in one line, for what does not parse."""
     import tyro
 
-    default = Pretrain()
+    before: list[str] = []
     for i, word in enumerate(argv):
-        path = argv[i + 1] if word == "--config" and i + 1 < len(argv) else word[9:] if word.startswith("--config=") else None
-        if path:
-            try:
-                values = json.loads(Path(path).read_text())
-            except ValueError as error:
-                raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
-            known = {field.name for field in dataclasses.fields(Pretrain)}
-            if not isinstance(values, dict) or (unknown := set(values) - known):
-                what = f"has no option {', '.join(sorted(unknown))}" if isinstance(values, dict) else "holds no options"
-                raise ValueError(f"--config {path}: train.pretrain {what}: give the config.json of a run")
-            default = dataclasses.replace(default, **values)
-    return tyro.cli(Pretrain, args=argv, default=default, prog="python -m train.pretrain", description=Pretrain.__doc__)
+        if word == "--config" or word.startswith("--config="):
+            before = _as_options(argv[i + 1] if word == "--config" and i + 1 < len(argv) else word.partition("=")[2])
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(Pretrain, args=[*before, *argv], prog="python -m train.pretrain", description=Pretrain.__doc__)
+    except SystemExit as error:
+        if not error.code:
+            raise  # --help
+        # tyro draws a box of several lines around what it says
+        said = " ".join(re.sub(r"\x1b\[[\d;]*m|[^\x00-\x7f]", " ", printed.getvalue()).split())
+        said = re.sub(r"^(Value error|Invalid choice|Parsing error|Unrecognized options|Missing from \S+)\s+(?=\S)", "", said)
+        said = re.split(r"Got errors:|Argument helptext:|For full helptext|Similar options|Perhaps you meant", said)[0].strip(" .")
+        raise ValueError(f"{said}: python -m train.pretrain --help lists the options") from None
+
+
+def _as_options(path: str) -> list[str]:
+    """A config.json as the words of a command line: they are then checked as such."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
+    known = {field.name for field in dataclasses.fields(Pretrain)}
+    if not isinstance(values, dict) or (unknown := set(values) - known):
+        what = f"has no option {', '.join(sorted(unknown))}" if isinstance(values, dict) else "holds no options"
+        raise ValueError(f"--config {path}: train.pretrain {what}: give the config.json of a run")
+    words = []
+    for key, value in values.items():
+        option = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return words
 
 
 def run(args: Pretrain) -> None:
     """Train as `args` say; prints where, what and how it went."""
-    shape = meshes.parse(args.mesh) if args.mesh else None
+    shape = None if args.mesh is None else meshes.parse(args.mesh)
     meshes.prepare(shape)
 
     import jax.numpy as jnp
@@ -297,8 +340,12 @@ def run(args: Pretrain) -> None:
     from vitcore.sharding import MeshShape, check_mesh
 
     source, held_out = open_source(args.data, "train"), open_source(args.data, "val")
-    full: Any = resolve(args, examples=len(source))  # every value is there now, which the types of Pretrain cannot say
+    resolved = resolve(args, examples=len(source))
     mesh, where = meshes.make(shape)
+    # every value is there now, which the types of Pretrain cannot say
+    full: Any = dataclasses.replace(
+        resolved, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", augment=args.augment or source.augment
+    )
     parts = mesh.shape["data"] * full.accumulate
     if full.batch_size % parts:
         raise ValueError(
@@ -316,10 +363,11 @@ def run(args: Pretrain) -> None:
         source, batch_size=full.batch_size, seed=full.seed, augment=full.augment,
         subset=full.subset, subset_seed=full.subset_seed, workers=full.workers, **images,
     )  # fmt: skip
-    eval_size = min(full.batch_size, -(-len(held_out) // mesh.shape["data"]) * mesh.shape["data"])
+    eval_size = min(full.batch_size // full.accumulate, -(-len(held_out) // mesh.shape["data"]) * mesh.shape["data"])
 
     out = directory(full)
     claim(out, full)
+    lock = _lock(out)
     named = next(name for name, known in BY_NAME.items() if known is ops)
     print(
         f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes"
@@ -347,14 +395,27 @@ def run(args: Pretrain) -> None:
             keep=full.keep,
             early_stop=full.early_stop,
             config_json=dataclasses.asdict(full),
+            identity=identity(full),
         ),
         say=lambda line: print(line, flush=True),
     )
+    lock.close()
     if result.steps > result.started:
         print(f"{result.steps - result.started} steps in {result.seconds:.0f} s, {result.images_per_second:,.0f} images/s")
     ended = f"stopped early at step {result.steps}" if result.stopped_early else f"finished at step {result.steps}"
     best = f"; best {result.best.accuracy:.2%} at step {result.best.step}" if result.best.accuracy > result.accuracy else ""
     print(f"{ended}: {result.correct} of {result.count} held-out images right, {result.accuracy:.2%}{best}; {out / 'curves.png'}")
+
+
+def _lock(out: Path):
+    """An open file that no other process on this machine can hold at the same time. ValueError where one does."""
+    file = open(out / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"--out {out} is in use by another process: wait for it, or choose another --out") from None
+    return file
 
 
 def _model(full, *, classes: int, channels: int):
@@ -400,4 +461,9 @@ def _optimizer(full):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code:
+        # a failed write leaves threads of Orbax that an ordinary exit would wait for, and there is nothing left to save
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -14,7 +14,7 @@ Two kinds of collective stand here, and no others: `gather` brings a layer's mat
 are used (its transpose, a reduce-scatter, takes their gradients apart again), and a half block ends in one sum over "model".
 """
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -103,13 +103,13 @@ def apply(params, images, config: ViTConfig, *, ops: Ops | None = None, dtype=jn
     the blocks' inputs for the backward pass. Differentiable; runs in a user's own jit on one device, and on a mesh through
     `apply_on`. Raises ValueError where images or parameters do not fit the configuration.
     """
-    _check(params, images, config)
+    check(params, images, config)
     return forward(params, images, config, ops=ops, dtype=dtype, dropout_key=dropout_key, remat=remat)
 
 
 def features(params, images, config: ViTConfig, *, ops: Ops | None = None, dtype=jnp.float32, remat=False):
     """The image representation y of Eq. 4, [B, D] float32: the class token after the last norm, or the mean of the patches."""
-    _check(params, images, config)
+    check(params, images, config)
     x = encode(params, images, config, ops=resolve(ops), dtype=dtype, remat=remat)
     return represent(params, x, config, ops=resolve(ops)).astype(jnp.float32)
 
@@ -220,19 +220,25 @@ def _dense(p, x):
     return jnp.einsum("bd,dv->bv", x, p["kernel"].astype(x.dtype), preferred_element_type=jnp.float32) + p["bias"]
 
 
-def _check(params, images, config):
+def check(params, images, config: ViTConfig) -> None:
+    """Raise ValueError where images or parameters do not fit the configuration."""
     want = (*config.image_shape, config.channels)
     if images.ndim != 4 or images.shape[1:] != want or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"images are {images.dtype}{list(images.shape)}: "
             f"floats [B, {', '.join(map(str, want))}] in [-1, 1] are required by this config"
         )
-    shapes = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     have = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
-    need = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)}
+    need = _shapes(config)
     if have != need:
         name = min(name for name in have.keys() | need.keys() if have.get(name) != need.get(name))
         raise ValueError(
             f"params{name} is {have.get(name, 'missing')}, the config requires {need.get(name, 'no such entry')}: "
             "use the config the parameters were made with"
         )
+
+
+@cache
+def _shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    shapes = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)}

@@ -9,7 +9,7 @@ Everything here is Manual mode under `jax.shard_map(..., check_vma=True)`: JAX t
 devices, and differentiation puts every sum where it belongs.
 """
 
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -49,7 +49,6 @@ def check_mesh(config: ViTConfig, mesh: MeshShape) -> None:
             )
 
 
-@cache
 def partition_specs(config: ViTConfig, mesh: Mesh | MeshShape | None):
     """The PartitionSpec of every parameter: a tree like that of `init`. With mesh None: nothing is split.
 
@@ -159,13 +158,14 @@ def apply_on(mesh: Mesh, config: ViTConfig, *, ops=None, dtype=jnp.float32, rema
         params = jax.jit(partial(vitcore.init, config=config), out_shardings=specs)(key)
         logits = jax.jit(vitcore.apply_on(mesh, config))(params, images)
     """
-    from vitcore.model import forward  # model imports this module
+    from vitcore.model import check, forward  # model imports this module
 
     shape = MeshShape.of(mesh)
     specs = partition_specs(config, shape)
 
     def run(params, images, dropout_key=None):
-        if images.ndim != 4 or images.shape[0] % shape.data:
+        check(params, images, config)
+        if images.shape[0] % shape.data:
             raise ValueError(
                 f"images are {list(images.shape)}: [B, Y, X, C] with B divisible by the data axis, {shape.data}, is required"
             )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import train.loop
+import vitcore
 from train import mesh as meshes
 from train import pretrain
 
@@ -64,8 +67,6 @@ def test_config_json_runs_again_to_the_same_numbers(whole, tmp_path):
 @pytest.mark.parametrize("mesh", ["2x2", "4x1"])
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(whole, tmp_path, monkeypatch, mesh):
     """Stopped after 9 steps, between checkpoints; continued from step 6: bit for bit on the same mesh, to rounding on another."""
-    import train.loop
-
     make, taken = train.loop.make_train_step, []
 
     def stopping(*args):
@@ -93,15 +94,77 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(whole, tmp_path
     assert a[-1]["val_accuracy"] == pytest.approx(b[-1]["val_accuracy"], abs=0.01)
 
 
-def test_options_change_what_they_say(tmp_path):
-    run(*TINY, "--out", tmp_path / "r", "--model", "ViT-Nano/2", "--seed", 3, "--dropout", 0.3, "--accumulate", 2, "--remat",
-        "--dtype", "bfloat16", "--polyak", 0.9, "--first-moment", "bfloat16", "--decay", "linear", "--loss", "sigmoid",
-        "--subset", 500, "--clip-norm", 0, "--pool", "gap", "--weight-decay-form", "independent",
-        "--representation-size", 0, "--learning-rate", 1e-4)  # fmt: skip
-    config = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert (config["seed"], config["dropout"], config["clip_norm"], config["representation_size"]) == (3, 0.3, 0.0, 0)
+def test_every_option_reaches_the_run(tmp_path, monkeypatch):
+    """What `--help` promises arrives where it acts: the run that `train` is given is taken apart, one option at a time."""
+    seen = []
+
+    def taken(run, say):
+        seen.append(run)
+        return train.loop.Result(1, 1, 0.0, 0, 1, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", taken)
+
+    def given(*argv):
+        run(*TINY, "--out", tmp_path / str(len(seen)), *argv)
+        return seen[-1]
+
+    assert given("--dropout", 0.3).config.dropout == 0.3
+    assert given("--model", "ViT-Nano/2").config.patch_size == 2
+    assert given("--pool", "gap").config.pool == "gap"
+    assert given("--gelu", "erf").config.gelu == "erf"
+    assert given("--representation-size", 0).config.representation_size is None
+    assert given("--image-size", 16).config.image_size == 16
+    assert given("--accumulate", 2).options.accumulate == 2
+    assert given("--remat").options.remat
+    assert given("--polyak", 0.9).options.polyak == 0.9
+    assert given("--clip-norm", 0).options.clip_norm is None
+    assert given("--clip-norm", 2).options.clip_norm == 2
+    assert given("--loss", "sigmoid").options.loss == "sigmoid"
+    assert given("--label-smoothing", 0.2).options.label_smoothing == 0.2
+    assert given("--seed", 3).options.seed == 3
+    assert given("--dtype", "bfloat16").options.dtype == "bfloat16"
+    assert given("--ops", "interpret").options.ops is vitcore.INTERPRET
+    assert given().options.ops is vitcore.REFERENCE
+    assert given("--steps", 13).total_steps == 13
+    assert given("--early-stop", 4).early_stop == 4
+    assert given("--keep", 5).keep == 5
+    first = next(given().batches)
+    assert first["image"].shape == (32, 8, 8, 1)
+    assert next(given("--batch-size", 16).batches)["image"].shape[0] == 16
+    for option in (["--seed", 1], ["--augment", "none"], ["--subset", 500], ["--subset", 500, "--subset-seed", 1]):
+        assert not np.array_equal(next(given(*option).batches)["image"], first["image"]), option
+    rates = [([],), (["--learning-rate", 1e-4],), (["--decay", "linear"],), (["--warmup-steps", 9],)]
+    assert len({float(given(*option).learning_rate(5)) for (option,) in rates}) == 4
+
+    def updates(*argv):
+        tx = given("--warmup-steps", 0, *argv).tx
+        w = {"kernel": np.full(3, 0.5, np.float32)}
+        update, state = tx.update({"kernel": np.ones(3, np.float32)}, tx.init(w), w)
+        return str(jax.tree.map(lambda x: (x.dtype, x.tolist()), (update, state)))
+
+    # the two forms of decay are the same decay by default: each comes with the value that makes it so
+    assert updates() == updates("--weight-decay-form", "independent")
+    form = updates("--weight-decay", 0.7, "--weight-decay-form", "independent")
+    assert len({updates(), updates("--weight-decay", 0.7), updates("--first-moment", "bfloat16"), form}) == 4
+
+
+def test_options_together_train(tmp_path):
+    run(*TINY, "--out", tmp_path / "r", "--model", "ViT-Nano/2", "--dropout", 0.3, "--accumulate", 2, "--remat",
+        "--dtype", "bfloat16", "--polyak", 0.9, "--first-moment", "bfloat16", "--loss", "sigmoid", "--pool", "gap")  # fmt: skip
     first = records(tmp_path / "r")[0]
     assert first["loss"] == pytest.approx(10 * np.log(2), rel=1e-3)  # ten sigmoids at zero: the loss is the one asked for
+
+
+def test_interpreted_kernels_train_on_a_mesh_as_the_reference_does(tmp_path, capsys):
+    """The whole step on the Pallas kernels, heads and hidden columns split, dropout on: the losses of the einsum path."""
+    losses, data = [], folder(tmp_path / "data")
+    for ops in ("reference", "interpret"):
+        run("--mesh", "1x2", "--ops", ops, "--data", data, "--model", "ViT-Nano/8", "--image-size", 16, "--batch-size", 4,
+            "--steps", 2, "--log-every", 1, "--learning-rate", 0.01, "--warmup-steps", 0, "--dropout", 0.2,
+            "--out", tmp_path / ops)  # fmt: skip
+        assert f"ops: {ops}" in capsys.readouterr().out
+        losses.append([line["loss"] for line in records(tmp_path / ops)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
 def test_early_stopping_ends_two_evaluations_after_the_best(tmp_path, capsys):
@@ -158,6 +221,11 @@ MISTAKES = {
     "missing folder": (["--data", "folder:/no/such/place"], "/no/such/place"),
     "missing config": (["--config", "/no/such/config.json"], "/no/such/config.json"),
     "smoothed sigmoid": (["--loss", "sigmoid", "--label-smoothing", "0.1"], "only softmax smooths labels"),
+    "not a number": (["--learning-rate", "nan"], "--learning-rate nan: a finite number is required"),
+    "huge seed": (["--seed", str(2**63)], "seeds below 2**63 are required"),
+    "word for a number": (["--steps", "abc"], "Error parsing --steps"),
+    "unknown option": (["--stepz", "3"], "--stepz"),
+    "not a choice": (["--pool", "max"], "invalid choice 'max' for argument '--pool'"),
     "warm-up": (["--steps", "10", "--warmup-steps", "10"], "the warm-up must be shorter than the run"),
 }
 
@@ -213,6 +281,39 @@ def test_another_runs_directory_is_left_alone(whole, capsys):
     run(*TINY, "--out", whole, "--seed", 1, fails=True)
     assert "holds another run (seed 0 there, 1 now): choose another --out" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in whole.glob("*.*")} == before
+
+
+def test_a_directory_that_says_not_whose_it_is_is_left_alone(whole, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    run(*TINY, "--out", tmp_path, fails=True)
+    assert "holds metrics.jsonl but no config.json" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    (tmp_path / "config.json").write_text("[]")
+    run(*TINY, "--out", tmp_path, fails=True)
+    assert "config.json is damaged" in capsys.readouterr().err
+
+
+def test_checkpoints_of_another_run_are_not_continued(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "other")
+    held = json.loads((whole / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(held | {"seed": 5}))
+    run(*TINY, "--out", tmp_path / "other", "--seed", 5, fails=True)
+    assert "is another run's (seed differ)" in capsys.readouterr().err
+
+
+def test_two_processes_cannot_share_a_directory(whole, capsys):
+    held = pretrain._lock(whole)
+    run(*TINY, "--out", whole, fails=True)
+    assert "is in use by another process" in capsys.readouterr().err
+    held.close()
+
+
+@pytest.mark.parametrize("values", [{"steps": 2.5}, {"dtype": "float16"}, {"seed": "zero"}, {"stepz": 3}, [], {"mesh": 4}])
+def test_a_damaged_config_is_refused(values, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    run("--config", tmp_path / "config.json", "--out", tmp_path / "o", fails=True)
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
 
 
 def test_default_name_is_the_runs_own():
