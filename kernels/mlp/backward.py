@@ -179,7 +179,7 @@ def kernel(
     sums.prefetch()
     dzt[...] += dot(hidden_columns(w_in, first, t.hidden), dat[...], x.dtype)
     into_in, into_out = sums.ready()
-    # One product each, not bands of them in a loop: v3 takes 6 % more cycles with bands of 256 rows, v6e a quarter.
+    # One product each, not bands of them in a loop: v3 takes 6 % more cycles with bands of 256 rows.
     of_w_in = dot(zt[...], dat[...], x.dtype, (1, 1))
     into_in[...] += of_w_in[:d]
     db_in[j] += of_w_in[zt.shape[0] - 1 :]
