@@ -7,7 +7,7 @@ and v3 and v5e the largest and the least regular shapes too; the whole product o
 
 import pytest
 
-from bench.shapes import OPS, SHAPES
+from bench.shapes import SHAPES
 from bench.tpu_compiler import TOPOLOGIES, Program, Report, compile_programs
 from vitcore.ops import Ops
 
@@ -82,9 +82,10 @@ def test_the_gradient_of_the_image_costs_nothing_where_nobody_asks():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("target", TOPOLOGIES)
 def test_every_op_at_every_shape(target, shape):
-    programs = [both(op, shape, rate=0.1 if op in ("attention_half", "mlp_half", "patch_embed") else 0.0) for op in OPS]
+    ops = Ops._fields  # attention alone is in its half block, which may pad the heads where alone it does not fit
+    programs = [both(op, shape, rate=0.0 if op == "layer_norm" else 0.1) for op in ops]
     if shape == "B/16@224":
-        programs += [both(op, shape, dtype="float32") for op in OPS]
+        programs += [both(op, shape, dtype="float32") for op in ops]
     assert_kernels(programs, compile_programs(target, programs, seconds=600))
 
 
