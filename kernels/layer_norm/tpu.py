@@ -9,6 +9,7 @@ saved: mean and r are recomputed. All arithmetic is float32. Ba et al. 2016, arX
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,4 +153,5 @@ def layer_norm(x, scale, bias, *, launch: Launch):
     if x.size == 0:
         raise ValueError(f"x has shape {x.shape}: there is no row to normalise")
     x, scale, bias = vary_alike(x, scale, bias)
-    return _layer_norm(launch, x.reshape(-1, d), scale, bias).reshape(x.shape)
+    y: Any = _layer_norm(launch, x.reshape(-1, d), scale, bias)  # Any: pyright cannot see through custom_vjp
+    return y.reshape(x.shape)

@@ -130,7 +130,7 @@ def kernel(
     def turn(target):
         if nat is not None:
 
-            def square(c):
+            def square(c, nat=nat):
                 target[:d, pl.ds(c, PIECE)] = nat[pl.ds(c, PIECE)].T.astype(target.dtype)
 
             loop(t.columns // PIECE, PIECE, square)
@@ -190,7 +190,7 @@ def kernel(
     def _():
         if nat is not None:
 
-            def square(c):
+            def square(c, nat=nat):
                 nat[pl.ds(c, PIECE)] = dzt[:, pl.ds(c, PIECE)].T
 
             loop(t.columns // PIECE, PIECE, square)

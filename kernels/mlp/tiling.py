@@ -15,11 +15,11 @@ from jax.experimental import pallas as pl
 from kernels.device import LANES, SUBLANES, Device, MiB
 
 _ROWS = (2048, 1664, 1536, 1280, 1024, 896, 768, 640, 512, 384, 256, 128)  # most rows of a step, those of the padding included
-_HIDDEN = {False: (1024, 768, 512, 384, 256, 128), True: (256, 128)}  # by backward: there, 512 gains 2 % on v6e and does not fit v5e's profile
+# by backward: there, 512 gains 2 % on v6e and ran out of VMEM on v5e
+_HIDDEN = {False: (1024, 768, 512, 384, 256, 128), True: (256, 128)}
 _STEP_CYCLES = 600  # what a grid step costs beside its products: filling and draining the pipelines, the sums' read-modify-write
-_COPY_BYTES = (
-    1.6  # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
-)
+# XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
+_COPY_BYTES = 1.6
 _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
 
 

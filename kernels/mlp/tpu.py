@@ -15,6 +15,7 @@ hand. How x is cut: `tiling.py`; the backward kernel: `backward.py`. GELU: Hendr
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def _forward_kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc
 
     first = j * t.hidden if t.resident else 0
     a = dot(z[...], hidden_columns(w_in, first, t.hidden), x.dtype) + b_in[0]
-    h, _ = gelu(a, spec.gelu)
+    h: Any = gelu(a, spec.gelu)[0]
     if spec.rate:
         columns = scalars[3] + j * t.hidden + iota(t.hidden, 1)
         h = jnp.where(keep(scalars, 0, block.all_global_rows(t.height, 0), columns, spec.rate), h * keep_scale, 0.0)
@@ -239,4 +240,5 @@ def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh",
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
     spec = _Spec(launch=launch, gelu=gelu, rate=rate, share=float(share))
     arrays = vary_alike(scalars, x, norm_scale, norm_bias, w_in, b_in, w_out, b_out)
-    return _mlp_half(spec, *arrays)
+    y: Any = _mlp_half(spec, *arrays)  # Any: pyright cannot see through custom_vjp
+    return y
