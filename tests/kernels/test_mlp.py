@@ -23,7 +23,8 @@ from kernels.mlp.tiling import Shape, Tiles, Tiling, cost, tiles, vmem_bytes
 from tests import oracle
 
 NAMES = ("x", "norm_scale", "norm_bias", "w_in", "b_in", "w_out", "b_out")
-FAST = Launch(device=DEVICES["v5e"], interpret=True)
+# v5e's tiles; float32 operands, because XLA's CPU client lacks some products of bfloat16 (they are exact in float32)
+FAST = Launch(device=replace(DEVICES["v5e"], bf16_matmul=False), interpret=True)
 WIDE = Launch(device=DEVICES["v3"], interpret=True)  # float32 operands in VMEM
 STRICT = replace(FAST, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
 
@@ -76,7 +77,7 @@ def test_value_and_gradients_agree_with_the_reference(bt, df, dtype, gelu, rate,
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
+@settings(max_examples=25)
 @given(
     bt=st.tuples(st.integers(1, 5), st.integers(1, 70)),
     df=st.sampled_from([(64, 32), (48, 128), (128, 256), (192, 384)]),
