@@ -15,13 +15,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help pretrain test test-all lint format hooks clean
+.PHONY: help pretrain test test-all test-faults lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make pretrain   train a small ViT on handwritten digits over a mesh of $(MESH); again: resume   (ARGS=\"--help\" lists the options)"
 	@echo "make test       the fast tests                                                     (ARGS=\"-k attention\" picks some)"
-	@echo "make test-all   all tests"
+	@echo "make test-all   all tests but those that want other libraries of the field"
+	@echo "make test-faults  runs that are killed, damaged and starved"
 	@echo "make lint       ruff, pyright; changes nothing"
 	@echo "make format     ruff's formatter and safe fixes"
 	@echo "make hooks      lint before every commit from now on"
@@ -31,10 +32,13 @@ pretrain: $(VENV)/.run
 	$(BIN)/python -m train.pretrain --mesh $(MESH) $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not faults and not peers" $(ARGS)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not peers" $(ARGS)
+
+test-faults: $(VENV)/.test
+	$(BIN)/python -m pytest -m "faults and not slow" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
