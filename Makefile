@@ -15,18 +15,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help pretrain test test-all test-faults lint format hooks clean
+.PHONY: help pretrain test test-all test-faults test-peers lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make pretrain   train a small ViT on handwritten digits over a mesh of $(MESH); again: resume   (ARGS=\"--help\" lists the options)"
-	@echo "make test       the fast tests                                                     (ARGS=\"-k attention\" picks some)"
-	@echo "make test-all   all tests but those that want other libraries of the field"
-	@echo "make test-faults  runs that are killed, damaged and starved"
-	@echo "make lint       ruff, pyright; changes nothing"
-	@echo "make format     ruff's formatter and safe fixes"
-	@echo "make hooks      lint before every commit from now on"
-	@echo "make clean      remove $(VENV) and caches; runs stay"
+	@echo "make pretrain      train a small ViT on handwritten digits over a mesh of $(MESH); again: resume   (ARGS=\"--help\" lists the options)"
+	@echo "make test          the fast tests                                                     (ARGS=\"-k attention\" picks some)"
+	@echo "make test-all      all tests but those that want other libraries of the field"
+	@echo "make test-faults   runs that are killed, damaged and starved"
+	@echo "make test-peers    against torch's ViTs, timm's and transformers', which it installs"
+	@echo "make lint          ruff, pyright; changes nothing"
+	@echo "make format        ruff's formatter and safe fixes"
+	@echo "make hooks         lint before every commit from now on"
+	@echo "make clean         remove $(VENV) and caches; runs stay"
 
 pretrain: $(VENV)/.run
 	$(BIN)/python -m train.pretrain --mesh $(MESH) $(ARGS)
@@ -39,6 +40,9 @@ test-all: $(VENV)/.test
 
 test-faults: $(VENV)/.test
 	$(BIN)/python -m pytest -m "faults and not slow" $(ARGS)
+
+test-peers: $(VENV)/.peers
+	$(BIN)/python -m pytest -m peers $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -68,10 +72,12 @@ $(BIN)/python:
 $(VENV)/.run: EXTRA =
 $(VENV)/.test: EXTRA = [test]
 $(VENV)/.dev: EXTRA = [dev]
+$(VENV)/.peers: EXTRA = [peers]
 $(VENV)/.run: HAS = .run
 $(VENV)/.test: HAS = .run .test
 $(VENV)/.dev: HAS = .run .test .dev
-$(VENV)/.run $(VENV)/.test $(VENV)/.dev: $(REQUIREMENTS) | $(BIN)/python
+$(VENV)/.peers: HAS = .run .test .peers
+$(VENV)/.run $(VENV)/.test $(VENV)/.dev $(VENV)/.peers: $(REQUIREMENTS) | $(BIN)/python
 	@echo "Installing vitcore$(EXTRA) into $(VENV); about a minute, once."
 	@$(PIP) install -qq -c constraints.txt -e ".$(EXTRA)"
 	@touch $(addprefix $(VENV)/,$(HAS))
