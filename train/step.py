@@ -26,7 +26,8 @@ from vitcore.sharding import AXES, MeshShape, partition_specs
 
 
 class TrainState(NamedTuple):
-    """All that a run is between two steps. step: int32 scalar, updates done. average: Polyak average of params, or None."""
+    """All that a run is between two steps. step: int32 scalar, batches used, the skipped ones too. average: Polyak average of
+    params, or None."""
 
     step: Any
     params: Any
@@ -84,9 +85,11 @@ def make_init(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
 
 
 def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
-    """A compiled function (state, images [B, Y, X, C], labels [B] or [B, V]) -> (state, {"loss", "gradient_norm"}), both scalars.
+    """A compiled function (state, images [B, Y, X, C], labels [B] or [B, V]) -> (state, metrics), all scalars: float32 "loss" and
+    "gradient_norm", and bool "finite".
 
     B is the global batch, split over "data"; it must be divisible by the data axis times `accumulate`. The state is donated.
+    Where the loss or the gradient is not finite, `step` alone moves on: parameters, optimizer and average stay as they were.
     """
     shape = MeshShape.of(mesh)
     specs = state_specs(config, mesh, tx, polyak=bool(options.polyak))
@@ -133,7 +136,11 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
         average = state.average
         if options.polyak:
             average = jax.tree.map(lambda a, p: a + (1 - options.polyak) * (p - a), average, params)
-        return TrainState(state.step + 1, params, opt_state, average), {"loss": loss, "gradient_norm": norm}
+        # Not optax.apply_if_finite: after its limit that one takes the bad update.
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
+        params, opt_state, average = jax.tree.map(partial(jnp.where, finite), new, old)
+        return TrainState(state.step + 1, params, opt_state, average), {"loss": loss, "gradient_norm": norm, "finite": finite}
 
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=(specs, P()))
     return jax.jit(mapped, donate_argnums=0)
