@@ -83,7 +83,7 @@ def jpegs(tmp_path_factory):
         for label in range(4):
             place = root / split / f"digit{label}"
             place.mkdir(parents=True)
-            for k, i in enumerate(np.flatnonzero(source.labels == label)[:count]):
+            for k, i in enumerate(np.flatnonzero(source.labels() == label)[:count]):
                 grey = Image.fromarray(source.images[i, :, :, 0])
                 Image.merge("RGB", [grey, grey, grey]).resize((20 + k, 24), Image.Resampling.BICUBIC).save(place / f"{k}.jpg")
     return str(root)

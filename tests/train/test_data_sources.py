@@ -41,7 +41,7 @@ def folder(tmp_path):
         for label in range(3):
             place = tmp_path / split / f"class{label}"
             place.mkdir(parents=True)
-            for k, i in enumerate(np.flatnonzero(source.labels == label)[:count]):
+            for k, i in enumerate(np.flatnonzero(source.labels() == label)[:count]):
                 Image.fromarray(source.images[i, :, :, 0]).resize((24, 20)).save(place / f"{k}.{suffix}")
     return tmp_path
 
@@ -55,11 +55,11 @@ def test_digits_are_split_four_to_one_within_each_class():
     train, val = open_digits("", "train"), open_digits("", "val")
     assert len(train) + len(val) == 1797 == len({*train.numbers.tolist(), *val.numbers.tolist()})
     for label in range(10):
-        held_out, kept = (val.labels == label).sum(), (train.labels == label).sum()
+        held_out, kept = (val.labels() == label).sum(), (train.labels() == label).sum()
         assert held_out == (held_out + kept) // 5
     ink, target = map(np.asarray, load_digits(return_X_y=True))
     for source in (train, val):
-        np.testing.assert_array_equal(source.labels, target[source.numbers])
+        np.testing.assert_array_equal(source.labels(), target[source.numbers])
         np.testing.assert_allclose(source.images.reshape(-1, 64) / 255, ink[source.numbers] / 16, atol=0.5 / 255)
         assert {int(source.images.min()), int(source.images.max())} == {0, 255}
 
@@ -69,7 +69,7 @@ def test_digits_examples():
     example = source[3]
     assert example.image.shape == (8, 8, 1)
     assert example.image.dtype == np.uint8
-    assert example.label == source.labels[3]
+    assert example.label == source.labels()[3]
     assert type(example.label) is int
     assert example.name == f"digits/{source.numbers[3]}"
     assert source.classes == tuple("0123456789")
@@ -277,7 +277,7 @@ def test_bit_flips_never_escape_as_another_error(tmp_path):
 def test_unknown_source_lists_the_known():
     with pytest.raises(DataError) as error:
         open_source("imagenet", "train")
-    one_line(error, "'imagenet'", *(usage for usage, _ in SOURCES.values()))
+    one_line(error, "'imagenet'", *(scheme.usage for scheme in SOURCES.values()))
 
 
 @pytest.mark.parametrize("spec", ["folder", "folder:"])
@@ -287,10 +287,10 @@ def test_folder_without_a_path(spec):
     one_line(error, "needs a path", "folder:PATH")
 
 
-def test_digits_take_no_path():
+def test_digits_take_classes_and_no_path():
     with pytest.raises(DataError) as error:
         open_source("digits:here", "train")
-    one_line(error, "takes no path", "digits:here")
+    one_line(error, "digits/train has no class here")
 
 
 def test_unknown_split():

@@ -1,38 +1,64 @@
 """Images for a run: sources behind one interface, augmentation keyed by example, batches that do not depend on the machine.
 
-    source = open_source("folder:/data/imagenet", "train")
+    source = open_source("folder:/data/imagenet", "train[:99%]")
     with train_batches(source, image_size=224, channels=3, batch_size=4096, seed=0) as batches:
         batch = next(batches)              # {"image": float32 [B, Y, X, C] in [-1, 1], "label": int32 [B]}
         saved = batches.get_state()        # {"global_next_index": 4096}
+
+A part of a split is written behind its name, in brackets that apply from left to right (`train/data/select.py`):
+
+    train[:99%]  train[99%:]  train[:800]         a range of a fixed random order of the examples; the first two share none
+    train[classes=0-4]  val[classes=cat,dog]      some classes, by name or number, then numbered anew from 0
+    train[without=removed.json]                   all but the examples that a file lists (train.data.dedup writes it)
+    train[classes=5-9][:10%]                      both
+
+and `digits:0-4` is short for the digits of some classes, on every split.
 
 What a run sees is a function of (data, seed, batch size) alone: never of processes, workers, threads or interruptions.
 A new source is one small file with an `open_...(rest, split)` function and one line in `SOURCES`.
 """
 
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
 from train.data.augment import AUGMENTATIONS, PREPROCESSES
 from train.data.digits import open_digits
 from train.data.folder import open_folder
 from train.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
-from train.data.source import DataError, Example, Source
+from train.data.select import check_classes, parse_split, select
+from train.data.source import BadImage, DataError, Example, Source
 
 __all__ = [
     "AUGMENTATIONS",
     "PREPROCESSES",
     "SOURCES",
+    "BadImage",
     "DataError",
     "EvalBatches",
     "Example",
     "Source",
     "TrainBatches",
+    "absolute",
+    "check_classes",
     "eval_batches",
     "open_source",
     "train_batches",
 ]
 
-# scheme -> (how it is written on a command line, function of (what follows the colon, split))
+
+class Scheme(NamedTuple):
+    """A kind of source. usage: how it is written. open: function of (what follows the colon, the split's name). path: whether what
+    follows the colon is one."""
+
+    usage: str
+    open: Callable[[str, str], Source]
+    path: bool = True
+
+
 SOURCES = {
-    "digits": ("digits", open_digits),
-    "folder": ("folder:PATH", open_folder),
+    "digits": Scheme("digits", open_digits, path=False),
+    "folder": Scheme("folder:PATH", open_folder),
 }
 
 
@@ -40,17 +66,21 @@ def open_source(spec: str, split: str) -> Source:
     """The images that `spec` names on the command line.
 
     Args:
-        spec: "digits", or "folder:PATH".
-        split: "train" or "val".
+        spec: "digits", "folder:PATH", ...: see SOURCES.
+        split: "train", "val", or another name that the source has; behind it ranges and classes, as above.
 
     Raises:
-        DataError: an unknown source, or whatever is wrong with the one that is named; one line.
-        ValueError: a split of another name.
+        DataError: an unknown source or split, or whatever is wrong with the one that is named; one line.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}; a source has the splits 'train' and 'val'")
+    name, parts = parse_split(split)
     scheme, _, rest = spec.partition(":")
     if scheme not in SOURCES:
-        known = ", ".join(usage for usage, _ in SOURCES.values())
+        known = ", ".join(known.usage for known in SOURCES.values())
         raise DataError(f"unknown data source {spec!r}; the known ones are {known}")
-    return SOURCES[scheme][1](rest, split)
+    return select(SOURCES[scheme].open(rest, name), parts)
+
+
+def absolute(spec: str) -> str:
+    """`spec` with its path, where it has one, made absolute: it then means the same from every directory."""
+    scheme, _, rest = spec.partition(":")
+    return f"{scheme}:{os.path.abspath(rest)}" if rest and scheme in SOURCES and SOURCES[scheme].path else spec

@@ -4,18 +4,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.data.source import DataError, Example
+from train.data.select import of_classes
+from train.data.source import DataError, Example, Source
 
 HELD_OUT_EVERY = 5  # of each class, in the order of the file, every fifth image is for validation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digits:
-    """One split of the digits. images: uint8 [K, 8, 8, 1]. labels: int32 [K]. numbers: int [K], places in the full set."""
+    """One split of the digits. images: uint8 [K, 8, 8, 1]. numbers: int [K], places in the full set."""
 
     split: str
     images: np.ndarray
-    labels: np.ndarray
+    targets: np.ndarray
     numbers: np.ndarray
 
     classes = tuple("0123456789")
@@ -27,16 +28,25 @@ class Digits:
         return f"digits/{self.split}"
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(self.images[index], int(self.labels[index]), f"digits/{self.numbers[index]}")
+        return Example(self.images[index], int(self.targets[index]), self.example_name(index))
+
+    def labels(self) -> np.ndarray:
+        return self.targets
+
+    def example_name(self, index: int) -> str:
+        return f"digits/{self.numbers[index]}"
 
 
-def open_digits(rest: str, split: str) -> Digits:
-    """The "train" (four fifths) or "val" (one fifth) split: stratified, the same for every seed and library version."""
-    if rest:
-        raise DataError(f"the source 'digits' takes no path, got 'digits:{rest}'; write 'digits'")
+def open_digits(rest: str, split: str) -> Source:
+    """The "train" (four fifths) or "val" (one fifth) split: stratified, the same for every seed and library version.
+
+    rest: "", or some of the classes as `select.of_classes` reads them: "0-4".
+    """
+    if split not in ("train", "val"):
+        raise DataError(f"split is {split!r}; the source 'digits' has the splits 'train' and 'val'")
     from sklearn.datasets import load_digits  # here: scikit-learn takes a second to import and other sources do without
 
     flat, target = load_digits(return_X_y=True)
@@ -48,4 +58,5 @@ def open_digits(rest: str, split: str) -> Digits:
     held_out = rank % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     numbers = np.flatnonzero(held_out if split == "val" else ~held_out)
     pixels = np.rint(images[numbers] * (255 / 16)).astype(np.uint8)[..., None]  # the file counts ink from 0 to 16
-    return Digits(split=split, images=pixels, labels=labels[numbers], numbers=numbers)
+    digits = Digits(split=split, images=pixels, targets=labels[numbers], numbers=numbers)
+    return of_classes(digits, rest) if rest else digits

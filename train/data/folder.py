@@ -17,13 +17,13 @@ HEADERS_CHECKED = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """One split of a folder. files: file names, class after class. labels: int32 [K]."""
+    """One split of a folder. files: file names, class after class. targets: int32 [K], the labels."""
 
     name: str
     root: str
     classes: tuple[str, ...]
     files: list[str] = field(repr=False)
-    labels: np.ndarray = field(repr=False)
+    targets: np.ndarray = field(repr=False)
 
     augment = "inception"
     decoded = False
@@ -32,11 +32,17 @@ class Folder:
         return len(self.files)
 
     def path(self, index: int) -> str:
-        return os.path.join(self.root, self.classes[self.labels[index]], self.files[index])
+        return os.path.join(self.root, self.classes[self.targets[index]], self.files[index])
 
     def __getitem__(self, index: int) -> Example:
         path = self.path(index)
-        return Example(decode(path), int(self.labels[index]), path)
+        return Example(decode(path), int(self.targets[index]), path)
+
+    def labels(self) -> np.ndarray:
+        return self.targets
+
+    def example_name(self, index: int) -> str:
+        return self.path(index)
 
 
 def open_folder(rest: str, split: str) -> Folder:
@@ -58,7 +64,7 @@ def open_folder(rest: str, split: str) -> Folder:
         files += found
         counts.append(len(found))
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    folder = Folder(name=f"folder:{rest}/{split}", root=root, classes=classes, files=files, labels=labels)
+    folder = Folder(name=f"folder:{rest}/{split}", root=root, classes=classes, files=files, targets=labels)
     for index in np.linspace(0, len(folder) - 1, min(len(folder), HEADERS_CHECKED)).astype(int):
         check_header(folder.path(index))
     return folder

@@ -1,0 +1,189 @@
+"""Which part of a source: `train`, `train[:99%]`, `train[99%:]`, `train[100:200]`, `train[classes=0-4]`, `train[without=FILE]`.
+
+Brackets apply from left to right, each to what the one before left: `train[classes=0-4][:90%]` is nine tenths of five classes.
+
+A range counts in a fixed random order of the examples, not in the order in which they lie: class folders lie class after class,
+so that the last hundredth of them would be the last classes. The order goes by the number of examples alone (and, as members keep
+their places, so does which of them come first), hence `[:99%]` and `[99%:]` never overlap, and every form of a set is cut
+alike. Only a source that says `shuffled` (tfds:, whose ranges are published splits) is cut in its own order.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from train.data.sampling import RANGE, uniforms
+from train.data.source import DataError, Encoded, Example, Source, some
+
+USAGE = (
+    "NAME, then any of [FROM:TO] (counts or percentages), [classes=A,B,4-9], [without=FILE], e.g. train[:99%] or train[classes=0-4]"
+)
+
+_PARTS = re.compile(r"\[([^\[\]]*)\]")
+_WHOLE = re.compile(r"([A-Za-z0-9_.+-]+)((?:\[[^\[\]]*\])*)")
+
+
+def parse_split(split: str) -> tuple[str, list[str]]:
+    """ "train[classes=0-4][:9]" -> ("train", ["classes=0-4", ":9"]). Raises DataError."""
+    found = _WHOLE.fullmatch(split)
+    if not found:
+        raise DataError(f"the split {split!r} is not understood; write {USAGE}")
+    return found[1], _PARTS.findall(found[2])
+
+
+def select(source: Source, parts: list[str]) -> Source:
+    """`source` narrowed by each of `parts`, the insides of brackets. Raises DataError for what does not parse or leaves nothing."""
+    for part in parts:
+        kind, equals, value = part.partition("=")
+        if not equals:
+            source = _range(source, part)
+        elif kind == "classes":
+            source = of_classes(source, value)
+        elif kind == "without":
+            source = _without(source, value)
+        else:
+            raise DataError(f"[{part}] after a split is not understood; write {USAGE}")
+        if len(source) == 0:
+            raise DataError(f"{source.name} holds no images: [{part}] left none; choose more")
+    return source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected:
+    """Some examples of a source. indices: int [K] into it, ascending. relabel: int32 [its classes], or None for as it is."""
+
+    source: Source
+    name: str
+    indices: np.ndarray = field(repr=False)
+    classes: tuple[str, ...] = field(repr=False)
+    relabel: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def augment(self) -> str:
+        return self.source.augment
+
+    @property
+    def decoded(self) -> bool:
+        return self.source.decoded
+
+    @property
+    def shuffled(self) -> bool:
+        return getattr(self.source, "shuffled", False)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _label(self, label: int) -> int:
+        return label if self.relabel is None else int(self.relabel[label])
+
+    def __getitem__(self, index: int) -> Example:
+        image, label, name = self.source[int(self.indices[index])]
+        return Example(image, self._label(label), name)
+
+    def encoded(self, index: int) -> Encoded:
+        data, label, name = self.source.encoded(int(self.indices[index]))  # type: ignore[attr-defined]
+        return Encoded(data, self._label(label), name)
+
+    def labels(self) -> np.ndarray:
+        labels = self.source.labels()[self.indices]
+        return labels if self.relabel is None else self.relabel[labels]
+
+    def example_name(self, index: int) -> str:
+        return self.source.example_name(int(self.indices[index]))
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------------
+
+
+def _range(source: Source, text: str) -> Selected:
+    first, colon, last = text.partition(":")
+    bounds = [_bound(word.strip(), default, len(source)) for word, default in ((first, 0), (last, len(source)))]
+    if not colon or None in bounds:
+        raise DataError(f"[{text}] is no range: write [FROM:TO] with counts or percentages of {len(source)} examples, e.g. [:99%]")
+    rank = np.arange(len(source)) if getattr(source, "shuffled", False) else _fixed_order(len(source))
+    low, high = bounds
+    return Selected(source=source, name=f"{source.name}[{text}]", indices=np.sort(rank[low:high]), classes=source.classes)
+
+
+def _bound(word: str, default: int, length: int) -> int | None:
+    """A place in [0, length]; negative ones count from the end. None where the word is no number."""
+    if not word:
+        return default
+    number = re.fullmatch(r"(-?)(\d+(?:\.\d+)?)%|(-?)(\d+)", word)
+    if not number:
+        return None
+    place = round(float(number[2]) / 100 * length) if number[2] else int(number[4])
+    return max(0, length - place) if (number[1] or number[3]) else min(place, length)
+
+
+def _fixed_order(length: int) -> np.ndarray:
+    """int [length]: a permutation that goes by the length alone."""
+    return np.argsort(uniforms(0, np.zeros(length), np.arange(length), 1, RANGE)[:, 0], kind="stable")
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------------
+
+
+def of_classes(source: Source, text: str) -> Selected:
+    """The examples of some classes, which are then numbered anew from 0 in the order of their old numbers.
+
+    text: class names, numbers of classes, ranges of numbers (both ends belong to them), with commas between.
+    """
+    chosen: set[int] = set()
+    unknown = []
+    for word in (word.strip() for word in text.split(",")):
+        span = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        if word in source.classes:
+            chosen.add(source.classes.index(word))
+        elif span and int(span[1]) <= int(span[2] or span[1]) < len(source.classes):
+            chosen.update(range(int(span[1]), int(span[2] or span[1]) + 1))
+        else:
+            unknown.append(word)
+    if unknown:
+        have = f"{len(source.classes)} classes: {some(source.classes)}"
+        raise DataError(f"{source.name} has no class {some(unknown)}; it has {have}; name some, or their numbers from 0")
+    kept = sorted(chosen)
+    relabel = np.full(len(source.classes), -1, np.int32)
+    relabel[kept] = np.arange(len(kept), dtype=np.int32)
+    indices = np.flatnonzero(relabel[source.labels()] >= 0)
+    classes = tuple(source.classes[k] for k in kept)
+    return Selected(source=source, name=f"{source.name}[classes={text}]", indices=indices, classes=classes, relabel=relabel)
+
+
+def check_classes(train: Source, other: Source) -> None:
+    """Raises DataError where `other` has other classes than `train`, under which its labels would mean something else."""
+    if train.classes == other.classes:
+        return
+    only = [
+        f"only {a.name} has {some(names)}"
+        for a, b in ((train, other), (other, train))
+        if (names := [c for c in a.classes if c not in set(b.classes)])
+    ]
+    what = "; ".join(only) or "they come in another order"
+    raise DataError(
+        f"the classes of {train.name} and {other.name} differ: {what}; both need the same class names in the same order"
+    )
+
+
+# --- exclusions -------------------------------------------------------------------------------------------------------------
+
+
+def _without(source: Source, path: str) -> Selected:
+    """All but the examples whose names a file lists: `removed.json` of train.data.dedup, or a text file with a name a line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        names = set(json.loads(text)["removed"]) if path.endswith(".json") else set(text.splitlines())
+    except OSError as error:
+        raise DataError(f"cannot read the list {path}: {error.strerror}; give removed.json of train.data.dedup") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no list of examples ({type(error).__name__}); give removed.json of train.data.dedup") from error
+    keep = np.array([source.example_name(i) not in names for i in range(len(source))], bool)
+    if (~keep).sum() < len(names):
+        missing = len(names) - int((~keep).sum())
+        raise DataError(
+            f"{missing} of the {len(names)} examples that {path} lists are not in {source.name}; is it another set's list?"
+        )
+    return Selected(source=source, name=f"{source.name}[without={path}]", indices=np.flatnonzero(keep), classes=source.classes)
