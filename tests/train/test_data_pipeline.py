@@ -1,6 +1,7 @@
 """The pipeline: what a run sees is a function of data, seed and batch size; never of processes, workers, threads, interruptions."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -177,7 +178,7 @@ from train.data import open_source, train_batches
 if __name__ == "__main__":
     source = open_source(sys.argv[1], "train")
     for workers in map(int, sys.argv[2].split(",")):
-        with train_batches(source, image_size=16, channels=3, batch_size=32, seed=3, workers=workers, threads=2,
+        with train_batches(source, image_size=16, channels=3, batch_size=32, seed=3, workers=workers, threads=2, bad_share=0,
                            state={"global_next_index": 32}) as batches:
             taken = [next(batches) for _ in range(6)]
             print(workers, hash(b"".join(b["image"].tobytes() + b["label"].tobytes() for b in taken)), batches.get_state())
@@ -216,7 +217,7 @@ def test_a_failure_in_a_worker_is_the_callers_one_line(jpegs, tmp_path):
     command = [sys.executable, str(script), f"folder:{tmp_path / 'set'}", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"DataError cannot decode the image {bad}: ")
+    assert re.match(rf"DataError 1 of 64 images of .* the last: cannot decode the image {bad}: ", done.stdout)
     assert done.stdout.count("\n") == 1
 
 
@@ -335,7 +336,8 @@ def test_an_undecodable_file_stops_the_run_with_its_name(jpegs, tmp_path):
     bad = tmp_path / "set" / "train" / "digit2" / "3.jpg"
     bad.write_bytes(bad.read_bytes()[:-40])
     source = open_source(f"folder:{tmp_path / 'set'}", "train")
-    with pytest.raises(DataError) as error, train_batches(source, image_size=8, channels=3, batch_size=40, seed=0) as batches:
+    batches = train_batches(source, image_size=8, channels=3, batch_size=40, seed=0, bad_share=0)
+    with pytest.raises(DataError) as error, batches:
         next(batches)
     assert str(bad) in str(error.value)
     assert "\n" not in str(error.value)

@@ -66,3 +66,9 @@ def random_subset(length: int, count: int, seed: int) -> np.ndarray:
     """int [count], ascending: a random subset of range(length). With one seed, a smaller subset lies inside every larger one."""
     rank = uniforms(seed, np.zeros(length), np.arange(length), 1, SUBSET)[:, 0]
     return np.sort(np.argsort(rank, kind="stable")[:count])
+
+
+def replacements(length: int, seed: int, index: int) -> np.ndarray:
+    """int [16]: the places, in the order in which to try them, of what may stand in for the example at place `index`."""
+    row = uniforms(seed, np.array([0]), np.array([index]), 16, REPLACE)[0]
+    return (row * length).astype(np.int64)

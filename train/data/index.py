@@ -1,0 +1,167 @@
+"""What the sources of large sets share: tables of names, indices kept on disk, shard patterns, files held open.
+
+An index (the files of a folder, the members of tar shards) is built once and kept below $VITCORE_CACHE, or ~/.cache/vitcore: the
+data may lie where nothing can be written. A kept index carries a description of what it was built from, and is built anew
+when that no longer fits. Where the cache cannot be written, the index is built each time, and a warning says so.
+"""
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from train.data.source import DataError, some
+
+log = logging.getLogger("train.data")
+
+FORMAT = 1  # of kept indices; another number makes them all anew
+Arrays = dict[str, np.ndarray]
+
+
+# --- a million names in a few bytes each ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Names:
+    """A sequence of strings as one block of bytes: 8 bytes each besides their own, where a list of str takes 75."""
+
+    block: np.ndarray = field(repr=False)  # uint8
+    ends: np.ndarray = field(repr=False)  # int64 [K]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "Names":
+        encoded = [os.fsencode(name) for name in names]
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.block[start : self.ends[index]].tobytes())
+
+
+# --- indices kept on disk ---------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("VITCORE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitcore")
+
+
+def kept(what: str, made_from: Any, build: Callable[[], Arrays]) -> Arrays:
+    """The index `what` (a kind and a path): as it was kept if `made_from` (JSON) is what it was made from, else built and kept."""
+    path = cache_folder() / "indices" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.npz"
+    stamp = hashlib.sha256(json.dumps([FORMAT, what, made_from]).encode()).digest()
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if file["stamp"].tobytes() == stamp:
+                return {key: file[key] for key in file.files if key != "stamp"}
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # damaged: numpy and zipfile raise nearly anything
+        log.warning("the kept index %s is damaged (%s): building it anew", path, type(error).__name__)
+    arrays = build()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                np.savez(file, allow_pickle=False, stamp=np.frombuffer(stamp, np.uint8), **arrays)
+                file.close()
+                os.replace(file.name, path)  # whole or not at all, also where several processes build it
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        log.warning(
+            "cannot keep the index of %s in %s (%s): set VITCORE_CACHE to a writable folder", what, path.parent, error.strerror
+        )
+    return arrays
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------------
+
+
+def shards(scheme: str, pattern: str, split: str) -> list[str]:
+    """The files of a split, sorted. pattern: with {split}, *, ?, [0-9] and {000..123}; a folder means FOLDER/{split}*.
+
+    "val" is also looked for as "validation". A pattern without {split} has the one split "train". Raises DataError where none, or
+    not each of a numbered {000..123}, is there.
+    """
+    if not pattern:
+        raise DataError(f"the source '{scheme}' needs a pattern; write '{scheme}:PATTERN', e.g. {scheme}:DATA/{{split}}-*")
+    if os.path.isdir(pattern):
+        extensions = {"arrayrecord": ".arrayrecord", "parquet": ".parquet", "tar": ".tar"}
+        pattern = os.path.join(pattern, "{split}*" + extensions[scheme])
+    if "{split}" not in pattern and split != "train":
+        raise DataError(
+            f"the pattern {pattern} names no splits, so it has 'train' alone, not {split!r}; write {{split}} where they stand"
+        )
+    names = ("val", "validation") if split == "val" else (split,)
+    for name in names:
+        each = {one: sorted(filter(os.path.isfile, glob.glob(one))) for one in _numbered(pattern.replace("{split}", name))}
+        missing = [one for one, here in each.items() if not here]
+        if missing and len(missing) < len(each):
+            raise DataError(f"of {pattern} the shards {some(missing)} are missing; restore them, or narrow the pattern")
+        if not missing:
+            return [path for here in each.values() for path in here]
+    where = " or ".join(pattern.replace("{split}", name) for name in names)
+    raise DataError(f"no file fits {where}, so {scheme} has no split {split!r} there; correct the pattern or the name of the split")
+
+
+def _numbered(pattern: str) -> list[str]:
+    """{000..123} written out: "a-{08..10}.tar" -> a-08.tar, a-09.tar, a-10.tar."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    before, after, width = pattern[: found.start()], pattern[found.end() :], len(found[1])
+    return [full for n in range(int(found[1]), int(found[2]) + 1) for full in _numbered(f"{before}{n:0{width}d}{after}")]
+
+
+def described(paths: Sequence[str]) -> list[list]:
+    """[path, size, modification time] of each: what a kept index was made from."""
+    try:
+        return [[os.path.abspath(path), (status := os.stat(path)).st_size, status.st_mtime_ns] for path in paths]
+    except OSError as error:
+        raise DataError(f"cannot read the shard {error.filename}: {error.strerror}; restore it, or narrow the pattern") from error
+
+
+# --- files held open --------------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+class Opened(Generic[T]):
+    """The most recently used of many open files, for all threads of a process; none of them when it is pickled.
+
+    One that is dropped closes itself when the last thread that reads from it is done.
+    """
+
+    def __init__(self, open_one: Callable[[str], T], most: int = 128):
+        self._open, self._most = open_one, most
+        self._held: OrderedDict[str, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, path: str) -> T:
+        with self._lock:
+            one = self._held.pop(path, None)
+            if one is None:
+                one = self._open(path)
+            self._held[path] = one
+            if len(self._held) > self._most:
+                self._held.popitem(last=False)
+            return one
+
+    def __reduce__(self):
+        return type(self), (self._open, self._most)
