@@ -53,7 +53,7 @@ class CoreTiles:
     keys: int
 
 
-def _round_up(n: int, m: int) -> int:
+def round_up(n: int, m: int) -> int:
     return -(-n // m) * m
 
 
@@ -71,14 +71,14 @@ def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: 
     k, size = n * h, jnp.dtype(dtype).itemsize
     group = math.lcm(h, LANES) if k % math.lcm(h, LANES) == 0 else k
     arrays, (operands, squares) = (8, BACKWARD_TEMPORARIES) if backward else (4, FORWARD_TEMPORARIES)
-    window = max(head.hi - head.lo for run in _heads(group, h) for head in run)
-    rows, budget = _round_up(t, 16), device.vmem_bytes * 0.94
+    window = max(head.hi - head.lo for run in heads_of(group, h) for head in run)
+    rows, budget = round_up(t, 16), device.vmem_bytes * 0.94
 
     def bytes_of(images, lanes, queries, keys):
-        blocks = 2 * arrays * images * rows * _round_up(lanes, LANES) * size
-        scratch = 2 * rows * _round_up(lanes, LANES) * 4 if backward and (queries, keys) != (t, t) else 0
+        blocks = 2 * arrays * images * rows * round_up(lanes, LANES) * size
+        scratch = 2 * rows * round_up(lanes, LANES) * 4 if backward and (queries, keys) != (t, t) else 0
         heads = lanes // h if (queries, keys) == (t, t) else group // h
-        tile = _round_up(keys, 8) * _round_up(queries, LANES)
+        tile = round_up(keys, 8) * round_up(queries, LANES)
         return blocks + scratch + 4 * heads * (operands * max(queries, keys) * window + squares * tile)
 
     lengths = [t] if t <= 640 else []
@@ -109,7 +109,7 @@ def head_lanes(shape: tuple[int, int, int, int], device: Device, dtype) -> int:
     """
     b, t, n, h = shape
     fits = {}
-    for lanes in (h, _round_up(h, LANES)):
+    for lanes in (h, round_up(h, LANES)):
         with contextlib.suppress(NotImplementedError):
             fits[lanes] = tiles((b, t, n, lanes), device, dtype, backward=True)
     whole = [lanes for lanes, found in fits.items() if found.keys == t]
@@ -163,11 +163,11 @@ class _Head:
         return [(c, min(c + LANES, self.hi)) for c in range(self.lo, self.hi, LANES)]
 
 
-def _heads(lanes: int, h: int) -> list[list[_Head]]:
+def heads_of(lanes: int, h: int) -> list[list[_Head]]:
     """The heads of a block of `lanes` lanes, in runs that share no column with each other."""
     runs: list[list[_Head]] = []
     for first in range(0, lanes, h):
-        head = _Head(first, first + h, first // LANES * LANES, min(_round_up(first + h, LANES), lanes))
+        head = _Head(first, first + h, first // LANES * LANES, min(round_up(first + h, LANES), lanes))
         if runs and head.lo < runs[-1][-1].hi:
             runs[-1].append(head)
         else:
@@ -233,7 +233,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, *, t: CoreTiles, h: int, scale: 
         return carry[2] * (1.0 / carry[1])
 
     def image(i):
-        for run in _heads(lanes, h):
+        for run in heads_of(lanes, h):
 
             def tile(start, size, run=run):
                 sums, wide = _Sums(), {}
@@ -311,7 +311,7 @@ def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, scratch, *, t
     def image(i):
         for ref in scratch:
             ref[...] = jnp.zeros_like(ref)
-        for run in _heads(lanes, h):
+        for run in heads_of(lanes, h):
             dks, dvs = _Sums(), _Sums()
 
             def emit(head, start, size, dk, dv, dks=dks, dvs=dvs):

@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dropout as drop
-from kernels.attention import core
+from kernels.attention import core, fused
 from kernels.attention.core import divisor, narrow
 from kernels.device import LANES, Device
 from kernels.launch import Launch, call, dot, vary_alike
@@ -439,6 +439,20 @@ def _operand(w, dtype, device: Device):
 def _forward(scalars, x, weights, static: _Static):
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     device = static.launch.device
+    if fused.fits((*x.shape, w_out.shape[0]), static.num_heads, device, x.dtype):
+        operands = _operand(w_qkv, x.dtype, device), b_qkv, _operand(w_out, x.dtype, device), b_out
+        return fused.forward(
+            scalars,
+            x,
+            norm_scale,
+            norm_bias,
+            *operands,
+            num_heads=static.num_heads,
+            width=static.width,
+            rate=static.rate,
+            share=static.share,
+            launch=static.launch,
+        )
     qkv = _project(scalars, x, norm_scale, norm_bias, _operand(w_qkv, x.dtype, device), b_qkv, static)
     o = core.forward(qkv, num_heads=static.num_heads, launch=static.launch, width=static.width)
     return _output(scalars, o, x, _operand(w_out, x.dtype, device), b_out, static)

@@ -102,21 +102,29 @@ def test_core_agrees_in_groups_of_heads(monkeypatch):
     oracle.check(ours, partial(plain_core, num_heads=4), [packed(4, 9, 4, 64, jnp.bfloat16)])
 
 
+@pytest.mark.parametrize("device", ["v3", "v5e"])
 @settings(max_examples=1)
 @given(b=st.integers(1, 3), t=TOKENS, heads=HEADS, dtype=DTYPES, rate=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 99))
-def test_half_agrees(b, t, heads, dtype, rate, seed):
+def test_half_agrees(device, b, t, heads, dtype, rate, seed):
     dropout = Dropout(rate, jnp.int32(seed), jnp.int32(1000)) if rate else None
     n, h = heads
-    check_half(b, t, 128, n, h, dtype, dropout=dropout, share=0.5 if seed % 2 else 1.0, seed=seed)
+    check_half(b, t, 128, n, h, dtype, where=launch(device), dropout=dropout, share=0.5 if seed % 2 else 1.0, seed=seed)
+
+
+@pytest.mark.parametrize(("t", "n", "h"), [(37, 3, 64), (129, 1, 80)], ids=["odd heads", "two columns of keys"])
+def test_half_agrees_in_one_kernel(t, n, h):
+    """On v3 the forward half is one kernel, whose rows are in another order inside; dropout knows them all the same."""
+    check_half(2, t, 128, n, h, jnp.bfloat16, where=launch("v3"), dropout=Dropout(0.3, jnp.int32(3), jnp.int32(9)), share=0.25)
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@pytest.mark.parametrize("device", ["v3", "v5e"])
+@settings(max_examples=8)
 @given(b=st.integers(1, 4), t=TOKENS, heads=HEADS, dtype=DTYPES, rate=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 99))
-def test_half_agrees_often(b, t, heads, dtype, rate, seed):
+def test_half_agrees_often(device, b, t, heads, dtype, rate, seed):
     dropout = Dropout(rate, jnp.int32(seed), jnp.int32(1000)) if rate else None
     n, h = heads
-    check_half(b, t, 128, n, h, dtype, dropout=dropout, share=0.5 if seed % 2 else 1.0, seed=seed)
+    check_half(b, t, 128, n, h, dtype, where=launch(device), dropout=dropout, share=0.5 if seed % 2 else 1.0, seed=seed)
 
 
 @pytest.mark.slow
