@@ -12,3 +12,5 @@ from vitcore.ops import Ops as Ops
 from vitcore.ops import fused as fused
 from vitcore.sharding import apply_on as apply_on
 from vitcore.sharding import partition_specs as partition_specs
+from vitcore.weight_tree import load as load
+from vitcore.weight_tree import save as save

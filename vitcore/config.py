@@ -80,7 +80,7 @@ class ViTConfig:
 
 
 #                 width depth  mlp heads   B, L, H: paper Table 1. Ti, S: the releases that followed. Nano: ours, for 8x8 digits.
-_SIZES = {
+SIZES = {
     "Nano": dict(width=64, depth=4, mlp_dim=128, num_heads=4),
     "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
     "S": dict(width=384, depth=12, mlp_dim=1536, num_heads=6),
@@ -99,13 +99,13 @@ def variant(name: str, **changes) -> ViTConfig:
     Raises ValueError for an unknown name, with the nearest known ones, or an unknown field.
     """
     match = re.fullmatch(r"ViT-(\w+)/([1-9]\d*)", name)
-    if not match or match[1] not in _SIZES:
+    if not match or match[1] not in SIZES:
         known = [f"ViT-{size}/{patch}" for size, patches in _PATCHES.items() for patch in patches]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         raise ValueError(
-            f"unknown model {name!r}: did you mean {', '.join(near)}? (ViT-{{{','.join(_SIZES)}}}/P with any patch side P)"
+            f"unknown model {name!r}: did you mean {', '.join(near)}? (ViT-{{{','.join(SIZES)}}}/P with any patch side P)"
         )
     fields = {field.name for field in dataclasses.fields(ViTConfig)}
     if unknown := set(changes) - fields:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))} of ViTConfig: it has {', '.join(sorted(fields))}")
-    return ViTConfig(**{"patch_size": int(match[2]), **_SIZES[match[1]], **changes})
+    return ViTConfig(**{"patch_size": int(match[2]), **SIZES[match[1]], **changes})

@@ -5,8 +5,8 @@ Output row i of m takes the value at place p_i of the n input rows, linear betwe
     corners:     p_i = i (n - 1) / (m - 1)            the first and last entries stay what and where they were
     half-pixel:  p_i = (i + 1/2) n / m - 1/2          pixel areas are scaled; places outside are moved to the edge
 
-corners is what the authors' release does (scipy.ndimage.zoom, order 1) and what published fine-tuning results rest on; half-pixel is
-the convention of image resizing (torch's align_corners=False), here without anti-aliasing.
+corners is what the authors' release does (scipy.ndimage.zoom, order 1) and what published fine-tuning results rest on;
+half-pixel is the convention of image resizing (torch's align_corners=False), here without anti-aliasing.
 """
 
 from typing import Literal
@@ -31,8 +31,8 @@ def fit(
     rows, columns = grid
     if position.ndim != 2 or position.shape[0] != class_slots + rows * columns or min(*grid, *to) < 1:
         raise ValueError(
-            f"the position embedding is {list(position.shape)}: [{class_slots} + {rows} x {columns}, D] is required, to be fitted to "
-            f"{to[0]} x {to[1]}"
+            f"the position embedding is {list(position.shape)}: "
+            f"[{class_slots} + {rows} x {columns}, D] is required, to be fitted to {to[0]} x {to[1]}"
         )
     if method not in ("corners", "half-pixel"):
         raise ValueError(f"method={method!r}: 'corners' or 'half-pixel' is required")

@@ -24,7 +24,7 @@ def test_corners_are_scipys_zoom(grid, to, slots):
     assert zoom.shape[:2] == to
     np.testing.assert_array_equal(found[:slots], position[:slots])
     # one row of output has no second corner to align: scipy divides by one less than nothing and takes the first, as here
-    np.testing.assert_allclose(found[slots:], zoom.reshape(to[0] * to[1], -1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found[slots:], np.asarray(zoom).reshape(to[0] * to[1], -1), rtol=1e-6, atol=1e-6)
 
 
 @given(grid=GRIDS, to=GRIDS)

@@ -1,0 +1,280 @@
+"""Published weights in and out: the release's .npz, and .safetensors as timm and transformers name things.
+
+    params = vitcore.load("ViT-B_16.npz", config)               the position embedding fitted to config.image_size
+    params = vitcore.load("model.safetensors", config, new_head=True)
+    vitcore.save("mine.safetensors", params, config, naming="transformers")
+
+Which naming a file has is seen from its names (`weight_names`); that it is what it claims to be is checked before memory is taken
+(`weight_files`), and no array is read whose shape is not the model's. What is stored as bfloat16 or float16 becomes float32
+exactly. The release computes GELU by tanh, timm and transformers exactly: a config says which (`gelu`), a file of weights cannot.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from vitcore import posemb, weight_files
+from vitcore.config import ViTConfig
+from vitcore.weight_files import Stored, WeightError
+from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, shapes, style_of
+
+MOST_PATCHES = 2**16  # of a position embedding that is to be fitted: a side of 4096 pixels in patches of 16
+_FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float64))
+
+
+def load(
+    path,
+    config: ViTConfig,
+    *,
+    new_head: bool = False,
+    grid: tuple[int, int] | None = None,
+    interpolation: Literal["corners", "half-pixel"] = "corners",
+):
+    """Parameters for `config` from a file: a nested dict of float32 arrays, as `vitcore.init` makes.
+
+    path: .npz in any of the release's layouts, or .safetensors in timm's or transformers' naming. new_head: leave the file's head
+    and pre-logits layer alone, whatever they are; the head is zeros (its bias config.head_bias), and the config must have no
+    pre-logits layer. grid: (rows, columns) of the file's position embedding, needed where it is not square.
+    interpolation: how the position embedding is fitted to config.grid (`vitcore.posemb`).
+    Raises ValueError, one line, that names every missing, extra and misshapen entry, or what is wrong with the file; OSError.
+    """
+    import jax
+
+    return jax.tree.map(jnp.asarray, read(path, config, new_head=new_head, grid=grid, interpolation=interpolation))
+
+
+def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpolation="corners"):
+    """`load` as numpy arrays, in host memory: for a caller who places them on a mesh."""
+    path = os.fspath(path)
+    if new_head and config.representation_size is not None:
+        raise ValueError(
+            "new_head=True drops the pre-logits layer with the head, the config has representation_size="
+            f"{config.representation_size}: make it None"
+        )
+    with weight_files.opened(path) as arrays:
+        style = _style(path, arrays)
+        wanted = entries(config, style)
+        if new_head:
+            dropped = {e.name for e in wanted if e.path[0] == "head"} | {n for n in arrays if _is_head(n, style)}
+            wanted = tuple(e for e in wanted if e.name not in dropped)
+            arrays = {name: a for name, a in arrays.items() if name not in dropped}
+        _check(path, arrays, wanted, style, config)
+        leaves = {leaf: np.empty(shape, np.float32) for leaf, shape in shapes(config).items()}
+        if new_head:
+            leaves["head", "kernel"][:] = 0
+            leaves["head", "bias"][:] = config.head_bias
+        for entry in wanted:
+            array = _as_float32(arrays[entry.name].read())
+            if entry.path == POSITION:
+                leaves[POSITION][:] = _position(path, array, config, style, grid, interpolation)
+            else:
+                entry.into(leaves[entry.path], array)
+    return _nested(leaves)
+
+
+def save(path, params, config: ViTConfig, *, naming: Naming | None = None, dtype: str = "float32") -> None:
+    """Writes parameters, whole or not at all: .npz in the release's layout, or .safetensors.
+
+    naming: of a .safetensors: "timm" (default) or "transformers"; an .npz is "release". dtype: float32, or bfloat16, which rounds.
+    Reading the file back gives the same bits. Raises ValueError where params are not the config's; OSError.
+    """
+    form = weight_files.kind(path)
+    naming = naming or ("release" if form == "npz" else "timm")
+    if naming not in get_args(Naming) or (form == "npz") != (naming == "release"):
+        raise ValueError(f"naming={naming!r} for {path}: an .npz is 'release', a .safetensors 'timm' or 'transformers'")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: 'float32' or 'bfloat16' is required")
+    flat = _flat(params)
+    if (have := {leaf: a.shape for leaf, a in flat.items()}) != shapes(config):
+        wrong = sorted(leaf for leaf in have.keys() | shapes(config).keys() if have.get(leaf) != shapes(config).get(leaf))
+        names = ", ".join("/".join(leaf) for leaf in wrong)
+        raise ValueError(f"the parameters are not this config's: {names} differ: give the config they were made with")
+    style = Style(naming=naming, prefix="vit." if naming == "transformers" else "")
+    kept = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    arrays = {e.name: e.to_file(flat[e.path]).astype(kept) for e in entries(config, style)}
+    about = {"format": "pt", "vitcore.grid": f"{config.grid[0]}x{config.grid[1]}", "vitcore.num_heads": str(config.num_heads)}
+    weight_files.write(path, arrays, about)
+
+
+def describe(path, *, heads: int | None = None, grid: tuple[int, int] | None = None) -> tuple[Style, ViTConfig, dict[str, Stored]]:
+    """A file's style, the configuration of its model, and its arrays (names, shapes, dtypes; not to be read). From headers alone.
+
+    heads, grid: as in `weight_names.infer`, where the file does not say. Raises ValueError in one line; OSError.
+    """
+    path = os.fspath(path)
+    with weight_files.opened(path) as arrays:
+        style, about = _style(path, arrays), weight_files.metadata(path)
+        if heads is None and re.fullmatch(r"\d{1,4}", about.get("vitcore.num_heads", "")):
+            heads = int(about["vitcore.num_heads"])
+        try:
+            found = infer({n: a.shape for n, a in arrays.items()}, style, heads=heads, grid=grid or _grid_of(path, about))
+        except ValueError as error:
+            raise WeightError(f"{path}: {error}") from error
+        return style, found, dict(arrays)
+
+
+def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=None) -> ViTConfig:
+    """Reads one file, writes another; the configuration of the model. heads, grid: where the source does not say."""
+    _, config, arrays = describe(source, heads=heads, grid=grid)
+    claimed, there = sum(4 * math.prod(a.shape) for a in arrays.values()), os.path.getsize(source)
+    if claimed > 64 * there + 2**20:  # a model's shapes are not known beforehand here; weights hardly shrink when packed
+        raise WeightError(f"{source} claims {claimed:,} bytes of arrays in {there:,} bytes of file: no weights are that empty")
+    save(target, read(source, config, grid=grid or config.grid), config, naming=naming, dtype=dtype)
+    return config
+
+
+# --- what does not fit ------------------------------------------------------------------------------------------------------
+
+
+def _style(path: str, names) -> Style:
+    style = style_of(names)
+    if style is None:
+        some = ", ".join(sorted(names)[:3]) or "nothing"
+        raise WeightError(f"{path} holds no Vision Transformer as the release, timm or transformers name it, but {some}, ...")
+    return style
+
+
+def _is_head(name: str, style: Style) -> bool:
+    """Whether a new head replaces the entry: the classifier and the pre-logits layer."""
+    rest = name.removeprefix(style.prefix)
+    return rest.startswith(("head/", "pre_logits", "head.", "classifier.", "pooler."))
+
+
+def _is_other(name: str, style: Style) -> bool:
+    """Whether an entry lies beside the parameters: the optimizer's state and counters of a training run."""
+    return style.naming == "release" and not (style.prefix and name.startswith(style.prefix)) and name.startswith(
+        ("opt/", "extra/", "state/", "step")
+    )  # fmt: skip
+
+
+def _fits(entry: Entry, array: Stored, config: ViTConfig) -> bool:
+    if entry.path == POSITION:
+        patches = math.prod(array.shape[:2])
+        return len(array.shape) == 3 and array.shape[2] == config.width and array.shape[0] == 1 and 1 <= patches <= MOST_PATCHES
+    # old files keep vectors as (1, 1, 1, C)
+    return array.shape == entry.shape or _squeezed(array.shape) == _squeezed(entry.shape)
+
+
+def _squeezed(shape) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], style: Style, config: ViTConfig) -> None:
+    """Raise one line that names every entry that is missing, extra, misshapen or of no float type."""
+    need = {entry.name: entry for entry in wanted}
+    missing = [name for name in need if name not in arrays]
+    extra = [name for name in arrays if name not in need and not _is_other(name, style)]
+    misshapen = {name: arrays[name] for name, e in need.items() if name in arrays and not _fits(e, arrays[name], config)}
+    untyped = [name for name in need if name in arrays and name not in misshapen and arrays[name].dtype not in _FLOATS]
+    parts = []
+    if missing:
+        parts.append(f"missing {_list(missing)}")
+    if extra:
+        parts.append(f"extra {_list(extra)}")
+    if misshapen:
+        said = [f"{n} {_shape(a.shape)} for {_shape(need[n].shape)}" for n, a in misshapen.items()]
+        parts.append(f"misshapen {_list(said)}")
+    if untyped:
+        said = [f"{name} {arrays[name].dtype}" for name in untyped]
+        parts.append(f"no floats in {_list(said)}")
+    if parts:
+        raise WeightError(f"{path} is not this config's model: {'; '.join(parts)}{_hint(arrays, style, misshapen, need)}")
+
+
+def _hint(arrays, style, misshapen, need) -> str:
+    heads = [name for name in misshapen if need[name].path[0] == "head"]
+    if heads and len(heads) == len(misshapen):
+        return ": new_head=True replaces the head by zeros"
+    try:
+        c = infer({name: a.shape for name, a in arrays.items()}, style)
+    except ValueError:
+        return ""
+    hidden = f", representation_size={c.representation_size}" if c.representation_size else ""
+    return (
+        f": the file's model has patch_size={c.patch_size}, width={c.width}, depth={c.depth}, mlp_dim={c.mlp_dim}, "
+        f"num_heads={c.num_heads}, num_classes={c.num_classes}, pool={c.pool}{hidden}"
+    )
+
+
+def _list(names) -> str:
+    """Every name; those that differ in one number only, as blocks do, with its range in braces."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for name in names:
+        parts = re.split(r"(?<=[_.])(\d+)(?=[/.])", name, maxsplit=1)
+        key = (parts[0], parts[2]) if len(parts) == 3 else (name,)
+        groups.setdefault(key, []).extend([int(parts[1])] if len(parts) == 3 else [])
+    said = []
+    for key, numbers in groups.items():
+        ranges = _ranges(numbers)
+        said.append(key[0] if len(key) == 1 else f"{key[0]}{ranges if ranges.isdigit() else '{' + ranges + '}'}{key[1]}")
+    return ", ".join(said)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    out: list[list[int]] = []
+    for n in sorted(numbers):
+        if out and n == out[-1][1] + 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
+
+
+def _shape(shape) -> str:
+    return "(" + ",".join(map(str, shape)) + ")"
+
+
+# --- position embedding, trees ----------------------------------------------------------------------------------------------
+
+
+def _position(path: str, array: np.ndarray, config: ViTConfig, style: Style, grid, interpolation) -> np.ndarray:
+    """The file's [1, T', D] as our [T, D]: the class slot put in or taken out, the patches fitted to the config's grid."""
+    table = array.reshape(-1, config.width)
+    ours = int(config.pool == "token")
+    theirs = 0 if style.top_position else ours
+    patches = len(table) - theirs
+    square = math.isqrt(max(patches, 0)) ** 2 == patches and patches > 0
+    said = grid or _grid_of(path, weight_files.metadata(path))
+    if said is None and patches == config.grid[0] * config.grid[1] and (not square or config.grid[0] == config.grid[1]):
+        said = config.grid
+    if said is None and (not square or patches == config.grid[0] * config.grid[1]):
+        what = f"both a square and the config's {config.grid[0]} x {config.grid[1]}" if square else "no square"
+        raise WeightError(f"{path} has a position embedding of {patches} patches, {what}: say its (rows, columns) with grid=")
+    rows, columns = said or (math.isqrt(patches),) * 2
+    if rows * columns != patches:
+        raise WeightError(f"{path} has a position embedding of {patches} patches, not {rows} x {columns}: say another grid")
+    if ours and not theirs:  # added to the patches before the class token joins them: nothing is added to that
+        table = np.concatenate([np.zeros((1, config.width), np.float32), table])
+    return posemb.fit(table, grid=(rows, columns), to=config.grid, class_slots=ours, method=interpolation)
+
+
+def _grid_of(path: str, about: Mapping[str, str]) -> tuple[int, int] | None:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", about.get("vitcore.grid", ""))
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.float32 else array.astype(np.float32)
+
+
+def _flat(tree, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], np.ndarray]:
+    if not isinstance(tree, Mapping):
+        return {path: np.asarray(tree, np.float32)}
+    return {leaf: a for key, inner in tree.items() for leaf, a in _flat(inner, (*path, key)).items()}
+
+
+def _nested(leaves):
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        inner = tree
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = leaf
+    return tree

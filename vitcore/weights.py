@@ -1,0 +1,79 @@
+"""Published weights on the command line; `vitcore.load` and `vitcore.save` are the same in a program.
+
+    python -m vitcore.weights show FILE
+    python -m vitcore.weights convert FROM TO [--naming transformers] [--dtype bfloat16]
+
+FROM and TO are .npz (the release's layouts) or .safetensors (timm's or transformers' naming): `vitcore/weight_tree.py`.
+"""
+
+import argparse
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Mapping
+
+from vitcore.config import ViTConfig
+from vitcore.weight_files import Stored
+from vitcore.weight_names import Style, shapes
+from vitcore.weight_tree import convert as convert
+from vitcore.weight_tree import describe as describe
+from vitcore.weight_tree import load as load
+from vitcore.weight_tree import read as read
+from vitcore.weight_tree import save as save
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m vitcore.weights`. Returns the exit code: 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m vitcore.weights", description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = commands.add_parser("show", help="what a file holds: its naming, its model, every array")
+    shown.add_argument("file")
+    converted = commands.add_parser("convert", help="write a file's weights in another layout")
+    converted.add_argument("source")
+    converted.add_argument("target", help=".npz (release) or .safetensors")
+    converted.add_argument("--naming", choices=["timm", "transformers"], help="of a .safetensors; default timm")
+    converted.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    for command in (shown, converted):
+        command.add_argument("--heads", type=int, help="number of heads, where the file does not say and the width is unusual")
+        command.add_argument("--grid", help="ROWSxCOLUMNS of a position embedding that is not square")
+    args = parser.parse_args(argv)
+    try:
+        if args.grid and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", args.grid):
+            raise ValueError(f"--grid {args.grid}: ROWSxCOLUMNS is required, e.g. --grid 14x28")
+        rows, _, columns = (args.grid or "").partition("x")
+        if args.heads is not None and args.heads < 1:
+            raise ValueError(f"--heads {args.heads}: a positive number is required")
+        grid = (int(rows), int(columns)) if args.grid else None
+        if args.command == "show":
+            _show(*describe(args.file, heads=args.heads, grid=grid))
+        else:
+            config = convert(
+                args.source, args.target, naming=args.naming, dtype=args.dtype, heads=args.heads, grid=grid
+            )  # fmt: skip
+            print(f"{args.target}: {_model_line(config)}")
+            if (".npz" in args.target) != (".npz" in args.source):
+                print("note: the release computes GELU by tanh, timm and transformers exactly; the weights say nothing of it")
+    except (ValueError, OSError) as error:
+        print(f"vitcore.weights: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show(style: Style, config: ViTConfig, arrays: Mapping[str, Stored]) -> None:
+    kind = ", ".join(f"{k} {v!r}" for k, v in dataclasses.asdict(style).items() if v not in (False, "", style.naming))
+    print(f"naming {style.naming}{'; ' + kind if kind else ''}")
+    print(_model_line(config))
+    for name, array in arrays.items():
+        print(f"  {name:70s} {array.dtype!s:9s} {list(array.shape)}")
+
+
+def _model_line(config: ViTConfig) -> str:
+    count = sum(math.prod(shape) for shape in shapes(config).values())
+    fields = [f.name for f in dataclasses.fields(config) if f.name not in ("dropout", "head_bias")]
+    said = ", ".join(f"{name}={getattr(config, name)}" for name in fields)
+    return f"{count:,} parameters; ViTConfig({said})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
