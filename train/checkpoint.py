@@ -8,7 +8,8 @@ before anything is read (Orbax alone would cast a wrong dtype in silence), and e
 On disk: DIRECTORY/STEP/state (arrays, as a nested dict of names: "params/blocks/mlp/in/kernel", "opt_state/0/mu/...") and
 DIRECTORY/STEP/extra/data.json (the rest: loader state, resolved config).
 
-Not here: damage to a committed step is not noticed (no checksums).
+Each of the two carries a manifest of sizes and checksums (`train/manifest.py`), part of the same commit and verified before
+anything is restored. A damaged step is put aside, renamed to STEP.damaged, and the one before it is taken.
 """
 
 import contextlib
@@ -19,11 +20,15 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from orbax.checkpoint import v1 as ocp
+
+from train import distributed, manifest
 
 # Replicas of an array share the work of writing it where each part is at least this large, in bytes. Orbax has no lower bound of
 # its own and compiles a slice for every replica of every small vector: a first save on an 8x4 mesh blocked for 14 s, now 0.1 s.
@@ -38,25 +43,26 @@ class Checkpoints:
     """The checkpoints of one run, in one directory.
 
     directory: made if missing, relative paths are made absolute. keep: how many of the newest steps stay. every: steps that are
-    multiples of it stay for good as well. Opening removes, in the background, what a killed run left half-written. Every process
-    of a job calls every method. Close it, or use it as a context manager: leaving waits for the save under way. Raises ValueError,
-    CheckpointError.
+    multiples of it stay for good as well. say: hears, on process 0, of every step that is put aside. Opening removes, in the
+    background, what a killed run left half-written. Every process of a job calls every method. Close it, or use it as a context
+    manager: leaving waits for the save under way. Raises ValueError, CheckpointError.
 
         with Checkpoints("run/checkpoints", keep=3) as checkpoints:
-            if checkpoints.latest_step() is not None:
+            if checkpoints.begun():
                 state, extra = checkpoints.restore(None, abstract(state))
             checkpoints.save(step, state, {"loader": loader_state})
     """
 
-    def __init__(self, directory, *, keep: int = 3, every: int | None = None):
+    def __init__(self, directory, *, keep: int = 3, every: int | None = None, say: Callable[[str], None] | None = None):
         if keep < 1 or (every is not None and every < 1):
             raise ValueError(f"keep={keep}, every={every}: a run keeps at least 1 checkpoint, and every is None or at least 1")
         directory = os.fspath(directory)
         self.directory = directory if re.match(r"\w+://", directory) else os.path.abspath(directory)
         preservation = ocp.training.preservation_policies
         policies = [preservation.LatestN(keep)] + ([] if every is None else [preservation.EveryNSteps(every)])
-        registry = ocp.handlers.local_registry()
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name="extra")
+        registry = ocp.handlers.local_registry(include_global_registry=False)
+        registry.add(manifest.MeasuredTree, checkpointable_name="state")
+        registry.add(manifest.MeasuredJson, checkpointable_name="extra")
         context = ocp.Context()
         context.checkpointables.registry = registry
         context.array.saving.min_slice_bytes_for_replica_parallel = _REPLICA_SLICE
@@ -67,6 +73,7 @@ class Checkpoints:
             preservation_policy=preservation.AnyPreservationPolicy(policies),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
+        self._say = say or logging.getLogger(__name__).warning
         self._saving = None  # (step, Orbax's response) of the save under way
         self._open = None
         for name in ("absl", "asyncio"):
@@ -91,6 +98,26 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The newest whole step, None where there is none."""
         return max(self.steps(), default=None)
+
+    def begun(self) -> bool:
+        """Whether there is a step to restore. Raises CheckpointError where all that is left are steps put aside: to start again at
+        zero is the user's to say."""
+        steps, aside = distributed.broadcast([self._held(), self._aside()])
+        if aside and not steps:
+            raise CheckpointError(
+                f"{self.directory} holds damaged checkpoints only ({', '.join(aside)}): "
+                "put a copy of a good one there, or choose another --out"
+            )
+        return bool(steps)
+
+    def _held(self) -> list[int]:
+        """The steps there are, also those that Orbax no longer takes for one."""
+        found = {int(name) for name in manifest.names(self.directory) if name.isdigit()}
+        # a step on gs:// has its name before it is whole
+        return sorted(found & set(self.steps()) if "://" in self.directory else found)
+
+    def _aside(self) -> list[str]:
+        return [name for name in manifest.names(self.directory) if re.fullmatch(r"\d+\.damaged(-\d+)?", name)]
 
     def save(self, step: int, state, extra: dict) -> None:
         """Starts to write a step and returns once the arrays are copied, so that the caller may donate them at once.
@@ -146,27 +173,67 @@ class Checkpoints:
     def restore(self, step: int | None, abstract):
         """Reads a step onto the shardings of `abstract`, whatever mesh and process count wrote it.
 
-        step: None for the latest. abstract: tree of jax.ShapeDtypeStruct with shardings, see `abstract` below. Returns (state,
-        extra), state with abstract's structure. Raises ValueError where a leaf is missing, unknown, or of another shape or dtype
-        (named, with what was expected and found), or there is no such step; CheckpointError where the files cannot be read.
+        step: None for the newest that is good: newer ones that are damaged are put aside, once a good one has been read. abstract:
+        tree of jax.ShapeDtypeStruct with shardings, see `abstract` below. Returns (state, extra), state with abstract's
+        structure. Raises ValueError where a leaf is missing, unknown, or of another shape or dtype (named, with what was expected
+        and found), or there is no such step; CheckpointError where the step, or every step there is, is damaged.
         """
         self.wait()
-        steps = self.steps()
-        if (step is None and not steps) or (step is not None and step not in steps):
+        held = distributed.broadcast(self._held())
+        if (step is None and not held) or (step is not None and step not in held):
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-            raise ValueError(f"no {wanted} in {self.directory}; it has {', '.join(map(str, steps)) or 'none'}")
-        step = steps[-1] if step is None else step
+            raise ValueError(f"no {wanted} in {self.directory}; it has {', '.join(map(str, held)) or 'none'}")
+        damaged: dict[int, str] = {}
+        for candidate in reversed(held) if step is None else [step]:
+            try:
+                loaded = self._read(candidate, abstract)
+            except CheckpointError as error:
+                damaged[candidate] = str(error)
+                continue
+            self._put_aside(damaged)
+            return loaded
+        if step is not None:
+            raise CheckpointError(damaged[step])
+        more = f"; none of the {len(damaged)} checkpoints there is good" if len(damaged) > 1 else "; there is no other"
+        raise CheckpointError(f"{damaged[held[-1]]}{more}. Nothing was changed: put a good copy there, or choose another --out")
+
+    def _read(self, step: int, abstract):
+        """One step, verified and read: (state, extra). CheckpointError, on every process, where any of them cannot."""
         path = os.path.join(self.directory, str(step))
-        with _reading(path):
-            metadata = self._orbax().checkpointables_metadata(step).metadata
-            if set(metadata) != {"state", "extra"}:
-                raise ValueError(f"it holds {', '.join(sorted(metadata)) or 'nothing'}, not state and extra")
-        _must_match(path, _named(abstract), _named(metadata["state"]))
-        with _reading(path):
-            loaded = self._orbax().load_checkpointables(step, {"state": _nested(abstract), "extra": None})
+        problem = distributed.broadcast(_damage(path) if distributed.rank() == 0 else None)
+        loaded = metadata = None
+        if problem is None:
+            try:
+                with _reading(path):
+                    metadata = self._orbax().checkpointables_metadata(step).metadata
+                    if set(metadata) != {"state", "extra"}:
+                        raise ValueError(f"it holds {', '.join(sorted(metadata)) or 'nothing'}, not state and extra")
+                _must_match(path, _named(abstract), _named(metadata["state"]))
+                with _reading(path):
+                    loaded = self._orbax().load_checkpointables(step, {"state": _nested(abstract), "extra": None})
+            except CheckpointError as error:
+                problem = str(error)
+            problem = next((found for found in distributed.gather(problem) if found), None)
+        if problem is not None:
+            raise CheckpointError(problem)
+        assert loaded is not None
         leaves = _named(loaded["state"])
         state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in _named(abstract)])
         return state, loaded["extra"]
+
+    def _put_aside(self, damaged: dict[int, str]) -> None:
+        if not damaged:
+            return
+        self._orbax().close()
+        self._open = None
+        if distributed.rank() == 0:
+            for step, reason in sorted(damaged.items()):
+                taken, name = self._aside(), f"{step}.damaged"
+                name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+                directory = epath.Path(self.directory)
+                (directory / str(step)).rename(directory / name)
+                self._say(f"{reason}: put aside as {name}")
+        distributed.broadcast(None)  # nobody lists the steps before they are renamed
 
     def close(self) -> None:
         """Waits for the save under way and frees the threads. Raises CheckpointError if that save failed."""
@@ -185,6 +252,13 @@ class Checkpoints:
             return self.close()
         with contextlib.suppress(CheckpointError):  # The error on its way out is the one to show.
             self.close()
+
+
+def _damage(path: str) -> str | None:
+    """What the manifests of a step say of its files, in one line; None if they are what was written."""
+    found = [f"{part}/{text}" for part in ("state", "extra") for text in manifest.faults(os.path.join(path, part))]
+    more = f"; and {len(found) - 2} more" if len(found) > 2 else ""
+    return f"checkpoint {path} is damaged: {'; '.join(found[:2])}{more}" if found else None
 
 
 def _quietly(function) -> None:
@@ -247,8 +321,11 @@ def _reason(error: BaseException) -> str:
 
 def _not_a_failure_of_orbax(record) -> bool:
     """A log filter: Orbax prints each failure with a traceback on every thread it passes, and asyncio those of Orbax's tasks that
-    nobody awaits any more; here a failure is raised, and said once."""
-    return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
+    nobody awaits any more; here a failure is raised, and said once. Orbax also warns at every look of a file that it can miss."""
+    said = record.getMessage()
+    return "Metadata file does not exist" not in said and (
+        record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in said)
+    )
 
 
 @contextlib.contextmanager

@@ -2,14 +2,16 @@
 
 What it promises: a run is a function of its configuration, so stopping it anywhere and starting it again gives what an
 unbroken run gives; every image of the validation set is counted once; a step is only begun when the one before the last is
-done, so that the queue of an accelerator is never empty and never long.
+done, so that the queue of an accelerator is never empty and never long. A SIGTERM ends it within a step and a save, on every
+process at the same step; a step without a finite loss and gradient changes nothing and is counted.
 """
 
 import contextlib
+import math
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -17,21 +19,33 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train import distributed
+from train import mesh as meshes
 from train.checkpoint import Checkpoints, abstract
 from train.data import EvalBatches, TrainBatches
-from train.metrics import Recorder
-from train.step import StepOptions, make_eval_step, make_init, make_train_step
+from train.feed import Feed
+from train.job import place
+from train.metrics import Recorder, Silence
+from train.signals import Stop, Watchdog
+from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
 from vitcore.config import ViTConfig
+
+
+class Diverged(ValueError):
+    """Too many steps in a row had no finite loss and gradient; a checkpoint has been written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything `train` needs. batches: the endless stream of training batches; validation: a fresh pass over the held-out images.
-    log_every, eval_every, checkpoint_every: in steps. early_stop: evaluations without a better accuracy after which to stop, 0
-    for never. config_json: the resolved configuration, kept in every checkpoint; identity: the part of it that a continuation must
-    share."""
+    """Everything `train` needs. batches: the endless stream of training batches; validation: a fresh pass over the held-out images;
+    both give this process's rows. log_every, eval_every, checkpoint_every: in steps. keep: newest checkpoints that stay;
+    keep_every: those of its multiples stay too. early_stop: evaluations without a better accuracy after which to stop, 0 for never.
+    config_json: the resolved configuration, kept in every checkpoint; identity: the part of it that a continuation must share.
+    start: makes the state at step 0 where that is not a fresh initialisation. claim: called on process 0 when the first batch has
+    come, before anything is written. probe: a measurement every probe_every steps, {name: number} into the records.
+    step_timeout: seconds, 0 for none. bad_steps: see `train.job.JobOptions`."""
 
-    directory: Path
+    directory: os.PathLike
     config: ViTConfig
     mesh: Mesh
     tx: optax.GradientTransformation
@@ -48,6 +62,13 @@ class Run:
     early_stop: int
     config_json: dict
     identity: dict
+    keep_every: int | None = None
+    start: Callable[[], TrainState] | None = None
+    claim: Callable[[], None] = lambda: None
+    probe: Callable[[TrainState], dict[str, float]] = lambda state: {}
+    probe_every: int = 0
+    step_timeout: float = 0
+    bad_steps: int = 20
 
 
 @dataclass(frozen=True)
@@ -64,7 +85,9 @@ class Best:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. steps: done in all; started: where this process took it up; seconds: spent here, compilation included."""
+    """How a run ended. steps: done in all; started: where this process took it up; seconds: spent here, compilation included.
+    asked_to_stop: by a signal, with a checkpoint of the last step and no evaluation (accuracy is nan). stuck: a thread still waits
+    for data, so that only `os._exit` ends the process."""
 
     steps: int
     started: int
@@ -75,6 +98,9 @@ class Result:
     stopped_early: bool
     seconds: float
     images_per_second: float
+    skipped: int = 0
+    asked_to_stop: bool = False
+    stuck: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,88 +119,238 @@ class _Clock:
         return self.steps / self.seconds if self.steps else 0.0
 
 
-def train(run: Run, say: Callable[[str], None] = print) -> Result:
-    """Train to the end, from the latest checkpoint in the run's directory or from the start."""
-    begun = time.perf_counter()
-    place = NamedSharding(run.mesh, P("data"))
-    step_fn = make_train_step(run.config, run.mesh, run.tx, run.options)
-    eval_fn = make_eval_step(run.config, run.mesh, run.options)
-    simulated = run.mesh.devices.flat[0].platform == "cpu"
+@dataclass
+class _Progress:
+    """What changes as the loop goes, but for the state. due: the record of a step whose evaluation a signal cut short."""
 
-    def put(array):
-        return jax.make_array_from_process_local_data(place, array)
+    step: int = 0
+    best: Best = field(default_factory=Best)
+    scores: dict | None = None
+    due: dict | None = None
+    skipped: int = 0
+    in_a_row: int = 0
 
-    def evaluate(state) -> dict[str, float]:
-        params = state.params if state.average is None else state.average
-        total = {"count": 0.0, "correct": 0.0, "loss": 0.0}
-        with run.validation() as batches:
-            for batch in batches:
-                sums = eval_fn(params, put(batch["image"]), put(batch["label"]), put(batch["weight"]))
-                total = {key: total[key] + float(sums[key]) for key in total}
-        return total
+    def saved(self) -> dict:
+        return {"best": vars(self.best), "scores": self.scores, "due": self.due, "skipped": self.skipped}
 
+    @classmethod
+    def restored(cls, step: int, extra: dict) -> "_Progress":
+        return cls(step, Best(**extra["best"]), extra["scores"], extra["due"], extra["skipped"])
+
+
+def train(run: Run, say: Callable[[str], None] = print, *, stop: Stop | None = None) -> Result:
+    """Train to the end, from the latest good checkpoint in the run's directory or from the start. Every process of a job calls it.
+
+    say: hears one line where something happens, on process 0. stop: who is asked to stop; by default SIGTERM does it. Raises
+    ValueError for a checkpoint of another run, CheckpointError, Diverged, and what the batches raise.
+    """
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(run.directory / "checkpoints", keep=run.keep))
-        stack.enter_context(run.batches)
-        state = make_init(run.config, run.mesh, run.tx, run.options)(jax.random.key(run.options.seed))
-        best, scores = Best(), None
-        if checkpoints.latest_step() is not None:
-            state, extra = checkpoints.restore(None, abstract(state))
-            if other := [key for key, value in run.identity.items() if extra["config"].get(key) != value]:
-                raise ValueError(f"{checkpoints.directory} is another run's ({', '.join(other)} differ): choose another --out")
-            run.batches.set_state(extra["loader"])
-            best, scores = Best(**extra["best"]), extra["scores"]
-            say(f"resuming at step {int(state.step)} from {checkpoints.directory}")
-        started = step = int(state.step)
-        stop = bool(run.early_stop) and best.waited >= run.early_stop
-        recorder = stack.enter_context(Recorder(run.directory, total_steps=run.total_steps, step=step))
+        return _Loop(run, say, stop or stack.enter_context(Stop()), stack).run()
 
-        since, whole, running = _Clock(), _Clock(), None  # time since the last line, and without the first step; the step in flight
-        while step < run.total_steps and not stop:
+
+class _Loop:
+    """One call of `train`. What is opened is left to `stack`."""
+
+    def __init__(self, run: Run, say, stop: Stop, stack: contextlib.ExitStack):
+        self.begun = time.perf_counter()
+        self.spec = run
+        self.first = distributed.rank() == 0
+        self.say = say if self.first else lambda line: None
+        self.stop, self.stack = stop, stack
+        self.stopping = False
+        self.any_asked = distributed.AnyProcess(run.mesh)
+        self.place = NamedSharding(run.mesh, P("data"))
+        _, self.shards = meshes.data_shard(run.mesh)
+        self.step_fn = make_train_step(run.config, run.mesh, run.tx, run.options)
+        self.eval_fn = make_eval_step(run.config, run.mesh, run.options)
+        self.simulated = run.mesh.devices.flat[0].platform == "cpu"
+        self.unseen: list[tuple[int, dict]] = []  # steps whose metrics nobody has looked at
+        self.now = _Progress()
+        self.watchdog = stack.enter_context(Watchdog(run.step_timeout))
+
+    def asked(self) -> bool:
+        """Whether any process has been asked to stop. Every process asks at the same places."""
+        self.stopping = self.stopping or self.any_asked(self.stop.asked)
+        return self.stopping
+
+    def alone_and_asked(self) -> bool:
+        """While waiting for data. A process among several cannot leave there: the others are in a step that it must take."""
+        return distributed.count() == 1 and self.stop.asked
+
+    def put(self, array):
+        """This process's rows as the global array."""
+        return jax.make_array_from_process_local_data(self.place, array, (array.shape[0] * self.shards, *array.shape[1:]))
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Sums over the validation set, or None if a signal came in between."""
+        params = self.state.params if self.state.average is None else self.state.average
+        total = {"count": 0.0, "correct": 0.0, "loss": 0.0}
+        with Feed(self.spec.validation()) as feed:
+            while (batch := feed.next(self.alone_and_asked)) is not None:
+                sums = self.eval_fn(params, *(self.put(batch[key]) for key in ("image", "label", "weight")))
+                total = {key: total[key] + float(sums[key]) for key in total}
+                self.watchdog.beat(f"evaluating after step {self.now.step}")
+                if self.asked():
+                    break
+        self.stopping = self.stopping or self.alone_and_asked()
+        return None if self.stopping else total
+
+    def restore(self) -> None:
+        """The state, from the latest good checkpoint or made; the directory is claimed once a first batch has come."""
+        run, stack = self.spec, self.stack
+        directory = place(run.directory) / "checkpoints"
+        fresh = distributed.broadcast(not directory.exists())
+        self.feed = stack.enter_context(Feed(run.batches))
+        self.batch = self.feed.next(self.alone_and_asked, more=False) if fresh else None
+        if self.first:
+            run.claim()
+        distributed.broadcast(None)  # nobody writes before the claim stands
+        self.checkpoints = stack.enter_context(Checkpoints(directory, keep=run.keep, every=run.keep_every, say=self.say))
+        self.watchdog.beat("restoring")
+        make = run.start or (lambda: make_init(run.config, run.mesh, run.tx, run.options)(jax.random.key(run.options.seed)))
+        self.state = make()
+        if self.checkpoints.begun():
+            self.state, extra = self.checkpoints.restore(None, abstract(self.state))
+            if other := [key for key, value in run.identity.items() if extra["config"].get(key) != value]:
+                raise ValueError(f"{directory} is another run's ({', '.join(other)} differ): choose another --out")
+            run.batches.set_state(extra["loader"])
+            self.feed.state = extra["loader"]
+            self.now = _Progress.restored(int(self.state.step), extra)
+            self.say(f"resuming at step {self.now.step} from {directory}")
+        self.started = self.now.step
+
+    def save(self) -> None:
+        now = self.now
+        if self.checkpoints.latest_step() != now.step:
+            self.settle()
+            self.watchdog.beat(f"saving step {now.step}")
+            self.checkpoints.save(now.step, self.state, {"loader": self.feed.state, "config": self.spec.config_json, **now.saved()})
+
+    def settle(self, but: int = 0) -> None:
+        """Looks whether the steps so far were finite, but for the last `but`, which may still run."""
+        now = self.now
+        while len(self.unseen) > but:
+            step, metrics = self.unseen.pop(0)
+            if bool(metrics["finite"]):
+                now.in_a_row = 0
+                continue
+            now.skipped, now.in_a_row = now.skipped + 1, now.in_a_row + 1
+            loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+            self.say(f"step {step}: loss {loss}, gradient norm {norm}: skipped ({now.in_a_row} in a row, {now.skipped} in all)")
+
+    def step(self, batch) -> dict:
+        self.state, metrics = self.step_fn(self.state, self.put(batch["image"]), self.put(batch["label"]))
+        self.now.step += 1
+        self.unseen.append((self.now.step, metrics))
+        in_flight = 0 if self.simulated else 1
+        if len(self.unseen) > in_flight:
+            jax.block_until_ready(self.unseen[-1 - in_flight][1])
+        self.settle(in_flight)
+        self.watchdog.beat(f"taking step {self.now.step + 1}")
+        return metrics
+
+    def finish_step(self, record: dict, rate: float, *, due: bool) -> None:
+        """The evaluation of a step, where it is due, and its record. A signal in between leaves both to the continuation."""
+        run, now = self.spec, self.now
+        if due:
+            scores = self.evaluate()
+            if scores is None:
+                now.due = record
+                return
+            now.scores, now.due = scores, None
+            accuracy, loss = scores["correct"] / scores["count"], scores["loss"] / scores["count"]
+            now.best = now.best.after(accuracy, now.step)
+            record |= {"val_accuracy": accuracy, "val_loss": loss}
+        if record:
+            if run.probe_every and now.step % run.probe_every == 0:
+                record |= run.probe(self.state)
+            if now.skipped:
+                record["skipped"] = now.skipped
+            # the schedule counts updates, and a skipped step is none
+            lr = np.asarray(run.learning_rate(now.step - 1 - now.skipped)).item()
+            self.recorder.write(now.step, **record, learning_rate=lr, images_per_second=rate * run.batch_size)
+            self.recorder.progress(now.step, loss=record.get("loss"), images_per_second=rate * run.batch_size)
+
+    @property
+    def waited_enough(self) -> bool:
+        return bool(self.spec.early_stop) and self.now.best.waited >= self.spec.early_stop
+
+    def run(self) -> Result:
+        run = self.spec
+        self.restore()
+        now = self.now
+        if self.first:  # a step whose evaluation is still due is written again
+            recorder = Recorder(run.directory, total_steps=run.total_steps, step=now.step - (now.due is not None))
+        else:
+            recorder = Silence()
+        self.recorder = self.stack.enter_context(recorder)
+        since, whole = _Clock(), _Clock()  # time since the last line, and without the first step
+        if now.due is not None:
+            self.finish_step(dict(now.due), 0.0, due=True)
+        while now.step < run.total_steps and not self.waited_enough and not self.stopping:
             tick = time.perf_counter()
-            batch = next(run.batches)
-            state, metrics = step_fn(state, put(batch["image"]), put(batch["label"]))
-            jax.block_until_ready(metrics if simulated else running)
-            running, step = metrics, step + 1
-            log, last = step % run.log_every == 0, step == run.total_steps
-            due = step % run.eval_every == 0 or last
+            self.watchdog.beat(f"waiting for the batch of step {now.step + 1}")
+            batch, self.batch = self.batch, None
+            more = now.step + 1 < run.total_steps
+            if batch is None:
+                batch = self.feed.next(self.alone_and_asked, more=more)
+            if batch is None:  # asked to stop while waiting
+                self.stopping = True
+                break
+            metrics = self.step(batch)
+            last = now.step == run.total_steps
+            log = now.step % run.log_every == 0
+            due = now.step % run.eval_every == 0 or last
+            probe = run.probe_every and now.step % run.probe_every == 0
             record = {}
-            if log or due:
+            if log or due or probe:
                 record = {"loss": float(metrics["loss"]), "gradient_norm": float(metrics["gradient_norm"])}
+                self.settle()
             taken = time.perf_counter() - tick
             since = since.after(taken)
-            whole = whole if step == started + 1 else whole.after(taken)  # the first step compiles
-            if due:
-                scores = evaluate(state)
-                accuracy, loss = scores["correct"] / scores["count"], scores["loss"] / scores["count"]
-                best = best.after(accuracy, step)
-                stop = bool(run.early_stop) and best.waited >= run.early_stop
-                record |= {"val_accuracy": accuracy, "val_loss": loss}
-            if record:
-                recorder.write(
-                    step,
-                    **record,
-                    learning_rate=np.asarray(run.learning_rate(step - 1)).item(),
-                    images_per_second=since.rate * run.batch_size,
-                )
-                recorder.progress(step, loss=record["loss"], images_per_second=since.rate * run.batch_size)
-                since = _Clock()
-            checkpoints.check()
-            if step % run.checkpoint_every == 0 or last or stop:
-                extra = {"loader": run.batches.get_state(), "best": vars(best), "scores": scores, "config": run.config_json}
-                checkpoints.save(step, state, extra)
-            if due:
-                recorder.draw()
-        scores = scores or evaluate(state)
-        checkpoints.wait()
-    return Result(
-        steps=step,
-        started=started,
-        accuracy=scores["correct"] / scores["count"],
-        correct=round(scores["correct"]),
-        count=round(scores["count"]),
-        best=best,
-        stopped_early=stop and step < run.total_steps,
-        seconds=time.perf_counter() - begun,
-        images_per_second=whole.rate * run.batch_size,
-    )
+            whole = whole if now.step == self.started + 1 else whole.after(taken)  # the first step compiles
+            self.finish_step(record, since.rate, due=due)
+            since = _Clock() if record else since
+            self.checkpoints.check()
+            if now.in_a_row >= run.bad_steps:
+                self.diverged()
+            if self.asked() or now.step % run.checkpoint_every == 0 or last or self.waited_enough:
+                self.save()
+            if due and now.due is None:
+                self.recorder.draw()
+        return self.result(whole.rate * run.batch_size)
+
+    def diverged(self) -> None:
+        self.save()
+        self.checkpoints.wait()
+        n, step = self.now.in_a_row, self.now.step
+        raise Diverged(
+            f"{n} steps in a row had no finite loss and gradient, the last of them step {step}; the parameters are as before them, "
+            f"in checkpoint {step}: lower --learning-rate or look at the data (the same command goes on from there)"
+        )
+
+    def result(self, rate: float) -> Result:
+        now = self.now
+        if self.stopping and now.step > 0:
+            self.save()
+        scores = now.scores
+        if not self.stopping and (scores is None or now.due is not None):
+            scores = self.evaluate()
+        self.watchdog.beat("writing the last checkpoint")
+        self.checkpoints.wait()
+        sums = {"correct": 0.0, "count": math.nan} if self.stopping or scores is None else scores
+        self.stack.close()
+        return Result(
+            steps=now.step,
+            started=self.started,
+            accuracy=sums["correct"] / sums["count"],
+            correct=round(sums["correct"]),
+            count=0 if math.isnan(sums["count"]) else round(sums["count"]),
+            best=now.best,
+            stopped_early=self.waited_enough and now.step < self.spec.total_steps,
+            seconds=time.perf_counter() - self.begun,
+            images_per_second=rate,
+            skipped=now.skipped,
+            asked_to_stop=self.stopping,
+            stuck=self.feed.stuck,
+        )

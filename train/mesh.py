@@ -26,19 +26,22 @@ def parse(text: str) -> MeshShape:
     return MeshShape(int(match[1]), int(match[2]))
 
 
-def prepare(shape: MeshShape | None) -> None:
+def prepare(shape: MeshShape | None, processes: int = 1) -> None:
     """Set what JAX must know before it looks for devices: how many to simulate, should there be only a CPU.
 
-    Call once, first thing in a job. Without effect on accelerators.
+    processes: of the job, which share the simulated devices evenly. Call once, first thing in a job, after it has joined the
+    others. Without effect on accelerators.
     """
-    count = 1 if shape is None else shape.data * shape.model
+    count = processes if shape is None else shape.data * shape.model
+    if count % processes:
+        raise ValueError(f"a mesh of {count} devices does not divide over {processes} processes: use a multiple of {processes}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not os.environ.get("JAX_PLATFORMS") and not any(
         map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
     ):
         jax.config.update("jax_platforms", "cpu")  # an installed libtpu would otherwise look for its TPU, at length
     with contextlib.suppress(RuntimeError):  # a caller who has started JAX keeps the devices he chose
-        jax.config.update("jax_num_cpu_devices", min(count, MOST_SIMULATED))
+        jax.config.update("jax_num_cpu_devices", min(count // processes, MOST_SIMULATED))
     if count > 1:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COLLECTIVE_FLAGS}".strip()
         # several steps in flight starve each other's collectives when devices outnumber cores: one at a time
@@ -48,7 +51,8 @@ def prepare(shape: MeshShape | None) -> None:
 def make(shape: MeshShape | None) -> tuple[Mesh, str]:
     """The mesh and one line that says what it lies on. None: every device on the data axis.
 
-    Raises ValueError where the mesh wants more devices than an accelerator has.
+    In a job of several processes the mesh takes all devices, and each process's are neighbours along "data": it then reads one
+    block of every batch. Raises ValueError where the mesh wants more devices than there are, or leaves some process without.
     """
     devices = jax.devices()
     shape = shape or MeshShape(len(devices), 1)
@@ -59,7 +63,34 @@ def make(shape: MeshShape | None) -> tuple[Mesh, str]:
             f"--mesh {shape.data}x{shape.model} needs {count} devices, {len(devices)} x {kind} present: "
             f"use a mesh of at most {len(devices)}"
         )
+    processes = {device.process_index for device in devices}
+    if len(processes) > 1 and count != len(devices):
+        raise ValueError(
+            f"--mesh {shape.data}x{shape.model} has {count} devices, the {len(processes)} processes of this job "
+            f"{len(devices)} x {kind}: use a mesh of all of them"
+        )
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+    if len(processes) > 1:
+        rows = sorted(range(shape.data), key=lambda i: (sorted({d.process_index for d in mesh.devices[i]}), i))
+        mesh = Mesh(mesh.devices[rows], AXES, axis_types=mesh.axis_types)
+    where = f"{count} x {kind}"
     if devices[0].platform == "cpu" and count > 1:
-        return mesh, f"mesh {shape.data}x{shape.model}: {count} devices simulated on {os.cpu_count()} CPU cores"
-    return mesh, f"mesh {shape.data}x{shape.model}: {count} x {kind}"
+        where = f"{count} devices simulated on {os.cpu_count()} CPU cores"
+    among = f" in {len(processes)} processes" if len(processes) > 1 else ""
+    return mesh, f"mesh {shape.data}x{shape.model}: {where}{among}"
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process holds the devices of the index-th of `count` equal blocks of the data axis.
+
+    Processes that share a block (the model axis crosses them) read the same rows. Raises ValueError where the devices of a
+    process are no block.
+    """
+    data = mesh.shape["data"]
+    mine = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
+    if not mine or mine != list(range(mine[0], mine[0] + len(mine))) or data % len(mine) or mine[0] % len(mine):
+        raise ValueError(
+            f"process {jax.process_index()} holds the rows {mine} of the mesh's {data}: they must be one of equal blocks of "
+            "neighbours: choose a mesh whose data axis divides, or is divided by, the number of processes"
+        )
+    return mine[0] // len(mine), data // len(mine)

@@ -78,6 +78,28 @@ class Recorder:
         self.close()
 
 
+class Silence:
+    """A Recorder that writes nothing: of the processes that are not the first."""
+
+    def write(self, step: int, **values) -> None:
+        pass
+
+    def progress(self, step: int, **values) -> None:
+        pass
+
+    def draw(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 _BAR = "{desc}{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
 
 

@@ -8,9 +8,13 @@ config.json (everything resolved: `--config FILE` runs it again), metrics.jsonl,
 again resumes; another mesh may take over, anything else that changes the result is another run and wants another --out.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, an interrupt ends the process without a traceback
+
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -19,17 +23,19 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
+from train import distributed, recipes
 from train import mesh as meshes
-from train import recipes
+from train.job import JOB_PLACEMENT, JobOptions, check_claim, end, guard, locked, place
+from train.job import claim as put_claim
+from train.signals import Stop
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain:
+class Pretrain(JobOptions):
     """Pre-train a Vision Transformer. Whatever is not given comes from the recipe (paper Table 3)."""
 
     model: str | None = None
@@ -104,10 +110,12 @@ class Pretrain:
     """Steps between checkpoints. Default: as validations."""
     keep: int = 3
     """Newest checkpoints that stay."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this stay as well."""
 
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
-PLACEMENT = frozenset(
+PLACEMENT = JOB_PLACEMENT | frozenset(
     [
         "out",
         "config",
@@ -121,6 +129,7 @@ PLACEMENT = frozenset(
         "eval_every",
         "checkpoint_every",
         "keep",
+        "keep_every",
         "epochs",
     ],
 )
@@ -153,6 +162,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         "eval_every",
         "checkpoint_every",
         "keep",
+        "keep_every",
         "threads",
         "image_size",
     ):
@@ -230,57 +240,23 @@ def identity(args: Pretrain) -> dict:
     return {key: value for key, value in dataclasses.asdict(args).items() if key not in placement}
 
 
-def directory(args: Pretrain) -> Path:
-    """Where the run lives: --out, or runs/MODEL-DATA-HASH, the same for the same resolved configuration."""
+def directory(args: Pretrain):
+    """Where the run lives: --out, local or gs://, or runs/MODEL-DATA-HASH, the same for the same resolved configuration."""
     if args.out is not None:
-        return Path(args.out)
+        return place(args.out)
     digest = hashlib.sha256(json.dumps(identity(args), sort_keys=True).encode()).hexdigest()[:8]
     data = args.data.partition(":")[0] + ("-" + Path(args.data.partition(":")[2]).name if ":" in args.data else "")
-    return Path("runs") / f"{args.model}-{data}-{digest}".replace("/", "_")
+    return place("runs") / f"{args.model}-{data}-{digest}".replace("/", "_")
 
 
-def claim(out: Path, args: Pretrain) -> None:
+def claim(out, args: Pretrain) -> None:
     """Make the run's directory and put config.json there. Raises ValueError where it holds another run, OSError as it comes."""
-    path = out / "config.json"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: a directory, new or this run's own, is required")
-    if path.exists():
-        try:
-            held = json.loads(path.read_text())
-            if not isinstance(held, dict):
-                raise ValueError("no object")
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
-        mine = identity(args)
-        other = [key for key in mine if held.get(key) != mine[key]]
-        if other:
-            what = ", ".join(f"{key} {held.get(key)} there, {mine[key]} now" for key in other[:3])
-            raise ValueError(
-                f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it"
-            )
-    elif left := [name for name in ("metrics.jsonl", "checkpoints") if (out / name).exists()]:
-        raise ValueError(f"--out {out} holds {left[0]} but no config.json to say whose: restore that, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(args, out=str(out))), indent=2) + "\n")
-    os.replace(partial, path)
+    put_claim(out, identity(args), dataclasses.asdict(args))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The job. Returns the exit code: 0, or 2 with one line on stderr for whatever a user can mend."""
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-    except (ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
-        from_device = isinstance(error, jax.errors.JaxRuntimeError)
-        if os.environ.get("VITCORE_TRACEBACK") or (from_device and "RESOURCE_EXHAUSTED" not in str(error)):
-            raise
-        advice = "lower --batch-size, raise --accumulate, or add --remat: " if from_device else ""
-        print(f"train.pretrain: error: {advice}{str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.pretrain: interrupted; the same command resumes from the latest checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    return guard("train.pretrain", lambda stop: run(parse(sys.argv[1:] if argv is None else argv), stop))
 
 
 def parse(argv: list[str]) -> Pretrain:
@@ -325,10 +301,11 @@ def _as_options(path: str) -> list[str]:
     return words
 
 
-def run(args: Pretrain) -> None:
-    """Train as `args` say; prints where, what and how it went."""
+def run(args: Pretrain, stop: Stop | None = None) -> None:
+    """Train as `args` say; prints where, what and how it went, on process 0. stop: who is asked to stop."""
     shape = None if args.mesh is None else meshes.parse(args.mesh)
-    meshes.prepare(shape)
+    args.join()
+    meshes.prepare(shape, distributed.count())
 
     import jax.numpy as jnp
 
@@ -358,64 +335,67 @@ def run(args: Pretrain) -> None:
     config = _model(full, classes=len(source.classes), channels=source[0].image.shape[2])
     check_mesh(config, MeshShape.of(mesh))
     learning_rate, tx = _optimizer(full)
-    images = dict(image_size=full.image_size, channels=config.channels, threads=full.threads)
+    distributed.agree(configuration=identity(full), code=distributed.code_hash())
+    images = dict(image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh))
     batches = train_batches(
         source, batch_size=full.batch_size, seed=full.seed, augment=full.augment,
         subset=full.subset, subset_seed=full.subset_seed, workers=full.workers, **images,
     )  # fmt: skip
     eval_size = min(full.batch_size // full.accumulate, -(-len(held_out) // mesh.shape["data"]) * mesh.shape["data"])
 
-    out = directory(full)
-    claim(out, full)
-    lock = _lock(out)
+    out, first = directory(full), distributed.rank() == 0
+    say = partial(print, flush=True) if first else lambda *_: None
     named = next(name for name, known in BY_NAME.items() if known is ops)
-    print(
-        f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes"
-    )
-    print(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}", flush=True)
+    if first:
+        check_claim(out, identity(full))
+    say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes")
+    say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
     options = StepOptions(
         ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat, accumulate=full.accumulate, loss=full.loss,
         label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed,
     )  # fmt: skip
-    result = train(
-        Run(
-            directory=out,
-            config=config,
-            mesh=mesh,
-            tx=tx,
-            learning_rate=learning_rate,
-            options=options,
-            batches=batches,
-            validation=lambda: eval_batches(held_out, batch_size=eval_size, preprocess=full.preprocess, **images),
-            batch_size=full.batch_size,
-            total_steps=full.steps,
-            log_every=full.log_every,
-            eval_every=full.eval_every,
-            checkpoint_every=full.checkpoint_every,
-            keep=full.keep,
-            early_stop=full.early_stop,
-            config_json=dataclasses.asdict(full),
-            identity=identity(full),
-        ),
-        say=lambda line: print(line, flush=True),
+    job = Run(
+        directory=out,
+        config=config,
+        mesh=mesh,
+        tx=tx,
+        learning_rate=learning_rate,
+        options=options,
+        batches=batches,
+        validation=lambda: eval_batches(held_out, batch_size=eval_size, preprocess=full.preprocess, **images),
+        batch_size=full.batch_size,
+        total_steps=full.steps,
+        log_every=full.log_every,
+        eval_every=full.eval_every,
+        checkpoint_every=full.checkpoint_every,
+        keep=full.keep,
+        keep_every=full.keep_every,
+        early_stop=full.early_stop,
+        config_json=dataclasses.asdict(full),
+        identity=identity(full),
+        claim=lambda: claim(out, full),
+        step_timeout=full.step_timeout,
+        bad_steps=full.bad_steps,
     )
-    lock.close()
+    with locked(out) if first else contextlib.nullcontext():
+        result = train(job, say, stop=stop)
+    _report(result, out, say)
+
+
+def _report(result, out, say) -> None:
+    """How a run went, in a line or two; ends the process where a thread would keep it."""
     if result.steps > result.started:
-        print(f"{result.steps - result.started} steps in {result.seconds:.0f} s, {result.images_per_second:,.0f} images/s")
+        say(f"{result.steps - result.started} steps in {result.seconds:.0f} s, {result.images_per_second:,.0f} images/s")
+    if result.asked_to_stop:
+        say(f"asked to stop at step {result.steps}: the same command resumes there; {out}")
+        if result.stuck:
+            end(0, now=True)
+        return
     ended = f"stopped early at step {result.steps}" if result.stopped_early else f"finished at step {result.steps}"
     best = f"; best {result.best.accuracy:.2%} at step {result.best.step}" if result.best.accuracy > result.accuracy else ""
-    print(f"{ended}: {result.correct} of {result.count} held-out images right, {result.accuracy:.2%}{best}; {out / 'curves.png'}")
-
-
-def _lock(out: Path):
-    """An open file that no other process on this machine can hold at the same time. ValueError where one does."""
-    file = open(out / ".lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"--out {out} is in use by another process: wait for it, or choose another --out") from None
-    return file
+    skipped = f"; {result.skipped} steps were skipped" if result.skipped else ""
+    right = f"{result.correct} of {result.count} held-out images right, {result.accuracy:.2%}"
+    say(f"{ended}: {right}{best}{skipped}; {out / 'curves.png'}")
 
 
 def _model(full, *, classes: int, channels: int):
@@ -461,9 +441,5 @@ def _optimizer(full):
 
 
 if __name__ == "__main__":
-    code = main()
-    if code:
-        # a failed write leaves threads of Orbax that an ordinary exit would wait for, and there is nothing left to save
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end(main())

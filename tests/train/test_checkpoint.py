@@ -263,6 +263,7 @@ def test_files_that_cannot_be_read_are_one_line_and_nothing_else(tmp_path):
         """
         import os, shutil, sys
         from jax.sharding import NamedSharding, PartitionSpec
+        import train.checkpoint
         from train.checkpoint import CheckpointError, Checkpoints, abstract
         split = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
         state = {name: jax.device_put(jax.random.normal(jax.random.key(0), (512, 512)), split) for name in "abc"}
@@ -274,12 +275,16 @@ def test_files_that_cannot_be_read_are_one_line_and_nothing_else(tmp_path):
                     path = os.path.join(folder, name)
                     if os.path.getsize(path) > 100_000:
                         os.truncate(path, 10)
-            for damage in (lambda: None, lambda: shutil.rmtree(sys.argv[1] + "/1/state")):
-                damage()
+            def attempt():
                 try:
                     checkpoints.restore(1, abstract(state))
                 except CheckpointError as error:
                     print(error)
+            attempt()
+            train.checkpoint._damage = lambda path: None  # as if a disk failed after its files were verified
+            attempt()
+            shutil.rmtree(sys.argv[1] + "/1/state")
+            attempt()
         """,
         tmp_path,
     )
@@ -287,7 +292,9 @@ def test_files_that_cannot_be_read_are_one_line_and_nothing_else(tmp_path):
     # Nothing of Orbax, asyncio or ours. What is left, at times: uvloop's C code reports, past every hook, that tensorstore ended
     # a read after Orbax had closed its loop.
     assert not re.search(r"orbax|never retrieved|train/|ERROR", done.stderr), done.stderr
-    truncated, missing = done.stdout.splitlines()
+    damaged, truncated, missing = done.stdout.splitlines()
+    assert damaged.startswith(f"checkpoint {tmp_path / '1'} is damaged: state/")
+    assert "has 10 bytes, " in damaged
     assert truncated.startswith(f"cannot read checkpoint {tmp_path / '1'}: ")
     assert missing == f"cannot read checkpoint {tmp_path / '1'}: it holds extra, not state and extra"
 

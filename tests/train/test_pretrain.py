@@ -16,6 +16,7 @@ import train.loop
 import vitcore
 from train import mesh as meshes
 from train import pretrain
+from train.job import locked, place
 
 ROOT = Path(__file__).parents[2]
 assert len(jax.devices()) == 8, "started by the first job instead, JAX would have that job's number of devices"
@@ -98,7 +99,7 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     """What `--help` promises arrives where it acts: the run that `train` is given is taken apart, one option at a time."""
     seen = []
 
-    def taken(run, say):
+    def taken(run, say, stop):
         seen.append(run)
         return train.loop.Result(1, 1, 0.0, 0, 1, train.loop.Best(), False, 0.0, 0.0)
 
@@ -302,10 +303,9 @@ def test_checkpoints_of_another_run_are_not_continued(whole, tmp_path, capsys):
 
 
 def test_two_processes_cannot_share_a_directory(whole, capsys):
-    held = pretrain._lock(whole)
-    run(*TINY, "--out", whole, fails=True)
+    with locked(place(whole)):
+        run(*TINY, "--out", whole, fails=True)
     assert "is in use by another process" in capsys.readouterr().err
-    held.close()
 
 
 @pytest.mark.parametrize("values", [{"steps": 2.5}, {"dtype": "float16"}, {"seed": "zero"}, {"stepz": 3}, [], {"mesh": 4}])

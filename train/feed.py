@@ -1,0 +1,67 @@
+"""Batches drawn in a thread, so that waiting for them can be interrupted."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any
+
+_POLL = 0.1  # seconds between two looks at whether to go on waiting
+_GRACE = 2.0  # seconds that the end waits for a batch in the making
+
+
+class Feed:
+    """The batches of an iterator, one drawn ahead.
+
+    batches: an iterator that may have `get_state` and `close`. `state` is that of the batches given out so far, not of those drawn.
+    Use as a context manager: leaving closes the iterator, unless a draw does not end within two seconds: then `stuck` is True and
+    the caller has a thread that an ordinary exit of the process would wait for.
+    """
+
+    def __init__(self, batches: Iterator):
+        self._batches = batches
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: Future | None = None
+        self.state: Any = self._state()
+        self.stuck = False
+
+    def _state(self):
+        return self._batches.get_state() if hasattr(self._batches, "get_state") else None  # pyright: ignore
+
+    def _draw(self):
+        try:
+            return next(self._batches), self._state()
+        except StopIteration:
+            return None
+
+    def next(self, give_up: Callable[[], bool] = lambda: False, *, more: bool = True):
+        """The next batch; None where the iterator has ended, or as soon as `give_up` says so. more: draw another ahead.
+
+        Raises what the iterator raises.
+        """
+        if self._ahead is None:
+            self._ahead = self._pool.submit(self._draw)
+        while not self._ahead.done():
+            if give_up():
+                return None
+            with contextlib.suppress(NotYet):
+                self._ahead.exception(_POLL)
+        drawn, self._ahead = self._ahead.result(), None
+        if drawn is None:
+            return None
+        if more:
+            self._ahead = self._pool.submit(self._draw)
+        batch, self.state = drawn
+        return batch
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._ahead is not None and not self._ahead.cancel():
+            with contextlib.suppress(Exception):
+                self._ahead.exception(_GRACE)
+            self.stuck = not self._ahead.done()
+        self._pool.shutdown(wait=not self.stuck)
+        if not self.stuck and hasattr(self._batches, "close"):
+            self._batches.close()  # pyright: ignore

@@ -1,0 +1,163 @@
+"""What every job has: its options of place and safety, its directory, its errors in one line, its end.
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(JobOptions): ...
+
+def main(argv=None):
+    return guard("train.finetune", lambda stop: run(parse(argv), stop))
+
+if __name__ == "__main__":
+    end(main())
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import jax
+from etils import epath
+
+from train import distributed
+from train.signals import Stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """Where a job runs and how it survives; none of it changes what is computed."""
+
+    distributed: str = "auto"
+    """auto: as Cloud TPU, GKE, SLURM or Open MPI started it. off: one process. HOST:PORT,N,ID: process ID of N."""
+    heartbeat_timeout: int = 60
+    """Seconds of silence after which a process counts as dead, and the job ends."""
+    shutdown_timeout: int = 60
+    """Seconds that a process which is done waits for the others."""
+    step_timeout: int = 1800
+    """Seconds without a step after which every thread's stack is printed and the job ends; 0 for never. Compiling counts."""
+    bad_steps: int = 20
+    """Stop after so many steps in a row whose loss or gradient is not finite. Each of them is skipped."""
+
+    def check_job(self) -> None:
+        """Raises ValueError for a value out of range."""
+        for name, least in (("heartbeat_timeout", 1), ("shutdown_timeout", 1), ("step_timeout", 0), ("bad_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least} is required")
+
+    def join(self) -> None:
+        """Joins the other processes of the job, if there are any. Before anything asks for devices."""
+        self.check_job()
+        distributed.start(distributed.parse(self.distributed), heartbeat=self.heartbeat_timeout, shutdown=self.shutdown_timeout)
+
+
+JOB_PLACEMENT = frozenset(field.name for field in fields(JobOptions))
+
+
+# --- the beginning and the end ----------------------------------------------------------------------------------------------
+
+
+def guard(program: str, work: Callable[[Stop], None]) -> int:
+    """Runs a job; returns its exit code: 0, 2 with one line on stderr for whatever a user can mend, 130 for an interrupt.
+
+    work: gets the `Stop` that a SIGTERM asks. Other exceptions pass, where the process is alone; in a job of several they are
+    printed and the code is 1. Whatever the failure, the other processes are told.
+    """
+    who, line = program, None
+    try:
+        with Stop() as stop:
+            work(stop)
+            distributed.leave()
+        return 0
+    except (ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
+        from_device = isinstance(error, jax.errors.JaxRuntimeError)
+        if os.environ.get("VITCORE_TRACEBACK") or (from_device and "RESOURCE_EXHAUSTED" not in str(error)):
+            if distributed.count() == 1:
+                raise
+            traceback.print_exc()
+        advice = "lower --batch-size, raise --accumulate, or add --remat: " if from_device else ""
+        code, line = 2, f"error: {advice}{(str(error).splitlines() or [type(error).__name__])[0]}"
+    except KeyboardInterrupt:
+        code, line = 130, "interrupted; the same command resumes from the latest checkpoint"
+    except Exception as error:
+        if distributed.count() == 1:
+            raise
+        traceback.print_exc()
+        code, line = 1, f"error: {type(error).__name__}: {error}"
+    if distributed.count() > 1:
+        who = f"{program}: process {distributed.rank()}"
+    print(f"{who}: {line}", file=sys.stderr, flush=True)
+    distributed.fail(line)
+    return code
+
+
+def end(code: int, *, now: bool = False) -> None:
+    """Ends the process. After a failure, or `now`, at once: an ordinary exit would wait for threads of a failed write, for the
+    other processes, or for data that never come, and there is nothing left to save."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code or now:
+        os._exit(code)
+    sys.exit(0)
+
+
+# --- the directory of a run -------------------------------------------------------------------------------------------------
+
+
+def place(out) -> epath.Path:
+    """A run's directory as a path: local or gs://."""
+    return epath.Path(os.fspath(out))
+
+
+def check_claim(out: epath.Path, identity: dict) -> None:
+    """Raises ValueError where `out` cannot be, or holds, another run than this; changes nothing.
+
+    identity: what makes a run the run it is, JSON-able; kept in config.json among the rest.
+    """
+    path = out / "config.json"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: a directory, new or this run's own, is required")
+    if path.exists():
+        try:
+            held = json.loads(path.read_text())
+            if not isinstance(held, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
+        other = [key for key in identity if held.get(key) != identity[key]]
+        if other:
+            what = ", ".join(f"{key} {held.get(key)} there, {identity[key]} now" for key in other[:3])
+            raise ValueError(
+                f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it"
+            )
+    elif left := [name for name in ("metrics.jsonl", "checkpoints") if (out / name).exists()]:
+        raise ValueError(f"--out {out} holds {left[0]} but no config.json to say whose: restore that, or choose another --out")
+
+
+def claim(out: epath.Path, identity: dict, config: dict) -> None:
+    """Makes the run's directory and puts config.json there, whole or not at all. Raises as `check_claim`, and OSError."""
+    check_claim(out, identity)
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "config.json.tmp"
+    partial.write_text(json.dumps(config | {"out": str(out)}, indent=2) + "\n")
+    partial.replace(out / "config.json")
+
+
+@contextlib.contextmanager
+def locked(out: epath.Path):
+    """Keeps other processes of this machine out of a run's directory, which is made. ValueError where one is in it.
+
+    On gs:// there is no lock: there the scheduler must see to it that a run runs once.
+    """
+    if "://" in str(out):
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {out} is in use by another process: wait for it, or choose another --out") from None
+        yield
