@@ -1,0 +1,234 @@
+"""Images per second and largest batch of a Vision Transformer: the paper's Figure 12 as a tool.
+
+    python -m bench.throughput                                              the devices present, models that suit them
+    python -m bench.throughput --models ViT-B/16 --sizes 224 384 --mode forward train --dtype bfloat16
+    python -m bench.throughput --models ViT-S/16 --sizes 224 --peer timm transformers
+    python -m bench.throughput --target v3 --models ViT-B/16 --ops fused reference      a TPU that nobody has: compiled only
+    python -m bench.throughput --target v3 --mesh 8x4 --models ViT-L/16 --mode train    does this step fit on that slice?
+
+On devices every figure is measured: batch sizes rise until throughput does not, timing is synchronised after a warm-up, the median
+stands beside its spread and beside the rate of a plain matrix product in the same run; the largest batch is tried in processes of
+their own. With --target nothing runs: libtpu compiles, its memory decides what fits, its cycles become images/s, and every figure
+is called a compiler estimate. Results go to --out as throughput.json and .png after each case; the same command again continues.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bench import plots
+from bench.cases import FIGURE_12, FIGURE_12_SIZES, Case, Notebook, cases
+from bench.device_study import Clock, Settings, TrialError, describe, largest, measure
+from bench.peers import missing
+from bench.tables import compared, header, line
+from bench.tpu_compiler import CompilerMissing
+
+Target = Literal["v2", "v3", "v4", "v5e", "v5p", "v6e", "7x"]
+Mode = Literal["forward", "train"]
+LAPTOP = ("ViT-Ti/16", "ViT-S/16"), (64, 128, 224), 3.0  # models, sizes, minutes: what a CPU answers while one waits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Images per second and largest batch, on the devices present or by the TPU compiler."""
+
+    models: tuple[str, ...] = ()
+    """ViT-{Ti,S,B,L,H}/P; by default the paper's five, or two small ones on a CPU."""
+    sizes: tuple[int, ...] = ()
+    """Input sizes in pixels; by default those of Figure 12, each moved to the nearest multiple of the patch."""
+    mode: tuple[Mode, ...] = ("forward",)
+    """Inference, or a whole training step with Adam."""
+    ops: tuple[Literal["auto", "fused", "reference"], ...] = ("auto",)
+    """Our kernels, or the plain references as XLA compiles them; auto: kernels on a TPU, references elsewhere."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of activations and products; bfloat16 by default, float32 on a CPU."""
+    mesh: str | None = None
+    """DATAxMODEL, e.g. 8x4; one device by default."""
+    batch_sizes: tuple[int, ...] = ()
+    """Global batch sizes to try, in this order; by default doubling until throughput stops rising."""
+    nearest: bool = False
+    """Move sizes that a patch does not divide to the nearest multiple."""
+    remat: bool = False
+    """Training: keep only the blocks' inputs for the backward pass."""
+    target: tuple[Target, ...] = ()
+    """Compile for these TPUs instead of measuring."""
+    slice: str | None = None
+    """With --target and --mesh: the slice by its chips, e.g. 4x4; by default the smallest that holds the mesh."""
+    peer: tuple[Literal["timm", "transformers"], ...] = ()
+    """On a GPU or CPU: the same models by these libraries on torch, in the same run."""
+    peer_compile: Literal["blocks", "whole", "off"] = "blocks"
+    """torch.compile of a peer's blocks (seconds), of the whole model (minutes), or none."""
+    largest: bool = True
+    """Seek the largest batch, too."""
+    step: int | None = None
+    """Largest batch to a multiple of this; 1 for the exact edge. By default to within 1.6 %."""
+    minutes: float | None = None
+    """Time for the whole study on devices; what does not fit in is left out and said. On a CPU 3 where no models are named."""
+    seconds: float = 1.0
+    """Timing of one batch size."""
+    parallel: int = 2
+    """Compilers at a time."""
+    out: Path = Path("runs/throughput")
+    """Directory of throughput.json and throughput.png."""
+    fresh: bool = False
+    """Begin again instead of continuing what --out holds."""
+    cache: Path | None = None
+    """Directory of compiled programs' reports; by default in the user's cache directory."""
+
+    def __post_init__(self):
+        positive = {
+            "--sizes": self.sizes,
+            "--batch-sizes": self.batch_sizes,
+            "--step": (self.step,),
+            "--parallel": (self.parallel,),
+        }
+        positive |= {"--minutes": (self.minutes,), "--seconds": (self.seconds,)}
+        for name, values in positive.items():
+            if bad := [v for v in values if v is not None and v <= 0]:
+                raise ValueError(f"{name} {bad[0]}: a positive number is required")
+        if self.target and self.peer:
+            raise ValueError("--peer runs on a device and --target compiles for none: leave one of them out")
+        if self.slice and not self.target:
+            raise ValueError("--slice belongs to --target; on devices --mesh says how many are used")
+        for peer in self.peer:
+            if why := missing(peer):
+                raise ValueError(why)
+        if self.peer and self.mesh not in (None, "1x1"):
+            raise ValueError(f"--peer runs on one device, --mesh {self.mesh} on several: leave one of them out")
+
+    def chosen(self, platform: str) -> tuple[tuple[str, ...], tuple[int, ...], float | None]:
+        """Models, sizes and minutes, the user's or what suits the platform."""
+        models, sizes, minutes = LAPTOP if platform == "cpu" else (FIGURE_12, FIGURE_12_SIZES, None)
+        return self.models or models, self.sizes or sizes, self.minutes if self.minutes or self.models else minutes
+
+
+def _all(options: Throughput, where: str, platform: str, dtype: str) -> list[Case]:
+    models, sizes, _ = options.chosen(platform)
+    move = options.nearest or not options.sizes
+    same: dict[str, Any] = dict(dtype=dtype, mesh=options.mesh, slice=options.slice, remat=options.remat)
+    ops = tuple("fused" if where != "device" and o == "auto" else o for o in options.ops)
+    return cases(where=where, models=models, sizes=sizes, modes=options.mode, ops=ops, peers=options.peer, move=move, **same)
+
+
+def _about(**more: Any) -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("jax", "libtpu", "torch", "timm", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"command": "python -m bench.throughput " + " ".join(sys.argv[1:]), "versions": versions, **more}
+
+
+def on_devices(options: Throughput) -> list[dict[str, Any]]:
+    """Measures every case on the devices present: all throughputs first, then largest batches while there is time."""
+    from tqdm import tqdm
+
+    # what the user misspelled, before anything is measured; the dtype of the rows follows from the device
+    _all(options, "device", "cpu" if not options.models else "gpu", "float32")
+    devices = describe(options.mesh, options.dtype, seconds=options.seconds)
+    if "fused" in options.ops and devices["platform"] != "tpu":
+        raise ValueError(f"--ops fused runs on a TPU, the devices are {devices['platform']}: use --ops reference, or --target")
+    todo = _all(options, "device", devices["platform"], devices["dtype"])
+    clock = Clock(options.chosen(devices["platform"])[2])
+    settings = Settings(
+        batches=options.batch_sizes,
+        seconds=options.seconds,
+        largest=options.largest,
+        step=options.step,
+        compile=options.peer_compile,
+    )
+    rate = devices["matmul_flops"] / 1e12
+    print(
+        f"{devices['mesh_devices']} of {devices['count']} x {devices['kind']}, {devices['dtype']}; a matrix product of "
+        f"{devices['matmul_side']}^3 runs at {rate:,.2f} TFLOP/s (spread {devices['matmul_spread']:.0%})"
+    )
+    import dataclasses
+
+    identity = {**dataclasses.asdict(settings), "device": devices["kind"], "jax": devices["jax"]}
+    notebook = Notebook(options.out, about=_about(device=devices), settings=identity, fresh=options.fresh)
+    fresh = [case for case in todo if notebook.kept(case) is None]
+    _say_kept(todo, fresh)
+    with tqdm(total=len(fresh) * (1 + options.largest), unit="case", file=sys.stderr, disable=None) as bar:
+        found: list[tuple[Case, dict[str, Any]]] = []
+        for i, case in enumerate(fresh):
+            bar.set_description(str(case))
+            # of a CPU's time the largest batches get a third; an accelerator's is for throughput first
+            share = 0.65 if options.largest and devices["platform"] == "cpu" else 1.0
+            budget = min(600.0, max(5.0, clock.left() / (len(fresh) - i) * share))
+            row = measure(case, devices, settings, budget=budget, tell=lambda r: bar.set_postfix_str(_short(r)))
+            found.append((case, row))
+            notebook.add(case, {**row, "complete": row["complete"] and not options.largest})
+            bar.update()
+        if options.largest:
+            _largest(found, devices, settings, clock, notebook, bar)
+    return notebook.rows
+
+
+def _largest(found, devices, settings, clock, notebook: Notebook, bar) -> None:
+    """The second pass: largest batches, written into the rows that the first has made."""
+    rows = {row["key"]: row for row in notebook.rows}
+    for case, row in found:
+        bar.set_description(f"{case}: largest batch")
+        if not row.get("images_per_second"):
+            more: dict[str, Any] = {"largest_batch": None, "limited_by": "did not run"}
+        elif clock.left() < 20:
+            more = {"largest_batch": None, "limited_by": "not sought: no time left"}
+        else:
+            more = largest(case, row, devices, settings, clock, tell=bar.set_description)
+        done = row["complete"] and "time" not in str(more.get("limited_by"))
+        rows[notebook.key(case)].update(more, complete=done)
+        notebook.save()
+        bar.update()
+
+
+def _short(record: dict[str, Any]) -> str:
+    return f"batch {record['batch']}: {record['images_per_second']:,.1f} images/s" if "batch" in record else ""
+
+
+def _say_kept(todo: list[Case], fresh: list[Case]) -> None:
+    if len(fresh) < len(todo):
+        print(f"{len(todo) - len(fresh)} of {len(todo)} cases are there from an earlier run and kept (--fresh measures them again)")
+
+
+def on_targets(options: Throughput) -> list[dict[str, Any]]:
+    """Compiles every case for every target."""
+    from bench.target_study import study
+
+    todo: Callable[[str], list[Case]] = lambda target: _all(options, target, "tpu", options.dtype or "bfloat16")  # noqa: E731
+    return study(options, [case for target in options.target for case in todo(target)], about=_about(compiler_estimate=True))
+
+
+def run(options: Throughput) -> list[dict[str, Any]]:
+    """The study that the options ask for: prints its table, writes its files, returns its rows."""
+    started = time.monotonic()
+    rows = on_targets(options) if options.target else on_devices(options)
+    print("\n".join([header(rows), *(line(row) for row in rows), *compared(rows)]))
+    made = plots.pictures([row for row in rows if row.get("images_per_second") or row.get("largest_batch")], options.out)
+    print(
+        f"{len(rows)} cases in {time.monotonic() - started:.0f} s; {', '.join(map(str, [options.out / 'throughput.json', *made]))}"
+    )
+    return rows
+
+
+def main() -> int:
+    import tyro
+
+    try:
+        rows = run(tyro.cli(Throughput))
+    except (ValueError, CompilerMissing, TrialError) as error:
+        print(f"bench.throughput: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbench.throughput: interrupted; the same command continues with what is there", file=sys.stderr)
+        return 130
+    return 1 if any(row.get("error") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
