@@ -209,10 +209,13 @@ def run(options: Throughput) -> list[dict[str, Any]]:
     started = time.monotonic()
     rows = on_targets(options) if options.target else on_devices(options)
     print("\n".join([header(rows), *(line(row) for row in rows), *compared(rows)]))
-    made = plots.pictures([row for row in rows if row.get("images_per_second") or row.get("largest_batch")], options.out)
-    print(
-        f"{len(rows)} cases in {time.monotonic() - started:.0f} s; {', '.join(map(str, [options.out / 'throughput.json', *made]))}"
-    )
+    file = options.out / "throughput.json"
+    try:
+        made = plots.pictures([row for row in rows if row.get("images_per_second") or row.get("largest_batch")], options.out)
+    except ImportError:
+        print(f"matplotlib is not installed here, so nothing is drawn: python -m bench.plots {file} draws it where it is")
+        made = []
+    print(f"{len(rows)} cases in {time.monotonic() - started:.0f} s; {', '.join(map(str, [file, *made]))}")
     return rows
 
 
