@@ -223,6 +223,7 @@ class _Loop:
         now = self.now
         if self.checkpoints.latest_step() != now.step:
             self.settle()
+            self.recorder.publish()
             self.watchdog.beat(f"saving step {now.step}")
             self.checkpoints.save(now.step, self.state, {"loader": self.feed.state, "config": self.spec.config_json, **now.saved()})
 

@@ -10,9 +10,12 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import tempfile
 from typing import SupportsFloat
+
+from etils import epath
 
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -21,10 +24,11 @@ CURVES = "curves.png"
 class Recorder:
     """The records of one run, in its directory, and its progress line on stderr.
 
-    directory: exists. total_steps: of the whole run. step: the last step done before now; on a resume the lines after it, of
-    steps that will be done again, are dropped first (in one rename), and new lines are appended. stream: where the progress
-    line goes (default stderr), and only if it is a terminal: elsewhere there is none. Use as a context manager or close it.
-    Raises ValueError for records that are not JSON (with the line), OSError where the file cannot be written.
+    directory: exists; on gs://, where nothing can be appended to, the files are written in a temporary directory and copied there
+    by `draw`, `publish` and `close`. total_steps: of the whole run. step: the last step done before now; on a resume the lines
+    after it, of steps that will be done again, are dropped first (in one rename), and new lines are appended. stream: where the
+    progress line goes (default stderr), and only if it is a terminal: elsewhere there is none. Use as a context manager or close
+    it. Raises ValueError for records that are not JSON (with the line), OSError where the file cannot be written.
 
         with Recorder(directory, total_steps=1500, step=start) as recorder:
             recorder.progress(step, loss=loss, images_per_second=rate)
@@ -33,8 +37,15 @@ class Recorder:
     """
 
     def __init__(self, directory, *, total_steps: int, step: int = 0, stream=None):
-        self.directory = os.fspath(directory)
+        self.directory, self._bucket = os.fspath(directory), None
+        if "://" in self.directory:
+            self._bucket, self.directory = epath.Path(self.directory), tempfile.mkdtemp(prefix="records-")
+            if (self._bucket / RECORDS).exists():
+                (self._bucket / RECORDS).copy(os.path.join(self.directory, RECORDS))
         self.path = os.path.join(self.directory, RECORDS)
+        for name in os.listdir(self.directory):  # what a killed run was about to put in place
+            if name.startswith((f"{RECORDS}.", f"{CURVES}.")) and name.endswith(".tmp"):
+                os.unlink(os.path.join(self.directory, name))
         _drop_after(self.path, step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         stream = sys.stderr if stream is None else stream
@@ -65,9 +76,19 @@ class Recorder:
     def draw(self) -> None:
         """Writes curves.png from the records so far."""
         draw(read(self.path), os.path.join(self.directory, CURVES))
+        self.publish()
+
+    def publish(self) -> None:
+        """Copies what there is to the bucket, where the run lives in one."""
+        for name in (RECORDS, CURVES) if self._bucket is not None else ():
+            if os.path.exists(os.path.join(self.directory, name)):
+                epath.Path(self.directory, name).copy(self._bucket / name, overwrite=True)
 
     def close(self) -> None:
         self._file.close()
+        self.publish()
+        if self._bucket is not None:
+            shutil.rmtree(self.directory)
         if self._bar is not None:
             self._bar.close()
 
@@ -88,6 +109,9 @@ class Silence:
         pass
 
     def draw(self) -> None:
+        pass
+
+    def publish(self) -> None:
         pass
 
     def close(self) -> None:

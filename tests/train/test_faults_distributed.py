@@ -1,0 +1,317 @@
+"""A run of several processes on this machine, joined by jax.distributed: kills, signals, hangs, meshes, meeting."""
+
+import os
+import signal
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.fault_jobs import PATIENCE, losses, records, start, start_two, steps
+from train import distributed
+from train import mesh as meshes
+
+pytestmark = pytest.mark.faults
+HEARTBEAT = 10
+RUN = ["--mesh", "2x1", "--eval-every", "5", "--heartbeat-timeout", HEARTBEAT, "--shutdown-timeout", "30"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """Twelve steps that two processes take undisturbed, and where each found its examples."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = [*RUN, "--steps", "12", "--checkpoint-every", "4", "--out", folder / "run"]
+    jobs = start_two(folder, *options, faults=[f"trace={folder / 'trace'}"], cache=cache)
+    assert [job.end() for job in jobs] == [0, 0], jobs[0].stderr + jobs[1].stderr
+    return folder
+
+
+def test_two_processes_write_one_log_and_the_numbers_of_one(whole, tmp_path, cache):
+    out = (whole / "rank0.out").read_text()
+    assert "mesh 2x1: 2 devices simulated" in out
+    assert "in 2 processes" in out
+    assert "finished at step 12" in out
+    said = [line for line in (whole / "rank1.out").read_text().splitlines() if "[Gloo]" not in line]
+    assert said == []  # rank 0 writes the logs
+    job = start(tmp_path, *RUN, "--steps", "12", "--checkpoint-every", "4", "--out", tmp_path / "run", cache=cache)
+    assert job.end() == 0
+    x, y = records(tmp_path / "run"), records(whole / "run")
+    assert [line["step"] for line in x] == [line["step"] for line in y]
+    np.testing.assert_allclose([line["loss"] for line in x], [line["loss"] for line in y], rtol=1e-5)
+
+
+# --- a process that dies, fails or hangs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_killed_in_mid_commit(tmp_path, whole, cache, rank):
+    """That step is never offered; the other rank ends, not with 0, within heartbeat + 5 s; the job resumes, and is the unbroken
+    run."""
+    options = [*RUN, "--steps", "12", "--checkpoint-every", "4", "--out", tmp_path / "run"]
+    jobs = start_two(tmp_path, *options, faults=[f"kill-commit@8:{rank}"], cache=cache)
+    assert jobs[rank].end() == -signal.SIGKILL, jobs[rank].stderr
+    began = time.monotonic()
+    code = jobs[1 - rank].end(HEARTBEAT + 5)
+    print(f"rank {rank} killed in mid-commit: the other ended with {code} after {time.monotonic() - began:.1f} s")
+    assert code != 0
+    assert steps(tmp_path / "run") == [4]
+    assert any("tmp" in path.name for path in (tmp_path / "run" / "checkpoints").iterdir())  # it was in the middle of it
+    jobs = start_two(tmp_path, *options, cache=cache, name="again")
+    assert [job.end() for job in jobs] == [0, 0], jobs[0].stderr + jobs[1].stderr
+    assert "resuming at step 4 " in jobs[0].stdout
+    assert losses(tmp_path / "run") == losses(whole / "run")
+    assert all(path.name.isdigit() for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_rank_ends_the_job_in_seconds(tmp_path, cache, rank):
+    options = [*RUN, "--steps", "100000", "--checkpoint-every", "100", "--heartbeat-timeout", "100", "--out", tmp_path / "run"]
+    jobs = start_two(tmp_path, *options, faults=[f"raise@7:{rank}"], cache=cache)
+    assert jobs[rank].end() == 1
+    began = time.monotonic()
+    code = jobs[1 - rank].end(20)  # not the heartbeat's 100
+    print(f"exception on rank {rank}: the other ended with {code} after {time.monotonic() - began:.1f} s")
+    assert code != 0
+    assert "RuntimeError: a fault that was put here" in jobs[rank].stderr
+    assert f"ends because process {rank}: error: RuntimeError: a fault that was put here" in jobs[1 - rank].stderr
+
+
+def test_a_hung_rank_ends_the_job_with_every_stack(tmp_path, cache):
+    """Both print their stacks: the one that hangs, and the one that waits for it in a collective."""
+    limit = 15
+    options = [*RUN, "--steps", "100000", "--checkpoint-every", "100", "--step-timeout", limit, "--out", tmp_path / "run"]
+    jobs = start_two(tmp_path, *options, faults=["hang@7:1"], cache=cache)
+    deadline = time.monotonic() + PATIENCE
+    while len(records(tmp_path / "run")) < 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    began = time.monotonic()
+    codes = [job.end(limit + 15) for job in jobs]
+    print(f"rank 1 hung: all had ended {time.monotonic() - began:.1f} s later, the limit being {limit} s")
+    assert 0 not in codes
+    assert "hung for 15 s while taking step 7" in jobs[1].stderr
+    assert "fault_worker.py" in jobs[1].stderr
+    assert "Thread 0x" in jobs[1].stderr
+    assert "hung for 15 s while" in jobs[0].stderr or "ends because process 1" in jobs[0].stderr
+    assert "Thread 0x" in jobs[0].stderr
+
+
+def test_processes_that_differ_do_not_start(tmp_path, cache):
+    options = [*RUN, "--steps", "12", "--out", tmp_path / "run"]
+    jobs = start_two(tmp_path, *options, each=(["--seed", "0"], ["--seed", "1"]), cache=cache)
+    assert [job.end() for job in jobs] == [2, 2]
+    assert "the processes differ in configuration: process" in jobs[0].stderr + jobs[1].stderr
+    jobs = start_two(tmp_path, *options, faults=["other-code:1"], cache=cache)
+    assert set(job.end() for job in jobs) <= {1, 2}
+    assert "the processes differ in code: process" in jobs[0].stderr + jobs[1].stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "rank"), [("train", "say-train@3:1", 1), ("eval", "say-eval:1", 1), ("save", "say-save:0", 0)]
+)
+def test_sigterm_to_one_rank_stops_all_at_one_step(tmp_path, cache, place, fault, rank):
+    options = [*RUN[:-4], "--heartbeat-timeout", "100", "--steps", "100000", "--checkpoint-every", "4", "--out", tmp_path / "run"]
+    jobs = start_two(tmp_path, *options, faults=[fault], cache=cache)
+    jobs[rank].reach(f"AT {place}")
+    jobs[rank].term()
+    assert [job.end() for job in jobs] == [0, 0], jobs[0].stderr + jobs[1].stderr
+    last = steps(tmp_path / "run")[-1]
+    assert f"asked to stop at step {last}" in jobs[0].stdout
+    if place != "save":
+        assert last == {"train": 3, "eval": 5}[place]
+    jobs = start_two(tmp_path, *options, faults=["say-train@2:0"], cache=cache, name="again")
+    jobs[0].reach("AT train")
+    jobs[0].term()
+    assert [job.end() for job in jobs] == [0, 0]
+    assert f"resuming at step {last} " in jobs[0].stdout
+    assert steps(tmp_path / "run")[-1] == last + 2
+
+
+# --- other meshes, other process counts -------------------------------------------------------------------------------------
+
+LONG = ["--steps", "26", "--eval-every", "26", "--checkpoint-every", "26", "--heartbeat-timeout", "100"]
+
+
+def on(shape: str, folder, out, *faults, cache, name):
+    """26 steps, or what is left of them, on one layout: "8x1", or "2p 4x2" for two processes."""
+    options = [*LONG, "--mesh", shape.removeprefix("2p "), "--out", out]
+    if shape.startswith("2p"):
+        return start_two(folder, *options, faults=faults, cache=cache, name=name)
+    return [start(folder, *options, faults=faults, cache=cache, name=name)]
+
+
+def joined(traces):
+    """The traces of a run's processes as one: arrays' checksums, and the examples of each step in the order of their rows."""
+    first = traces[0]
+    for trace in traces[1:]:
+        for key in first:
+            if key.startswith("state"):
+                assert first[key] == trace[key], key
+    both = {key: first[key] for key in first if key.startswith("state")}
+    return both | {key: np.concatenate([t[key] for t in traces], 1) for key in ("image", "label")}
+
+
+@pytest.mark.parametrize("there", ["8x1", "2p 4x2", pytest.param("4x2", marks=pytest.mark.slow)])
+def test_a_run_moves_between_meshes_and_process_counts(tmp_path, cache, there):
+    """From 1x1 to `there` and from `there` to 1x1: every array byte-equal when it is loaded, the same examples in the same order,
+    the next 20 losses to 1e-5."""
+    worst = 0.0
+    reference: dict = {}
+    for here, other in (("1x1", there), (there, "1x1")):
+        folder = tmp_path / here.replace(" ", "_")
+        folder.mkdir()
+        jobs = on(here, folder, folder / "run", "say-train@6", f"trace={folder / 'begun'}", cache=cache, name="begun")
+        jobs[0].reach("AT train")
+        for job in jobs:
+            job.reach("AT train")
+        jobs[0].term()
+        if len(jobs) > 1:
+            jobs[1].term()
+        assert [job.end() for job in jobs] == [0] * len(jobs), jobs[0].stderr
+        assert steps(folder / "run") == [6]
+        runs = {}
+        for shape in (here, other):
+            out = folder / f"on-{shape.replace(' ', '_')}"
+            os.system(f"cp -r {folder / 'run'} {out}")
+            jobs = on(shape, folder, out, f"trace={out}-trace", cache=cache, name=out.name)
+            assert [job.end() for job in jobs] == [0] * len(jobs), jobs[0].stderr + jobs[-1].stderr
+            runs[shape] = joined([dict(np.load(f"{out}-trace.{i}.npz")) for i in range(len(jobs))])
+            runs[shape]["loss"] = np.array([line["loss"] for line in records(out)])
+        a, b = runs[here], runs[other]
+        assert a.keys() == b.keys()
+        for key in a:
+            if key.startswith("state"):
+                assert a[key] == b[key], key
+        assert len(a["label"]) == len(b["label"]) == 20
+        np.testing.assert_array_equal(a["label"], b["label"])
+        np.testing.assert_allclose(a["image"], b["image"], rtol=1e-12)
+        np.testing.assert_allclose(b["loss"][-20:], a["loss"][-20:], rtol=1e-5)
+        worst = max(worst, float(np.abs(b["loss"][-20:] / a["loss"][-20:] - 1).max()))
+        reference[here] = a
+    print(f"1x1 <-> {there}: arrays byte-equal, the same examples, 20 losses within {worst:.1e}")
+
+
+# --- how processes find each other ------------------------------------------------------------------------------------------
+
+NO_CLUSTER = ["SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST",
+              "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"]  # fmt: skip
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
+MPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "3",
+       "OMPI_COMM_WORLD_LOCAL_RANK": "0"}  # fmt: skip
+GKE = {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1", "KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+
+
+@pytest.fixture
+def laptop(monkeypatch):
+    for name in NO_CLUSTER:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_alone_where_nothing_says_otherwise(laptop):
+    assert distributed.parse("auto") is None
+    assert distributed.parse("off") is None
+
+
+@pytest.mark.parametrize(("environment", "name", "count"), [(SLURM, "SLURM", 4), (MPI, "Open MPI", 8), (GKE, "GKE", 2)])
+def test_launchers_are_recognised(laptop, environment, name, count):
+    for key, value in environment.items():
+        laptop.setenv(key, value)
+    if name == "GKE":
+        laptop.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    found = distributed.parse("auto")
+    assert found is not None
+    assert (found.name, found.count, found.address) == (name, count, None)
+    assert distributed.parse("off") is None
+
+
+def test_a_cloud_tpu_is_recognised_by_its_metadata(laptop):
+    answers = {"agent-worker-number": "3", "worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2,c:3:10.0.0.3,d:4:10.0.0.4"}
+    laptop.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    laptop.setattr("jax._src.clusters.cloud_tpu_cluster.get_metadata", lambda key: (answers.get(key, ""), 200))
+    found = distributed.parse("auto")
+    assert found is not None
+    assert (found.name, found.count) == ("Cloud TPU", 4)
+
+
+def test_a_launcher_of_one_process_is_none(laptop):
+    for key, value in (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).items():
+        laptop.setenv(key, value)
+    assert distributed.parse("auto") is None
+
+
+def test_a_pod_is_a_rank_only_in_an_indexed_job(laptop):
+    laptop.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert distributed.parse("auto") is None  # a notebook's pod
+    laptop.setenv("JOB_COMPLETION_INDEX", "1")
+    laptop.setitem(sys.modules, "kubernetes", None)
+    laptop.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the package kubernetes, which asks for the others, is missing"):
+        distributed.parse("auto")
+    laptop.setattr(distributed.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
+    laptop.setattr(distributed.clusters.K8sCluster, "is_env_present", classmethod(lambda cls: True))
+    laptop.setattr(distributed.clusters.K8sCluster, "get_process_count", classmethod(lambda cls: 6))
+    found = distributed.parse("auto")
+    assert found is not None
+    assert (found.name, found.count) == ("Kubernetes", 6)
+
+
+def test_open_mpi_five_wants_the_first_host(laptop):
+    laptop.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    laptop.setenv("OMPI_COMM_WORLD_RANK", "1")
+    with pytest.raises(ValueError, match="give --distributed HOST:PORT with the name of its host"):
+        distributed.parse("auto")
+    assert distributed.parse("node1:8476") == distributed.Layout(name="node1:8476", address="node1:8476", count=2, index=1)
+
+
+def test_layouts_by_hand(laptop):
+    assert distributed.parse("10.0.0.1:8476,4,3") == distributed.Layout(
+        name="10.0.0.1:8476", address="10.0.0.1:8476", count=4, index=3
+    )
+    for text in ("yes", "host", "host:0,1,0", "host:99999,1,0", "host:80,2", "host:80,2,2", "host:80,x,1", ":80,1,0"):
+        with pytest.raises(ValueError, match="--distributed"):
+            distributed.parse(text)
+    with pytest.raises(ValueError, match="how many processes, and which one this is, must follow"):
+        distributed.parse("host:80")
+
+
+# --- which rows a process reads ---------------------------------------------------------------------------------------------
+
+
+def laid_out(grid):
+    """A mesh whose devices say which process holds them."""
+    devices = np.array([[types.SimpleNamespace(process_index=p) for p in row] for row in grid], dtype=object)
+    return types.SimpleNamespace(devices=devices, shape={"data": devices.shape[0], "model": devices.shape[1]})
+
+
+@pytest.mark.parametrize(
+    ("grid", "shards"),
+    [
+        ([[0, 0], [0, 0], [1, 1], [1, 1]], {0: (0, 2), 1: (1, 2)}),
+        ([[0, 1], [0, 1]], {0: (0, 1), 1: (0, 1)}),  # the model axis crosses the processes: both read every row
+        ([[0, 1], [2, 3]], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
+        ([[1], [1], [0], [0]], {1: (0, 2), 0: (1, 2)}),
+        ([[0], [1], [0], [1]], "holds the rows"),
+        ([[0], [0], [0], [1]], "holds the rows"),
+    ],
+)
+def test_a_process_reads_the_rows_of_its_devices(monkeypatch, grid, shards):
+    for process in {p for row in grid for p in row}:
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        if isinstance(shards, str):
+            with pytest.raises(ValueError, match=shards):
+                meshes.data_shard(laid_out(grid))
+        else:
+            assert meshes.data_shard(laid_out(grid)) == shards[process]
