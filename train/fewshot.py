@@ -1,0 +1,256 @@
+"""Few-shot evaluation of a frozen model: ridge regression in closed form, `python -m train.fewshot`.
+
+    python -m train.fewshot --init ViT-B_16.npz --data folder:/data/pets
+    python -m train.fewshot --init runs/NAME --data digits:5-9 --shots 1 5
+    python -m train.fewshot --features pixels --data digits:5-9               the baseline that sees the pixels themselves
+
+Of every class some training images are drawn, and from their features X [K, F] a linear map to targets Y in {-1, +1} is found,
+
+    W = argmin |X W - Y|^2 + l2 |W|^2 = (X'X + l2 I)^-1 X'Y = X'(XX' + l2 I)^-1 Y                    (paper, section 4.1)
+
+whose largest entry is the prediction. As the authors' later code does it: the features are what the head reads, standardised by the
+drawn images' mean and deviation, with a constant column of 100 appended (an intercept that the penalty hardly feels); l2 = 2^10;
+the mean of three draws.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from train import mesh as meshes
+from train.job import JobOptions, end, guard
+from train.options import parse
+
+BIAS = 100.0
+L2 = 2.0**10
+SHOTS = (1, 5, 10, 25)
+SEEDS = 3
+
+
+# --- the regression ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(train: np.ndarray, *others: np.ndarray, whiten: bool = True, bias: float = BIAS) -> tuple[np.ndarray, ...]:
+    """Feature tables [K, F] as the regression sees them, [K, F + 1] float64: standardised by the first one's columns, constant
+    column appended. whiten False leaves the values, bias 0 the columns."""
+    mean, deviation = (train.mean(0), train.std(0) + 1e-5) if whiten else (0.0, 1.0)
+
+    def one(x):
+        x = (np.asarray(x, np.float64) - mean) / deviation
+        return np.pad(x, ((0, 0), (0, 1)), constant_values=bias) if bias else x
+
+    return tuple(one(x) for x in (train, *others))
+
+
+def ridge(x: np.ndarray, y: np.ndarray, *, l2: float) -> np.ndarray:
+    """W [F, V] float64 that minimises |x W - y|^2 + l2 |W|^2; x [K, F], y [K, V]. Solved on the smaller side."""
+    rows, columns = x.shape
+    if rows >= columns:
+        return np.linalg.solve(x.T @ x + l2 * np.eye(columns), x.T @ y)
+    return x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(rows), y)
+
+
+def targets(labels: np.ndarray, classes: int) -> np.ndarray:
+    """[K, V] float64: +1 for the label, -1 for the others."""
+    return 2.0 * np.eye(classes)[labels] - 1.0
+
+
+def accuracy(train, labels, test, test_labels, classes: int, *, l2: float = L2, whiten: bool = True, bias: float = BIAS) -> float:
+    """The share of test images that the regression on the training features gets right."""
+    x, x_test = prepare(train, test, whiten=whiten, bias=bias)
+    w = ridge(x, targets(labels, classes), l2=l2)
+    return float(((x_test @ w).argmax(1) == test_labels).mean())
+
+
+def draw(labels: np.ndarray, shots: int, classes: Sequence[str], seed: int) -> np.ndarray:
+    """Indices of `shots` examples of every class, class after class; with one seed, fewer shots are the first of more.
+
+    Raises ValueError where a class has fewer, naming it.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0x5407]))
+    drawn = []
+    for label, name in enumerate(classes):
+        found = rng.permutation(np.flatnonzero(labels == label))
+        if len(found) < shots:
+            raise ValueError(f"class {name!r} has {len(found)} training images, {shots} shots need {shots}: choose fewer --shots")
+        drawn.append(found[:shots])
+    return np.concatenate(drawn)
+
+
+# --- on a model -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is measured. shots: images a class. seeds: draws that are averaged. The rest: as in `accuracy`."""
+
+    shots: tuple[int, ...] = SHOTS
+    seeds: int = SEEDS
+    l2: float = L2
+    whiten: bool = True
+    bias: float = BIAS
+
+    def __post_init__(self):
+        if not self.shots or min(self.shots) < 1 or self.seeds < 1 or not self.l2 > 0:
+            raise ValueError(f"shots={self.shots}, seeds={self.seeds}, l2={self.l2}: positive numbers are required")
+
+
+def measure(read: Callable[[Any], np.ndarray], train, test, protocol: Protocol) -> dict[int, list[float]]:
+    """{shots: the accuracy of each draw}. read: a source's features [len(source), F], in its order. train, test: sources.
+
+    Only the images that are drawn are read of the training source.
+    """
+    from train.data.select import Selected
+
+    labels = np.asarray(train.labels())
+    draws = {(k, s): draw(labels, k, train.classes, s) for k in protocol.shots for s in range(protocol.seeds)}
+    used = np.unique(np.concatenate(list(draws.values())))
+    few = Selected(source=train, name=f"{train.name} (few shots)", indices=used, classes=train.classes)
+    x, x_test, test_labels = read(few), read(test), np.asarray(test.labels())
+    out: dict[int, list[float]] = {}
+    for (k, _), chosen in draws.items():
+        rows = np.searchsorted(used, chosen)
+        one = accuracy(
+            x[rows], labels[chosen], x_test, test_labels, len(train.classes),
+            l2=protocol.l2, whiten=protocol.whiten, bias=protocol.bias,
+        )  # fmt: skip
+        out.setdefault(k, []).append(one)
+    return out
+
+
+def probe(
+    config, mesh, train, test, *, protocol: Protocol | None = None, batch_size: int = 256, preprocess: str = "resize",
+    threads: int | None = None, ops=None, dtype=None, read: Literal["pre-logits", "representation"] = "pre-logits",
+) -> Callable[[Any], dict[str, float]]:  # fmt: skip
+    """A function of parameters on `mesh` -> {"fewshot_5": accuracy, ...}: the measurement that pre-training takes as it goes.
+
+    config: of the parameters. train, test: sources with the same classes. The compiled function is made once. Every process of a
+    job calls it. Raises ValueError at once where a class has too few images.
+    """
+    import jax.numpy as jnp
+
+    from train.frozen import Reader, make_features
+
+    protocol = protocol or Protocol()
+    for k in protocol.shots:
+        draw(np.asarray(train.labels()), k, train.classes, 0)
+    features = make_features(config, mesh, ops=ops, dtype=dtype or jnp.float32, read=read)
+    reader = Reader(batch_size=batch_size, preprocess=preprocess, threads=threads)
+
+    def run(params) -> dict[str, float]:
+        found = measure(lambda s: reader.all(lambda images: features(params, images), s, config, mesh)[0], train, test, protocol)
+        return {f"fewshot_{k}": float(np.mean(values)) for k, values in found.items()}
+
+    return run
+
+
+# --- the job ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fewshot(JobOptions):
+    """Few-shot accuracy of a frozen model: closed-form ridge regression from its features."""
+
+    init: str | None = None
+    """.npz, .safetensors or a run's directory. Not needed for --features pixels."""
+    data: str = "digits"
+    train_split: str = "train"
+    test_split: str = "val"
+    shots: tuple[int, ...] = SHOTS
+    """Training images a class."""
+    seeds: int = SEEDS
+    """Draws, which are averaged."""
+    l2: float = L2
+    whiten: bool = True
+    """Standardise every feature."""
+    bias: float = BIAS
+    """The constant column; 0 for none."""
+    features: Literal["pre-logits", "representation", "pixels"] = "pre-logits"
+    """What the head reads, the representation before a hidden layer, or the image's pixels: a baseline."""
+    image_size: int | None = None
+    """Default: the model's; the position embedding is fitted to it."""
+    preprocess: Literal["resize", "center"] | None = None
+    """Default: centre crop (256 to 224), but direct resize for the digits."""
+    gelu: Literal["tanh", "erf"] | None = None
+    mesh: str | None = None
+    batch_size: int = 256
+    threads: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
+    out: str | None = None
+    """A JSON file for the result."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The job. Returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+
+    def work(stop):
+        run(parse(Fewshot, "train.fewshot", words))
+
+    return guard("train.fewshot", work)
+
+
+def run(args: Fewshot) -> dict[int, list[float]]:
+    """Measures and prints; {shots: accuracies}."""
+    import jax.numpy as jnp
+
+    from train import distributed
+    from train.data import open_source
+    from train.data.select import check_classes
+    from train.frozen import Reader, make_features, put_params
+    from train.pretrained import open_pretrained
+    from vitcore.config import ViTConfig
+    from vitcore.ops import BY_NAME
+
+    shape = None if args.mesh is None else meshes.parse(args.mesh)
+    args.join()
+    meshes.prepare(shape, distributed.count())
+    protocol = Protocol(shots=tuple(args.shots), seeds=args.seeds, l2=args.l2, whiten=args.whiten, bias=args.bias)
+    if args.init is None and args.features != "pixels":
+        raise ValueError("--init is required: an .npz, a .safetensors or a run's directory; only --features pixels has no model")
+    train, test = open_source(args.data, args.train_split), open_source(args.data, args.test_split)
+    check_classes(train, test)
+    mesh, where = meshes.make(shape)
+    reader = Reader(
+        batch_size=-(-args.batch_size // mesh.shape["data"]) * mesh.shape["data"],
+        preprocess=args.preprocess or ("resize" if train.augment == "digits" else "center"),
+        threads=args.threads,
+    )
+    channels = train[0].image.shape[2]
+    if args.features == "pixels":
+        side = args.image_size or train[0].image.shape[0]
+        config = ViTConfig(image_size=side, patch_size=side, width=1, depth=1, mlp_dim=1, num_heads=1, channels=channels)
+        about = "the pixels"
+
+        def features(images):
+            return images.reshape(images.shape[0], -1)
+    else:
+        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu)
+        config, about = model.config, model.about
+        params = put_params(model.params, config, mesh)
+        ops = None if args.ops == "auto" else BY_NAME[args.ops]
+        function = make_features(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), read=args.features)
+
+        def features(images):
+            return function(params, images)
+
+    found = measure(lambda source: reader.all(features, source, config, mesh)[0], train, test, protocol)
+    if distributed.rank() == 0:
+        print(f"{about}; {where}; {len(test)} images of {len(test.classes)} classes, {protocol.seeds} draws")
+        for k, values in found.items():
+            print(f"{k:3d}-shot: {np.mean(values):.2%} +- {np.std(values):.2%}")
+        if args.out:
+            record = {"options": dataclasses.asdict(args), "accuracy": {str(k): v for k, v in found.items()}}
+            with open(args.out, "w") as file:
+                json.dump(record, file, indent=2)
+    return found
+
+
+if __name__ == "__main__":
+    end(main())
