@@ -24,7 +24,8 @@ class ProgramError(ValueError):
 class Operation:
     """One operation of a program. trips: how often it runs. cycles: of one run, by XLA's cost model (0 for a kernel).
 
-    kind: the HLO opcode, or "kernel" for a Mosaic kernel. source: the `op_name` that jax gave it.
+    kind: the HLO opcode, or "kernel" for a Mosaic kernel. source: the `op_name` that jax gave it. bytes: of a collective alone, the
+    larger of what a core brings to it and what it takes away.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Operation:
     trips: int
     source: str
     shape: str
+    bytes: int = 0
 
     @property
     def kernel(self) -> str:
@@ -122,6 +124,29 @@ def _trips(computations: dict[str, dict[str, _Line]], where: dict[str, _Line], l
     raise ProgramError(f"the trip count of the loop %{loop.name} cannot be read from its condition")
 
 
+_ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\w*\[([\d,]*)\]")
+
+
+def _bytes(shape: str) -> int:
+    """Bytes of every array in an HLO shape, tuples too; padding and layouts left out."""
+    total = 0
+    for kind, extents in _ARRAY.findall(shape):
+        size = 1 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8
+        for extent in extents.split(","):
+            size *= int(extent) if extent else 1
+        total += size
+    return total
+
+
+def _collective_bytes(line: _Line, lines: dict[str, _Line]) -> int:
+    """The larger of a collective's operands and its result; of a start, whose result is (operands, results, ...), the rest of it."""
+    brought = sum(_bytes(lines[name].shape) for name in line.operands() if name in lines)
+    taken = _bytes(line.shape)
+    if line.opcode.endswith("-start") and line.shape.startswith("("):
+        taken -= brought
+    return max(brought, taken)
+
+
 def operations(text: str) -> list[Operation]:
     """Every operation of a compiled program that costs cycles, and every kernel and collective, with its trips.
 
@@ -152,7 +177,9 @@ def operations(text: str) -> list[Operation]:
                 yield from max((list(walk(n, trips)) for n in names), key=lambda ops: sum(o.cycles * o.trips for o in ops))
             elif line.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in line.text:
                 yield replace(op, kind="kernel", cycles=0)
-            elif op.cycles or line.opcode.removesuffix("-start") in COLLECTIVES:
+            elif line.opcode.removesuffix("-start") in COLLECTIVES:
+                yield replace(op, bytes=_collective_bytes(line, lines))
+            elif op.cycles:
                 yield op
 
     return list(walk(entry, 1))

@@ -19,7 +19,7 @@ from kernels.dropout import Dropout
 from kernels.launch import Launch
 from train.step import StepOptions, make_train_step, state_specs
 from train.step import shardings as shardings_of
-from vitcore import ViTConfig, variant
+from vitcore import ViTConfig, apply_on, partition_specs, variant
 from vitcore.model import forward, init
 from vitcore.ops import REFERENCE, Ops
 
@@ -104,6 +104,17 @@ def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, imag
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     images = S((batch, *config.image_shape, config.channels), dtype)
     return (lambda p, x: forward(p, x, config, ops=ops, dtype=jnp.dtype(dtype))), (params, images)
+
+
+def mesh_forward(devices, *, model, batch, data=1, axis=1, dtype="bfloat16", kernels=True, image_size=None):
+    """The logits of a whole model on a mesh of data x axis cores; `batch` is the global batch."""
+    config = _config(model, image_size)
+    mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
+    params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+    params = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), params, shardings_of(mesh, partition_specs(config, mesh)))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    images = S((batch, *config.image_shape, config.channels), jnp.dtype(dtype), sharding=split)
+    return apply_on(mesh, config, ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype)), (params, images)
 
 
 def train_step(

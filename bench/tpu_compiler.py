@@ -3,8 +3,8 @@
     reports = compile_programs("v3", [Program(build="bench.programs:patch_embed", arguments={"shape": "B/16"})], cycles=True)
 
 libtpu, the TPU compiler, runs on any Linux machine (`pip install 'vitcore[tpu-compiler]'`). Its failed CHECKs abort the
-process, so this module compiles in a subprocess: one for a list of programs, and a fresh one for the rest after an abort. What
-comes back for a program is a `Report`: bytes a core, the kernels in it, collectives, cycles; or the compiler's message in one
+process, so this module compiles in a subprocess (`bench.compiler_child`), and in a fresh one after an abort. Reports are cached by
+the program's lowered text, the versions of jax and libtpu and the code that counts. What comes back for a program is a `Report`: bytes a core, the kernels in it, collectives, cycles; or the compiler's message in one
 line.
 
 Cycles are COMPILER ESTIMATES, never measurements. Three sources, each named in the report:
@@ -19,7 +19,10 @@ function, its arguments as trees of jax.ShapeDtypeStruct). Arguments without a s
 Arguments of a builder are JSON.
 """
 
+import contextlib
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -30,13 +33,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from bench import hlo, llo
-from kernels.device import DEVICES
 
 # Two by two chips of each generation: the smallest topology libtpu builds, of which one core is used.
 TOPOLOGIES = {
@@ -49,7 +48,7 @@ TOPOLOGIES = {
     "7x": "tpu7x:2x2x1",
 }
 PROFILED = ("v5e", "v5p", "v6e", "7x")
-_MARK = "@@vitcore-report "
+MARK = "@@vitcore-report "
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
@@ -106,6 +105,8 @@ class Report:
     xla_cycles: int = 0  # cost model, all operations times their trips
     xla_top: tuple[tuple[str, int, int, str], ...] = ()  # costliest operations: name, cycles of one, trips, source
     collectives: dict[str, int] = field(default_factory=dict)  # opcode -> number in the program, times trips
+    collective_bytes: dict[str, int] = field(default_factory=dict)  # opcode -> bytes a core sends or receives, times trips
+    cached: bool = False  # compiled before, in another run
     text: str = ""  # the compiled program, where asked for
 
     @property
@@ -124,106 +125,223 @@ class Report:
         return self.xla_cycles + sum((k.cycles or 0) * k.trips for k in self.kernels)
 
 
+class Cache:
+    """Reports on disk, by the program's lowered text and by everything else that decides what the compiler says and how it is counted.
+
+    folder: where. request: target and topology. A report with cycles also answers who asked for none.
+    """
+
+    def __init__(self, folder: Path, request: dict):
+        self.folder = folder
+        parts = [request["target"], request["topology"], _version("jax"), _version("libtpu"), _sources(_COUNTING)]
+        self.machine = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _file(self, digest: str, cycles: bool) -> Path:
+        key = hashlib.sha256(f"{self.machine} {digest}".encode()).hexdigest()[:32]
+        return self.folder / f"{key}-{'cycles' if cycles else 'bytes'}.json"
+
+    def load(self, digest: str, cycles: bool) -> Report | None:
+        for file in (self._file(digest, True), *(() if cycles else (self._file(digest, False),))):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged or foreign file is no answer
+                return replace(from_json(json.loads(file.read_text())), cached=True)
+        return None
+
+    def save(self, digest: str, cycles: bool, report: Report) -> None:
+        file = self._file(digest, cycles)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(asdict(report)))
+        os.replace(part, file)
+
+
+def default_cache() -> Path:
+    """The user's cache directory: $XDG_CACHE_HOME or ~/.cache, then vitcore/compiler."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitcore" / "compiler"
+
+
+# What decides how a program is counted, and what decides which program a builder makes; folders with all that is in them.
+_COUNTING = ("bench/hlo.py", "bench/llo.py", "bench/compiler_child.py", "kernels/device.py")
+_BUILDING = ("kernels", "vitcore", "train", "bench/programs.py", "bench/shapes.py", "bench/rivals.py")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _sources(names: Sequence[str]) -> str:
+    """A digest of source files."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for name in names:
+        place = root / name
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            if file.is_file():
+                digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+class Compiler:
+    """A process with the TPU compiler in it that takes programs one at a time, and is started anew after one that killed it.
+
+        with Compiler("v3") as compiler:
+            report = compiler.compile(Program(build="bench.programs:whole_forward", arguments={...}), cycles=True)
+
+    target: "v2" "v3" "v4" "v5e" "v5p" "v6e" "7x". topology: libtpu's name of a larger slice, e.g. "v3:4x4" (32 cores). text:
+    keep the compiled text. seconds, gigabytes: limits on one compilation. cache: directory of reports, None for none. ValueError:
+    unknown target. CompilerMissing: no libtpu.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        topology: str | None = None,
+        text: bool = False,
+        seconds: float = 300.0,
+        gigabytes: float = 12.0,
+        cache: Path | None = None,
+    ):
+        if target not in TOPOLOGIES:
+            raise ValueError(f"unknown TPU generation {target!r}; known: {', '.join(TOPOLOGIES)}")
+        if importlib.util.find_spec("libtpu") is None:
+            raise CompilerMissing(
+                "libtpu not installed, so nothing can be compiled for a TPU here: pip install 'vitcore[tpu-compiler]'"
+            )
+        self.request = {
+            "target": target,
+            "topology": topology or TOPOLOGIES[target],
+            "text": text,
+            "cache": str(cache) if cache and not text else "",
+        }
+        self.limits = {"seconds": seconds, "gigabytes": gigabytes}
+        self._process: _Process | None = None
+        self._cache = Cache(cache, self.request) if cache and not text else None
+        self._built = ""
+
+    def __enter__(self) -> "Compiler":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+    def _source_key(self, program: Program) -> str:
+        """Stands for the program without building it: the same builder, arguments and code. Empty where the code is not all ours."""
+        if not program.build.startswith("bench."):
+            return ""
+        return f"source {program.build} {json.dumps(program.arguments, sort_keys=True)} {_sources(_BUILDING)}"
+
+    def compile(self, program: Program, *, cycles: bool = False) -> Report:
+        """The report on one program; cycles: count the kernels by their schedules, too."""
+        name, key = program.name or program.build, self._source_key(program) if self._cache else ""
+        if key and self._cache and (known := self._cache.load(key, cycles)) is not None:
+            return replace(known, name=name)
+        if self._process is None:
+            self._process = _Process(self.request, flags=_DUMPS, **self.limits)
+        report = self._process.ask(program, cycles)
+        settled = not report.error or "RESOURCE_EXHAUSTED" in report.error
+        if not self._process.alive:
+            self.close()
+        elif key and self._cache and settled and key == self._source_key(program):  # nobody edited the code meanwhile
+            self._cache.save(key, cycles, report)
+        return report
+
+
 def compile_programs(
     target: str,
     programs: Sequence[Program],
     *,
-    topology: str | None = None,
     cycles: bool = False,
     profile: bool = False,
-    text: bool = False,
-    seconds: float = 300.0,
-    gigabytes: float = 12.0,
     progress: Callable[[Report], None] | None = None,
+    **options: Any,
 ) -> list[Report]:
     """Compiles `programs` for `target` in a subprocess, one after the other, and reports on each, in order.
 
-    target: "v2" "v3" "v4" "v5e" "v5p" "v6e" "7x". topology: libtpu's name of a larger slice, e.g. "v3:4x4" (32 cores). cycles:
-    count the kernels by their schedules (some compile time). profile: and by the static profile, one more compilation a kernel.
-    text: keep the compiled text. seconds, gigabytes: limits on one compilation. progress is called with each report as it comes.
-    ValueError: unknown target. CompilerMissing: no libtpu.
+    cycles: count the kernels by their schedules (some time). profile: and by the static profile, one more compilation a kernel.
+    progress is called with each report as it comes. options: those of `Compiler`.
     """
-    if target not in TOPOLOGIES:
-        raise ValueError(f"unknown TPU generation {target!r}; known: {', '.join(TOPOLOGIES)}")
-    if importlib.util.find_spec("libtpu") is None:
-        raise CompilerMissing(
-            "libtpu not installed, so nothing can be compiled for a TPU here: pip install 'vitcore[tpu-compiler]'"
-        )
-    request = {"target": target, "topology": topology or TOPOLOGIES[target], "cycles": cycles, "text": text}
     reports: list[Report] = []
-    while len(reports) < len(programs):
-        rest = list(programs[len(reports) :])
-        for report in _session(request, rest, seconds=seconds, gigabytes=gigabytes, flags=()):
+    with Compiler(target, **options) as compiler:
+        for program in programs:
+            report = compiler.compile(program, cycles=cycles)
             if profile and not report.error:
-                report = _profiled(request, rest[0], report, seconds=seconds, gigabytes=gigabytes)
-            rest = rest[1:]
+                report = _profiled(compiler, program, report)
             reports.append(report)
             if progress is not None:
                 progress(report)
     return reports
 
 
-def compile_targets(
-    targets: Sequence[str], programs: Sequence[Program], *, parallel: int = 1, **options
-) -> dict[str, list[Report]]:
-    """`compile_programs` for several generations, `parallel` subprocesses at a time."""
-    with ThreadPoolExecutor(parallel) as pool:
-        return dict(zip(targets, pool.map(lambda t: compile_programs(t, programs, **options), targets), strict=True))
-
-
 # ---- the parent: one subprocess, watched
 
+_DUMPS = ("--xla_jf_dump_to={dumps}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=.*final.*")
 
-def _session(request: dict, programs: list[Program], *, seconds: float, gigabytes: float, flags: Sequence[str]):
-    """Yields the reports of one subprocess: all of `programs`, or up to and including the one that killed it."""
-    with tempfile.TemporaryDirectory(prefix="vitcore-tpu-") as folder:
-        dumps = Path(folder) / "dumps"
-        (dumps / "profile").mkdir(parents=True)
-        arguments = list(flags)
-        if request["cycles"]:
-            arguments += [
-                f"--xla_jf_dump_to={dumps}",
-                "--xla_jf_dump_llo_text=true",
-                "--xla_jf_dump_llo_pass_label_regex=.*final.*",
-            ]
-        arguments = [a.replace("{dumps}", str(dumps)) for a in arguments]
-        environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": " ".join(arguments)}
+
+class _Process:
+    """One compiler process. `ask` answers for a program; after an answer that killed it, `alive` is False."""
+
+    def __init__(self, request: dict, *, flags: Sequence[str], seconds: float, gigabytes: float):
+        self.target = request["target"]
+        self.folder = tempfile.TemporaryDirectory(prefix="vitcore-tpu-")
+        self.dumps = Path(self.folder.name) / "dumps"
+        (self.dumps / "profile").mkdir(parents=True)
+        arguments = " ".join(flag.replace("{dumps}", str(self.dumps)) for flag in flags)
+        environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": arguments}
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (*sys.path, os.getcwd()) if p)
-        body = json.dumps({**request, "dumps": str(dumps), "programs": [asdict(p) for p in programs]})
-        with open(Path(folder) / "stderr", "w+b") as errors:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "bench.tpu_compiler", "--child"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,
-            )
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(body.encode())
-            child.stdin.close()
-            watch = _Watch(child, seconds=seconds, gigabytes=gigabytes)
-            done = 0
-            try:
-                for raw in child.stdout:
-                    line = raw.decode(errors="replace")
-                    if line.startswith(_MARK):
-                        watch.again()
-                        done += 1
-                        yield _from_json(json.loads(line[len(_MARK) :]))
-                child.wait()
-            finally:
-                watch.stop()
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-            if done < len(programs):
-                errors.seek(0)
-                why = watch.reason or _crash(errors.read().decode(errors="replace"), child.returncode)
-                program = programs[done]
-                report = Report(name=program.name or program.build, target=request["target"], error=why)
-                yield replace(report, kernels=_profiles(dumps))
+        self.errors = open(Path(self.folder.name) / "stderr", "w+b")  # noqa: SIM115
+        self.child = subprocess.Popen(
+            [sys.executable, "-m", "bench.compiler_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            env=environment,
+            start_new_session=True,
+        )
+        self.alive = True
+        self.watch = _Watch(self.child, seconds=seconds, gigabytes=gigabytes)
+        self._write({**request, "dumps": str(self.dumps)})
+
+    def _write(self, value: dict) -> None:
+        assert self.child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died; `ask` says of what
+            self.child.stdin.write(json.dumps(value).encode() + b"\n")
+            self.child.stdin.flush()
+
+    def ask(self, program: Program, cycles: bool) -> Report:
+        assert self.child.stdout is not None
+        self.watch.begin()
+        try:
+            self._write({"program": asdict(program), "cycles": cycles})
+            for raw in self.child.stdout:
+                line = raw.decode(errors="replace")
+                if line.startswith(MARK):
+                    return from_json(json.loads(line[len(MARK) :]))
+        finally:
+            self.watch.rest()
+        self.alive = False
+        self.child.wait()
+        self.errors.seek(0)
+        why = self.watch.reason or _crash(self.errors.read().decode(errors="replace"), self.child.returncode)
+        return Report(name=program.name or program.build, target=self.target, error=why, kernels=profiles(self.dumps))
+
+    def end(self) -> None:
+        self.watch.stop()
+        if self.child.poll() is None:
+            os.killpg(self.child.pid, signal.SIGKILL)
+        self.child.wait()
+        for pipe in (self.child.stdin, self.child.stdout, self.errors):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self.folder.cleanup()
 
 
 class _Watch:
@@ -234,13 +352,16 @@ class _Watch:
 
         self.child, self.seconds, self.gigabytes = child, seconds, gigabytes
         self.reason = ""
-        self.since = time.monotonic()
+        self.since = float("inf")  # no program is being compiled
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def again(self) -> None:
+    def begin(self) -> None:
         self.since = time.monotonic()
+
+    def rest(self) -> None:
+        self.since = float("inf")
 
     def stop(self) -> None:
         self.over.set()
@@ -276,7 +397,7 @@ def _crash(errors: str, code: int | None) -> str:
     return f"the compiler process ended with {code}: {lines[-1][:300] if lines else 'no message'}"
 
 
-def _from_json(record: dict) -> Report:
+def from_json(record: dict) -> Report:
     kernels = tuple(Kernel(**k) for k in record.pop("kernels"))
     top = tuple(tuple(x) for x in record.pop("xla_top"))
     return Report(**record, kernels=kernels, xla_top=top)
@@ -285,7 +406,7 @@ def _from_json(record: dict) -> Report:
 # ---- the static profile
 
 
-def _profiles(dumps: Path) -> tuple[Kernel, ...]:
+def profiles(dumps: Path) -> tuple[Kernel, ...]:
     """Kernels and fusions found in the profile folder of a session that may have aborted after writing them."""
     found = []
     for file in sorted((dumps / "profile").glob("*.textproto")):
@@ -296,12 +417,12 @@ def _profiles(dumps: Path) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
-def _profiled(request: dict, program: Program, report: Report, *, seconds: float, gigabytes: float) -> Report:
+def _profiled(compiler: Compiler, program: Program, report: Report) -> Report:
     """The report with its kernels' cycles from the static profile: one compilation for each differently named kernel.
 
     A kernel whose profile fails keeps the cycles of its schedule, and says why.
     """
-    if request["target"] not in PROFILED:
+    if report.target not in PROFILED:
         return report
     found: dict[str, Kernel] = {}
     for kernel in report.kernels:
@@ -312,122 +433,15 @@ def _profiled(request: dict, program: Program, report: Report, *, seconds: float
             "--xla_jf_dump_static_llo_profile_to={dumps}/profile",
             f"--xla_jf_dump_only_matching_hlo={kernel.name}",
         )
-        again = {**request, "cycles": False, "text": False, "profile": True}
-        result = next(iter(_session(again, [program], seconds=seconds, gigabytes=gigabytes, flags=flags)))
+        again = {**compiler.request, "text": False, "cache": "", "profile": True}
+        process = _Process(again, flags=flags, **compiler.limits)
+        result = process.ask(program, False)
+        process.end()
         match = next((k for k in result.kernels if k.name == kernel.name and k.source == "profile"), None)
         why = result.error or "the compiler wrote no profile for it"
         found[kernel.name] = match or replace(kernel, error=f"no static profile: {why}")
     kernels = tuple(replace(found[k.name], kernel=k.kernel, trips=k.trips, schedule=k.schedule) for k in report.kernels)
     return replace(report, kernels=kernels)
-
-
-# ---- the child: compiles, one report a line
-
-
-def _child() -> None:
-    request = json.load(sys.stdin)
-    import jax
-    from jax.experimental import topologies
-
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
-    devices = topologies.get_topology_desc(topology_name=request["topology"], platform="tpu").devices
-    for record in request["programs"]:
-        report = _compile(Program(**record), devices, request)
-        print(_MARK + json.dumps(asdict(report)), flush=True)
-
-
-def _compile(program: Program, devices, request: dict) -> Report:
-    import jax
-
-    name = program.name or program.build
-    started = time.monotonic()
-    try:
-        module, function = program.build.split(":")
-        fn, arguments = getattr(importlib.import_module(module), function)(devices, **program.arguments)
-        jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-        compiled = jitted.lower(*_placed(arguments, devices[0])).compile()
-    except Exception as error:  # the compiler's message is the result: it is reported, not hidden
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        return Report(name=name, target=request["target"], error=message[:1500], seconds=time.monotonic() - started)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
-    assert text is not None  # what only a backend other than XLA's may leave out
-    seconds = time.monotonic() - started
-    operations = hlo.operations(text)
-    xla = [op for op in operations if op.kind != "kernel"]
-    ours = [op for op in operations if op.kind == "kernel"]
-    kernels = tuple(_kernel(op, [other for other in ours if _twins(op, other)], request) for op in ours)
-    if request.get("profile"):
-        kernels = _profiles(Path(request["dumps"]))
-    _clear(Path(request["dumps"]))
-    collectives: dict[str, int] = {}
-    for op in xla:
-        opcode = op.kind.removesuffix("-start")
-        if opcode in hlo.COLLECTIVES:
-            collectives[opcode] = collectives.get(opcode, 0) + op.trips
-    top = sorted(xla, key=lambda op: -op.cycles * op.trips)[:12]
-    return Report(
-        name=name,
-        target=request["target"],
-        seconds=seconds,
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        kernels=kernels,
-        xla_cycles=sum(op.cycles * op.trips for op in xla),
-        xla_top=tuple((op.name, op.cycles, op.trips, op.source) for op in top if op.cycles),
-        collectives=collectives,
-        text=text if request["text"] else "",
-    )
-
-
-def _placed(arguments, device):
-    """The argument trees with every leaf that names no sharding placed on `device`."""
-    import jax
-
-    here = jax.sharding.SingleDeviceSharding(device)
-
-    def place(leaf):
-        if getattr(leaf, "sharding", None) is not None:
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-
-    return jax.tree.map(place, arguments)
-
-
-def _twins(a: hlo.Operation, b: hlo.Operation) -> bool:
-    """Calls of one kernel with the same result: the compiler emits, and dumps, such code once."""
-    return (a.kernel, a.shape) == (b.kernel, b.shape)
-
-
-def _kernel(op: hlo.Operation, twins: list[hlo.Operation], request: dict) -> Kernel:
-    blank = Kernel(name=op.name, kernel=op.kernel, trips=op.trips)
-    if not request["cycles"]:
-        return blank
-    folder = Path(request["dumps"])
-    found = None
-    for name in (op.name, *(twin.name for twin in twins)):
-        schedules = [f for f in folder.glob(f"*-{name}-*-final_bundles.txt") if "schedule-analysis" not in f.name]
-        if schedules:
-            utilization = next(iter(folder.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt")), None)
-            found = schedules[0], utilization
-            break
-    if found is None:
-        return replace(blank, error="the compiler dumped no schedule for it")
-    bandwidth = DEVICES[request["target"]].hbm_bytes_per_cycle
-    try:
-        count = llo.count(*found, target=request["target"], bytes_per_cycle=bandwidth)
-    except llo.ScheduleError as error:
-        return replace(blank, error=str(error))
-    return replace(blank, cycles=count.cycles, source="schedule", schedule=asdict(count))
-
-
-def _clear(folder: Path) -> None:
-    for file in folder.glob("*.*"):
-        if file.is_file():
-            file.unlink()
 
 
 # ---- by hand: python -m bench.tpu_compiler v3 my_module:build '{"batch": 8}' [--profile]
@@ -471,7 +485,4 @@ def _main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--child"]:
-        _child()
-    else:
-        sys.exit(_main(sys.argv[1:]))
+    sys.exit(_main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""The compiler's process: reads programs, one a line, compiles each for the TPU it was started for, writes one report a line.
+
+Started by `bench.tpu_compiler`, which watches it: libtpu ends its process where one of its CHECKs fails. The first line on stdin is
+the request (target, topology, where dumps go, what to keep), each further line a program. A program whose lowered text has been
+compiled before is answered from the cache.
+"""
+
+import hashlib
+import importlib
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from bench import hlo, llo
+from bench.tpu_compiler import MARK, Cache, Kernel, Program, Report, profiles
+from kernels.device import DEVICES
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.readline())
+    import jax
+    from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    devices = topologies.get_topology_desc(topology_name=request["topology"], platform="tpu").devices
+    for line in sys.stdin:
+        asked = json.loads(line)
+        report = _compile(Program(**asked["program"]), devices, {**request, "cycles": asked["cycles"]})
+        print(MARK + json.dumps(asdict(report)), flush=True)
+
+
+def _compile(program: Program, devices, request: dict) -> Report:
+    import jax
+
+    name = program.name or program.build
+    started = time.monotonic()
+    try:
+        module, function = program.build.split(":")
+        fn, arguments = getattr(importlib.import_module(module), function)(devices, **program.arguments)
+        jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
+        lowered = jitted.lower(*_placed(arguments, devices[0]))
+        cache = Cache(Path(request["cache"]), request) if request["cache"] else None
+        digest = hashlib.sha256(lowered.as_text().encode()).hexdigest() if cache else ""
+        if cache and (known := cache.load(digest, request["cycles"])) is not None:
+            return replace(known, name=name)
+        try:
+            compiled = lowered.compile()
+        except Exception as error:
+            report = _failed(name, request, error, started)
+            if cache and "RESOURCE_EXHAUSTED" in report.error:  # what does not fit today does not fit tomorrow
+                cache.save(digest, request["cycles"], report)
+            return report
+    except Exception as error:  # the compiler's message is the result: it is reported, not hidden
+        return _failed(name, request, error, started)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None  # what only a backend other than XLA's may leave out
+    seconds = time.monotonic() - started
+    operations = hlo.operations(text)
+    xla = [op for op in operations if op.kind != "kernel"]
+    ours = [op for op in operations if op.kind == "kernel"]
+    kernels = tuple(_kernel(op, [other for other in ours if _twins(op, other)], request) for op in ours)
+    if request.get("profile"):
+        kernels = profiles(Path(request["dumps"]))
+    _clear(Path(request["dumps"]))
+    collectives: dict[str, int] = {}
+    moved: dict[str, int] = {}
+    for op in xla:
+        opcode = op.kind.removesuffix("-start")
+        if opcode in hlo.COLLECTIVES:
+            collectives[opcode] = collectives.get(opcode, 0) + op.trips
+            moved[opcode] = moved.get(opcode, 0) + op.trips * op.bytes
+    top = sorted(xla, key=lambda op: -op.cycles * op.trips)[:12]
+    report = Report(
+        name=name,
+        target=request["target"],
+        seconds=seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        kernels=kernels,
+        xla_cycles=sum(op.cycles * op.trips for op in xla),
+        xla_top=tuple((op.name, op.cycles, op.trips, op.source) for op in top if op.cycles),
+        collectives=collectives,
+        collective_bytes=moved,
+        text=text if request["text"] else "",
+    )
+    if cache:
+        cache.save(digest, request["cycles"], replace(report, text=""))
+    return report
+
+
+def _failed(name: str, request: dict, error: Exception, started: float) -> Report:
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    return Report(name=name, target=request["target"], error=message[:1500], seconds=time.monotonic() - started)
+
+
+def _placed(arguments, device):
+    """The argument trees with every leaf that names no sharding placed on `device`."""
+    import jax
+
+    here = jax.sharding.SingleDeviceSharding(device)
+
+    def place(leaf):
+        if getattr(leaf, "sharding", None) is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+    return jax.tree.map(place, arguments)
+
+
+def _twins(a: hlo.Operation, b: hlo.Operation) -> bool:
+    """Calls of one kernel with the same result: the compiler emits, and dumps, such code once."""
+    return (a.kernel, a.shape) == (b.kernel, b.shape)
+
+
+def _kernel(op: hlo.Operation, twins: list[hlo.Operation], request: dict) -> Kernel:
+    blank = Kernel(name=op.name, kernel=op.kernel, trips=op.trips)
+    if not request["cycles"]:
+        return blank
+    folder = Path(request["dumps"])
+    found = None
+    for name in (op.name, *(twin.name for twin in twins)):
+        schedules = [f for f in folder.glob(f"*-{name}-*-final_bundles.txt") if "schedule-analysis" not in f.name]
+        if schedules:
+            utilization = next(iter(folder.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt")), None)
+            found = schedules[0], utilization
+            break
+    if found is None:
+        return replace(blank, error="the compiler dumped no schedule for it")
+    bandwidth = DEVICES[request["target"]].hbm_bytes_per_cycle
+    try:
+        count = llo.count(*found, target=request["target"], bytes_per_cycle=bandwidth)
+    except llo.ScheduleError as error:
+        return replace(blank, error=str(error))
+    return replace(blank, cycles=count.cycles, source="schedule", schedule=asdict(count))
+
+
+def _clear(folder: Path) -> None:
+    for file in folder.glob("*.*"):
+        if file.is_file():
+            file.unlink()
+
+
+if __name__ == "__main__":
+    main()

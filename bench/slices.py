@@ -1,0 +1,46 @@
+"""TPU slices: which ones a generation comes in, as libtpu names them, and the smallest that holds a mesh."""
+
+import re
+from math import prod
+
+_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+# generation -> (prefix of libtpu's topology names, chips of the slices, devices on a chip)
+_SLICES = {
+    "v2": ("v2", ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16"), 2),
+    "v3": ("v3", ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16", "32x32"), 2),
+    "v4": ("v4", _3D, 2),
+    "v5e": ("v5e", _2D, 1),
+    "v5p": ("v5p", _3D, 1),
+    "v6e": ("v6e", _2D, 1),
+    "7x": ("tpu7x", _3D, 2),
+}
+
+
+def cores(target: str, chips: str) -> int:
+    """Devices, as jax counts them, of a slice of so many chips."""
+    return prod(map(int, chips.split("x"))) * _SLICES[target][2]
+
+
+def topology(target: str, need: int, chips: str | None = None) -> tuple[str, int]:
+    """libtpu's name of a slice and its devices: the one asked for, or the smallest that has `need` of them.
+
+    ValueError where no slice, or not the one asked for, has so many.
+    """
+    prefix, known, per_chip = _SLICES[target]
+    if chips is None:
+        chosen = next((c for c in known if cores(target, c) >= need), None)
+        if chosen is None:
+            raise ValueError(
+                f"a mesh of {need} devices is larger than the largest {target} slice, {known[-1]} chips with {cores(target, known[-1])}"
+            )
+        return f"{prefix}:{chosen}", cores(target, chosen)
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", chips) or chips not in known:
+        raise ValueError(f"--slice {chips}: {target} comes in slices of {', '.join(known)} chips ({per_chip} devices a chip)")
+    if cores(target, chips) < need:
+        fits = next((c for c in known if cores(target, c) >= need), None)
+        more = f"use a mesh of at most {cores(target, chips)}" + (f", or --slice {fits}" if fits else "")
+        raise ValueError(
+            f"a mesh of {need} devices is larger than the {target} slice {chips}, which has {cores(target, chips)}: {more}"
+        )
+    return f"{prefix}:{chips}", cores(target, chips)
