@@ -15,7 +15,24 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.device import LANES
 from kernels.layer_norm.tpu import normalise, normalise_back
-from kernels.mlp.body import PIECE, Block, at, dot, for_pieces, gelu, gelu_slope, hidden_columns, hidden_rows, iota, keep, loop
+from kernels.mlp.body import (
+    PIECE,
+    Block,
+    at,
+    by_tile,
+    dot,
+    for_pieces,
+    gelu,
+    gelu_slope,
+    hidden_columns,
+    hidden_rows,
+    iota,
+    keep,
+    loop,
+    narrowed,
+    sum_by_tile,
+    widened,
+)
 from kernels.mlp.tiling import Tiling, round_up
 
 ONES = 16  # rows of ones under z': one bfloat16 tile
@@ -27,20 +44,28 @@ def z_rows(d: int) -> int:
     return round_up(d, ONES) + ONES
 
 
+_SLOTS = 3  # of the streamed sums: one is written back, one worked on, one fetched
+
+
 class Sums:
     """The float32 sums dW1 and dW2, a hidden tile at a time.
 
-    Resident: slot j is hidden tile j, written to HBM during the last row tile. Streamed: two slots take turns; a tile's earlier sum
-    is fetched one step ahead, and the new one written back behind its step, both while the MXU works.
+    Resident: slot j is hidden tile j, written to HBM during the last row tile. Streamed: three slots take turns; while a step works on
+    one, the sum of the step before is written back from the second and that of the step after fetched into the third. All waits stand
+    at the start of a step: what follows is one stretch of code.
     """
 
     def __init__(self, hbm, slots, semaphores, t: Tiling, i, j):
         self.hbm, self.slots, self.t, self.i, self.j = hbm, slots, t, i, j
         self.loads, self.stores = semaphores.at[0], semaphores.at[1]
         self.rows, self.tiles = pl.num_programs(0), pl.num_programs(1)
-        self.slot = j if t.resident else lax.rem(i * self.tiles + j, 2)
+        self.step = i * self.tiles + j
+        self.slot = j if t.resident else lax.rem(self.step, _SLOTS)
 
-    def _copies(self, j, slot, *, load):
+    def _copies(self, step, *, load):
+        slot, j = lax.rem(step, _SLOTS), lax.rem(step, self.tiles)
+        if self.t.resident:
+            slot, j = step, step
         into_in, into_out = self.hbm
         if self.t.hidden < into_in.shape[1]:
             part = pl.ds(pl.multiple_of(j * self.t.hidden, self.t.hidden), self.t.hidden)
@@ -50,36 +75,24 @@ class Sums:
             semaphore = (self.loads if load else self.stores).at[0 if self.t.resident else slot, k]
             yield pltpu.make_async_copy(hbm, vmem, semaphore) if load else pltpu.make_async_copy(vmem, hbm, semaphore)
 
-    def prefetch(self):
-        """Waits until the other slot is written, and starts to fetch the next step's sums into it; mid-step, to give both time."""
-        if self.t.resident:
-            return
-
-        @pl.when((self.i > 0) | (self.j > 0))
-        def _():
-            for copy in self._copies(lax.rem(self.j + self.tiles - 1, self.tiles), 1 - self.slot, load=False):
-                copy.wait()
-
-        follows = self.j + 1 < self.tiles
-
-        @pl.when(jnp.where(follows, self.i > 0, self.i + 1 < self.rows))
-        def _():
-            for copy in self._copies(jnp.where(follows, self.j + 1, 0), 1 - self.slot, load=True):
-                copy.start()
-
     def ready(self):
-        """The two slots of this step, holding the sums over the row tiles before this one."""
-
-        @pl.when(self.i == 0)
-        def _():
-            for slots in self.slots:
-                slots[self.slot] = jnp.zeros(slots.shape[1:], slots.dtype)
-
+        """The two slots of this step, holding the sums over the row tiles before this one; at i = 0, anything at all."""
         if not self.t.resident:
+
+            @pl.when(self.step >= 2)
+            def _():
+                for copy in self._copies(self.step - 2, load=False):
+                    copy.wait()
+
+            # a hidden tile's earlier sum is in HBM by now: there being three tiles or more, its wait has been
+            @pl.when((self.step + 1 >= self.tiles) & (self.step + 1 < self.rows * self.tiles))
+            def _():
+                for copy in self._copies(self.step + 1, load=True):
+                    copy.start()
 
             @pl.when(self.i > 0)
             def _():
-                for copy in self._copies(self.j, self.slot, load=True):
+                for copy in self._copies(self.step, load=True):
                     copy.wait()
 
         return self.slots[0].at[self.slot], self.slots[1].at[self.slot]
@@ -90,14 +103,14 @@ class Sums:
 
         @pl.when(last if self.t.resident else True)
         def _():
-            for copy in self._copies(self.j, self.slot, load=False):
+            for copy in self._copies(self.j if self.t.resident else self.step, load=False):
                 copy.start()
 
         @pl.when(last & (self.j + 1 == self.tiles))
         def _():
-            pending = [(k, k) for k in range(self.slots[0].shape[0])] if self.t.resident else [(self.j, self.slot)]
-            for j, slot in pending:
-                for copy in self._copies(j, slot, load=False):
+            tiles = self.slots[0].shape[0] if self.t.resident else None
+            for step in range(tiles) if tiles else (self.step - 1, self.step):
+                for copy in self._copies(step, load=False):
                     copy.wait()
 
 
@@ -107,19 +120,19 @@ def kernel(
 ):  # fmt: skip
     """One row tile times one hidden tile.
 
-    dw_in [D, F] and dw_out [F, D] are in HBM; db_in [F/hidden, 1, hidden], db_out, dscale, dbias [1, D] gather over the grid.
+    dw_in [D, F] and dw_out [F, D] are in HBM; db_in [F/hidden, 1, hidden], db_out, dscale, dbias [8, D] gather over the
+    grid, the last three by row modulo 8; scale, bias are eight equal rows.
     zt [D+, columns] is z' with ones below, gt [D, columns] is g', dzt the float32 sum of dz'; ht, dat [hidden, columns] h' and da'.
     nat [columns, D] float32 lays images out at their stride before a transpose; None where every piece is a whole square.
     """
     i, j = pl.program_id(0), pl.program_id(1)
     d = dzt.shape[0]
     keep_scale = 1 / (1 - spec.rate)
-    block = Block(t, i, *view)
+    block = Block(t, i, *view, t.by_words)
     sums = Sums((dw_in, dw_out), (slots_in, slots_out), semaphores, t, i, j)
 
     def natural(b, r, n):
-        rows = jnp.where(block.valid(b, r, n), x[b, pl.ds(r, n)].astype(jnp.float32), 0.0)
-        return normalise(rows)
+        return normalise(jnp.where(block.valid(b, r, n), widened(x[b, pl.ds(r, n)], t.by_words), 0.0))
 
     def lay(target, b, r, n, value):
         if nat is None:
@@ -147,13 +160,13 @@ def kernel(
     def _():
         def lay_z(b, r, n):
             normal, _ = natural(b, r, n)
-            lay(zt, b, r, n, normal * scale[...] + bias[...])
+            lay(zt, b, r, n, by_tile(lambda v: v * scale[...] + bias[...], normal))
 
         def lay_g(b, r, n):
-            g = jnp.where(block.valid(b, r, n), dy[b, pl.ds(r, n)].astype(jnp.float32), 0.0)
+            g = jnp.where(block.valid(b, r, n), widened(dy[b, pl.ds(r, n)], t.by_words), 0.0)
             if spec.rate:
                 g = jnp.where(keep(scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), g * keep_scale, 0.0)
-            db_out[...] += spec.share * jnp.sum(g, axis=0, keepdims=True)
+            db_out[...] += spec.share * sum_by_tile(g)
             lay(gt, b, r, n, g)
 
         for_pieces(t, lay_z)
@@ -175,15 +188,14 @@ def kernel(
             h, da = jnp.where(mask, h * keep_scale, 0.0), jnp.where(mask, da * keep_scale, 0.0)
         ht[pl.ds(k, span)], dat[pl.ds(k, span)] = h.astype(ht.dtype), da.astype(dat.dtype)
 
-    loop(t.hidden // span, span, hidden)
-    sums.prefetch()
-    dzt[...] += dot(hidden_columns(w_in, first, t.hidden), dat[...], x.dtype)
     into_in, into_out = sums.ready()
+    loop(t.hidden // span, span, hidden)
+    dzt[...] += dot(hidden_columns(w_in, first, t.hidden), dat[...], x.dtype)
     # One product each, not bands of them in a loop: v3 takes 6 % more cycles with bands of 256 rows.
     of_w_in = dot(zt[...], dat[...], x.dtype, (1, 1))
-    into_in[...] += of_w_in[:d]
+    into_in[...] = jnp.where(i == 0, 0.0, into_in[...]) + of_w_in[:d]
     db_in[j] += of_w_in[zt.shape[0] - 1 :]
-    into_out[...] += dot(ht[...], gt[...], x.dtype, (1, 1))
+    into_out[...] = jnp.where(i == 0, 0.0, into_out[...]) + dot(ht[...], gt[...], x.dtype, (1, 1))
     sums.send()
 
     @pl.when(j == pl.num_programs(1) - 1)
@@ -199,17 +211,18 @@ def kernel(
             normal, rsd = natural(b, r, n)
             rows = pl.ds(at(t, b, r), n)
             dz = dzt[:, rows].T if nat is None else nat[rows]
-            dscale[...] += jnp.sum(dz * normal, axis=0, keepdims=True)
-            dbias[...] += jnp.sum(dz, axis=0, keepdims=True)
-            residual = spec.share * dy[b, pl.ds(r, n)].astype(jnp.float32)
-            dx[b, pl.ds(r, n)] = (residual + normalise_back(dz * scale[...], normal, rsd)).astype(dx.dtype)
+            dscale[...] += sum_by_tile(dz * normal)
+            dbias[...] += sum_by_tile(dz)
+            found = spec.share * widened(dy[b, pl.ds(r, n)], t.by_words)
+            found = found + normalise_back(by_tile(lambda v: v * scale[...], dz), normal, rsd)
+            dx[b, pl.ds(r, n)] = narrowed(found, dx.dtype, t.by_words)
 
         for_pieces(t, finish)
 
 
 def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
     """The scratch buffers, in the kernel's order."""
-    slots = tiles_f if t.resident else 2
+    slots = tiles_f if t.resident else _SLOTS
     buffers = [
         pltpu.VMEM((z_rows(d), t.columns), operand),
         pltpu.VMEM((d, t.columns), operand),
@@ -218,6 +231,6 @@ def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
         pltpu.VMEM((t.hidden, t.columns), operand),
         pltpu.VMEM((slots, d, t.hidden), jnp.float32),
         pltpu.VMEM((slots, t.hidden, d), jnp.float32),
-        pltpu.SemaphoreType.DMA((2, 2, 2)),
+        pltpu.SemaphoreType.DMA((2, _SLOTS, 2)),
     ]
     return buffers if t.stride % LANES == 0 else [*buffers, pltpu.VMEM((t.columns, d), jnp.float32)]

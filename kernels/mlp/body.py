@@ -5,11 +5,13 @@ import math
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dropout as drop
-from kernels.device import LANES
+from kernels.device import LANES, SUBLANES
 from kernels.mlp.tiling import Tiling
 
+_UPPER = -65536  # the upper half of a word
 PIECE = 128  # rows normalised or transposed at a time: one square of the transpose unit
 
 
@@ -44,6 +46,60 @@ def iota(n, axis):
     return lax.broadcasted_iota(jnp.int32, (n, 1) if axis == 0 else (1, n), axis)
 
 
+def by_tile(f, rows):
+    """f(rows [n, K] as [n/8, 8, K]), for an f that adds or multiplies vectors [8, K] of eight equal rows.
+
+    A vector of one row would be spread over sublanes through memory by v2 and v3, in regions of code that nothing is scheduled across.
+    """
+    n, k = rows.shape
+    if n % SUBLANES:
+        whole = n // SUBLANES * SUBLANES
+        ragged = f(jnp.broadcast_to(rows[whole:, None], (n - whole, SUBLANES, k)))[:, 0]
+        return jnp.concatenate([by_tile(f, rows[:whole]), ragged]) if whole else ragged
+    return f(rows.reshape(n // SUBLANES, SUBLANES, k)).reshape(n, k)
+
+
+def sum_by_tile(rows):
+    """Sums of rows [n, K] by their number modulo 8, [8, K]: no reduction over sublanes. The rows past a multiple of 8 go to the first."""
+    n, k = rows.shape
+    whole = n // SUBLANES * SUBLANES
+    total = jnp.sum(rows[:whole].reshape(-1, SUBLANES, k), axis=0) if whole else jnp.zeros((SUBLANES, k), rows.dtype)
+    if whole == n:
+        return total
+    first = lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0) == 0
+    return total + jnp.where(first, jnp.sum(rows[whole:], axis=0, keepdims=True), 0.0)
+
+
+def widened(rows, by_words: bool):
+    """rows [n, K] as float32. by_words: bfloat16 rows in the order of `widened_row`, n a multiple of 16.
+
+    A register of bfloat16 holds two rows in each of its words. Taking words apart and putting them together by integer arithmetic
+    leaves even rows in one register and odd ones in the next; v2 and v3 would put them in order through memory, in regions of code
+    that nothing is scheduled across.
+    """
+    if not by_words:
+        return rows.astype(jnp.float32)
+    words = pltpu.bitcast(rows, jnp.int32).reshape(-1, 1, SUBLANES, rows.shape[1])
+    both = jnp.concatenate([words << 16, words & _UPPER], axis=1)
+    return lax.bitcast_convert_type(both, jnp.float32).reshape(rows.shape)
+
+
+def narrowed(rows, dtype, by_words: bool):
+    """The reverse of `widened`: float32 rows to dtype, rounded to nearest even."""
+    if not by_words:
+        return rows.astype(dtype)
+    bits = lax.bitcast_convert_type(rows, jnp.int32)
+    bits = bits + (0x7FFF + (lax.shift_right_logical(bits, 16) & 1))
+    bits = jnp.where(rows == rows, bits, 0x7FC00000).reshape(-1, 2, SUBLANES, rows.shape[1])
+    words = lax.shift_right_logical(bits[:, 0], 16) | (bits[:, 1] & _UPPER)
+    return pltpu.bitcast(words.reshape(-1, rows.shape[1]), jnp.bfloat16)
+
+
+def widened_row(p, by_words: bool):
+    """int32: which row stands at place p after `widened`: of 16 rows the even ones, then the odd ones."""
+    return (p & -16) + 2 * (p & 7) + (lax.shift_right_logical(p, 3) & 1) if by_words else p
+
+
 def loop(count, stride, body):
     """body(first) for first = 0, stride, 2 stride ...: a loop, so that the registers of one turn are free for the next."""
     if count == 1:
@@ -71,22 +127,25 @@ def at(t: Tiling, image, r):
 class Block:
     """Where the row tile i of the grid stands in x, of `images` images with `rows` rows."""
 
-    def __init__(self, t: Tiling, i, images: int, rows: int):
+    def __init__(self, t: Tiling, i, images: int, rows: int, by_words: bool = False):
         parts = pl.cdiv(rows, t.rows)
-        self.t, self.images, self.rows = t, images, rows
+        self.t, self.images, self.rows, self.by_words = t, images, rows, by_words
         self.image, self.row = lax.div(i, parts) * t.images, lax.rem(i, parts) * t.rows
+
+    def _place(self, n):
+        return widened_row(iota(n, 0), self.by_words)
 
     def valid(self, image, r, n):
         """bool [n, 1]: which of a piece's rows exist. The others hold anything at all, NaN included."""
-        return (self.row + r + iota(n, 0) < self.rows) & (self.image + image < self.images)
+        return (self.row + r + self._place(n) < self.rows) & (self.image + image < self.images)
 
     def global_rows(self, image, r, n):
         """int32 [n, 1]: the rows of a piece, counted over all of x."""
-        return (self.image + image) * self.rows + self.row + r + iota(n, 0)
+        return (self.image + image) * self.rows + self.row + r + self._place(n)
 
-    def all_global_rows(self, n, axis):
-        """The same for all n rows of the block as they lie in VMEM, one stride per image; in the padding anything."""
-        p = iota(n, axis)
+    def all_global_rows(self, n, axis, first=0):
+        """The same for n rows of the block as they lie in VMEM, one stride per image, from `first` on; in the padding anything."""
+        p = widened_row(first + iota(n, axis), self.by_words)
         image = sum(((p >= k * self.t.stride).astype(jnp.int32) for k in range(1, self.t.images)), jnp.zeros_like(p))
         return self.image * self.rows + self.row + p + image * (self.rows - self.t.stride)
 

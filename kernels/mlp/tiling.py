@@ -46,6 +46,7 @@ class Tiling:
     """Of one kernel. A grid step takes `rows` rows of each of `images` images and `hidden` of the F hidden values.
 
     flat: x is taken as one image of B*T rows. stride: from one image to the next in VMEM, rows rounded up to whole register tiles.
+    by_words: bfloat16 rows are taken apart and put together by integer arithmetic (`body.widened`); the height is a multiple of 16.
     resident: the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
     """
 
@@ -55,6 +56,7 @@ class Tiling:
     stride: int
     hidden: int
     resident: bool
+    by_words: bool = False
 
     @property
     def height(self) -> int:
@@ -92,7 +94,7 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
     if not backward:
         return 4 * block + t.height * d * (operand + 4) + 2 * weights + 3 * t.height * hidden * 4
     natural = 0 if t.stride % LANES == 0 else t.columns * d * 4
-    sums = 2 * d * 4 * (whole if t.resident else 2 * hidden)
+    sums = 2 * d * 4 * (whole if t.resident else 3 * hidden)
     scratch = t.columns * (d * (2 * operand + 4) + hidden * 2 * operand) + natural
     blocks = (6 if t.resident else 3) * block
     return blocks + 2 * weights + sums + scratch + t.columns * LANES * 4 * 2 + 2 * d * LANES * 4
@@ -123,8 +125,9 @@ def _candidates(shape: Shape, device: Device, backward: bool) -> Iterator[Tiling
         images, rows = (1, shape.rows) if flat else (shape.b, shape.t)
         for most in _ROWS:
             if round_up(rows, tile) <= most:
-                stride = round_up(rows, tile)
-                heights.add((flat, min(images, most // stride), rows, stride))
+                for stride in {round_up(rows, tile), round_up(rows, 16)}:
+                    heights.add((flat, min(images, max(1, most // stride)), rows, stride))
+                    heights.add((flat, min(images, max(1, most // stride // 2 * 2)), rows, stride))
             elif flat:
                 heights.add((flat, 1, most, most))
             else:
@@ -132,8 +135,13 @@ def _candidates(shape: Shape, device: Device, backward: bool) -> Iterator[Tiling
                 heights.add((flat, 1, part, part))
     for flat, images, rows, stride in sorted(heights, reverse=True):
         for h in hidden:
-            for resident in (True, False) if h < shape.f else (True,):
-                yield Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident)
+            for resident in (True, False) if shape.f // h > 2 else (True,):  # three slots take turns
+                by_words = shape.itemsize == 2 and not device.bf16_matmul
+                if by_words and backward:
+                    by_words = rows % 16 == 0
+                elif by_words and images * stride % 16:
+                    continue
+                yield Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident, by_words=by_words)
 
 
 def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float:

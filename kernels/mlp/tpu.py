@@ -25,10 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dropout as drop
+from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.tpu import normalise
-from kernels.mlp import backward
-from kernels.mlp.body import Block, at, dot, for_pieces, gelu, hidden_columns, hidden_rows, iota, keep
+from kernels.mlp import backward, forward
 from kernels.mlp.tiling import Shape, Tiling, cost, tiles, vmem_limit
 
 
@@ -42,41 +42,6 @@ class _Spec:
     share: float
 
 
-def _forward_kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec: _Spec, t: Tiling, view):
-    """One row tile times one hidden tile. z [height, D] the normalised rows, acc [height, D] float32 the sum over hidden tiles."""
-    i, j = pl.program_id(0), pl.program_id(1)
-    d = acc.shape[1]
-    keep_scale = 1 / (1 - spec.rate)
-    block = Block(t, i, *view)
-
-    @pl.when(j == 0)
-    def _():
-        def begin(b, r, n):
-            normal, _ = normalise(x[b, pl.ds(r, n)].astype(jnp.float32))
-            z[pl.ds(at(t, b, r), n)] = (normal * scale[...] + bias[...]).astype(z.dtype)
-
-        for_pieces(t, begin)
-        acc[...] = jnp.broadcast_to(spec.share * b_out[...], acc.shape)
-
-    first = j * t.hidden if t.resident else 0
-    a = dot(z[...], hidden_columns(w_in, first, t.hidden), x.dtype) + b_in[0]
-    h: Any = gelu(a, spec.gelu)[0]
-    if spec.rate:
-        columns = scalars[3] + j * t.hidden + iota(t.hidden, 1)
-        h = jnp.where(keep(scalars, 0, block.all_global_rows(t.height, 0), columns, spec.rate), h * keep_scale, 0.0)
-    acc[...] += dot(h.astype(z.dtype), hidden_rows(w_out, first, t.hidden), x.dtype)
-
-    @pl.when(j == pl.num_programs(1) - 1)
-    def _():
-        def finish(b, r, n):
-            out = acc[pl.ds(at(t, b, r), n)]
-            if spec.rate:
-                out = jnp.where(keep(scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), out * keep_scale, 0.0)
-            y[b, pl.ds(r, n)] = (spec.share * x[b, pl.ds(r, n)].astype(jnp.float32) + out).astype(y.dtype)
-
-        for_pieces(t, finish)
-
-
 def _shape(x, w_in) -> Shape:
     b, t, d = x.shape
     return Shape(b, t, d, w_in.shape[1], x.dtype.itemsize)
@@ -87,15 +52,17 @@ def _weights(spec: _Spec, x, w_in, w_out):
     return w_in.astype(dtype), w_out.astype(dtype)
 
 
-def _row(v):
-    return v[None].astype(jnp.float32)
+def _rows(v):
+    """[..., K] or [..., 1, K] as eight equal rows, float32: what `by_tile` takes."""
+    v = v if v.ndim > 1 else v[None]
+    return jnp.broadcast_to(v.astype(jnp.float32), (*v.shape[:-2], SUBLANES, v.shape[-1]))
 
 
 def _specs(t: Tiling, shape: Shape):
     """Block specs of a row tile, a [1, D] vector, w_in and w_out."""
     d, f, parts = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
     rows = pl.BlockSpec((t.images, t.rows, d), lambda i, j, _: (lax.div(i, parts), lax.rem(i, parts), 0))
-    vector = pl.BlockSpec((1, d), lambda i, j, _: (0, 0))
+    vector = pl.BlockSpec((SUBLANES, d), lambda i, j, _: (0, 0))
     if t.resident:
         whole = partial(pl.BlockSpec, index_map=lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
         return rows, vector, whole((d, f)), whole((f, d))
@@ -109,40 +76,33 @@ def _specs(t: Tiling, shape: Shape):
 
 def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
     shape = _shape(x, w_in)
-    t = tiles(shape, spec.launch.device).forward
-    view, (row_tiles, hidden_tiles) = t.view(shape), t.grid(shape)
-    rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
+    device = spec.launch.device
+    t = tiles(shape, device).forward
+    view, hidden_tiles = t.view(shape), t.grid(shape)[1]
+    in_specs, out_spec = forward.specs(t, shape)
     operands = _weights(spec, x, w_in, w_out)
     (y,) = call(
-        partial(_forward_kernel, spec=spec, t=t, view=view),
+        partial(forward.kernel, spec=spec, t=t, view=view, hidden_tiles=hidden_tiles),
         launch=spec.launch,
         name="mlp_half_forward",
-        grid=(row_tiles, hidden_tiles),
-        in_specs=[
-            rows,
-            vector,
-            vector,
-            w_in_spec,
-            pl.BlockSpec((1, 1, t.hidden), lambda i, j, _: (j, 0, 0)),
-            w_out_spec,
-            vector,
-        ],
-        out_specs=[rows],
+        grid=t.grid(shape),
+        in_specs=in_specs,
+        out_specs=[out_spec],
         out_shapes=[((*view, shape.d), x.dtype)],
         semantics=("parallel", "arbitrary"),
         cost=cost(shape, t, backward=False),
-        vmem_bytes=vmem_limit(shape, spec.launch.device, t, backward=False),
-        scratch=[pltpu.VMEM((t.height, shape.d), operands[0].dtype), pltpu.VMEM((t.height, shape.d), jnp.float32)],
+        vmem_bytes=vmem_limit(shape, device, t, backward=False),
+        scratch=forward.scratch(t, shape.d, operands[0].dtype),
         prefetch=1,
     )(
         scalars,
         x.reshape(*view, shape.d),
-        _row(scale),
-        _row(bias),
+        _rows(scale),
+        _rows(bias),
         operands[0],
-        b_in.astype(jnp.float32).reshape(hidden_tiles, 1, t.hidden),
+        _rows(b_in.reshape(hidden_tiles, 1, t.hidden)),
         operands[1],
-        _row(b_out),
+        _rows(b_out),
     )
     # Named inside the rule, so that a rematerialisation policy can choose to keep them.
     y = checkpoint_name(y.reshape(x.shape), "mlp_half_out")
@@ -179,7 +139,7 @@ def _backward(spec: _Spec, saved, dy):
             ((d, f), jnp.float32),
             ((f, d), jnp.float32),
             ((hidden_tiles, 1, t.hidden), jnp.float32),
-            *[((1, d), jnp.float32)] * 3,
+            *[((SUBLANES, d), jnp.float32)] * 3,
         ],
         semantics=("arbitrary", "arbitrary"),
         cost=cost(shape, t, backward=True),
@@ -190,13 +150,13 @@ def _backward(spec: _Spec, saved, dy):
         scalars,
         x.reshape(*view, d),
         dy.reshape(*view, d),
-        _row(scale),
-        _row(bias),
+        _rows(scale),
+        _rows(bias),
         operands[0],
         b_in.astype(jnp.float32).reshape(hidden_tiles, t.hidden, 1),
         operands[1],
     )
-    found = (dscale[0], dbias[0], dw_in, db_in.reshape(f), dw_out, db_out[0])
+    found = (dscale.sum(0), dbias.sum(0), dw_in, db_in.reshape(f), dw_out, db_out.sum(0))
     found = [a.astype(b.dtype) for a, b in zip(found, (scale, bias, w_in, b_in, w_out, b_out), strict=True)]
     return None, dx.reshape(x.shape), *found
 

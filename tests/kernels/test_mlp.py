@@ -19,6 +19,7 @@ from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch, vary_alike
 from kernels.mlp import reference, tpu
+from kernels.mlp.body import narrowed, widened, widened_row
 from kernels.mlp.tiling import Shape, Tiles, Tiling, cost, tiles, vmem_bytes
 from tests import oracle
 
@@ -29,6 +30,7 @@ WIDE = Launch(device=DEVICES["v3"], interpret=True)  # float32 operands in VMEM
 STRICT = replace(FAST, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
 
 # Two and more steps along every axis of the grid, with tails: images of their own, flat rows, weights resident and streamed.
+WORDS = Tiling(flat=False, images=2, rows=47, stride=48, hidden=128, resident=False, by_words=True)
 RESIDENT = Tiling(flat=False, images=2, rows=17, stride=32, hidden=128, resident=True)
 PARTS = Tiling(flat=False, images=1, rows=16, stride=16, hidden=128, resident=False)
 STREAMED = Tiling(flat=True, images=1, rows=128, stride=128, hidden=128, resident=False)
@@ -100,10 +102,40 @@ def test_every_way_to_cut_agrees_with_the_reference(t, dtype):
     judge(arrays(3, 47, 64, 384, dtype), FAST, t, dropout=Dropout(0.3, jnp.int32(5), 9, 4))
 
 
+@pytest.mark.parametrize("t", [47, 21], ids=["squares", "a border within 16 rows"])
+def test_rows_taken_apart_by_words_agree_with_the_reference(t):
+    """As v2 and v3 do: even rows beside odd ones in VMEM, images that begin in the middle of 16 rows, dropout on every row's own."""
+    forward = replace(WORDS, rows=t, stride=-(-t // 8) * 8)
+    backward = replace(WORDS, rows=48, stride=48)
+    args = arrays(3, t, 64, 384, jnp.bfloat16)
+    options = {"dropout": Dropout(0.3, jnp.int32(5), 9, 4)}
+    with mock.patch.object(tpu, "tiles", return_value=Tiles(forward=forward, backward=backward)):
+        judge(args, WIDE, **options)
+
+
+def test_words_round_to_nearest_even_and_keep_what_is_not_a_number():
+    """Against the cast: halves of the last place, subnormals, the largest numbers, infinities; NaN stays NaN."""
+    r = np.random.default_rng(0)
+    bits = r.integers(0, 2**32, (64, 256), dtype=np.uint64).astype(np.uint32)
+    bits[:8] = (bits[:8] & 0xFFFF0000) | 0x8000  # ties
+    bits[8, :4] = (0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0x7F7FFFFF)
+    rows = jnp.asarray(bits.view(np.float32))
+    order = np.asarray(widened_row(jnp.arange(64), True))
+    np.testing.assert_array_equal(np.sort(order), np.arange(64))
+    rounded = rows.astype(jnp.bfloat16).astype(jnp.float32)
+    wide = jax.jit(partial(widened, by_words=True))(rows.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(wide, rounded[order])
+    narrow = jax.jit(partial(narrowed, dtype=jnp.bfloat16, by_words=True))(rows[order])
+    np.testing.assert_array_equal(narrow.astype(jnp.float32), rounded)
+
+
 @pytest.mark.parametrize("t", [RESIDENT, STREAMED], ids=["resident", "streamed"])
 def test_no_race_and_no_uninitialised_memory(t):
     """The TPU interpreter: DMAs take time, memory begins as NaN (rows beyond the array too), races raise."""
-    args, options = arrays(*((3, 17) if t is RESIDENT else (1, 150)), 32, 256), {"dropout": Dropout(0.2, jnp.int32(5))}
+    args, options = (
+        arrays(*((3, 17) if t is RESIDENT else (1, 150)), 32, 256 if t is RESIDENT else 384),
+        {"dropout": Dropout(0.2, jnp.int32(5))},
+    )
     judge(args, STRICT, t, **options)
 
 

@@ -1,0 +1,111 @@
+"""The forward kernel of the MLP half; the equations and the plan stand in `tpu.py`.
+
+The last hidden tile has code of its own: there the sums go from the MXU through dropout and residual straight to y, beside the
+product that makes them, instead of to `acc` and back in a pass of their own.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.device import SUBLANES
+from kernels.layer_norm.tpu import normalise
+from kernels.mlp.body import Block, by_tile, dot, gelu, hidden_columns, hidden_rows, iota, keep, loop, narrowed, widened
+from kernels.mlp.tiling import Shape, Tiling
+
+
+def _piece(t: Tiling) -> int:
+    """Rows normalised at a time: what divides a row tile into whole register tiles, at most 128."""
+    return max(n for n in range(8, min(t.height, 128) + 1, 8) if t.height % n == 0 and (n % 16 == 0 or t.height % 16))
+
+
+class _Flat:
+    """A block [images, stride, D] as [height, D] rows: a view, which Mosaic takes of the reference and the interpreter of its value."""
+
+    def __init__(self, ref, t: Tiling, *, interpret: bool):
+        self.ref, self.interpret, self.shape = ref, interpret, (t.height, ref.shape[-1])
+
+    def rows(self, first, size):
+        if self.interpret:
+            return lax.dynamic_slice_in_dim(self.ref[...].reshape(self.shape), first, size)
+        return self.ref.reshape(self.shape)[pl.ds(first, size)]
+
+    def store(self, value):
+        if self.interpret:
+            self.ref[...] = value.reshape(self.ref.shape)
+        else:
+            self.ref.reshape(self.shape)[...] = value
+
+
+def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec, t: Tiling, view, hidden_tiles: int):
+    """One row tile times one hidden tile. x, y [images, stride, D]; z [height, D] the normalised rows, acc [height, D] float32 the
+    sum over hidden tiles; scale, bias, b_out, b_in [8, K] eight equal rows."""
+    i, j = pl.program_id(0), pl.program_id(1)
+    d = acc.shape[1]
+    scaled = 1 / (1 - spec.rate)
+    block = Block(t, i, *view, t.by_words)
+    flat_x, flat_y = (_Flat(ref, t, interpret=bool(spec.launch.interpret)) for ref in (x, y))
+    size = _piece(t)
+
+    @pl.when(j == 0)
+    def _():
+        def begin(first):
+            rows = pl.ds(first, size)
+            normal, _ = normalise(widened(flat_x.rows(first, size), t.by_words))
+            z[rows] = by_tile(lambda n: n * scale[...] + bias[...], normal).astype(z.dtype)
+
+        loop(t.height // size, size, begin)
+
+    def product():
+        hidden = j * t.hidden if t.resident else 0
+        a = by_tile(lambda a: a + b_in[0], dot(z[...], hidden_columns(w_in, hidden, t.hidden), x.dtype))
+        h: Any = gelu(a, spec.gelu)[0]
+        if spec.rate:
+            columns = scalars[3] + j * t.hidden + iota(t.hidden, 1)
+            h = jnp.where(keep(scalars, 0, block.all_global_rows(t.height, 0), columns, spec.rate), h * scaled, 0.0)
+        return dot(h.astype(z.dtype), hidden_rows(w_out, hidden, t.hidden), x.dtype)
+
+    def finish(out):
+        out = by_tile(lambda a: a + spec.share * b_out[...], out)
+        if spec.rate:
+            out = jnp.where(keep(scalars, 1, block.all_global_rows(t.height, 0), iota(d, 1), spec.rate), out * scaled, 0.0)
+        flat_y.store(narrowed(spec.share * widened(flat_x.rows(0, t.height), t.by_words) + out, y.dtype, t.by_words))
+
+    if hidden_tiles == 1:
+        finish(product())
+        return
+
+    @pl.when(j == 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when(j + 1 < hidden_tiles)
+    def _():
+        acc[...] += product()
+
+    @pl.when(j + 1 == hidden_tiles)
+    def _():
+        finish(acc[...] + product())
+
+
+def specs(t: Tiling, shape: Shape):
+    """(input specs, output spec)."""
+    d, f, of_image = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
+    rows = pl.BlockSpec((t.images, t.stride, d), lambda i, j, _: (lax.div(i, of_image), lax.rem(i, of_image), 0))
+    vector = pl.BlockSpec((SUBLANES, d), lambda i, j, _: (0, 0))
+    if t.resident:
+        whole = partial(pl.BlockSpec, index_map=lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
+        w_in, w_out = whole((d, f)), whole((f, d))
+    else:
+        w_in = pl.BlockSpec((d, t.hidden), lambda i, j, _: (0, j))
+        w_out = pl.BlockSpec((t.hidden, d), lambda i, j, _: (j, 0))
+    b_in = pl.BlockSpec((1, SUBLANES, t.hidden), lambda i, j, _: (j, 0, 0))
+    return (rows, vector, vector, w_in, b_in, w_out, vector), rows
+
+
+def scratch(t: Tiling, d: int, operand) -> list:
+    return [pltpu.VMEM((t.height, d), operand), pltpu.VMEM((t.height, d), jnp.float32)]
