@@ -1,4 +1,4 @@
-"""Table 3 of the paper as data: how each model is pre-trained on each data set.
+"""Tables 3 and 4 of the paper as data: how each model is pre-trained on each data set, and fine-tuned.
 
 A recipe is what stays fixed from run to run: data size, epochs, learning rate, decay, regularisation, loss. What a run adds
 (model, mesh, seed, directory) is the job's. Source: Dosovitskiy et al., ICLR 2021, Table 3 and appendix B.1; (release) and
@@ -6,7 +6,7 @@ A recipe is what stays fixed from run to run: data size, epochs, learning rate, 
 """
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 IMAGENET_EXAMPLES = 1_281_167
@@ -166,3 +166,89 @@ def _find(rows, model: str) -> Row | None:
         if any(model.startswith(known[:-1]) if known.endswith("*") else model == known for known in row.models):
             return row
     return None
+
+
+# --- fine-tuning: Table 4 -----------------------------------------------------------------------------------------------------
+
+GRID = (0.001, 0.003, 0.01, 0.03)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe:
+    """One way to fine-tune: SGD with momentum, cosine decay, no weight decay. Frozen, checked.
+
+    steps: updates. base_lrs: the grid of peak learning rates; the first is not the best, a sweep finds that. dev_share: part of the
+    training images on which the sweep chooses. warmup_steps: linear rise from 0 (500: release; 100 for runs of 500 steps: later).
+    runs: on all of train after the choice, whose mean and deviation count. polyak: decay of the parameters' average, 0 for none.
+    """
+
+    name: str
+    steps: int
+    base_lrs: tuple[float, ...]
+    dev_share: float
+    warmup_steps: int = 500
+    batch_size: int = 512
+    momentum: float = 0.9
+    clip_norm: float = 1.0
+    image_size: int = 384
+    runs: int = 3
+    polyak: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.warmup_steps < self.steps or min(self.batch_size, self.image_size, self.runs) < 1:
+            raise ValueError(
+                f"steps={self.steps}, warmup_steps={self.warmup_steps}, batch_size={self.batch_size}, "
+                f"image_size={self.image_size}, runs={self.runs} in recipe {self.name!r}: positive numbers and a warm-up shorter than the run are required"
+            )
+        if not self.base_lrs or min(self.base_lrs) <= 0 or not 0 < self.dev_share < 1 or not 0 <= self.polyak < 1:
+            raise ValueError(
+                f"base_lrs={self.base_lrs}, dev_share={self.dev_share}, polyak={self.polyak} in recipe {self.name!r}: "
+                "rates above 0, a share in (0, 1) and a decay in [0, 1) are required"
+            )
+
+
+def _finetune(name, steps, base_lrs, dev_share, **more) -> FinetuneRecipe:
+    return FinetuneRecipe(name=name, steps=steps, base_lrs=base_lrs, dev_share=dev_share, **more)
+
+
+# Table 4, and the shares of train that appendix B.1.1 holds out to choose on; VTAB chooses on 200 of its 1000 images.
+TABLE_4 = {
+    recipe.name: recipe
+    for recipe in (
+        _finetune("imagenet", 20_000, (0.003, 0.01, 0.03, 0.06), 0.01),
+        _finetune("cifar100", 10_000, GRID, 0.02),
+        _finetune("cifar10", 10_000, GRID, 0.02),
+        _finetune("pets", 500, GRID, 0.1, warmup_steps=100),
+        _finetune("flowers", 500, GRID, 0.1, warmup_steps=100),
+        _finetune("vtab", 2_500, (0.01,), 0.2),
+    )
+}
+
+# Table 2's ImageNet runs: higher resolutions for the two largest models, and averaged parameters (appendix B.1.1).
+TABLE_2_POLYAK = 0.9999
+TABLE_2_SIZES = {"L/16": 512, "H/14": 518}
+
+# Not of the paper: the digits that pre-training has not seen, within a minute on two CPU cores. Of 8x8 pixels, and 144 a class.
+DIGITS_FINETUNE = _finetune(
+    "digits", 300, (0.01, 0.03, 0.1, 0.3), 0.1, warmup_steps=30, batch_size=128, image_size=8
+)  # fmt: skip
+
+
+def finetune_recipe(name: str, *, width: int | None = None, patch_size: int | None = None) -> FinetuneRecipe:
+    """The fine-tuning recipe of a name: a row of Table 4, "imagenet-table2", or "digits".
+
+    width, patch_size: of the model, which imagenet-table2 asks for: L/16 (width 1024) takes 512 pixels, H/14 (width 1280) 518,
+    others 384. Raises ValueError, with the nearest names, for one there is not.
+
+        >>> finetune_recipe("cifar100").steps
+        10000
+    """
+    known = {"digits": DIGITS_FINETUNE, **TABLE_4}
+    if name in known:
+        return known[name]
+    if name == "imagenet-table2":
+        model = {1024: "L", 1280: "H"}.get(width or 0, "?") + f"/{patch_size}"
+        size = TABLE_2_SIZES.get(model, TABLE_4["imagenet"].image_size)
+        return replace(TABLE_4["imagenet"], name=name, image_size=size, polyak=TABLE_2_POLYAK)
+    near = difflib.get_close_matches(name, [*known, "imagenet-table2"], n=3, cutoff=0.4) or [*known, "imagenet-table2"]
+    raise ValueError(f"unknown fine-tuning recipe {name!r}: the nearest are {', '.join(near)}")

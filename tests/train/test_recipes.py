@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from train.recipes import TABLE_3, Recipe, names, recipe
+from train.recipes import TABLE_3, TABLE_4, Recipe, finetune_recipe, names, recipe
 
 # Models, data set, epochs, base LR, LR decay, weight decay, dropout: the thirteen rows as printed.
 PAPER = """
@@ -115,3 +115,51 @@ def test_steps_are_whole_batches_and_at_least_one():
     r = Recipe(name="x", examples=10, epochs=3, base_lr=1.0, decay="cosine", weight_decay=0.0, dropout=0.0, batch_size=4)
     assert r.steps == 7
     assert dataclasses.replace(r, batch_size=100).steps == 1
+
+
+# --- Table 4 ----------------------------------------------------------------------------------------------------------------
+
+# Data set, steps, base LRs, share of train held out to choose on, warm-up: as printed, and as the releases have it.
+PAPER_4 = """
+imagenet | 20000 | 0.003 0.01 0.03 0.06  | 0.01 | 500
+cifar100 | 10000 | 0.001 0.003 0.01 0.03 | 0.02 | 500
+cifar10  | 10000 | 0.001 0.003 0.01 0.03 | 0.02 | 500
+pets     | 500   | 0.001 0.003 0.01 0.03 | 0.1  | 100
+flowers  | 500   | 0.001 0.003 0.01 0.03 | 0.1  | 100
+vtab     | 2500  | 0.01                  | 0.2  | 500
+"""
+ROWS_4 = [[cell.strip() for cell in line.split("|")] for line in PAPER_4.strip().splitlines()]
+
+
+@pytest.mark.parametrize("row", ROWS_4, ids=lambda row: row[0])
+def test_every_row_of_table_4(row):
+    name, steps, rates, share, warmup = row
+    r = finetune_recipe(name)
+    assert (r.name, r.steps, r.base_lrs) == (name, int(steps), tuple(map(float, rates.split())))
+    assert (r.dev_share, r.warmup_steps) == (float(share), int(warmup))
+    assert (r.batch_size, r.momentum, r.clip_norm, r.image_size, r.runs, r.polyak) == (512, 0.9, 1.0, 384, 3, 0.0)
+
+
+def test_table_4_has_these_rows_and_no_others():
+    assert list(TABLE_4) == [row[0] for row in ROWS_4]
+
+
+def test_table_2_s_runs_are_larger_and_averaged():
+    for width, patch, size in ((1024, 16, 512), (1280, 14, 518), (768, 16, 384), (1024, 32, 384), (None, None, 384)):
+        r = finetune_recipe("imagenet-table2", width=width, patch_size=patch)
+        assert (r.image_size, r.polyak, r.steps, r.base_lrs) == (size, 0.9999, 20_000, (0.003, 0.01, 0.03, 0.06))
+
+
+def test_an_unknown_fine_tuning_recipe_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown fine-tuning recipe 'cifar1O0': the nearest are cifar10"):
+        finetune_recipe("cifar1O0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 500}, {"base_lrs": ()}, {"base_lrs": (0.0,)}, {"dev_share": 1.0}, {"polyak": 1.0}, {"runs": 0}, {"batch_size": 0}],
+    ids=str,
+)
+def test_a_changed_fine_tuning_recipe_is_checked_again(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}.* in recipe 'cifar10'"):
+        dataclasses.replace(finetune_recipe("cifar10"), **change)
