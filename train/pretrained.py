@@ -70,10 +70,13 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
     try:
         with open(os.path.join(run, "config.json")) as file:
             held = json.load(file)
-        config = variant(
-            held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
-            representation_size=held.get("representation_size") or None,
-        )  # fmt: skip
+        if "vit" in held:  # a fine-tuned model need not have a name
+            config = ViTConfig(**held["vit"])
+        else:
+            config = variant(
+                held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
+                representation_size=held.get("representation_size") or None,
+            )  # fmt: skip
     except OSError as error:
         wanted = "a run's directory with config.json and checkpoints/, an .npz or a .safetensors is required"
         raise WeightError(f"{path} holds no config.json ({error.strerror}): {wanted}") from error

@@ -198,7 +198,8 @@ class FinetuneRecipe:
         if not 0 <= self.warmup_steps < self.steps or min(self.batch_size, self.image_size, self.runs) < 1:
             raise ValueError(
                 f"steps={self.steps}, warmup_steps={self.warmup_steps}, batch_size={self.batch_size}, "
-                f"image_size={self.image_size}, runs={self.runs} in recipe {self.name!r}: positive numbers and a warm-up shorter than the run are required"
+                f"image_size={self.image_size}, runs={self.runs} in recipe {self.name!r}: "
+                "positive numbers and a warm-up shorter than the run are required"
             )
         if not self.base_lrs or min(self.base_lrs) <= 0 or not 0 < self.dev_share < 1 or not 0 <= self.polyak < 1:
             raise ValueError(
