@@ -202,7 +202,7 @@ class _Loop:
         fresh = distributed.broadcast(not directory.exists())
         self.feed = stack.enter_context(Feed(run.batches))
         self.batch = self.feed.next(self.alone_and_asked, more=False) if fresh else None
-        if self.first:
+        if self.first and fresh:
             run.claim()
         distributed.broadcast(None)  # nobody writes before the claim stands
         self.checkpoints = stack.enter_context(Checkpoints(directory, keep=run.keep, every=run.keep_every, say=self.say))
@@ -217,6 +217,8 @@ class _Loop:
             self.feed.state = extra["loader"]
             self.now = _Progress.restored(int(self.state.step), extra)
             self.say(f"resuming at step {self.now.step} from {directory}")
+        if self.first and not fresh:
+            run.claim()  # now that there is a run to go on with
         self.started = self.now.step
 
     def save(self) -> None:
@@ -240,6 +242,7 @@ class _Loop:
             self.say(f"step {step}: loss {loss}, gradient norm {norm}: skipped ({now.in_a_row} in a row, {now.skipped} in all)")
 
     def step(self, batch) -> dict:
+        self.watchdog.beat(f"taking step {self.now.step + 1}")
         self.state, metrics = self.step_fn(self.state, self.put(batch["image"]), self.put(batch["label"]))
         self.now.step += 1
         self.unseen.append((self.now.step, metrics))
@@ -247,7 +250,6 @@ class _Loop:
         if len(self.unseen) > in_flight:
             jax.block_until_ready(self.unseen[-1 - in_flight][1])
         self.settle(in_flight)
-        self.watchdog.beat(f"taking step {self.now.step + 1}")
         return metrics
 
     def finish_step(self, record: dict, rate: float, *, due: bool) -> None:
@@ -267,8 +269,8 @@ class _Loop:
                 record |= run.probe(self.state)
             if now.skipped:
                 record["skipped"] = now.skipped
-            # the schedule counts updates, and a skipped step is none
-            lr = np.asarray(run.learning_rate(now.step - 1 - now.skipped)).item()
+            # the schedule counts the updates before this step; a skipped step is none, but had a rate
+            lr = np.asarray(run.learning_rate(now.step - 1 - now.skipped + (now.in_a_row > 0))).item()
             self.recorder.write(now.step, **record, learning_rate=lr, images_per_second=rate * run.batch_size)
             self.recorder.progress(now.step, loss=record.get("loss"), images_per_second=rate * run.batch_size)
 
