@@ -1,9 +1,14 @@
 """Images for a run: sources behind one interface, augmentation keyed by example, batches that do not depend on the machine.
 
-    source = open_source("folder:/data/imagenet", "train[:99%]")
+    source = open_source("folder:PATH", "train[:99%]")
     with train_batches(source, image_size=224, channels=3, batch_size=4096, seed=0) as batches:
         batch = next(batches)              # {"image": float32 [B, Y, X, C] in [-1, 1], "label": int32 [B]}
         saved = batches.get_state()        # {"global_next_index": 4096}
+
+Sources: `digits`; `folder:PATH` of PATH/train/CLASS/*.jpg; `tar:PATTERN`, WebDataset shards; `arrayrecord:PATTERN`, what
+train.data.pack writes; `tfds:NAME`, what TensorFlow Datasets prepared; `parquet:PATTERN`, as the Hugging Face hub has them;
+`cifar:PATH`, the binary version. In a PATTERN {split} stands for the name of the split, as in tar:DATA/imagenet-{split}-*.tar; a
+folder is a pattern, too.
 
 A part of a split is written behind its name, in brackets that apply from left to right (`train/data/select.py`):
 
@@ -18,13 +23,12 @@ What a run sees is a function of (data, seed, batch size) alone: never of proces
 A new source is one small file with an `open_...(rest, split)` function and one line in `SOURCES`.
 """
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 from train.data.augment import AUGMENTATIONS, PREPROCESSES
-from train.data.digits import open_digits
-from train.data.folder import open_folder
 from train.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
 from train.data.select import check_classes, parse_split, select
 from train.data.source import BadImage, DataError, Example, Source
@@ -56,9 +60,23 @@ class Scheme(NamedTuple):
     path: bool = True
 
 
+def _later(module: str) -> Callable[[str, str], Source]:
+    """train.data.<module>.open_<module>, imported when it is called: each source has needs that the others should not pay for."""
+
+    def opens(rest: str, split: str) -> Source:
+        return getattr(importlib.import_module(f"train.data.{module}"), f"open_{module}")(rest, split)
+
+    return opens
+
+
 SOURCES = {
-    "digits": Scheme("digits", open_digits, path=False),
-    "folder": Scheme("folder:PATH", open_folder),
+    "digits": Scheme("digits", _later("digits"), path=False),
+    "folder": Scheme("folder:PATH", _later("folder")),
+    "tar": Scheme("tar:PATTERN", _later("tar")),
+    "arrayrecord": Scheme("arrayrecord:PATTERN", _later("arrayrecord")),
+    "tfds": Scheme("tfds:NAME", _later("tfds"), path=False),
+    "parquet": Scheme("parquet:PATTERN", _later("parquet")),
+    "cifar": Scheme("cifar:PATH", _later("cifar")),
 }
 
 
