@@ -1,7 +1,7 @@
-"""How far the schedule's count of a kernel is from the compiler's own static profile, where both exist, and what to say of the rest.
+"""How far the schedule's count of a kernel is from the compiler's own static profile, and what to say where it is far.
 
-`python -m bench.kernels --target v5e v6e --calibrate --save` measures the table beside this file (`calibration.json`): generation ->
-kernel -> deviation, schedule / profile - 1. A figure whose kernels were off by more than TRUSTED says so.
+`python -m bench.kernels --target v5e v6e --calibrate --save` makes the table beside this file (`calibration.json`): generation,
+kernel, deviation, schedule / profile - 1. A figure whose kernels were off by more than TRUSTED says so.
 """
 
 import json

@@ -50,17 +50,27 @@ class Clock:
         return float("inf") if self.until is None else self.until - time.monotonic()
 
 
-def start(request: dict[str, Any], *, seconds: float, tell: Callable[[dict[str, Any]], None] = lambda _: None):
+def start(
+    request: Any,
+    *,
+    seconds: float,
+    tell: Callable[[dict[str, Any]], None] = lambda _: None,
+    module: str = "bench.trial",
+    platform: str | None = None,
+):
     """(records, error) of one trial; error is empty, or one line that says how the process ended.
 
-    seconds: after these it is killed, and what it had said stands. tell: called with each record as it comes.
+    seconds: after these it is killed, and what it had said stands. tell: called with each record as it comes. module: what the
+    process runs. platform: the only one that jax sees there; by default the devices present.
     """
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if platform:
+        environment["JAX_PLATFORMS"] = platform
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (*sys.path, os.getcwd()) if p)
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "bench.trial"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -139,7 +139,7 @@ def _bytes(shape: str) -> int:
 
 
 def _collective_bytes(line: _Line, lines: dict[str, _Line]) -> int:
-    """The larger of a collective's operands and its result; of a start, whose result is (operands, results, ...), the rest of it."""
+    """The larger of a collective's operands and result; of a start, whose result is (operands, results, ...), the rest of it."""
     brought = sum(_bytes(lines[name].shape) for name in line.operands() if name in lines)
     taken = _bytes(line.shape)
     if line.opcode.endswith("-start") and line.shape.startswith("("):

@@ -1,13 +1,15 @@
-"""What our kernels cost against XLA's own code, by the compiler: no TPU needed, no number measured on one.
+"""What our kernels cost beside the references and beside JAX's own attention: cycles by the TPU compiler, or time on a device.
 
-    python -m bench.kernels --target v3                                     every op at ViT-B/16 and 224 pixels
+    python -m bench.kernels                                                 times, on the devices present
+    python -m bench.kernels --target v3                                     cycles, every op at ViT-B/16 and 224 pixels
     python -m bench.kernels --target v3 v5e v6e --op attention --batch 64
     python -m bench.kernels --target v3 --whole ViT-B/16 --batch 128 --train
     python -m bench.kernels --target v3 --largest-batch ViT-B/16 --remat
-    python -m bench.kernels --target v5e v6e --calibrate --batch 8
+    python -m bench.kernels --target v5e v6e --calibrate --batch 8 --save
 
-Cycles are compiler estimates (`bench.tpu_compiler` says from where). The bound is the FLOPs of the op's matrix products over what
-the MXUs of a core do in a cycle; the share is bound over cycles.
+Cycles are compiler estimates (`bench.tpu_compiler` says from where), never measured. The bound is the FLOPs of the op's matrix
+products over what the MXUs of a core do in a cycle; the share is bound over cycles. Errors are against float64 (`bench.accuracy`):
+where no device runs an implementation it is interpreted, at a small shape. `bench.rivals` says how JAX's own attention is called.
 """
 
 import json
@@ -16,6 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bench import calibration
+from bench.accuracy import IMAGES, PATCHES
+from bench.device_study import TrialError, describe, start
 from bench.shapes import OPS, SHAPES, flops, model_flops
 from bench.tpu_compiler import PROFILED, TOPOLOGIES, CompilerMissing, Program, Report, compile_programs
 from kernels.device import DEVICES
@@ -47,9 +52,17 @@ class Kernels:
     step: int = 16
     """With --largest-batch: to a multiple of this."""
     ours_only: bool = False
-    """Leave XLA's own code out."""
+    """Leave XLA's own code, JAX's attention and the errors out."""
+    rivals: bool = False
+    """Beside attention, JAX's own: jax.nn, cuDNN on a GPU, Pallas flash and splash on a TPU."""
+    errors: bool = False
+    """The error of each implementation against float64 (on a target: interpreted, two images of 17 tokens)."""
+    seconds: float = 1.0
+    """On a device: timing of one implementation."""
     calibrate: bool = False
     """Compare the schedule's count with the compiler's profile, kernel by kernel (v5e, v5p, v6e, 7x). Use a small batch."""
+    save: bool = False
+    """With --calibrate: keep the deviations in bench/calibration.json, which other tables quote."""
     json: Path | None = None
     """Write the records there, too."""
 
@@ -91,10 +104,12 @@ def _why(report: Report) -> str:
     return report.error or next((k.error for k in report.kernels if k.error), "")
 
 
-def _record(options: Kernels, target: str, what: str, work: int, ours: Report, plain: Report | None) -> dict[str, Any]:
+def _record(
+    options: Kernels, target: str, what: str, work: int, ours: Report, plain: Report | None, others: dict[str, Report]
+) -> dict[str, Any]:
     bound = work / DEVICES[target].flops_per_cycle
     record = {"target": target, "what": what, "batch": options.batch, "dtype": options.dtype, "bound": round(bound)}
-    for name, report in (("ours", ours), ("xla", plain)):
+    for name, report in (("ours", ours), ("xla", plain), *others.items()):
         if report is None:
             continue
         cycles = _cycles(report)
@@ -106,6 +121,7 @@ def _record(options: Kernels, target: str, what: str, work: int, ours: Report, p
             "xla_cycles": report.xla_cycles,
             "seconds_to_compile": report.seconds,
             "error": _why(report),
+            "note": "" if report.error else calibration.note(target, report),
         }
     return record
 
@@ -122,8 +138,25 @@ def _line(record: dict[str, Any]) -> str:
     memory = f"{ours['bytes'] / 2**20:,.0f}" + (f" / {plain['bytes'] / 2**20:,.0f}" if plain else "")
     cells = (record["what"], cycles(ours), each, cycles(plain), ratio, f"{record['bound']:,}", share, memory)
     text = "{:<36}{:>14}{:>12}{:>14}{:>7}{:>14}{:>7}{:>18}".format(*cells)
-    problems = [f"  {name}: {side['error']}" for name, side in (("ours", ours), ("xla", plain)) if side and side["error"]]
-    return "\n".join([text, *problems])
+    lines = [text + _error_cell(record, "ours", "xla")]
+    for name in _OTHERS:
+        if (other := record.get(name)) is not None:
+            against = f"{other['cycles'] / ours['cycles']:.2f}" if other["cycles"] and ours["cycles"] else "-"
+            each = f"{other['cycles'] / record['batch']:,.0f}" if other["cycles"] else "-"
+            row = f"  {name:<34}{'':>14}{each:>12}{cycles(other):>14}{against:>7}{'':>14}{'':>7}{other['bytes'] / 2**20:>18,.0f}"
+            lines.append(row + _error_cell(record, name))
+    sides = [(name, record[name]) for name in ("ours", "xla", *_OTHERS) if name in record]
+    lines += [f"  {name}: {side[why][:300]}" for name, side in sides for why in ("error", "note") if side[why]]
+    return "\n".join(lines)
+
+
+_OTHERS = ("jax.nn", "flash", "splash")  # of attention, on a TPU; cuDNN is a GPU's
+
+
+def _error_cell(record: dict[str, Any], *names: str) -> str:
+    known = record.get("errors", {})
+    cells = [f"{known[n]:.1e}" if isinstance(known.get(n), float) else "-" for n in names]
+    return f"{' / '.join(cells):>20}" if known else ""
 
 
 _HEADER = "{:<36}{:>14}{:>12}{:>14}{:>7}{:>14}{:>7}{:>18}".format(
@@ -131,22 +164,61 @@ _HEADER = "{:<36}{:>14}{:>12}{:>14}{:>7}{:>14}{:>7}{:>18}".format(
 )
 
 
+def _names(options: Kernels, build: str, op: str | None) -> list[tuple[str, Any]]:
+    """Whose code is compiled: (name in the record, the builder's `kernels`)."""
+    names: list[tuple[str, Any]] = [("ours", True), *(() if options.ours_only else (("xla", False),))]
+    if options.rivals and not options.ours_only and op == "attention" and build.endswith(":one_op"):
+        names += [(name, name) for name in _OTHERS]
+    return names
+
+
 def _pairs(options: Kernels, target: str, jobs: list[tuple[str, int, str, dict]]) -> list[dict]:
-    """Records of (what, FLOPs, builder, arguments), ours and XLA's."""
-    sides = (True,) if options.ours_only else (True, False)
+    """Records of (what, FLOPs, builder, arguments): ours, XLA's and JAX's own."""
+    sides = [_names(options, build, arguments.get("op")) for _, _, build, arguments in jobs]
     programs = [
-        Program(build=build, arguments={**arguments, "kernels": side}, name=f"{what} {'ours' if side else 'XLA'}")
-        for what, _, build, arguments in jobs
-        for side in sides
+        Program(build=build, arguments={**arguments, "kernels": side}, name=f"{what} {'XLA' if name == 'xla' else name}")
+        for (what, _, build, arguments), names in zip(jobs, sides, strict=True)
+        for name, side in names
     ]
-    print(f"{target}, batch {options.batch}, {options.dtype}: cycles (compiler estimate)\n{_HEADER}")
-    reports = _compile(target, programs)
+    heading = f"{'error ours / XLA':>20}" if options.errors and not options.ours_only else ""
+    print(f"{target}, batch {options.batch}, {options.dtype}: cycles (compiler estimate)\n{_HEADER}{heading}")
+    reports = iter(_compile(target, programs))
+    errors = _errors(options, target, jobs, sides)
     records = []
-    for i, (what, work, _, _) in enumerate(jobs):
-        ours, plain = reports[i * len(sides)], reports[i * len(sides) + 1] if len(sides) == 2 else None
-        records.append(_record(options, target, what, work, ours, plain))
+    for i, ((what, work, _, _), names) in enumerate(zip(jobs, sides, strict=True)):
+        found = {name: next(reports) for name, _ in names}
+        ours, plain = found.pop("ours"), found.pop("xla", None)
+        records.append(_record(options, target, what, work, ours, plain, found))
+        if i in errors:
+            records[-1] |= {"errors": errors[i], "errors_at": f"interpreted, {IMAGES} images of {PATCHES} x {PATCHES} patches"}
         print(_line(records[-1]), flush=True)
+    if errors:
+        print(f"errors: largest difference from float64 over the largest value, interpreted at {IMAGES} images of 17 tokens")
     return records
+
+
+def _errors(options: Kernels, target: str, jobs, sides) -> dict[int, dict[str, Any]]:
+    """Job -> implementation -> error against float64, or why there is none. In a process on the CPU: nothing runs on a TPU."""
+    if not options.errors or options.ours_only:
+        return {}
+    asked, places = [], []
+    for i, ((_, _, build, arguments), names) in enumerate(zip(jobs, sides, strict=True)):
+        if not build.endswith(":one_op"):
+            continue
+        for name, _ in names:
+            same = {key: arguments[key] for key in ("op", "shape", "dtype", "backward")}
+            asked.append({**same, "name": "reference" if name == "xla" else name, "target": target})
+            places.append((i, name))
+    if not asked:
+        return {}
+    _progress(f"{target}: {len(asked)} errors against float64, interpreted")
+    answers, problem = start(asked, seconds=60.0 * len(asked), module="bench.accuracy", platform="cpu")
+    _progress("")
+    found: dict[int, dict[str, Any]] = {}
+    for k, (i, name) in enumerate(places):
+        answer = answers[k] if k < len(answers) else {"failed": problem}
+        found.setdefault(i, {})[name] = answer.get("error", answer.get("failed"))
+    return found
 
 
 def ops(options: Kernels, target: str) -> list[dict]:
@@ -249,20 +321,74 @@ def calibrate(options: Kernels, target: str) -> list[dict]:
                 continue
             counted = kernel.schedule["cycles"]
             records.append(
-                {"target": target, "what": report.name, "kernel": kernel.name, "schedule": counted, "profile": kernel.cycles}
+                {"target": target, "what": report.name, "kernel": kernel.kernel, "schedule": counted, "profile": kernel.cycles}
             )
             off = counted / kernel.cycles - 1
-            print(f"{report.name + ' ' + kernel.name:<70}{counted:>12,}{kernel.cycles:>12,}{off:>+8.1%}", flush=True)
+            far = "  more than 15 % off: trust its schedule less" if abs(off) > calibration.TRUSTED else ""
+            print(f"{report.name + ' ' + kernel.name:<70}{counted:>12,}{kernel.cycles:>12,}{off:>+8.1%}{far}", flush=True)
     return records
+
+
+def _local(platform: str, op: str) -> list[str]:
+    """Implementations that a device of this platform runs."""
+    names = ["ours"] if platform == "tpu" else []
+    names.append("reference")
+    if op == "attention":
+        names += ["jax.nn", *{"gpu": ["cudnn"], "tpu": ["flash", "splash"]}.get(platform, [])]
+    return names
+
+
+def on_devices(options: Kernels) -> list[dict]:
+    """Every op at each named shape, timed on the device present beside its matmul rate, with errors against float64."""
+    device = describe(None, options.dtype, seconds=options.seconds)
+    rate, platform = device["matmul_flops"], device["platform"]
+    print(
+        f"{device['kind']}, batch {options.batch}, {options.dtype}: measured; a matrix product of {device['matmul_side']}^3 runs "
+        f"at {rate / 1e12:,.2f} TFLOP/s"
+    )
+    if platform != "tpu":
+        print(f"our kernels are for TPUs: on a {platform} the reference stands for them (--target counts them by the compiler)")
+    print(f"{'':<36}{'':<12}{'ms':>10}{'spread':>9}{'TFLOP/s':>10}{'of matmul':>11}{'error':>11}")
+    records = []
+    for shape in options.shape:
+        for op in options.op:
+            for backward in (False, True):
+                for name in _local(platform, op):
+                    request = dict(op=op, shape=shape, name=name, batch=options.batch, dtype=options.dtype, backward=backward)
+                    _progress(f"{op} {shape} {name}")
+                    found, problem = start({**request, "seconds": options.seconds}, seconds=600, module="bench.kernel_trial")
+                    _progress("")
+                    work = flops(op, SHAPES[shape].config, options.batch, backward=backward)
+                    record = {"device": device["kind"], "measured": True, **request, **(found[0] if found else {"failed": problem})}
+                    if "median" in record:
+                        record |= {"flops_per_second": work / record["median"], "share_of_matmul": work / record["median"] / rate}
+                    records.append(record)
+                    print(_measured(record), flush=True)
+    return records
+
+
+def _measured(r: dict[str, Any]) -> str:
+    what = f"{r['op']} {r['shape']} {'fwd+bwd' if r['backward'] else 'fwd'}"
+    if "median" not in r:
+        return f"{what:<36}{r['name']:<12}failed: {r['failed'][:150]}"
+    error = f"{r['error']:.1e}" if isinstance(r.get("error"), float) else "-"
+    return (
+        f"{what:<36}{r['name']:<12}{r['median'] * 1e3:>10.3f}{r['spread']:>9.1%}{r['flops_per_second'] / 1e12:>10.2f}"
+        f"{r['share_of_matmul']:>11.0%}{error:>11}"
+    )
 
 
 def run(options: Kernels) -> list[dict]:
     """Prints the tables that the options ask for and returns their records."""
     records: list[dict] = []
+    if not options.target:
+        records = on_devices(options)
     for target in options.target:
         assert target in TOPOLOGIES
         if options.calibrate:
             records += calibrate(options, target)
+            if options.save:
+                calibration.save(records)
         elif options.largest_batch:
             records += [largest_batch(options, target, kernels=side) for side in ((True,) if options.ours_only else (True, False))]
         elif options.whole:
@@ -279,7 +405,7 @@ def main() -> int:
 
     try:
         records = run(tyro.cli(Kernels))
-    except (ValueError, CompilerMissing, RuntimeError) as error:
+    except (ValueError, CompilerMissing, TrialError, RuntimeError) as error:
         print(f"bench.kernels: {error}", file=sys.stderr)
         return 2
     failed = [r for r in records if r.get("ours", {}).get("error")]

@@ -1,7 +1,8 @@
 """Programs for the compiler: the builders that `bench.tpu_compiler` calls in its subprocess, for single ops and for whole models.
 
 Each is called as builder(devices, **arguments) with the devices of the topology, and returns (function, shapes of its arguments).
-`kernels` says whose code it is: True ours, False the references as XLA compiles them.
+`kernels` says whose code it is: True ours, False the references as XLA compiles them; of attention alone also a name of
+`bench.rivals`.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bench import rivals
 from bench.shapes import SHAPES
 from kernels.device import from_kind
 from kernels.dropout import Dropout
@@ -26,37 +28,22 @@ from vitcore.ops import REFERENCE, Ops
 S = jax.ShapeDtypeStruct
 
 
-def _kernel(op: str, device):
-    """Our op, compiled for `device`, which need not be a device of this process."""
-    module = importlib.import_module(f"kernels.{op.removesuffix('_half')}.tpu")
-    return partial(getattr(module, op), launch=Launch(device=from_kind(device.device_kind)))
+def _kernel(op: str):
+    return getattr(importlib.import_module(f"kernels.{op.removesuffix('_half')}.tpu"), op)
 
 
 def ops_for(device, *, kernels: bool) -> Ops:
     """The ops of a program compiled for `device`."""
-    return Ops(*(_kernel(op, device) for op in Ops._fields)) if kernels else REFERENCE
+    return Ops(*(partial(_kernel(op), launch=launch_for(device)) for op in Ops._fields)) if kernels else REFERENCE
 
 
-def _plain_attention(q, k, v):
-    """softmax(q k' / sqrt(H)) v with the heads apart, [B, T, N, H], as XLA likes it best."""
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    probs = jax.nn.softmax(logits).astype(q.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", probs, v, preferred_element_type=jnp.float32).astype(q.dtype)
+def launch_for(device) -> Launch:
+    """Our kernels compiled for `device`, which need not be a device of this process. ValueError for one without kernels."""
+    return Launch(device=from_kind(device.device_kind))
 
 
-def _attention(device, config: ViTConfig, batch: int, dtype, *, kernels: bool):
-    """Attention without projections: ours takes them packed, [3, B, T, N*H], and XLA's code heads apart."""
-    t, n, d = config.tokens, config.num_heads, config.width
-    if not kernels:
-        return _plain_attention, (S((batch, t, n, d // n), dtype),) * 3
-    from kernels.attention.core import attention
-
-    launch = Launch(device=from_kind(device.device_kind))
-    return partial(attention, num_heads=n, launch=launch), (S((3, batch, t, d), dtype),)
-
-
-def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool, rate: float):
-    """(function, shapes of its float arguments) of an op at a model's shapes; parameters are float32."""
+def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | None, rate: float = 0.0):
+    """(function, shapes of its float arguments) of an op at a model's shapes, parameters float32. launch None: the reference."""
     c, d, f = config, config.width, config.mlp_dim
 
     def p(*shape):
@@ -64,9 +51,7 @@ def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool,
 
     x = S((batch, c.tokens, d), dtype)
     dropout = Dropout(rate, jnp.int32(7)) if rate else None
-    if op == "attention":
-        return _attention(device, c, batch, dtype, kernels=kernels)
-    fn = _kernel(op, device) if kernels else getattr(REFERENCE, op)
+    fn = getattr(REFERENCE, op) if launch is None else partial(_kernel(op), launch=launch)
     if op == "patch_embed":
         y, w = c.image_shape
         images = S((batch, y, w, c.channels), dtype)
@@ -77,6 +62,17 @@ def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool,
     if op == "mlp_half":
         return partial(fn, dropout=dropout), (x, p(d), p(d), p(d, f), p(f), p(f, d), p(d))
     return fn, (x, p(d), p(d))
+
+
+def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool | str, rate: float):
+    """An op for `device`: ours, the reference, or (attention between the projections alone) one of `bench.rivals` by its name."""
+    name = kernels if isinstance(kernels, str) else "ours" if kernels else "reference"
+    launch = launch_for(device) if name == "ours" else None
+    if op != "attention":
+        return op_of(op, config, batch, dtype, launch=launch, rate=rate)
+    t, n = config.tokens, config.num_heads
+    one = rivals.rival(name, tokens=t, heads=n, launch=launch)
+    return one.fn, rivals.shapes(one, batch, t, n, config.width // n, dtype)
 
 
 def one_op(devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, rate=0.0):

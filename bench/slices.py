@@ -31,8 +31,9 @@ def topology(target: str, need: int, chips: str | None = None) -> tuple[str, int
     if chips is None:
         chosen = next((c for c in known if cores(target, c) >= need), None)
         if chosen is None:
+            most = cores(target, known[-1])
             raise ValueError(
-                f"a mesh of {need} devices is larger than the largest {target} slice, {known[-1]} chips with {cores(target, known[-1])}"
+                f"a mesh of {need} devices is larger than the largest {target} slice, {known[-1]} chips with {most} devices"
             )
         return f"{prefix}:{chosen}", cores(target, chosen)
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", chips) or chips not in known:

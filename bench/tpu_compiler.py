@@ -3,9 +3,9 @@
     reports = compile_programs("v3", [Program(build="bench.programs:patch_embed", arguments={"shape": "B/16"})], cycles=True)
 
 libtpu, the TPU compiler, runs on any Linux machine (`pip install 'vitcore[tpu-compiler]'`). Its failed CHECKs abort the
-process, so this module compiles in a subprocess (`bench.compiler_child`), and in a fresh one after an abort. Reports are cached by
-the program's lowered text, the versions of jax and libtpu and the code that counts. What comes back for a program is a `Report`: bytes a core, the kernels in it, collectives, cycles; or the compiler's message in one
-line.
+process, so this module compiles in a subprocess (`bench.compiler_child`), and in a fresh one after an abort. Reports are cached
+by the program's lowered text, the versions of jax and libtpu and the code that counts. What comes back for a program is a
+`Report`: bytes a core, the kernels in it, collectives, cycles; or the compiler's message in one line.
 
 Cycles are COMPILER ESTIMATES, never measurements. Three sources, each named in the report:
 - "cost model": XLA's own `estimated_cycles` of its operations, times the trips of the loops around them (`bench.hlo`);
@@ -126,7 +126,7 @@ class Report:
 
 
 class Cache:
-    """Reports on disk, by the program's lowered text and by everything else that decides what the compiler says and how it is counted.
+    """Reports on disk, by the program's lowered text and all else that decides what the compiler says and how it is counted.
 
     folder: where. request: target and topology. A report with cycles also answers who asked for none.
     """
@@ -233,7 +233,7 @@ class Compiler:
             self._process = None
 
     def _source_key(self, program: Program) -> str:
-        """Stands for the program without building it: the same builder, arguments and code. Empty where the code is not all ours."""
+        """Stands for the program without building it: builder, arguments and code. Empty where the code is not all ours."""
         if not program.build.startswith("bench."):
             return ""
         return f"source {program.build} {json.dumps(program.arguments, sort_keys=True)} {_sources(_BUILDING)}"
