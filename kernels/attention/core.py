@@ -143,7 +143,7 @@ def sweep(total: int, size: int, body) -> None:
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """Where one head lies in the lanes of a block: the columns [lo, hi) that it touches, and its own [first, last)."""
 
     first: int
@@ -163,11 +163,11 @@ class _Head:
         return [(c, min(c + LANES, self.hi)) for c in range(self.lo, self.hi, LANES)]
 
 
-def heads_of(lanes: int, h: int) -> list[list[_Head]]:
+def heads_of(lanes: int, h: int) -> list[list[Head]]:
     """The heads of a block of `lanes` lanes, in runs that share no column with each other."""
-    runs: list[list[_Head]] = []
+    runs: list[list[Head]] = []
     for first in range(0, lanes, h):
-        head = _Head(first, first + h, first // LANES * LANES, min(round_up(first + h, LANES), lanes))
+        head = Head(first, first + h, first // LANES * LANES, min(round_up(first + h, LANES), lanes))
         if runs and head.lo < runs[-1][-1].hi:
             runs[-1].append(head)
         else:
@@ -183,7 +183,7 @@ def narrow(value, dtype, device: Device):
 class _Sums(dict):
     """Sums over heads, one a column of lanes; values, not memory."""
 
-    def add(self, head: _Head, value):
+    def add(self, head: Head, value):
         for lo, hi in head.columns():
             part = value[:, lo - head.lo : hi - head.lo]
             self[lo, hi] = self[lo, hi] + part if (lo, hi) in self else part

@@ -3,29 +3,26 @@
     z = LN(x);  q, k, v = z w_qkv + b_qkv;  o = softmax(q k^T / sqrt(H)) v;  out = share x + dropout(o w_out + share b_out)
 
 All of it is one straight line of code, so that the compiler may fill the latencies of one product with another. What makes it fast
-on v2 and v3: everything in VMEM is float32 (a store that packs bfloat16 halts the MXU between products: a projection of 200 rows
-takes 13.8k cycles into bfloat16 and 11.1k into float32, of 10.8k), x and out change their dtype by bit operations (rows.py), the keys are
-transposed once for the heads that share their columns, and rows and keys are padded in VMEM to whole registers: no masks but one.
+on v2 and v3: everything in VMEM is float32 (a store that packs bfloat16 halts the MXU between products: projecting 200 rows takes
+13.8k cycles into bfloat16 and 11.1k into float32, of 10.8k), x and out change their dtype by bit operations (rows.py), the keys
+are transposed once for the heads that share their columns, and rows and keys are padded in VMEM to whole registers.
 """
 
 import math
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import dropout as drop
 from kernels.attention import rows
 from kernels.attention.core import heads_of, round_up
+from kernels.attention.wide import PIECE, parts, product, undrop
+from kernels.attention.wide_core import attend
 from kernels.device import LANES, SUBLANES, Device
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise
 
 F32 = jnp.float32
-PIECE = 64  # rows normalised at a time
-COLUMNS = 256  # of a weight in one product
 TEMPORARIES = 3 * 2**20  # what the compiler spills for twelve heads of 197 tokens
 
 
@@ -41,52 +38,6 @@ def fits(shape: tuple[int, int, int, int], heads: int, device: Device, dtype) ->
     scratch = 4 * (one * wide[0] + (2 * one + padded) * wide[1])
     temporaries = TEMPORARIES * (heads * one * padded) // (12 * 200 * 256)
     return weights + blocks + scratch + temporaries <= device.vmem_bytes
-
-
-def product(a, b, dtype):
-    """a @ b in float32; where the arrays are bfloat16, in one pass of the MXU, which rounds the operands by itself."""
-    precision = lax.Precision.DEFAULT if dtype == jnp.bfloat16 else None
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=F32)
-
-
-def _attend(run, q, k, v, t: int, factor: float, dtype):
-    """Replaces the queries of the heads of a run by what they attend to. q, k [R, K], v [S, K], S whole columns of keys."""
-    keys = v.shape[0]
-    turned = {}
-    sums = {}
-    for head in run:
-        columns = slice(head.lo, head.hi)
-        if (head.lo, head.hi) not in turned:
-            wide = k[:, columns]
-            if wide.shape[0] < keys:
-                wide = jnp.concatenate([wide, jnp.zeros((keys - wide.shape[0], wide.shape[1]), F32)])
-            turned[head.lo, head.hi] = wide.T
-        queries, kt = head.mask(q[:, columns]), turned[head.lo, head.hi]
-        s = [product(queries, kt[:, c : c + LANES], dtype) for c in range(0, keys, LANES)]
-        if t < keys:
-            lane = keys - LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-            s[-1] = jnp.where(lane < t, s[-1], -jnp.inf)
-        top = _together(jnp.maximum, s).max(1, keepdims=True)
-        p = [jnp.exp2((tile - top) * factor) for tile in s]
-        norm = _together(jnp.add, p).sum(1, keepdims=True)
-        o = _together(jnp.add, [product(tile, v[c * LANES : (c + 1) * LANES, columns], dtype) for c, tile in enumerate(p)])
-        o = head.mask(o * (1.0 / norm))
-        for lo, hi in head.columns():
-            part = o[:, lo - head.lo : hi - head.lo]
-            sums[lo, hi] = sums[lo, hi] + part if (lo, hi) in sums else part
-    for (lo, hi), value in sums.items():
-        q[:, lo:hi] = value
-
-
-def _together(combine, values):
-    value = values[0]
-    for other in values[1:]:
-        value = combine(value, other)
-    return value
-
-
-def _parts(total: int) -> list[slice]:
-    return [slice(c, min(c + COLUMNS, total)) for c in range(0, total, COLUMNS)]
 
 
 def forward(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, width, rate, share, launch: Launch):
@@ -109,21 +60,18 @@ def forward(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, nu
 
         for run in runs:
             columns = slice(run[0].lo, run[-1].hi)
-            for part in _parts(columns.stop - columns.start):
+            for part in parts(columns.stop - columns.start):
                 lanes = slice(columns.start + part.start, columns.start + part.stop)
                 for section, target in enumerate((q, k, v)):
                     target[:padded, lanes] = product(z[...], w_qkv[section, :, lanes], dtype) + b_qkv[section, :, lanes]
         for run in runs:
-            _attend(run, q, k, v, t, factor, dtype)
+            attend(run, q, k, v, t=t, factor=factor, dtype=dtype)
 
-        for part in _parts(d):
+        for part in parts(d):
             z[:, part] = product(q[...], w_out[:, part], dtype) + share * b_out[:, part]
         for a, n in rows.pieces(t, PIECE):
-            y = z[a : a + n]
-            if rate:
-                row = scalars[1] + pl.program_id(0) * t + rows.token(a, n, dtype)
-                keep = drop.keep(drop.row_hash(scalars[0], row), lax.broadcasted_iota(jnp.int32, (1, d), 1), rate)
-                y = jnp.where(keep, y * (1.0 / (1.0 - rate)), 0.0)
+            row = pl.program_id(0) * t + rows.token(a, n, dtype)
+            y = undrop(z[a : a + n], scalars, row, rate)
             out[0, a : a + n] = rows.narrow(share * rows.widen(x[0, a : a + n]) + y, dtype)
 
     def whole(*block):

@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dropout as drop
-from kernels.attention import core, fused
+from kernels.attention import core, fused, wide, wide_core
 from kernels.attention.core import divisor, narrow
 from kernels.device import LANES, Device
 from kernels.launch import Launch, call, dot, vary_alike
@@ -439,7 +439,7 @@ def _operand(w, dtype, device: Device):
 def _forward(scalars, x, weights, static: _Static):
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     device = static.launch.device
-    if fused.fits((*x.shape, w_out.shape[0]), static.num_heads, device, x.dtype):
+    if _is_fused(x, w_out.shape[0], static):
         operands = _operand(w_qkv, x.dtype, device), b_qkv, _operand(w_out, x.dtype, device), b_out
         return fused.forward(
             scalars,
@@ -458,9 +458,53 @@ def _forward(scalars, x, weights, static: _Static):
     return _output(scalars, o, x, _operand(w_out, x.dtype, device), b_out, static)
 
 
+def _backward_wide(scalars, x, weights, dy, static: _Static):
+    """`_backward` on float32 rows."""
+    norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
+    device, launch, (b, t, d) = static.launch.device, static.launch, x.shape
+    w_qkv, w_out = _operand(w_qkv, x.dtype, device), _operand(w_out, x.dtype, device)
+    z, g = wide.prepare(scalars, x, dy, norm_scale, norm_bias, rate=static.rate, launch=launch)
+    padded, k = z.shape[1], w_out.shape[0]
+
+    def flat(value):
+        return value.reshape(b * padded, value.shape[-1])
+
+    multiply = partial(wide.multiply, dtype=x.dtype, launch=launch)
+    gradients = partial(wide.gradients, dtype=x.dtype, launch=launch)
+    qkv = [multiply([flat(z)], w_qkv[c, None], b_qkv[c], name="attention_project") for c in range(3)]
+    do = multiply([flat(g)], w_out.T[None], name="attention_output_gradient")
+    *dqkv, o = wide_core.backward(
+        *(a.reshape(b, padded, k) for a in (*qkv, do)),
+        t=t,
+        num_heads=static.num_heads,
+        width=static.width,
+        dtype=x.dtype,
+        launch=launch,
+    )
+    dqkv = [flat(a) for a in dqkv]
+    dw_out, db_out = gradients(flat(o), flat(g), name="attention_output_weights")
+    dw_qkv, db_qkv = zip(*(gradients(flat(z), a, name="attention_projection_weights") for a in dqkv), strict=True)
+    dz = multiply(dqkv, w_qkv.swapaxes(1, 2), name="attention_input_gradient")
+    dx, dscale, dbias = wide.finish(x, dy, dz.reshape(b, padded, d), norm_scale, share=static.share, launch=launch)
+    return dx, (dscale[None], dbias[None], jnp.stack(dw_qkv), jnp.stack(db_qkv), dw_out, static.share * db_out)
+
+
+def _is_fused(x, k: int, static: _Static) -> bool:
+    """Whether the forward half is one kernel."""
+    return fused.fits((*x.shape, k), static.num_heads, static.launch.device, x.dtype)
+
+
+def _is_wide(x, k: int, static: _Static) -> bool:
+    """Whether the backward half takes the kernels on float32 rows."""
+    device, n = static.launch.device, static.num_heads
+    return not device.bf16_matmul and k // n % 8 == 0 and wide_core.lanes_of(x.shape[1], n, k // n, device) is not None
+
+
 def _backward(scalars, x, weights, dy, static: _Static):
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     device = static.launch.device
+    if _is_wide(x, w_out.shape[0], static):
+        return _backward_wide(scalars, x, weights, dy, static)
     w_qkv, w_out = _operand(w_qkv, x.dtype, device), _operand(w_out, x.dtype, device)
     qkv = _project(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, static)
     do = _output_gradient(scalars, dy, w_out.T, static)
@@ -471,11 +515,11 @@ def _backward(scalars, x, weights, dy, static: _Static):
     return dx, (dscale[None], dbias[None], dw_qkv, db_qkv, dw_out, db_out)
 
 
-def _chunks(x) -> int:
-    """Into how many equal parts the batch is cut, so that what lies in HBM between the kernels is bounded."""
+def _chunks(x, limit: int) -> int:
+    """Into how many equal parts of at most `limit` tokens the batch is cut, so that what lies in HBM between kernels is bounded."""
     b, t, _ = x.shape
-    n = b // divisor(b, CHUNK_ROWS // t)
-    return n if b // n * t * 4 >= min(CHUNK_ROWS, b * t) else 1  # a batch without fitting divisors stays whole
+    n = b // divisor(b, limit // t)
+    return n if b // n * t * 4 >= min(limit, b * t) else 1  # a batch without fitting divisors stays whole
 
 
 def _cut(x, n: int):
@@ -489,7 +533,7 @@ def _first_rows(scalars, n: int, rows: int):
 
 @partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _half(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, static: _Static):
-    n = _chunks(x)
+    n = 1 if _is_fused(x, w_out.shape[0], static) else _chunks(x, CHUNK_ROWS)
     weights = norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out
     if n == 1:
         return _forward(scalars, x, weights, static)
@@ -505,7 +549,8 @@ def _half_forward(scalars, x, *rest):
 
 def _half_backward(static: _Static, residuals, dy):
     scalars, x, *weights = residuals
-    n = _chunks(x)
+    wide_bytes = 2 if _is_wide(x, weights[4].shape[0], static) else 1
+    n = _chunks(x, CHUNK_ROWS // wide_bytes)
     if n == 1:
         dx, gradients = _backward(scalars, x, weights, dy, static)
     else:
