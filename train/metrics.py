@@ -80,7 +80,9 @@ class Recorder:
 
     def publish(self) -> None:
         """Copies what there is to the bucket, where the run lives in one."""
-        for name in (RECORDS, CURVES) if self._bucket is not None else ():
+        if self._bucket is None:
+            return
+        for name in (RECORDS, CURVES):
             if os.path.exists(os.path.join(self.directory, name)):
                 epath.Path(self.directory, name).copy(self._bucket / name, overwrite=True)
 

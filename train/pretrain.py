@@ -16,18 +16,16 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from train import distributed, recipes
+from train import distributed, options, recipes
 from train import mesh as meshes
 from train.job import JOB_PLACEMENT, JobOptions, check_claim, end, guard, locked, place
 from train.job import claim as put_claim
@@ -106,6 +104,8 @@ class Pretrain(JobOptions):
     log_every: int | None = None
     eval_every: int | None = None
     """Steps between validations. Default: about twenty in a run."""
+    fewshot_every: int | None = None
+    """Steps between few-shot evaluations (train.fewshot) of the model as it is. Default: none."""
     checkpoint_every: int | None = None
     """Steps between checkpoints. Default: as validations."""
     keep: int = 3
@@ -127,6 +127,7 @@ PLACEMENT = JOB_PLACEMENT | frozenset(
         "workers",
         "log_every",
         "eval_every",
+        "fewshot_every",
         "checkpoint_every",
         "keep",
         "keep_every",
@@ -160,6 +161,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         "accumulate",
         "log_every",
         "eval_every",
+        "fewshot_every",
         "checkpoint_every",
         "keep",
         "keep_every",
@@ -261,44 +263,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> Pretrain:
     """The command line, after the values of --config FILE where that is given. ValueError, in one line, for what does not parse."""
-    import tyro
-
-    before: list[str] = []
-    for i, word in enumerate(argv):
-        if word == "--config" or word.startswith("--config="):
-            before = _as_options(argv[i + 1] if word == "--config" and i + 1 < len(argv) else word.partition("=")[2])
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(Pretrain, args=[*before, *argv], prog="python -m train.pretrain", description=Pretrain.__doc__)
-    except SystemExit as error:
-        if not error.code:
-            raise  # --help
-        # tyro draws a box of several lines around what it says
-        said = " ".join(re.sub(r"\x1b\[[\d;]*m|[^\x00-\x7f]", " ", printed.getvalue()).split())
-        said = re.sub(r"^(Value error|Invalid choice|Parsing error|Unrecognized options|Missing from \S+)\s+(?=\S)", "", said)
-        said = re.split(r"Got errors:|Argument helptext:|For full helptext|Similar options|Perhaps you meant", said)[0].strip(" .")
-        raise ValueError(f"{said}: python -m train.pretrain --help lists the options") from None
-
-
-def _as_options(path: str) -> list[str]:
-    """A config.json as the words of a command line: they are then checked as such."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
-    known = {field.name for field in dataclasses.fields(Pretrain)}
-    if not isinstance(values, dict) or (unknown := set(values) - known):
-        what = f"has no option {', '.join(sorted(unknown))}" if isinstance(values, dict) else "holds no options"
-        raise ValueError(f"--config {path}: train.pretrain {what}: give the config.json of a run")
-    words = []
-    for key, value in values.items():
-        option = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        elif value is not None:
-            words += [f"--{option}", str(value)]
-    return words
+    return options.parse(Pretrain, "train.pretrain", argv)
 
 
 def run(args: Pretrain, stop: Stop | None = None) -> None:
@@ -350,7 +315,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
         check_claim(out, identity(full))
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes")
     say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
-    options = StepOptions(
+    how = StepOptions(
         ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat, accumulate=full.accumulate, loss=full.loss,
         label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed,
     )  # fmt: skip
@@ -360,7 +325,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
         mesh=mesh,
         tx=tx,
         learning_rate=learning_rate,
-        options=options,
+        options=how,
         batches=batches,
         validation=lambda: eval_batches(held_out, batch_size=eval_size, preprocess=full.preprocess, **images),
         batch_size=full.batch_size,
@@ -374,12 +339,26 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
         config_json=dataclasses.asdict(full),
         identity=identity(full),
         claim=lambda: claim(out, full),
+        **_fewshot(full, config, mesh, source, held_out, how),
         step_timeout=full.step_timeout,
         bad_steps=full.bad_steps,
     )
     with locked(out) if first else contextlib.nullcontext():
         result = train(job, say, stop=stop)
     _report(result, out, say)
+
+
+def _fewshot(full, config, mesh, source, held_out, how) -> dict[str, Any]:
+    """The measurement of --fewshot-every, as `Run` takes it."""
+    if full.fewshot_every is None:
+        return {}
+    from train.fewshot import probe
+
+    measure = probe(config, mesh, source, held_out, preprocess=full.preprocess, threads=full.threads, ops=how.ops, dtype=how.dtype)
+    return {
+        "probe": lambda state: measure(state.params if state.average is None else state.average),
+        "probe_every": full.fewshot_every,
+    }
 
 
 def _report(result, out, say) -> None:

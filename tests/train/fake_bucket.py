@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def answer(self, code, body=b"", generation=None, span=None):
+    def answer(self, code, body: bytes | dict = b"", generation=None, span=None):
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
         self.send_response(code)

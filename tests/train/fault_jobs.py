@@ -113,7 +113,7 @@ def steps(out) -> list[int]:
 def held(out, step: int) -> tuple[dict, dict]:
     """Every array of a checkpoint by name, and its extra without where the run lived."""
     path = Path(out) / "checkpoints" / str(step)
-    tree = ocp.load(path, checkpointable_name="state")
+    tree = ocp.load(str(path), checkpointable_name="state")
     flat = {}
 
     def walk(name, node):

@@ -99,7 +99,7 @@ def restored(state):
         found["state" + jax.tree_util.keystr(path)] = np.int64(zlib.crc32(np.ascontiguousarray(whole).tobytes()))
 
 
-train.loop._Loop.__init__ = remember
+train.loop._Loop.__init__ = remember  # pyright: ignore
 train.loop.make_train_step = faulty_step
 
 if "say-eval" in FAULTS:
@@ -158,5 +158,6 @@ train.distributed.code_hash = lambda: "other" if here("other-code") else code_ha
 if __name__ == "__main__":
     code = pretrain.main(OPTIONS)
     if TRACE:
-        np.savez(f"{TRACE}.{train.distributed.rank()}.npz", **found, **{name: np.array(rows) for name, rows in seen.items()})
+        everything = found | {name: np.array(rows) for name, rows in seen.items()}
+        np.savez(f"{TRACE}.{train.distributed.rank()}.npz", allow_pickle=False, **everything)
     job.end(code)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -289,9 +288,7 @@ def test_files_that_cannot_be_read_are_one_line_and_nothing_else(tmp_path):
         tmp_path,
     )
     assert done.returncode == 0, done
-    # Nothing of Orbax, asyncio or ours. What is left, at times: uvloop's C code reports, past every hook, that tensorstore ended
-    # a read after Orbax had closed its loop.
-    assert not re.search(r"orbax|never retrieved|train/|ERROR", done.stderr), done.stderr
+    assert done.stderr == ""
     damaged, truncated, missing = done.stdout.splitlines()
     assert damaged.startswith(f"checkpoint {tmp_path / '1'} is damaged: state/")
     assert "has 10 bytes, " in damaged

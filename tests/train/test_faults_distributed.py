@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -309,7 +310,7 @@ def test_layouts_by_hand(laptop):
 # --- which rows a process reads ---------------------------------------------------------------------------------------------
 
 
-def laid_out(grid):
+def laid_out(grid) -> Any:
     """A mesh whose devices say which process holds them."""
     devices = np.array([[types.SimpleNamespace(process_index=p) for p in row] for row in grid], dtype=object)
     return types.SimpleNamespace(devices=devices, shape={"data": devices.shape[0], "model": devices.shape[1]})
