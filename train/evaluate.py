@@ -1,0 +1,205 @@
+"""Measure a model: `python -m train.evaluate`.
+
+    python -m train.evaluate --init runs/NAME --data digits --split val
+    python -m train.evaluate --init ViT-B_16.npz --data folder:/data/imagenet --real real.json
+    python -m train.evaluate --init ViT-B_16.npz --data folder:/data/objectnet --objectnet objectnet-1.0/mappings
+
+Every image is scored exactly once, on any mesh. Printed: top-1 and top-5; with --real the ReaL accuracy beside it, with --objectnet
+top-1 and top-5 by its class map instead (and its red border of one pixel is cut off). Into --out go evaluation.json (with the
+accuracy of every class, and which were taken for which) and confusion.png. What counts and what does not: `train/scores.py`.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from train import distributed, scores
+from train import mesh as meshes
+from train.job import JobOptions, end, guard
+from train.options import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(JobOptions):
+    """Top-1 and top-5 accuracy of a model, ReaL, ObjectNet, and every class."""
+
+    init: str = ""
+    """.npz, .safetensors or a run's directory. Required."""
+    data: str = "digits"
+    split: str = "val"
+    real: str | None = None
+    """real.json: ReaL labels of ImageNet's validation images."""
+    objectnet: str | None = None
+    """The mappings directory of ObjectNet, or a JSON file {folder: [ImageNet classes]}; the data are its folders."""
+    image_size: int | None = None
+    """Default: the model's; the position embedding is fitted to it."""
+    preprocess: Literal["resize", "center"] = "resize"
+    gelu: Literal["tanh", "erf"] | None = None
+    mesh: str | None = None
+    batch_size: int = 256
+    threads: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
+    out: str | None = None
+    """Directory for evaluation.json and confusion.png. Default: evaluation/ in the run, or beside the file."""
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """A source whose images have lost a border of one pixel."""
+
+    source: Any
+    border: int = 1
+    name: str = field(init=False, default="")
+
+    def __post_init__(self):
+        object.__setattr__(self, "name", self.source.name)
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name in ("source", "encoded"):  # the encoded bytes still have the border
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        example = self.source[index]
+        b = self.border
+        return example._replace(image=example.image[b:-b, b:-b])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The job. Returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+
+    def work(stop):
+        run(parse(Evaluate, "train.evaluate", words))
+
+    return guard("train.evaluate", work)
+
+
+def run(args: Evaluate) -> dict:
+    """Measures, prints, writes. What evaluation.json holds."""
+    import jax.numpy as jnp
+
+    from train.data import open_source
+    from train.frozen import Reader, make_predict, put_params
+    from train.pretrained import open_pretrained
+    from vitcore.ops import BY_NAME
+    from vitcore.sharding import MeshShape, check_mesh
+
+    if not args.init:
+        raise ValueError("--init is required: an .npz, a .safetensors or the directory of a run")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: a positive number is required")
+    if args.real and args.objectnet:
+        raise ValueError("--real and --objectnet belong to different images: give one of them")
+    shape = None if args.mesh is None else meshes.parse(args.mesh)
+    args.join()
+    meshes.prepare(shape, distributed.count())
+    real = None if args.real is None else scores.read_real(args.real)
+    mapped = None if args.objectnet is None else scores.read_objectnet(args.objectnet)
+    source: Any = open_source(args.data, args.split)
+    mesh, where = meshes.make(shape)
+    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu)
+    config = model.config
+    check_mesh(config, MeshShape.of(mesh))
+    if mapped is None and config.num_classes != len(source.classes):
+        raise ValueError(
+            f"the model has {config.num_classes} classes, {source.name} has {len(source.classes)}: evaluate it on the classes it "
+            "was trained for"
+        )
+    if mapped is not None:
+        if config.num_classes != 1000:
+            raise ValueError(f"the model has {config.num_classes} classes: --objectnet requires ImageNet's 1000")
+        source = Trimmed(source)
+    names = [source.example_name(i) for i in range(len(source))] if real is not None else []
+    wanted = None if real is None else scores.real_labels(real, names, config.num_classes)
+
+    reader = Reader(
+        batch_size=-(-args.batch_size // mesh.shape["data"]) * mesh.shape["data"], preprocess=args.preprocess, threads=args.threads
+    )
+    predict = make_predict(config, mesh, ops=None if args.ops == "auto" else BY_NAME[args.ops], dtype=jnp.dtype(args.dtype))
+    params = put_params(model.params, config, mesh)
+    best, labels = reader.all(lambda images: predict(params, images), source, config, mesh)
+    result = measure(best, labels, source.classes, config.num_classes, wanted, mapped)
+    if distributed.rank() == 0:
+        print(f"{model.about} on {source.name}; {where}; {len(labels)} images")
+        for line in describe(result):
+            print(line)
+        print(write(result, best, labels, source.classes, args, mapped is None))
+    return result
+
+
+def measure(best, labels, classes, count: int, real=None, mapped=None) -> dict:
+    """Numbers from the predictions best [K, 5] (classes, best first) of images with these labels."""
+    result: dict[str, Any] = {"images": len(labels)}
+
+    def put(name, right, counted):
+        result[name] = {"right": int(right), "counted": int(counted), "accuracy": right / counted if counted else None}
+
+    if mapped is not None:
+        for k in (1, 5):
+            put(f"objectnet_top{k}", *scores.objectnet_accuracy(best, labels, classes, mapped, k))
+        return result
+    for k in (1, 5):
+        if k < count:
+            put(f"top{k}", scores.top(best, labels, k).sum(), len(labels))
+    if real is not None:
+        put("real", *scores.real_accuracy(best, real))
+    matrix = scores.confusion(best[:, 0], labels, count)
+    rows = matrix.sum(1)
+    result["classes"] = {
+        name: {"right": int(matrix[i, i]), "counted": int(rows[i]), "accuracy": matrix[i, i] / rows[i] if rows[i] else None}
+        for i, name in enumerate(classes)
+    }
+    off = matrix.copy()
+    np.fill_diagonal(off, 0)
+    worst = np.argsort(-off, axis=None, kind="stable")[:20]
+    pairs = [(int(i) // count, int(i) % count) for i in worst]
+    result["confused"] = [[classes[a], classes[b], int(off[a, b])] for a, b in pairs if off[a, b]]
+    result["mean_per_class"] = float(np.mean([one["accuracy"] for one in result["classes"].values() if one["counted"]]))
+    return result
+
+
+_SAID = {"top1": "top-1", "top5": "top-5", "real": "ReaL", "objectnet_top1": "ObjectNet top-1", "objectnet_top5": "ObjectNet top-5"}
+
+
+def describe(result: dict) -> list[str]:
+    """The printed lines."""
+    lines = [
+        f"{said}: {result[key]['right']} of {result[key]['counted']} right, {result[key]['accuracy']:.2%}"
+        for key, said in _SAID.items()
+        if key in result and result[key]["counted"]
+    ]
+    if "mean_per_class" in result:
+        lines.append(f"mean of the classes' accuracies: {result['mean_per_class']:.2%}")
+    if result.get("confused"):
+        a, b, n = result["confused"][0]
+        lines.append(f"most often confused: {a} taken for {b}, {n} times")
+    return lines
+
+
+def write(result: dict, best, labels, classes, args: Evaluate, picture: bool) -> str:
+    """evaluation.json and confusion.png; says where they are."""
+    init = Path(args.init)
+    out = Path(args.out) if args.out else (init if init.is_dir() else init.parent) / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "evaluation.json.tmp"
+    partial.write_text(json.dumps({"options": dataclasses.asdict(args)} | result, indent=2) + "\n")
+    partial.replace(out / "evaluation.json")
+    if not picture:
+        return f"{out / 'evaluation.json'}"
+    matrix = scores.confusion(best[:, 0], labels, len(classes))
+    scores.draw(matrix, classes, str(out / "confusion.png"), f"{init.name} on {args.data}, {args.split}")
+    return f"{out / 'evaluation.json'}, {out / 'confusion.png'}"
+
+
+if __name__ == "__main__":
+    end(main())
