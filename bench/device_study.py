@@ -20,7 +20,7 @@ from bench.trial import records
 from vitcore.flops import flops
 
 BATCHES = {"cpu": (4, 16, 64, 256), "gpu": (128, 256, 512, 1024, 2048, 4096), "tpu": (64, 128, 256, 512, 1024, 2048)}
-_START = 45.0  # seconds that a trial is given beyond its budget: imports, weights, the first compilation
+_START = 120.0  # seconds that a trial is given beyond its budget: imports, weights, the first compilation
 _MOST = {"cpu": 2**14, "gpu": 2**20, "tpu": 2**20}  # no larger batch is tried
 
 
@@ -209,7 +209,7 @@ def largest(
         return {**_request(case, devices, settings), "task": "fits", "batch": batch, "run": run}
 
     def seconds(batch: int) -> float:
-        return min(_START * 4 + 5 * batch / fastest, max(5.0, clock.left()))
+        return min(_START + 5 * batch / fastest, max(5.0, clock.left()))
 
     def attempt(batch: int) -> edge.Attempt:
         tell(f"{case}: batch {batch}")

@@ -40,11 +40,14 @@ class Edge:
 
 
 def _predict(attempts: Sequence[Attempt]) -> int | None:
-    """The batch whose bytes are the limit, on the line through the two largest attempts whose bytes are known."""
-    known = sorted((a for a in attempts if a.used), key=lambda a: a.batch)[-2:]
-    limit = max((a.limit for a in attempts), default=0)
-    if len(known) < 2 or not limit or known[0].batch == known[1].batch:
+    """The batch whose bytes are the limit: on the line through the attempts on both sides of it, or through the two largest."""
+    known = sorted({a.batch: a for a in attempts if a.used}.values(), key=lambda a: a.batch)
+    limits = {not a.fits: a.limit for a in attempts if a.limit}  # one that did not fit was told the limit exactly
+    limit = limits.get(True) or limits.get(False) or 0
+    if len(known) < 2 or not limit:
         return None
+    beyond = next((i for i, a in enumerate(known) if not a.fits), len(known) - 1)
+    known = known[max(0, beyond - 1) :][:2] if beyond else known[:2]
     slope = (known[1].used - known[0].used) / (known[1].batch - known[0].batch)
     return int(known[1].batch + (limit - known[1].used) / slope) if slope > 0 else None
 
@@ -82,7 +85,7 @@ def search(
         high = min((a.batch for a in attempts if not a.fits and a.batch > low), default=0)
         predicted = _predict(attempts) if count < _PREDICTED else None
         if not sharp and (predicted or high):
-            sharp = default_step(predicted or high) * unit
+            sharp = default_step(min(predicted or high, most) // unit) * unit
         if high and (high - low <= (sharp or unit)):
             return Edge(batch=low, beyond=high, complete=True, attempts=tuple(attempts))
         if not in_time() or low >= most:

@@ -58,6 +58,8 @@ def _ticks(axes, values: list[float]) -> None:
     low, high = min(values) / 1.4, max(values) * 1.4
     axes.set_ylim(low, high)
     mantissas = (1, 2, 5) if high / low < 3000 else (1,)
+    if high / low < 6:
+        mantissas = (1, 1.5, 2, 3, 4, 5, 6, 8)
     at = [m * 10.0**e for e in range(-3, 9) for m in mantissas if low <= m * 10.0**e <= high]
     axes.set_yticks(at, [f"{t:,.0f}" if t >= 1 else f"{t:g}" for t in at])
 

@@ -26,7 +26,7 @@ from vitcore.sharding import MeshShape, check_mesh
 _TOKENS = 64 * 197  # of a core, where the sweep begins: below, XLA keeps whole activations in VMEM and looks better than it is
 _DOUBLINGS = 3
 _SYSTEM = 0.5 * 2**30  # HBM that a program cannot have; the compiler's message says it exactly once one does not fit
-_AVAILABLE = re.compile(r"(?:exceeds available HBM|Used [\d.]+[GMK] of) \(?([\d.]+)([GMK])")
+_TOO_MUCH = re.compile(r"\(([\d.]+)([GMK])\) exceeds available HBM \(([\d.]+)([GMK])\)|Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm")
 _SECONDS = 900.0
 
 
@@ -65,10 +65,14 @@ def out_of_hbm(error: str) -> bool:
     return "resource_exhausted" in text and ("hbm" in text or "memory space" in text) and "vmem" not in text
 
 
-def available(error: str) -> int:
-    """Bytes of HBM that a program may have, as the message of one that does not fit says it; 0 where it does not."""
-    found = _AVAILABLE.search(error)
-    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else 0
+def too_much(error: str) -> tuple[int, int]:
+    """(bytes a program needs, bytes it may have) as the message of one that does not fit says it; zeros where it does not."""
+    found = _TOO_MUCH.search(error)
+    if found is None:
+        return 0, 0
+    need, unit, have, other = (g for g in found.groups() if g is not None)
+    size = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return int(float(need) * size[unit]), int(float(have) * size[other])
 
 
 class _Study:
@@ -93,8 +97,9 @@ class _Study:
         smaller = any(b < batch and not r.error for b, r in self.reports.items())
         if report.error and not out_of_hbm(report.error) and not smaller:
             raise CannotCompile(report.error)
-        limit = available(report.error) or int(self.device.hbm_bytes - _SYSTEM)
-        return edge.Attempt(batch=batch, fits=not report.error, used=report.peak_bytes, limit=limit, why=report.error)
+        need, have = too_much(report.error)
+        limit = have or int(self.device.hbm_bytes - _SYSTEM)
+        return edge.Attempt(batch=batch, fits=not report.error, used=need or report.peak_bytes, limit=limit, why=report.error)
 
     def rate(self, report: Report, batch: int) -> dict[str, Any]:
         """images/s and what they cost, from the cycles of one core, all of which work at once."""
