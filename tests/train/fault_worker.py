@@ -5,6 +5,7 @@ be taken (default: the first). A line "AT ..." on stderr says that the job has c
 
     say-compile say-train say-eval say-save say-data    announces the place; train and eval wait there until a signal comes
     raise hang nan                           an exception, a step that never ends, a batch of NaN (from that step on: nan+)
+    tightN                                   the watchdog's limit is N seconds from that step on
     kill-commit                              SIGKILL in mid-commit: the arrays are written, the rename is still to come
     other-code                               a process with other code
     trace=PATH                               after the run: what was restored and which examples were used, to PATH.RANK.npz
@@ -29,7 +30,7 @@ for word in sys.argv[1 : sys.argv.index("--")]:
     if word.startswith("trace="):
         TRACE = word.removeprefix("trace=")
         continue
-    what, step, rank = re.fullmatch(r"([a-z+-]+)(?:@(\d+))?(?::(\d+))?", word).groups()  # pyright: ignore
+    what, step, rank = re.fullmatch(r"([a-z+-]+\d*)(?:@(\d+))?(?::(\d+))?", word).groups()  # pyright: ignore
     FAULTS[what] = (int(step or 1), None if rank is None else int(rank))
 
 
@@ -76,7 +77,10 @@ def faulty_step(*args):
             say("train", until_asked=lambda: loops[0].stop.asked)
         if here("raise", taken):
             raise RuntimeError("a fault that was put here")
+        for limit in [word for word in FAULTS if word.startswith("tight") and here(word, taken)]:
+            loops[0].watchdog.seconds = int(limit.removeprefix("tight"))
         if here("hang", taken):
+            say("hang")
             time.sleep(1e6)
         if here("nan", taken) or ("nan+" in FAULTS and taken >= FAULTS["nan+"][0]):
             image = image * float("nan")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.fault_jobs import PATIENCE, losses, records, start, start_two, steps
+from tests.train.fault_jobs import losses, records, start, start_two, steps
 from train import distributed
 from train import mesh as meshes
 
@@ -87,28 +87,26 @@ def test_an_exception_on_one_rank_ends_the_job_in_seconds(tmp_path, cache, rank)
 
 def test_a_hung_rank_ends_the_job_with_every_stack(tmp_path, cache):
     """Both print their stacks: the one that hangs, and the one that waits for it in a collective."""
-    limit = 15
-    options = [*RUN, "--steps", "100000", "--checkpoint-every", "100", "--step-timeout", limit, "--out", tmp_path / "run"]
-    jobs = start_two(tmp_path, *options, faults=["hang@7:1"], cache=cache)
-    deadline = time.monotonic() + PATIENCE
-    while len(records(tmp_path / "run")) < 6:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    limit = 8  # from the sixth step on: compiling may take longer than that on a busy machine
+    options = [*RUN, "--steps", "100000", "--checkpoint-every", "100", "--step-timeout", "200", "--out", tmp_path / "run"]
+    jobs = start_two(tmp_path, *options, faults=["hang@7:1", f"tight{limit}@6"], cache=cache)
+    jobs[1].reach("AT hang")
     began = time.monotonic()
-    codes = [job.end(limit + 15) for job in jobs]
+    codes = [job.end(limit + 10) for job in jobs]
     print(f"rank 1 hung: all had ended {time.monotonic() - began:.1f} s later, the limit being {limit} s")
     assert 0 not in codes
-    assert "hung for 15 s while taking step 7" in jobs[1].stderr
+    assert "hung for 8 s while taking step 7 (--step-timeout): the stacks of all threads follow" in jobs[1].stderr
     assert "fault_worker.py" in jobs[1].stderr
-    assert "Thread 0x" in jobs[1].stderr
-    assert "hung for 15 s while" in jobs[0].stderr or "ends because process 1" in jobs[0].stderr
-    assert "Thread 0x" in jobs[0].stderr
+    for job in jobs:
+        assert "hung for 8 s while" in job.stderr
+        assert "Thread 0x" in job.stderr
+        assert "train/loop.py" in job.stderr
 
 
 def test_processes_that_differ_do_not_start(tmp_path, cache):
     options = [*RUN, "--steps", "12", "--out", tmp_path / "run"]
     jobs = start_two(tmp_path, *options, each=(["--seed", "0"], ["--seed", "1"]), cache=cache)
-    assert [job.end() for job in jobs] == [2, 2]
+    assert set(job.end() for job in jobs) <= {1, 2}  # 1 where the other was told first
     assert "the processes differ in configuration: process" in jobs[0].stderr + jobs[1].stderr
     jobs = start_two(tmp_path, *options, faults=["other-code:1"], cache=cache)
     assert set(job.end() for job in jobs) <= {1, 2}
@@ -251,6 +249,7 @@ def test_launchers_are_recognised(laptop, environment, name, count):
         laptop.setenv(key, value)
     if name == "GKE":
         laptop.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+        laptop.setattr("jax._src.clusters.cloud_tpu_cluster.get_metadata", lambda key: ("", 404))
     found = distributed.parse("auto")
     assert found is not None
     assert (found.name, found.count, found.address) == (name, count, None)
