@@ -50,9 +50,9 @@ _SLOTS = 3  # of the streamed sums: one is written back, one worked on, one fetc
 class Sums:
     """The float32 sums dW1 and dW2, a hidden tile at a time.
 
-    Resident: slot j is hidden tile j, written to HBM during the last row tile. Streamed: three slots take turns; while a step works on
-    one, the sum of the step before is written back from the second and that of the step after fetched into the third. All waits stand
-    at the start of a step: what follows is one stretch of code.
+    Resident: slot j is hidden tile j, written to HBM during the last row tile. Streamed: three slots take turns; while a step works
+    on one, the sum of the step before is written back from the second and that of the step after fetched into the third. All waits
+    stand at the start of a step: what follows is one stretch of code.
     """
 
     def __init__(self, hbm, slots, semaphores, t: Tiling, i, j):

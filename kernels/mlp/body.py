@@ -49,7 +49,7 @@ def iota(n, axis):
 def by_tile(f, rows):
     """f(rows [n, K] as [n/8, 8, K]), for an f that adds or multiplies vectors [8, K] of eight equal rows.
 
-    A vector of one row would be spread over sublanes through memory by v2 and v3, in regions of code that nothing is scheduled across.
+    A vector of one row would be spread over sublanes through memory by v2 and v3, in regions that nothing is scheduled across.
     """
     n, k = rows.shape
     if n % SUBLANES:
@@ -60,7 +60,7 @@ def by_tile(f, rows):
 
 
 def sum_by_tile(rows):
-    """Sums of rows [n, K] by their number modulo 8, [8, K]: no reduction over sublanes. The rows past a multiple of 8 go to the first."""
+    """Sums of rows [n, K] by their number modulo 8, [8, K]: without a reduction over sublanes. A ragged rest goes to the first."""
     n, k = rows.shape
     whole = n // SUBLANES * SUBLANES
     total = jnp.sum(rows[:whole].reshape(-1, SUBLANES, k), axis=0) if whole else jnp.zeros((SUBLANES, k), rows.dtype)

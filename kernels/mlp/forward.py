@@ -24,7 +24,7 @@ def _piece(t: Tiling) -> int:
 
 
 class _Flat:
-    """A block [images, stride, D] as [height, D] rows: a view, which Mosaic takes of the reference and the interpreter of its value."""
+    """A block [images, stride, D] as [height, D] rows: a view, for Mosaic of the reference, for the interpreter of its value."""
 
     def __init__(self, ref, t: Tiling, *, interpret: bool):
         self.ref, self.interpret, self.shape = ref, interpret, (t.height, ref.shape[-1])

@@ -22,12 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dropout as drop
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
-from kernels.layer_norm.tpu import normalise
 from kernels.mlp import backward, forward
 from kernels.mlp.tiling import Shape, Tiling, cost, tiles, vmem_limit
 

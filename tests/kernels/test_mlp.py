@@ -104,7 +104,7 @@ def test_every_way_to_cut_agrees_with_the_reference(t, dtype):
 
 @pytest.mark.parametrize("t", [47, 21], ids=["squares", "a border within 16 rows"])
 def test_rows_taken_apart_by_words_agree_with_the_reference(t):
-    """As v2 and v3 do: even rows beside odd ones in VMEM, images that begin in the middle of 16 rows, dropout on every row's own."""
+    """As v2 and v3 do: even rows beside odd ones in VMEM, images that begin in the middle of 16 rows, each row's own dropout."""
     forward = replace(WORDS, rows=t, stride=-(-t // 8) * 8)
     backward = replace(WORDS, rows=48, stride=48)
     args = arrays(3, t, 64, 384, jnp.bfloat16)
