@@ -231,8 +231,11 @@ class Bench:
     stop: Stop | None
 
 
-def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Bench]:
-    """The devices and the model of a job; the resolved options. Raises ValueError for whatever a user can mend."""
+def prepare(args: Finetune, stop: Stop | None = None, *, join: bool = True) -> tuple[Finetune, Bench]:
+    """The devices and the model of a job; the resolved options. join: the job's other processes, unless the caller has.
+
+    Raises ValueError for whatever a user can mend.
+    """
     from train.data import open_source
     from train.pretrained import open_pretrained
     from vitcore.ops import BY_NAME
@@ -240,7 +243,8 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Bench]:
     from vitcore.sharding import MeshShape, check_mesh
 
     shape = None if args.mesh is None else meshes.parse(args.mesh)
-    args.join()
+    if join:
+        args.join()
     meshes.prepare(shape, distributed.count())
     resolve(args)  # its errors first: they cost nothing
     classes = open_source(args.data, args.split).classes

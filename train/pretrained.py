@@ -99,3 +99,27 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
         config, num_classes=params["head"]["bias"].shape[0], channels=params["patch_embed"]["kernel"].shape[2]
     )  # fmt: skip
     return config, params, f"{run}, step {step}{', Polyak average' if state.get('average') else ''}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m train.pretrained RUN FILE`: a run's parameters as .npz or .safetensors. Returns the exit code."""
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(prog="python -m train.pretrained", description="A run's parameters as a file of weights.")
+    parser.add_argument("run", help="a run's directory, or directory/STEP")
+    parser.add_argument("file", help=".npz (the release's layout) or .safetensors")
+    parser.add_argument("--naming", choices=["timm", "transformers"], help="of a .safetensors; default timm")
+    args = parser.parse_args(argv)
+    try:
+        found = open_pretrained(args.run)
+        weight_tree.save(args.file, found.params, found.config, naming=args.naming)
+        print(f"{args.file}: {found.about}")
+    except (ValueError, OSError) as error:
+        print(f"train.pretrained: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

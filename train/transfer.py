@@ -1,0 +1,164 @@
+"""Transfer, end to end, on a laptop: `python -m train.transfer`, or `make transfer`.
+
+A small ViT is pre-trained on the handwritten digits 0 to 4. Then the digits 5 to 9, which it has never seen, are learned from it:
+
+    few-shot      ridge regression on its frozen features, 1, 5, 10 and 25 images a digit, beside the same on the pixels themselves
+    fine-tuning   the paper's protocol: a head of zeros, SGD, the learning rate chosen on a held-out tenth, then all of train
+
+Each is measured on the held-out digits 5 to 9. Prints a line for each and leaves transfer.png and transfer.json beside the runs, in
+--out. The same command again resumes, or says that all is done.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from train import mesh as meshes
+from train.job import JobOptions, end, guard, place
+from train.options import parse
+
+SEEN, UNSEEN = "digits:0-4", "digits:5-9"
+DRAWS = 20  # of few shots: a single draw of five images a digit says little
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(JobOptions):
+    """Pre-train on the digits 0 to 4, transfer to the digits 5 to 9."""
+
+    mesh: str = "1x1"
+    out: str = "runs/transfer"
+    seed: int = 0
+    """Of the pre-training; fine-tuning takes this and the following ones."""
+    pretrain_steps: int = 1500
+    finetune_steps: int = 300
+    runs: int = 3
+    """Of fine-tuning with the chosen rate."""
+    draws: int = DRAWS
+    """Of few shots, which are averaged."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The job. Returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+
+    def work(stop):
+        run(parse(Transfer, "train.transfer", words), stop)
+
+    return guard("train.transfer", work)
+
+
+def run(args: Transfer, stop=None) -> dict | None:
+    """All of it; what transfer.json holds, or None where it was asked to stop."""
+    from train import finetune, pretrain
+
+    if min(args.pretrain_steps, args.finetune_steps, args.runs, args.draws) < 1:
+        raise ValueError("--pretrain-steps, --finetune-steps, --runs and --draws: positive numbers are required")
+    args.join()
+    meshes.prepare(meshes.parse(args.mesh))  # before the first job asks for devices
+    out = place(args.out)
+    common: dict[str, Any] = {field.name: getattr(args, field.name) for field in dataclasses.fields(JobOptions)} | {
+        "mesh": args.mesh
+    }
+    print("--- pre-training on the digits 0 to 4", flush=True)
+    pretrain.run(
+        pretrain.Pretrain(
+            model="ViT-Nano/2", data=SEEN, recipe="digits", representation_size=0, steps=args.pretrain_steps, seed=args.seed,
+            out=str(out / "pretrain"), keep=1, **common,
+        ),
+        stop,
+    )  # fmt: skip
+    if stop is not None and stop.asked:
+        return None
+    print("--- few-shot: ridge regression, digits 5 to 9", flush=True)
+    shots = few_shots(args, str(out / "pretrain"))
+    print("--- fine-tuning on the digits 5 to 9", flush=True)
+    summary = finetune.run(
+        finetune.Finetune(
+            init=str(out / "pretrain"), data=UNSEEN, recipe="digits", sweep=True, steps=args.finetune_steps, runs=args.runs,
+            seed=args.seed, out=str(out / "finetune"), eval_every=max(1, args.finetune_steps // 5),
+            checkpoint_every=max(1, args.finetune_steps // 2), **common,
+        ),
+        stop,
+    )  # fmt: skip
+    if summary is None:
+        return None
+    assert isinstance(summary, dict)
+    result = {"fewshot": shots, "finetune": {key: summary[key] for key in ("rate", "mean", "std", "final")}}
+    partial = out / "transfer.json.tmp"
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(out / "transfer.json")
+    draw(result, os.path.join(os.fspath(out), "transfer.png"))
+    for line in describe(result):
+        print(line)
+    print(out / "transfer.png")
+    return result
+
+
+def few_shots(args: Transfer, init: str) -> dict:
+    """{"features" or "pixels": {shots: [accuracies, one a draw]}}."""
+    from train import fewshot
+
+    found = {}
+    for what in ("representation", "pixels"):
+        options = fewshot.Fewshot(
+            init=None if what == "pixels" else init, data=UNSEEN, features=what, seeds=args.draws, mesh=args.mesh
+        )  # fmt: skip
+        measured = fewshot.run(options)
+        found["features" if what == "representation" else what] = {str(k): values for k, values in measured.items()}
+    return found
+
+
+def describe(result: dict) -> list[str]:
+    """The figures in words."""
+    lines = []
+    for k, values in result["fewshot"]["features"].items():
+        baseline = result["fewshot"]["pixels"][k]
+        margin = np.mean(values) - np.mean(baseline)
+        lines.append(
+            f"{k}-shot, digits 5 to 9: {np.mean(values):.2%} from the features, {np.mean(baseline):.2%} from the pixels: "
+            f"{100 * margin:+.2f} points"
+        )
+    tuned = result["finetune"]
+    lines.append(f"fine-tuned, digits 5 to 9: {tuned['mean']:.2%} +- {tuned['std']:.2%} in {len(tuned['final'])} runs")
+    return lines
+
+
+def draw(result: dict, path: str) -> None:
+    """Accuracy against the number of images a digit, from features and from pixels, and the fine-tuned model's; to a PNG."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for what, color, label in (("features", "tab:blue", "frozen features"), ("pixels", "tab:gray", "pixels")):
+        found = result["fewshot"][what]
+        shots = [int(k) for k in found]
+        means, deviations = (np.array([f(v) for v in found.values()]) for f in (np.mean, np.std))
+        axes.plot(shots, means, "o-", color=color, label=f"ridge regression on {label}")
+        axes.fill_between(shots, means - deviations, means + deviations, color=color, alpha=0.15, linewidth=0)
+    tuned = result["finetune"]
+    axes.axhline(tuned["mean"], color="tab:orange", label=f"fine-tuned on all of train: {tuned['mean']:.2%} ± {tuned['std']:.2%}")
+    axes.set_xscale("log")
+    axes.set_xticks(shots, [str(k) for k in shots])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    axes.set(xlabel="training images of each digit", ylabel="held-out digits 5 to 9 right", ylim=(None, 1.0))
+    axes.set_title("Pre-trained on the digits 0 to 4, transferred to 5 to 9")
+    axes.legend(frameon=False, loc="lower right")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    with open(f"{path}.tmp", "wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
+    os.replace(f"{path}.tmp", path)
+
+
+if __name__ == "__main__":
+    end(main())

@@ -1,0 +1,334 @@
+"""VTAB-1k: nineteen tasks of a thousand images each, one recipe for all (paper, sections 4.1 and B.1.1): `python -m train.vtab`.
+
+    python -m train.vtab --init ViT-B_16.npz --data /data/vtab
+    python -m train.vtab --init ViT-B_16.npz --sources sets.json --learning-rates 0.003 0.01 0.03
+
+The sets are prepared beforehand: DATA/TASK/train/CLASS/*.jpg with 1000 images and DATA/TASK/val/CLASS/*.jpg, the task's test
+images; or --sources FILE, {task: {"data": source, "train": split, "test": split}}, in any form that train.pretrain takes.
+With several learning rates, each task is tuned with each on 800 images and measured on the other 200, and the rate that is best
+on the mean of all the tasks there are is taken for all. Then every task is tuned on its 1000 and measured on its test images.
+
+OUT/vtab.json is renewed after each run, and what it holds is not done again; OUT/vtab.md is the table (means by group, as in
+Table 9), OUT/vtab.png the picture (as Figure 2). A task without data is named there and on the screen, and means say of how many.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from train import distributed, recipes
+from train.job import JobOptions, claim, end, guard, locked, place
+from train.options import parse
+
+# name here: (name in the paper, group), in the order of Table 9
+TASKS = {
+    "caltech101": ("Caltech101", "Natural"),
+    "cifar100": ("CIFAR-100", "Natural"),
+    "dtd": ("DTD", "Natural"),
+    "flowers102": ("Flowers102", "Natural"),
+    "pets": ("Pets", "Natural"),
+    "sun397": ("Sun397", "Natural"),
+    "svhn": ("SVHN", "Natural"),
+    "camelyon": ("Camelyon", "Specialized"),
+    "eurosat": ("EuroSAT", "Specialized"),
+    "resisc45": ("Resisc45", "Specialized"),
+    "retinopathy": ("Retinopathy", "Specialized"),
+    "clevr-count": ("Clevr-Count", "Structured"),
+    "clevr-dist": ("Clevr-Dist", "Structured"),
+    "dmlab": ("DMLab", "Structured"),
+    "dspr-loc": ("dSpr-Loc", "Structured"),
+    "dspr-ori": ("dSpr-Ori", "Structured"),
+    "kitti-dist": ("KITTI-Dist", "Structured"),
+    "snorb-azim": ("sNORB-Azim", "Structured"),
+    "snorb-elev": ("sNORB-Elev", "Structured"),
+}
+GROUPS = ("Natural", "Specialized", "Structured")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vtab(JobOptions):
+    """The nineteen tasks of VTAB-1k with one recipe."""
+
+    init: str = ""
+    """.npz, .safetensors or a run's directory. Required."""
+    data: str | None = None
+    """The directory of the prepared sets, one folder a task."""
+    sources: str | None = None
+    """A JSON file that says where each task is, instead."""
+    tasks: tuple[str, ...] = ()
+    """Some tasks only. Default: all nineteen."""
+    learning_rates: tuple[float, ...] = ()
+    """Default: Table 4's 0.01, and nothing to choose."""
+    examples: int = 1000
+    """Training images that every set must have; four fifths of them serve to choose."""
+    runs: int = 1
+    """Of every task at the end, with consecutive seeds."""
+    steps: int | None = None
+    batch_size: int | None = None
+    image_size: int | None = None
+    augment: Literal["inception", "digits", "none"] = "none"
+    """The same for all: a flip or a crop would change the answer of the structured tasks."""
+    gelu: Literal["tanh", "erf"] | None = None
+    mesh: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
+    remat: bool = False
+    accumulate: int = 1
+    threads: int | None = None
+    seed: int = 0
+    checkpoint_every: int | None = None
+    out: str | None = None
+    """Default: runs/vtab-INIT-HASH."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The job. Returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+
+    def work(stop):
+        run(parse(Vtab, "train.vtab", words), stop)
+
+    return guard("train.vtab", work)
+
+
+def places(args: Vtab) -> dict[str, dict[str, str]]:
+    """{task: {"data", "train", "test"}} of the tasks that are asked for. ValueError for unknown ones and a bad file."""
+    wanted = args.tasks or tuple(TASKS)
+    if unknown := [task for task in wanted if task not in TASKS]:
+        raise ValueError(f"--tasks {', '.join(unknown)}: the tasks are {', '.join(TASKS)}")
+    if (args.data is None) == (args.sources is None):
+        raise ValueError("--data DIRECTORY or --sources FILE is required, one of them: it says where the prepared sets are")
+    if args.data is not None:
+        return {task: {"data": f"folder:{os.path.join(args.data, task)}", "train": "train", "test": "val"} for task in wanted}
+    try:
+        held = json.loads(Path(str(args.sources)).read_text())
+        good = all(
+            isinstance(v, dict) and isinstance(v["data"], str) and set(v) <= {"data", "train", "test"} for v in held.values()
+        )
+    except (ValueError, KeyError, AttributeError):
+        good, held = False, {}
+    if not good or set(held) - set(TASKS):
+        raise ValueError(f"--sources {args.sources}: {{task: {{data, train, test}}}} is required, for tasks of {', '.join(TASKS)}")
+    absent = {"data": "", "train": "train", "test": "val"}
+    return {task: absent | held.get(task, {}) for task in wanted}
+
+
+def run(args: Vtab, stop=None) -> dict | None:
+    """All tasks that are not done; what vtab.json holds, or None where it was asked to stop."""
+    from train.finetune import Finetune, dev_splits, fine_tune, prepare
+
+    if not args.init:
+        raise ValueError("--init is required: an .npz, a .safetensors or the directory of a run")
+    if args.runs < 1 or args.examples < 5:
+        raise ValueError(f"--runs {args.runs}, --examples {args.examples}: at least 1 and 5 are required")
+    where = places(args)
+    recipe = recipes.finetune_recipe("vtab")
+    rates = args.learning_rates or recipe.base_lrs
+    args.join()
+    out, first = directory(args), distributed.rank() == 0
+    who = identity(args)
+    with locked(out) if first else contextlib.nullcontext():
+        if first:
+            claim(out, who, dataclasses.asdict(args))
+        held: dict[str, Any] = distributed.broadcast(_held(out) if first else None) or {}
+        result: dict[str, Any] = {"dev": held.get("dev", {}), "final": held.get("final", {}), "missing": {}}
+
+        def options(task: str, **changes) -> Finetune:
+            at = where[task]
+            base = dict(
+                init=args.init, data=at["data"], split=at["train"], test_split=at["test"], recipe="vtab", steps=args.steps,
+                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu, mesh=args.mesh,
+                dtype=args.dtype, ops=args.ops, remat=args.remat, accumulate=args.accumulate, threads=args.threads,
+                seed=args.seed, checkpoint_every=args.checkpoint_every,
+                **{field.name: getattr(args, field.name) for field in dataclasses.fields(JobOptions)},
+            )  # fmt: skip
+            return Finetune(**(base | changes))  # pyright: ignore[reportArgumentType]
+
+        def one(kind: str, task: str, key: str, finetune: Finetune) -> bool:
+            """One run, unless it is done; False where it was asked to stop."""
+            if key in result[kind].get(task, {}):
+                return True
+            full, bench = prepare(finetune, stop, join=False)
+            found = fine_tune(full, out / kind / task / key, bench)
+            if found.asked_to_stop:
+                bench.say(f"asked to stop in {kind}/{task} at step {found.steps}: the same command resumes there; {out}")
+                return False
+            result[kind].setdefault(task, {})[key] = {
+                "accuracy": found.accuracy, "correct": found.correct, "count": found.count
+            }  # fmt: skip
+            bench.say(f"{kind}, {TASKS[task][0]}, {key}: {found.correct} of {found.count} right, {found.accuracy:.2%}")
+            if first:
+                _write(out, result, args)
+            return True
+
+        there = [task for task in where if _there(task, where[task], args, result["missing"])]
+        for task, reason in result["missing"].items():
+            print(f"{TASKS[task][0]} has no data: {reason}", flush=True)
+        if not there:
+            raise ValueError(f"none of the {len(where)} tasks has data, the first because {next(iter(result['missing'].values()))}")
+        if len(rates) > 1:
+            for task in there:
+                train, dev = dev_splits(where[task]["train"], recipe.dev_share)
+                for rate in rates:
+                    if not one("dev", task, f"lr-{rate:g}", options(task, split=train, test_split=dev, learning_rate=rate)):
+                        return None
+        rate = choose(result["dev"], there, rates)
+        result["rate"] = rate
+        for task in there:
+            for seed in range(args.seed, args.seed + args.runs):
+                if not one("final", task, f"lr-{rate:g}-seed-{seed}", options(task, learning_rate=rate, seed=seed)):
+                    return None
+        result["means"] = means(result["final"], rate)
+        if first:
+            _write(out, result, args)
+            draw(result, str(out / "vtab.png"), f"VTAB-1k: {os.path.basename(args.init.rstrip('/'))}")
+            print((out / "vtab.md").read_text().rstrip())
+            print(out / "vtab.png")
+    return result
+
+
+def directory(args: Vtab):
+    """--out, or runs/vtab-INIT-HASH."""
+    if args.out is not None:
+        return place(args.out)
+    digest = hashlib.sha256(json.dumps(identity(args), sort_keys=True).encode()).hexdigest()[:8]
+    return place("runs") / f"vtab-{Path(args.init).stem}-{digest}"
+
+
+def identity(args: Vtab) -> dict:
+    """What makes the results what they are: not which tasks, where it runs, or how many seeds have been asked for."""
+    names = "init data sources learning_rates examples steps batch_size image_size augment gelu dtype seed"
+    return json.loads(json.dumps({name: getattr(args, name) for name in names.split()}))
+
+
+def _there(task: str, at: dict[str, str], args: Vtab, missing: dict[str, str]) -> bool:
+    """Whether a task's images are there, as many as there should be; otherwise why not, into `missing`."""
+    from train.data import DataError, open_source
+
+    try:
+        if not at["data"]:
+            raise DataError(f"{args.sources} does not say where they are")
+        train, test = (open_source(at["data"], at[split]) for split in ("train", "test"))
+        if len(train) != args.examples:
+            raise DataError(f"{train.name} has {len(train)} images, VTAB-1k's {args.examples} are required")
+        if not len(test):
+            raise DataError(f"{test.name} has no images")
+    except DataError as error:
+        missing[task] = str(error)
+        return False
+    return True
+
+
+# --- results ----------------------------------------------------------------------------------------------------------------
+
+
+def choose(dev: dict, tasks: list[str], rates) -> float:
+    """The learning rate with the best mean over the tasks; of equal ones the smallest."""
+    if len(rates) == 1:
+        return rates[0]
+    mean = {rate: np.mean([dev[task][f"lr-{rate:g}"]["accuracy"] for task in tasks]) for rate in rates}
+    return min(rates, key=lambda rate: (-mean[rate], rate))
+
+
+def accuracies(final: dict, rate: float) -> dict[str, float]:
+    """{task: mean accuracy of its runs with this rate}."""
+    found = {
+        task: [one["accuracy"] for key, one in runs.items() if key.startswith(f"lr-{rate:g}-")] for task, runs in final.items()
+    }
+    return {task: float(np.mean(found[task])) for task in TASKS if found.get(task)}
+
+
+def means(final: dict, rate: float) -> dict[str, dict]:
+    """{group or "all": {"mean", "tasks", "of"}}: means over the tasks that were done."""
+    done = accuracies(final, rate)
+    out = {}
+    for group in (*GROUPS, "all"):
+        members = [task for task, (_, g) in TASKS.items() if group in (g, "all")]
+        values = [done[task] for task in members if task in done]
+        out[group] = {"mean": float(np.mean(values)) if values else None, "tasks": len(values), "of": len(members)}
+    return out
+
+
+def table(result: dict, init: str) -> str:
+    """The results so far as a Markdown table."""
+    lines = [f"# VTAB-1k, {init}", "", "| group | task | accuracy |", "|---|---|---|"]
+    done = accuracies(result["final"], result["rate"]) if "rate" in result else {}
+    for task, (name, group) in TASKS.items():
+        if task in done:
+            lines.append(f"| {group} | {name} | {done[task]:.2%} |")
+        elif task in result["missing"]:
+            lines.append(f"| {group} | {name} | no data: {result['missing'][task]} |")
+    for group, one in result.get("means", {}).items():
+        if one["tasks"]:
+            of = "" if one["tasks"] == one["of"] else f" ({one['tasks']} of {one['of']} tasks)"
+            lines.append(f"| {group} | mean{of} | {one['mean']:.2%} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict, path: str, title: str) -> None:
+    """A panel for all tasks and one for each group (Figure 2), then every task's bar; a task without data has a cross. To a PNG."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    colors = {"Natural": "tab:green", "Specialized": "tab:red", "Structured": "tab:blue", "all": "tab:gray"}
+    done = accuracies(result["final"], result["rate"])
+    figure = Figure(figsize=(12, 4.8), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 3), sharey=True)
+    for i, (group, one) in enumerate((g, result["means"][g]) for g in ("all", *GROUPS)):
+        if one["tasks"]:
+            left.bar(i, one["mean"], color=colors[group])
+            left.text(i, one["mean"], f"{100 * one['mean']:.1f}", ha="center", va="bottom")
+    sizes = [result["means"][g] for g in ("all", *GROUPS)]
+    left.set_xticks(range(4), [f"{g}\n{one['tasks']} of {one['of']}" for g, one in zip(("VTAB", *GROUPS), sizes, strict=True)])
+    for i, (task, (_, group)) in enumerate(TASKS.items()):
+        if task in done:
+            right.bar(i, done[task], color=colors[group])
+        else:
+            right.plot(i, 0.02, "x", color="black", clip_on=False)
+    right.set_xticks(range(len(TASKS)), [name for name, _ in TASKS.values()], rotation=60, ha="right")
+    left.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    left.set(ylim=(0, 1), ylabel="accuracy", title="Means")
+    right.set_title(title)
+    for axes in (left, right):
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    with open(f"{path}.tmp", "wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
+    os.replace(f"{path}.tmp", path)
+
+
+def _held(out) -> dict | None:
+    path = out / "vtab.json"
+    if not path.exists():
+        return None
+    try:
+        held = json.loads(path.read_text())
+        if not isinstance(held, dict) or not all(isinstance(held.get(k), dict) for k in ("dev", "final")):
+            raise ValueError("no results")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it; the runs beside it are then measured again") from None
+    return held
+
+
+def _write(out, result: dict, args: Vtab) -> None:
+    for name, text in {"vtab.json": json.dumps(result, indent=2) + "\n", "vtab.md": table(result, args.init)}.items():
+        partial = out / f"{name}.tmp"
+        partial.write_text(text)
+        partial.replace(out / name)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end(main())

@@ -1,0 +1,142 @@
+"""A model as one file that runs without this package: `python -m vitcore.export`.
+
+    python -m vitcore.export ViT-B_16.npz vit.stablehlo                         any batch size, on CPU, GPU and TPU
+    python -m vitcore.export model.safetensors vit.stablehlo --batch 8 --dtype bfloat16
+    python -m vitcore.export --try vit.stablehlo                                loads it and runs it on random images
+
+The file is StableHLO, serialized by `jax.export` with its compatibility guarantees (six months backward), the weights inside as
+constants. It is a function images float32 [B, Y, X, C] in [-1, 1] -> logits float32 [B, V]; B stays open (a symbol) unless --batch says one.
+It holds the reference ops, which XLA compiles anywhere: the Pallas kernels are chosen for one batch and one device. Whoever loads
+it needs jax and flatbuffers, and nothing of ours:
+
+    import jax
+    from jax import export
+
+    with open("vit.stablehlo", "rb") as file:
+        model = export.deserialize(bytearray(file.read()))
+    logits = jax.jit(model.call)(images)
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcore.config import ViTConfig
+from vitcore.model import apply
+from vitcore.ops import REFERENCE
+from vitcore.weight_tree import describe, read
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export(params, config: ViTConfig, *, batch: int | None = None, dtype=jnp.float32, platforms=PLATFORMS) -> bytearray:
+    """The serialized function images [B, Y, X, C] float32 -> logits [B, V] float32, with these parameters inside.
+
+    batch: B, or None for any. dtype: of activations and matmul operands. platforms: that it can be compiled for. Raises ValueError
+    where flatbuffers is missing or a value is out of range.
+    """
+    from jax import export as jax_export
+
+    _need_flatbuffers()
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch={batch}: a positive number, or None for any, is required")
+    size = jax_export.symbolic_shape("b")[0] if batch is None else batch
+    images = jax.ShapeDtypeStruct((size, *config.image_shape, config.channels), jnp.float32)
+    params = jax.tree.map(jnp.asarray, params)
+
+    def model(images):
+        return apply(params, images, config, ops=REFERENCE, dtype=dtype)
+
+    return jax_export.export(jax.jit(model), platforms=platforms)(images).serialize()
+
+
+def load(path):
+    """The exported function of a file. ValueError, one line, where it is none."""
+    from jax import export as jax_export
+
+    _need_flatbuffers()
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        return jax_export.deserialize(bytearray(data))
+    except Exception as error:  # flatbuffers and the StableHLO reader raise many kinds
+        said = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ValueError(f"{path} is no exported model ({said}): make it with python -m vitcore.export") from error
+
+
+def _need_flatbuffers() -> None:
+    try:
+        import flatbuffers  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError('jax.export needs flatbuffers: pip install "vitcore[export]"') from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m vitcore.export", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("source", nargs="?", help=".npz (release) or .safetensors")
+    parser.add_argument("target", nargs="?", help="the file to write")
+    parser.add_argument(
+        "--try", dest="attempt", metavar="FILE", help="load an exported file, run it on random images, say how fast"
+    )
+    parser.add_argument("--batch", type=int, help="the only batch size; default: any")
+    parser.add_argument("--image-size", type=int, help="default: the model's; the position embedding is fitted to it")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--gelu", choices=["tanh", "erf"], help="default: tanh for .npz, erf for .safetensors")
+    parser.add_argument("--heads", type=int, help="number of heads, where the file does not say and the width is unusual")
+    parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
+    args = parser.parse_args(argv)
+    try:
+        if args.attempt:
+            print(_attempt(args.attempt, args.batch))
+        elif args.source and args.target:
+            print(_write(args))
+        else:
+            raise ValueError("SOURCE and TARGET are required, or --try FILE")
+    except (ValueError, OSError) as error:
+        print(f"vitcore.export: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(args) -> str:
+    _, config, _ = describe(args.source, heads=args.heads)
+    grid = config.grid
+    config = dataclasses.replace(config, image_size=args.image_size or config.image_size, gelu=args.gelu or config.gelu)
+    data = export(
+        read(args.source, config, grid=grid), config, batch=args.batch, dtype=jnp.dtype(args.dtype), platforms=tuple(args.platforms)
+    )
+    partial = f"{args.target}.tmp"
+    with open(partial, "wb") as file:
+        file.write(data)
+    os.replace(partial, args.target)
+    shape = [args.batch or "B", *config.image_shape, config.channels]
+    return f"{args.target}: {len(data):,} bytes; images {shape} -> logits [B, {config.num_classes}]; {', '.join(args.platforms)}"
+
+
+def _attempt(path: str, batch: int | None) -> str:
+    model = load(path)
+    shape = model.in_avals[0].shape
+    given = tuple(n if isinstance(n, int) else batch or 2 for n in shape)
+    images = np.random.default_rng(0).uniform(-1, 1, given).astype(np.float32)
+    run = jax.jit(model.call)
+    logits = np.asarray(run(images))
+    begun = time.perf_counter()
+    jax.block_until_ready(run(images))
+    took = time.perf_counter() - begun
+    if not np.isfinite(logits).all():
+        raise ValueError(f"{path} gives logits that are not finite on random images")
+    return (
+        f"images {list(given)} -> logits {list(logits.shape)}, the largest {np.abs(logits).max():.4g}; {math.ceil(1e3 * took)} ms"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
