@@ -91,7 +91,7 @@ def open_source(spec: str, split: str) -> Source:
         DataError: an unknown source or split, or whatever is wrong with the one that is named; one line.
     """
     name, parts = parse_split(split)
-    scheme, _, rest = spec.partition(":")
+    scheme, _, rest = absolute(spec).partition(":")  # names of examples then mean the same in every list of them
     if scheme not in SOURCES:
         known = ", ".join(known.usage for known in SOURCES.values())
         raise DataError(f"unknown data source {spec!r}; the known ones are {known}")

@@ -17,6 +17,7 @@ import numpy as np
 from train.data.decode import check_size
 from train.data.index import Arrays, Names, Opened, described, kept, shards
 from train.data.source import DataError, Encoded, EncodedSource, some
+from train.data.tar_headers import Bounded
 
 log = logging.getLogger("train.data")
 
@@ -140,7 +141,7 @@ def _members(path: str, known: dict[str, int]) -> list[tuple[int, int, int, str]
         file.seek(0)
         length = os.fstat(file.fileno()).st_size
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=Bounded) as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[misc]  # tarfile would keep them all
                     if member.offset_data + member.size > length:

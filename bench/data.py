@@ -1,0 +1,335 @@
+"""How fast images come: `python -m bench.data`. Sources and decoders beside torch's DataLoader, on the same files, in one run.
+
+    python -m bench.data                    decode + inception crop + flip + batch: images/s, ratio to torch, overhead above bare
+    python -m bench.data --index 1000000    start-up from a kept index of so many files, and the memory it takes
+
+The photographs are those that scikit-learn ships, cropped and resized to JPEGs of ImageNet's usual size. All contenders take turns,
+several rounds of it, so that a machine busy with other work slows all of them; a ratio is the median of the rounds' ratios. Each
+turn first empties what was read ahead. "bare" is the same work, image by image, in as many plain threads, with nothing around it.
+The contender of torch is a DataLoader with as many workers and torchvision's transforms (RandomResizedCrop, flip, ToTensor,
+Normalize) written on Pillow; it yields float32, as "float32" rows do, where ours otherwise leave the normalisation to the device.
+"""
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from train.data import AUGMENTATIONS, DataError, open_source, train_batches
+from train.data.decode import DECODERS, check_decoder
+from train.data.job import run_job
+from train.data.sampling import uniforms
+
+SIDE = 224
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Throughput of the data pipeline beside torch's DataLoader; or, with --index, start-up from a kept index."""
+
+    images: int = 256
+    """JPEGs to make."""
+    width: int = 500
+    height: int = 375
+    batch_size: int = 32
+    batches: int = 8
+    """Timed in each turn."""
+    rounds: int = 7
+    threads: int = 2
+    """Threads of ours, and workers of torch's."""
+    sources: tuple[str, ...] = ("folder", "tar", "arrayrecord", "parquet")
+    index: int | None = None
+    """Measure the start-up with an index of this many files instead."""
+
+
+# --- the set ----------------------------------------------------------------------------------------------------------------
+
+
+def write_photographs(root: Path, count: int, width: int, height: int) -> None:
+    """Class folders of `count` JPEGs in root/train: random crops of the two photographs, quality 90."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [Image.fromarray(image) for image in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        photo = photos[k % 2]
+        share = rng.uniform(0.6, 1)
+        w, h = share * photo.width, share * photo.height
+        left, top = rng.uniform(0, photo.width - w), rng.uniform(0, photo.height - h)
+        picture = photo.resize((width, height), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
+        place = root / "train" / ("china", "flower")[k % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        picture.save(place / f"{k:05d}.jpg", quality=90)
+
+
+def other_forms(root: Path, sources: tuple[str, ...]) -> dict[str, str]:
+    """The set in root/folder in every form of `sources`: {name: spec}."""
+    import io
+    import tarfile
+
+    from train.data.pack import Pack, pack
+
+    specs = {"folder": f"folder:{root / 'folder'}"}
+    source = open_source(specs["folder"], "train")
+    found = [source.encoded(i) for i in range(len(source))]  # type: ignore[attr-defined]
+    for form in sources:
+        place = root / form
+        if form == "folder":
+            continue
+        place.mkdir()
+        specs[form] = f"{form}:{place}"
+        if form == "tar":
+            with tarfile.open(place / "train-0.tar", "w") as tar:
+                for k, (data, label, _) in enumerate(found):
+                    for name, content in ((f"{k}.jpg", data), (f"{k}.cls", str(label).encode())):
+                        info = tarfile.TarInfo(name)
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+        elif form == "arrayrecord":
+            pack(source, str(place), "train", Pack(src="", dst="", workers=1))
+        elif form == "parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            images = [{"bytes": data, "path": None} for data, _, _ in found]
+            table = pa.table({"image": images, "label": [label for _, label, _ in found]})
+            pq.write_table(table, place / "train-0.parquet", row_group_size=100)
+        else:
+            raise ValueError(f"--sources {form}: folder, tar, arrayrecord and parquet can be measured")
+    return {form: specs[form] for form in sources}
+
+
+# --- contenders: each an endless iterator over batches ----------------------------------------------------------------------
+
+
+def bare(source: Any, decoder: str, threads: int, batch_size: int) -> Callable[[int], None]:
+    """A function that does the work of so many images, in plain threads, each image by itself: what no pipeline can do without."""
+    apply, draws = AUGMENTATIONS["inception"].apply, uniforms(0, np.zeros(4096), np.arange(4096), AUGMENTATIONS["inception"].draws)
+
+    def work(first: int, count: int) -> None:
+        for start in range(first, first + count, batch_size):
+            rows = [(start + k) % len(source) for k in range(batch_size)]
+            some = [DECODERS[decoder](source.encoded(i)[0], "") for i in rows]
+            apply(some, draws[np.array(rows) % 4096], SIDE, 3, np.uint8)
+
+    def run(count: int) -> None:
+        share = count // threads
+        pool = [threading.Thread(target=work, args=(k * share, share)) for k in range(threads)]
+        for thread in pool:
+            thread.start()
+        for thread in pool:
+            thread.join()
+
+    return run
+
+
+def torch_batches(files: list[str], workers: int, batch_size: int) -> Iterator[Any]:
+    """torch's DataLoader over the files, with torchvision's transforms written on Pillow. ImportError where torch is missing."""
+    import math
+    import random
+
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    mean, std = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.5)
+
+    def box(width: int, height: int) -> tuple[int, int, int, int]:
+        for _ in range(10):
+            area = width * height * random.uniform(0.05, 1)
+            ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = random.randint(0, width - w), random.randint(0, height - h)
+                return left, top, left + w, top + h
+        return 0, 0, width, height
+
+    class Files(Dataset):
+        def __len__(self) -> int:
+            return 10**6  # no epoch ends while it is timed
+
+        def __getitem__(self, index: int):
+            with open(files[index % len(files)], "rb") as file:
+                picture = Image.open(file).convert("RGB")
+            picture = picture.crop(box(*picture.size)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            if random.random() < 0.5:
+                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+            return pixels.sub_(mean).div_(std), index % 2
+
+    return iter(DataLoader(Files(), batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True))
+
+
+# --- the measurement --------------------------------------------------------------------------------------------------------
+
+
+def turn(batches: Iterator[Any], drain: int, count: int) -> float:
+    """Seconds of `count` batches, after `drain` batches have emptied what was read ahead."""
+    for _ in range(drain):
+        next(batches)
+    begun = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return time.perf_counter() - begun
+
+
+def measure(options: Options, root: Path, say: Callable[[str], None]) -> dict[str, list[float]]:
+    """{contender: images/s in each round}."""
+    write_photographs(root / "folder", options.images, options.width, options.height)
+    specs = other_forms(root, options.sources)
+    folder = open_source(f"folder:{root / 'folder'}", "train")
+    decoders = ["pillow"]
+    try:
+        check_decoder("simplejpeg")
+        decoders.append("simplejpeg")
+    except DataError as error:
+        say(f"no fast path here: {error}")
+
+    contenders: dict[str, Callable[[int], float]] = {}  # name -> seconds of so many batches
+    closing = []
+
+    def ours(spec: str, **settings: Any) -> Callable[[int], float]:
+        batches = train_batches(
+            open_source(spec, "train"), image_size=SIDE, channels=3, batch_size=options.batch_size, seed=0, augment="inception",
+            threads=options.threads, **settings,
+        )  # fmt: skip
+        closing.append(batches.close)
+        return lambda count: turn(batches, 5, count)
+
+    for decoder in decoders:
+        run = bare(folder, decoder, options.threads, 16)
+        contenders[f"bare {decoder}"] = lambda count, run=run: timed(lambda: run(count * options.batch_size))
+        for form, spec in specs.items():
+            contenders[f"{form} {decoder}"] = ours(spec, decoder=decoder, pixels="uint8")
+    contenders["folder pillow float32"] = ours(f"folder:{root / 'folder'}", decoder="pillow")
+    if "simplejpeg" in decoders:
+        contenders["folder simplejpeg float32"] = ours(f"folder:{root / 'folder'}", decoder="simplejpeg")
+    try:
+        loader = torch_batches([folder.example_name(i) for i in range(len(folder))], options.threads, options.batch_size)
+        contenders["torch"] = lambda count: turn(loader, 2 * options.threads + 1, count)
+    except ImportError as error:
+        say(f"torch is not installed ({error}): no ratios to its DataLoader; pip install 'vitcore[peers]'")
+
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    try:
+        for number in range(options.rounds + 1):
+            for name, seconds in contenders.items():
+                taken = seconds(options.batches)
+                if number:  # the first round only warms up
+                    rates[name].append(options.batches * options.batch_size / taken)
+                time.sleep(0.3)  # until it has read ahead again: the next one is not to pay for that
+    finally:
+        for close in closing:
+            close()
+    return rates
+
+
+def timed(run: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def ratio(rates: dict[str, list[float]], name: str, to: str) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(rates[name], rates[to], strict=True))
+
+
+def report(rates: dict[str, list[float]]) -> list[str]:
+    """A table: images/s (median), ratio to torch, overhead above bare work of the same decoder."""
+    lines = [f"{'source, decoder':30s} {'images/s':>9s} {'x torch':>8s} {'above bare':>11s}"]
+    for name, values in rates.items():
+        decoder = next((d for d in DECODERS if d in name), None)
+        torch = f"{ratio(rates, name, 'torch'):8.2f}" if "torch" in rates and name != "torch" else f"{'':8s}"
+        own = decoder is not None and not name.startswith("bare")
+        above = f"{ratio(rates, f'bare {decoder}', name) - 1:11.1%}" if own else ""
+        lines.append(f"{name:30s} {statistics.median(values):9.0f} {torch} {above}")
+    return lines
+
+
+# --- start-up ---------------------------------------------------------------------------------------------------------------
+
+# VmHWM, not getrusage: Linux lets a new process inherit the peak of the one that started it.
+_START = """
+import json, re, sys, time
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+begun = time.perf_counter()
+from train.data import open_source, train_batches
+from train.data.sampling import epoch_order
+imported, memory = time.perf_counter(), peak()
+source = open_source(sys.argv[1], "train")
+opened = time.perf_counter()
+name = source.example_name(int(epoch_order(len(source), 0, 0)[0]))
+ordered = time.perf_counter()
+found = {"files": len(source), "import_s": imported - begun, "open_s": opened - imported, "order_s": ordered - opened}
+print(json.dumps({**found, "import_mb": memory, "peak_mb": peak(), "name": name}))
+"""
+
+
+def start_up(root: Path, count: int) -> dict[str, Any]:
+    """Opening a set of `count` files in 1000 class folders from its kept index, in a new process. The files themselves are not
+    written: a start from the index does not touch them."""
+    from unittest import mock
+
+    from train.data import folder
+
+    for k in range(1000):
+        (root / "set" / "train" / f"n{k:08d}").mkdir(parents=True)
+    each = -(-count // 1000)
+    environment = {**os.environ, "VITCORE_CACHE": str(root / "cache")}
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(folder, "_images", lambda path: [f"{path[-9:]}_{k:06d}.JPEG" for k in range(each)]),
+    ):
+        begun = time.perf_counter()
+        open_source(f"folder:{root / 'set'}", "train")
+        built = time.perf_counter() - begun
+    command = [sys.executable, "-c", _START, f"folder:{root / 'set'}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return {"build_s": built, **json.loads(done.stdout)}
+
+
+def run(options: Options) -> None:
+    for name in ("images", "width", "height", "batch_size", "batches", "rounds", "threads", "index"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: a positive number is required")
+    root = Path(tempfile.mkdtemp(prefix="vitcore-bench-"))
+    try:
+        if options.index is not None:
+            found = start_up(root, options.index)
+            print(
+                f"{found['files']:,} files from the kept index: import {found['import_s']:.2f} s, open {found['open_s']:.2f} s, "
+                f"order of an epoch {found['order_s']:.2f} s; memory at most {found['peak_mb']:.0f} MB, the imports alone "
+                f"{found['import_mb']:.0f} MB; the index was made in {found['build_s']:.1f} s"
+            )
+            return
+        os.environ["VITCORE_CACHE"] = str(root / "cache")
+        print(
+            f"{options.images} JPEGs of {options.width}x{options.height}, {options.threads} threads or workers, "
+            f"{options.rounds} rounds; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+            flush=True,
+        )
+        rates = measure(options, root, lambda line: print(line, flush=True))
+        print("\n".join(report(rates)))
+        print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB; load {os.getloadavg()[0]:.1f}")
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(Options, run, "bench.data"))
