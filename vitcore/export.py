@@ -5,9 +5,9 @@
     python -m vitcore.export --try vit.stablehlo                                loads it and runs it on random images
 
 The file is StableHLO, serialized by `jax.export` with its compatibility guarantees (six months backward), the weights inside as
-constants. It is a function images float32 [B, Y, X, C] in [-1, 1] -> logits float32 [B, V]; B stays open (a symbol) unless --batch says one.
-It holds the reference ops, which XLA compiles anywhere: the Pallas kernels are chosen for one batch and one device. Whoever loads
-it needs jax and flatbuffers, and nothing of ours:
+constants. It is a function images float32 [B, Y, X, C] in [-1, 1] -> logits float32 [B, V]; B stays open (a symbol) unless
+--batch says one. It holds the reference ops, which XLA compiles anywhere: the Pallas kernels are chosen for one batch and one
+device. Whoever loads it needs jax and flatbuffers, and nothing of ours:
 
     import jax
     from jax import export
