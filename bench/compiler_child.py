@@ -82,6 +82,7 @@ def _compile(program: Program, devices, request: dict) -> Report:
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        live_bytes=getattr(memory, "peak_memory_in_bytes", 0),
         kernels=kernels,
         xla_cycles=sum(op.cycles * op.trips for op in xla),
         xla_top=tuple((op.name, op.cycles, op.trips, op.source) for op in top if op.cycles),

@@ -64,15 +64,23 @@ class _Line:
         return found[1] if found else None
 
 
+_CONTINUED = re.compile(r'\n(?="|\}[^\n])')
+
+
+def _joined(text: str) -> list[str]:
+    """Lines of the program; an instruction whose attributes hold line breaks (a kernel's metadata may) is one line."""
+    return _CONTINUED.sub(" ", text).splitlines()
+
+
 def _computations(text: str) -> tuple[dict[str, dict[str, _Line]], str]:
     found: dict[str, dict[str, _Line]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _joined(text):
         header = _HEADER.match(line)
         if header:
             current = found.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             current[match[1]] = _Line(match[1], match[2], match[3], line)

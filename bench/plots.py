@@ -64,19 +64,20 @@ def _ticks(axes, values: list[float]) -> None:
     axes.set_yticks(at, [f"{t:,.0f}" if t >= 1 else f"{t:g}" for t in at])
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Writes the PNG of the rows of one device or target. Rows without a figure leave a gap."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+def picture(rows: Sequence[dict[str, Any]], *, title: str):
+    """The matplotlib figure of the rows of one device or target. Rows without a figure leave a gap."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     kinds = _groups(rows, "mode", "mesh")
     models = list(dict.fromkeys(r["model"] for r in rows))
     codes = list(dict.fromkeys(_code(r) for r in rows))
-    colours = {m: plt.get_cmap("tab10")(i % 10) for i, m in enumerate(models)}
-    figure, grid = plt.subplots(len(kinds), 2, figsize=(11, 0.9 + 4.2 * len(kinds)), squeeze=False, layout="constrained")
+    colours = {m: colormaps["tab10"](i % 10) for i, m in enumerate(models)}
+    figure = Figure(figsize=(11, 0.9 + 4.2 * len(kinds)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(kinds), 2, squeeze=False)
     for (left, right), ((mode, mesh), some) in zip(grid, kinds.items(), strict=True):
         estimate = some[0]["compiler_estimate"]
         what = {"forward": "inference", "train": "training"}[mode] + (f", mesh {mesh}" if mesh else "")
@@ -94,8 +95,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
         handles += [Line2D([], [], color="black", label=_name(c), **style[c]) for c in codes]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def pictures(rows: Sequence[dict[str, Any]], folder: Path, *, stem: str = "throughput") -> list[Path]:
@@ -110,7 +110,9 @@ def pictures(rows: Sequence[dict[str, Any]], folder: Path, *, stem: str = "throu
             else next((r["device"] for r in some if "device" in r), where)
         )
         path = folder / (f"{stem}.png" if len(places) == 1 else f"{stem}-{where}.png")
-        draw(some, path, title=f"Throughput and largest batch: {place}, {dtype}")
+        drawn = picture(some, title=f"Throughput and largest batch: {place}, {dtype}")
+        drawn.savefig(path, dpi=130)
+        drawn.clear()
         made.append(path)
     return made
 

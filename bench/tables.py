@@ -87,7 +87,7 @@ def line(row: dict[str, Any]) -> str:
         notes.append(f"largest batch: {limit}")
     compiled = row.get("compiled", "")
     if compiled.startswith("not compiled"):
-        notes.append(f"torch.compile failed, run without: {compiled}")
+        notes.append(f"torch.compile failed, run without it: {compiled}")
     return "\n".join([text, *(f"    {note[:200]}" for note in notes)])
 
 

@@ -101,6 +101,7 @@ class Report:
     output_bytes: int = 0
     alias_bytes: int = 0
     temporary_bytes: int = 0
+    live_bytes: int = 0  # the most that live at one time, by the compiler's own assignment of buffers
     kernels: tuple[Kernel, ...] = ()
     xla_cycles: int = 0  # cost model, all operations times their trips
     xla_top: tuple[tuple[str, int, int, str], ...] = ()  # costliest operations: name, cycles of one, trips, source
@@ -111,8 +112,8 @@ class Report:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory of one core while the program runs: arguments, outputs that alias none, temporaries."""
-        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
+        """Memory of one core while the program runs: what the compiler holds against the core's HBM, else the sum of the parts."""
+        return self.live_bytes or self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
 
     @property
     def cycles(self) -> int:
