@@ -22,7 +22,6 @@ recomputation: Dao et al. 2022.
 
 import contextlib
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,8 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from kernels.attention import core_backward, wide_core
+from kernels.attention.heads import CoreTiles, Sums, divisor, heads_of, narrow, round_up, sweep
 from kernels.device import LANES, SUBLANES, Device
 from kernels.launch import Launch, call, dot
 
@@ -41,25 +41,6 @@ FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = (3, 2), (5, 3)
 UNROLLED = 2**20  # logits of the heads unrolled in one step: more compile slowly and gain nothing
 WHOLE_ROWS = 2048  # longest row of keys whose softmax is not online
 ROWS = 128  # a tile of queries or a chunk of keys is a multiple of this, or all there are
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoreTiles:
-    """images and lanes (whole heads) a grid step; queries a tile; keys a chunk (T: whole rows)."""
-
-    images: int
-    lanes: int
-    queries: int
-    keys: int
-
-
-def round_up(n: int, m: int) -> int:
-    return -(-n // m) * m
-
-
-def divisor(n: int, limit: int) -> int:
-    """The largest divisor of n that is at most max(limit, 1)."""
-    return next(d for d in range(max(1, min(n, limit)), 0, -1) if n % d == 0)
 
 
 def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: bool) -> CoreTiles:
@@ -95,10 +76,26 @@ def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: 
                     while images > 1 and bytes_of(images, lanes, queries, keys) > budget:
                         images = divisor(b, images - 1)
                     return CoreTiles(images=images, lanes=lanes, queries=queries, keys=keys)
+    found = _streamed(t, group, group // h, window, size, budget) if backward else None
+    if found is not None:
+        return found
     raise NotImplementedError(
         f"attention over {t} tokens: keys and values of {group // h} heads of width {h} do not fit the "
         f"{device.vmem_bytes >> 20} MiB of VMEM of a {device.name}. Use fewer tokens, or the reference ops."
     )
+
+
+def _streamed(t: int, lanes: int, heads: int, window: int, size: int, budget: float) -> CoreTiles | None:
+    """Tiles of the backward pass where the queries of a group of heads do not fit beside its keys: tile by tile in the grid."""
+    operands, squares = BACKWARD_TEMPORARIES
+    whole, wide = round_up(t, 16), round_up(lanes, LANES)
+    for queries, keys in ((256, 512), (256, 256), (128, 256), (128, 128)):
+        resident = whole * wide * (2 * size + 4 * size + 8)  # k, v; dk, dv twice; their float32 sums
+        blocks = 2 * 4 * queries * wide * size
+        temporaries = 4 * heads * (operands * max(queries, keys) * window + squares * queries * keys)
+        if keys < t and resident + blocks + temporaries <= budget:
+            return CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys, streamed=True)
+    return None
 
 
 def head_lanes(shape: tuple[int, int, int, int], device: Device, dtype) -> int:
@@ -125,72 +122,6 @@ def cost(shape: tuple[int, int, int, int], dtype, *, backward: bool) -> pl.CostE
         transcendentals=b * n * t * t,
         bytes_accessed=arrays * b * t * n * h * jnp.dtype(dtype).itemsize,
     )
-
-
-def sweep(total: int, size: int, body) -> None:
-    """body(start, length) for consecutive tiles of `size` and, last, the shorter rest; a loop where there are several."""
-    full = total // size
-    if full == 1:
-        body(0, size)
-    elif full > 1:
-
-        def step(i, _):
-            body(pl.multiple_of(i * size, size), size)
-
-        lax.fori_loop(0, full, step, None)
-    if total % size:
-        body(full * size, total % size)
-
-
-@dataclass(frozen=True)
-class Head:
-    """Where one head lies in the lanes of a block: the columns [lo, hi) that it touches, and its own [first, last)."""
-
-    first: int
-    last: int
-    lo: int
-    hi: int
-
-    def mask(self, value):
-        """value [rows, hi - lo] in float32 (not every generation selects in bfloat16), zero outside the head's own lanes."""
-        value = value.astype(jnp.float32)
-        if (self.first, self.last) == (self.lo, self.hi):
-            return value
-        lane = self.lo + lax.broadcasted_iota(jnp.int32, (1, self.hi - self.lo), 1)
-        return jnp.where((lane >= self.first) & (lane < self.last), value, 0.0)
-
-    def columns(self):
-        return [(c, min(c + LANES, self.hi)) for c in range(self.lo, self.hi, LANES)]
-
-
-def heads_of(lanes: int, h: int) -> list[list[Head]]:
-    """The heads of a block of `lanes` lanes, in runs that share no column with each other."""
-    runs: list[list[Head]] = []
-    for first in range(0, lanes, h):
-        head = Head(first, first + h, first // LANES * LANES, min(round_up(first + h, LANES), lanes))
-        if runs and head.lo < runs[-1][-1].hi:
-            runs[-1].append(head)
-        else:
-            runs.append([head])
-    return runs
-
-
-def narrow(value, dtype, device: Device):
-    """A float32 value as an operand beside arrays of `dtype`; left alone where the MXU rounds float32 operands by itself."""
-    return value.astype(dtype) if device.bf16_matmul else value
-
-
-class _Sums(dict):
-    """Sums over heads, one a column of lanes; values, not memory."""
-
-    def add(self, head: Head, value):
-        for lo, hi in head.columns():
-            part = value[:, lo - head.lo : hi - head.lo]
-            self[lo, hi] = self[lo, hi] + part if (lo, hi) in self else part
-
-    def store(self, put):
-        for (lo, hi), value in self.items():
-            put(slice(lo, hi), value)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, o_ref, *, t: CoreTiles, h: int, scale: float, device: Device):
@@ -236,137 +167,29 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, *, t: CoreTiles, h: int, scale: 
         for run in heads_of(lanes, h):
 
             def tile(start, size, run=run):
-                sums, wide = _Sums(), {}
+                sums, wide = Sums(), {}
                 for head in run:
                     q = narrow(head.mask(q_ref[0, i, pl.ds(start, size), head.lo : head.hi]), o_ref.dtype, device)
                     o = whole(i, head, q, wide) if t.keys == total else online(i, head, q)
                     sums.add(head, head.mask(o))
 
-                def put(columns, value):
-                    o_ref[i, pl.ds(start, size), columns] = value.astype(o_ref.dtype)
-
-                sums.store(put)
+                sums.store(o_ref, (i, pl.ds(start, size)), o_ref.dtype)
 
             sweep(total, t.queries, tile)
 
     sweep(images, 1, lambda i, _: image(i))
-
-
-def _backward_kernel(q_ref, k_ref, v_ref, do_ref, dqkv_ref, o_ref, scratch, *, t: CoreTiles, h: int, scale: float, device: Device):
-    images, total, lanes = do_ref.shape
-    factor = scale * math.log2(math.e)
-    dtype = do_ref.dtype
-    several = bool(scratch)  # several tiles of queries or chunks of keys: dk and dv are summed in scratch
-
-    def products(i, head, q, do, start, size, wide):
-        """Transposed logits and their gradient before the softmax [S, Tq] of one chunk of keys, the keys and the values."""
-        keys = pl.ds(start, size)
-        k, v = k_ref[0, i, keys, head.lo : head.hi], v_ref[0, i, keys, head.lo : head.hi]
-        if not device.bf16_matmul and size == total:  # widened once for the heads of a column
-            k, v = wide.setdefault((head.lo, head.hi), (k.astype(jnp.float32), v.astype(jnp.float32)))
-        return dot(k, q, device, contract=(1, 1)), dot(v, do, device, contract=(1, 1)), k, v
-
-    def gradients(p, dp, delta, q, do, k, v):
-        """dk, dv [S, columns], and dq, o [Tq, columns] of one chunk of keys."""
-        ds, p = narrow(p * (dp - delta), dtype, device), narrow(p, dtype, device)
-        dq = dot(ds, k, device, contract=(0, 0)) * scale
-        o = dq if o_ref is None else dot(p, v, device, contract=(0, 0))
-        return dot(ds, q, device) * scale, dot(p, do, device), dq, o
-
-    def whole(i, head, q, do, emit, wide):
-        s, dp, k, v = products(i, head, q, do, 0, total, wide)
-        p = jnp.exp2((s - s.max(0, keepdims=True)) * factor)
-        p = p * (1.0 / p.sum(0, keepdims=True))
-        dk, dv, dq, o = gradients(p, dp, (p * dp).sum(0, keepdims=True), q, do, k, v)
-        emit(head, 0, total, dk, dv)
-        return dq, o
-
-    def online(i, head, q, do, emit, wide):
-        """Twice over the keys: first the softmax's maximum, sum and delta of each query, then the gradients."""
-
-        def loop(chunk, carry):
-            full = total // t.keys
-            carry = lax.fori_loop(0, full, lambda c, carry: chunk(pl.multiple_of(c * t.keys, t.keys), t.keys, carry), carry)
-            return chunk(full * t.keys, total % t.keys, carry) if total % t.keys else carry
-
-        def measure(start, size, carry):
-            m, norm, delta = carry
-            s, dp, _, _ = products(i, head, q, do, start, size, wide)
-            new = jnp.maximum(m, s.max(0, keepdims=True))
-            p, shrink = jnp.exp2((s - new) * factor), jnp.exp2((m - new) * factor)
-            return new, norm * shrink + p.sum(0, keepdims=True), delta * shrink + (p * dp).sum(0, keepdims=True)
-
-        zeros = jnp.zeros((1, q.shape[0]), jnp.float32)
-        m, norm, delta = loop(measure, (zeros - jnp.inf, zeros, zeros))
-        inverse = 1.0 / norm
-
-        def differentiate(start, size, carry):
-            s, dp, k, v = products(i, head, q, do, start, size, wide)
-            dk, dv, dq, o = gradients(jnp.exp2((s - m) * factor) * inverse, dp, delta * inverse, q, do, k, v)
-            emit(head, start, size, dk, dv)
-            return carry[0] + dq, carry[1] + o
-
-        return loop(differentiate, (jnp.zeros(q.shape, jnp.float32),) * 2)
-
-    def image(i):
-        for ref in scratch:
-            ref[...] = jnp.zeros_like(ref)
-        for run in heads_of(lanes, h):
-            dks, dvs = _Sums(), _Sums()
-
-            def emit(head, start, size, dk, dv, dks=dks, dvs=dvs):
-                if several:
-                    scratch[0][pl.ds(start, size), head.lo : head.hi] += dk
-                    scratch[1][pl.ds(start, size), head.lo : head.hi] += dv
-                else:
-                    dks.add(head, dk)
-                    dvs.add(head, dv)
-
-            def tile(start, size, run=run, emit=emit):
-                dqs, os, wide, rows = _Sums(), _Sums(), {}, pl.ds(start, size)
-                for head in run:
-                    q = narrow(head.mask(q_ref[0, i, rows, head.lo : head.hi]), dtype, device)
-                    do = narrow(head.mask(do_ref[i, rows, head.lo : head.hi]), dtype, device)
-                    dq, o = (whole if t.keys == total else online)(i, head, q, do, emit, wide)
-                    dqs.add(head, head.mask(dq))
-                    os.add(head, head.mask(o))
-
-                def put_dq(columns, value):
-                    dqkv_ref[0, i, rows, columns] = value.astype(dtype)
-
-                def put_o(columns, value):
-                    o_ref[i, rows, columns] = value.astype(dtype)
-
-                dqs.store(put_dq)
-                if o_ref is not None:
-                    os.store(put_o)
-
-            sweep(total, t.queries, tile)
-            for c, sums in ((1, dks), (2, dvs)):
-
-                def put(columns, value, c=c):
-                    dqkv_ref[c, i, :, columns] = value.astype(dtype)
-
-                sums.store(put)
-        for c, ref in enumerate(scratch, 1):
-            dqkv_ref[c, i] = ref[...].astype(dtype)
-
-    sweep(images, 1, lambda i, _: image(i))
-
-
-def _specs(t: CoreTiles, total: int):
-    """Block specs of one section of [3, B, T, K], of all three, and of [B, T, K]."""
-    section = [pl.BlockSpec((1, t.images, total, t.lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
-    packed = pl.BlockSpec((3, t.images, total, t.lanes), lambda i, g: (0, i, 0, g))
-    return section, packed, pl.BlockSpec((t.images, total, t.lanes), lambda i, g: (i, 0, g))
 
 
 def forward(qkv, *, num_heads: int, launch: Launch, width: int | None = None):
     """o [B, T, K] of qkv [3, B, T, K]; width: of a head, if its lanes are padded. Not differentiable by itself: see `attention`."""
     _, b, total, k = qkv.shape
     shape = b, total, num_heads, k // num_heads
+    if wide_core.takes(total, num_heads, shape[3], launch.device):
+        price = cost(shape, qkv.dtype, backward=False)
+        return wide_core.packed(qkv, num_heads=num_heads, width=width or shape[3], launch=launch, cost=price)
     t = tiles(shape, launch.device, qkv.dtype, backward=False)
-    section, _, rows = _specs(t, total)
+    section = [pl.BlockSpec((1, t.images, total, t.lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
+    rows = pl.BlockSpec((t.images, total, t.lanes), lambda i, g: (i, 0, g))
 
     def kernel(q, k, v, o):
         _forward_kernel(q, k, v, o, t=t, h=shape[3], scale=(width or shape[3]) ** -0.5, device=launch.device)
@@ -384,30 +207,14 @@ def forward(qkv, *, num_heads: int, launch: Launch, width: int | None = None):
     )(qkv, qkv, qkv)[0]
 
 
-def backward(qkv, do, *, num_heads: int, launch: Launch, width: int | None = None, with_o: bool):
+def backward(qkv, do, *, num_heads: int, launch: Launch, width: int | None = None, with_o: bool) -> tuple[jax.Array, ...]:
     """(dqkv [3, B, T, K], and with_o: o [B, T, K]) of qkv [3, B, T, K] and do [B, T, K]; width: as in `forward`."""
-    _, b, total, k = qkv.shape
-    shape = b, total, num_heads, k // num_heads
+    shape = *do.shape[:2], num_heads, do.shape[2] // num_heads
+    price = cost(shape, qkv.dtype, backward=True)
+    if not with_o and wide_core.takes(shape[1], num_heads, shape[3], launch.device):
+        return (wide_core.packed(qkv, do, num_heads=num_heads, width=width or shape[3], launch=launch, cost=price),)
     t = tiles(shape, launch.device, qkv.dtype, backward=True)
-    section, packed, rows = _specs(t, total)
-    several = (t.queries, t.keys) != (total, total)
-
-    def kernel(q, k, v, do, dqkv, *rest):
-        o, scratch = (rest[0], rest[1:]) if with_o else (None, rest)
-        _backward_kernel(q, k, v, do, dqkv, o, scratch, t=t, h=shape[3], scale=(width or shape[3]) ** -0.5, device=launch.device)
-
-    return call(
-        kernel,
-        launch=launch,
-        name="attention_core_backward",
-        grid=(b // t.images, k // t.lanes),
-        in_specs=[*section, rows],
-        out_specs=[packed, rows][: 1 + with_o],
-        out_shapes=[(qkv.shape, qkv.dtype), ((b, total, k), qkv.dtype)][: 1 + with_o],
-        semantics=("parallel", "parallel"),
-        cost=cost(shape, qkv.dtype, backward=True),
-        scratch=[pltpu.VMEM((total, t.lanes), jnp.float32)] * (2 * several),
-    )(qkv, qkv, qkv, do)
+    return core_backward.backward(qkv, do, tiles=t, num_heads=num_heads, launch=launch, width=width, with_o=with_o, cost=price)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention import rows
-from kernels.attention.core import heads_of, round_up
+from kernels.attention.heads import heads_of, round_up
 from kernels.attention.wide import PIECE, parts, product, undrop
 from kernels.attention.wide_core import attend
 from kernels.device import LANES, SUBLANES, Device

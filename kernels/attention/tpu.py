@@ -32,7 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dropout as drop
 from kernels.attention import core, fused, wide, wide_core
-from kernels.attention.core import divisor, narrow
+from kernels.attention.heads import divisor, narrow
 from kernels.device import LANES, Device
 from kernels.launch import Launch, call, dot, vary_alike
 from kernels.layer_norm.reference import EPS
@@ -496,8 +496,7 @@ def _is_fused(x, k: int, static: _Static) -> bool:
 
 def _is_wide(x, k: int, static: _Static) -> bool:
     """Whether the backward half takes the kernels on float32 rows."""
-    device, n = static.launch.device, static.num_heads
-    return not device.bf16_matmul and k // n % 8 == 0 and wide_core.lanes_of(x.shape[1], n, k // n, device) is not None
+    return wide_core.takes(x.shape[1], static.num_heads, k // static.num_heads, static.launch.device)
 
 
 def _backward(scalars, x, weights, dy, static: _Static):

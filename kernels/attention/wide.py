@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dropout as drop
 from kernels.attention import rows
-from kernels.attention.core import round_up
+from kernels.attention.heads import round_up
 from kernels.device import LANES, SUBLANES, Device
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise, normalise_back

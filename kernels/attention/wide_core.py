@@ -10,9 +10,11 @@ import math
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.core import Head, heads_of, round_up
-from kernels.attention.wide import product, together
+from kernels.attention import rows as order
+from kernels.attention.heads import Head, heads_of, round_up
+from kernels.attention.wide import PIECE, product, together
 from kernels.device import LANES, SUBLANES, Device
 from kernels.launch import Launch, call
 
@@ -70,14 +72,18 @@ def attend(run: list[Head], q, k, v, *, t: int, factor: float, dtype) -> None:
         q[:, lo:hi] = value
 
 
-def _differentiate(run: list[Head], q, k, v, do, out, *, t: int, scale: float, dtype) -> None:
-    """Writes dq, dk, dv and o of a run of heads; refs [R, lanes], do zero behind row T. On transposed logits, as in core.py."""
+def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype) -> None:
+    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of a run of heads; refs [R, lanes], do zero behind row T.
+
+    On transposed logits, as in core.py.
+    """
+    q, k, v, do = arrays
     rows = q.shape[0]
     keys = round_up(rows, LANES)
     whole = t // SUBLANES * SUBLANES
     queries, outputs = (_Columns(lambda c, ref=ref: _extend(ref[:, c], keys)) for ref in (q, do))
     turned_q, turned_do = (_Columns(lambda c, ref=ref: _extend(ref[:, c], keys).T) for ref in (q, do))
-    sums: list[dict] = [{}, {}, {}, {}]
+    sums: list[dict] = [{} for _ in out]
     for head in run:
         columns = slice(head.lo, head.hi)
         key, value = k[:, columns], v[:, columns]
@@ -90,9 +96,11 @@ def _differentiate(run: list[Head], q, k, v, do, out, *, t: int, scale: float, d
         ds = p * (dp - (p * dp).sum(0, keepdims=True))
         dk, dv = product(ds, queries[head], dtype) * scale, product(p, outputs[head], dtype)
         dq = product(_extend(ds, keys).T[:rows], _extend(key, keys), dtype) * scale
-        o = product(_extend(p, keys).T[:rows], _extend(value, keys), dtype)
-        for found, total in zip((dq, dk, dv, o), sums, strict=True):
-            _gather(total, head, found)
+        found = [dq, dk, dv]
+        if len(out) == 4:
+            found.append(product(_extend(p, keys).T[:rows], _extend(value, keys), dtype))
+        for total, part in zip(sums, found, strict=True):
+            _gather(total, head, part)
     for ref, total in zip(out, sums, strict=True):
         for (lo, hi), value in total.items():
             ref[:, lo:hi] = value
@@ -111,6 +119,11 @@ def lanes_of(t: int, num_heads: int, h: int, device: Device) -> int | None:
     return None
 
 
+def takes(t: int, num_heads: int, h: int, device: Device) -> bool:
+    """Whether these kernels are for the device, and t tokens of heads of width h fit it."""
+    return not device.bf16_matmul and h % SUBLANES == 0 and lanes_of(t, num_heads, h, device) is not None
+
+
 def backward(q, k, v, do, *, t: int, num_heads: int, width: int, dtype, launch: Launch):
     """dq, dk, dv and o of q, k, v and do, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them."""
     b, padded, lanes_in_all = q.shape
@@ -121,7 +134,7 @@ def backward(q, k, v, do, *, t: int, num_heads: int, width: int, dtype, launch: 
     def kernel(*refs):
         arrays, out = [ref.at[0] for ref in refs[:4]], [ref.at[0] for ref in refs[4:]]
         for run in heads_of(lanes, h):
-            _differentiate(run, *arrays, out, t=t, scale=width**-0.5, dtype=dtype)
+            _differentiate(run, arrays, out, t=t, scale=width**-0.5, dtype=dtype)
 
     rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
     flops, exponentials = 12 * b * t * t * lanes_in_all, b * num_heads * t * t
@@ -136,3 +149,57 @@ def backward(q, k, v, do, *, t: int, num_heads: int, width: int, dtype, launch: 
         semantics=("parallel", "parallel"),
         cost=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=32 * b * padded * lanes_in_all),
     )(q, k, v, do)
+
+
+def _widen(ref, target, t: int) -> None:
+    """Rows [T, lanes] of an array into float32 scratch, zeros behind them."""
+    for a, n in order.pieces(t, PIECE):
+        target[a : a + n] = order.widen(ref[a : a + n])
+    if t < target.shape[0]:
+        target[t:] = jnp.zeros((target.shape[0] - t, target.shape[1]), F32)
+
+
+def _narrow(ref, source, t: int) -> None:
+    for a, n in order.pieces(t, PIECE):
+        ref[a : a + n] = order.narrow(source[a : a + n], ref.dtype)
+
+
+def packed(qkv, do=None, *, num_heads: int, width: int, launch: Launch, cost: pl.CostEstimate):
+    """Attention by itself: o [B, T, K] of qkv [3, B, T, K]; with `do`, dqkv. Arrays of any float dtype, float32 in VMEM."""
+    _, b, t, k = qkv.shape
+    h, backward, dtype = k // num_heads, do is not None, qkv.dtype
+    lanes = lanes_of(t, num_heads, h, launch.device)
+    assert lanes is not None
+    padded, keys, scale = round_up(t, SUBLANES), round_up(t, LANES), width**-0.5
+
+    def forward_kernel(q_ref, k_ref, v_ref, out, q, k, v):
+        for ref, target in ((q_ref, q), (k_ref, k), (v_ref, v)):
+            _widen(ref.at[0, 0], target, t)
+        for run in heads_of(lanes, h):
+            attend(run, q, k, v, t=t, factor=scale * math.log2(math.e), dtype=dtype)
+        _narrow(out.at[0], q, t)
+
+    def backward_kernel(q_ref, k_ref, v_ref, do_ref, out, *scratch):
+        arrays, found = scratch[:4], scratch[4:]
+        for ref, target in zip((q_ref.at[0, 0], k_ref.at[0, 0], v_ref.at[0, 0], do_ref.at[0]), arrays, strict=True):
+            _widen(ref, target, t)
+        for run in heads_of(lanes, h):
+            _differentiate(run, arrays, found, t=t, scale=scale, dtype=dtype)
+        for c, source in enumerate(found):
+            _narrow(out.at[c, 0], source, t)
+
+    section = [pl.BlockSpec((1, 1, t, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
+    one = pl.BlockSpec((1, t, lanes), lambda i, g: (i, 0, g))
+    three = pl.BlockSpec((3, 1, t, lanes), lambda i, g: (0, i, 0, g))
+    return call(
+        backward_kernel if backward else forward_kernel,
+        launch=launch,
+        name=f"attention_core_{'backward' if backward else 'forward'}",
+        grid=(b, k // lanes),
+        in_specs=[*section, *([one] * backward)],
+        out_specs=[three if backward else one],
+        out_shapes=[(qkv.shape if backward else (b, t, k), dtype)],
+        semantics=("parallel", "parallel"),
+        cost=cost,
+        scratch=[pltpu.VMEM((r, lanes), F32) for r in ([padded] * 7 if backward else [padded, padded, keys])],
+    )(qkv, qkv, qkv, *([do] if backward else []))[0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from kernels.attention import core, reference, tpu
+from kernels.attention import core, heads, reference, tpu
 from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch
@@ -82,13 +82,19 @@ def test_core_agrees(b, t, heads, dtype, device, seed):
 
 
 @pytest.mark.parametrize(
-    ("t", "n", "h", "queries", "keys"),
-    [(33, 3, 32, 16, 33), (37, 2, 64, 16, 16), (48, 1, 128, 48, 16), (17, 1, 80, 16, 16)],
-    ids=["queries in tiles", "online", "keys in chunks", "one row left over"],
+    ("t", "n", "h", "queries", "keys", "streamed"),
+    [
+        (33, 3, 32, 16, 33, False),
+        (37, 2, 64, 16, 16, False),
+        (48, 1, 128, 48, 16, False),
+        (17, 1, 80, 16, 16, False),
+        (37, 2, 64, 16, 16, True),
+    ],
+    ids=["queries in tiles", "online", "keys in chunks", "one row left over", "queries in the grid"],
 )
-def test_core_agrees_in_tiles(monkeypatch, t, n, h, queries, keys):
+def test_core_agrees_in_tiles(monkeypatch, t, n, h, queries, keys, streamed):
     """Tiles of queries and the online softmax, with a shorter last tile of both."""
-    few = core.CoreTiles(images=1, lanes=n * h, queries=queries, keys=keys)
+    few = heads.CoreTiles(images=1, lanes=n * h, queries=queries, keys=keys, streamed=streamed)
     monkeypatch.setattr(core, "tiles", lambda *_, **__: few)
     ours = partial(core.attention, num_heads=n, launch=launch())
     oracle.check(ours, partial(plain_core, num_heads=n), [packed(1, t, n, h, jnp.float32, sharpness=3.0)])
@@ -96,9 +102,9 @@ def test_core_agrees_in_tiles(monkeypatch, t, n, h, queries, keys):
 
 def test_core_agrees_in_groups_of_heads(monkeypatch):
     """Several grid steps over the heads and several images a step."""
-    few = core.CoreTiles(images=2, lanes=128, queries=9, keys=9)
+    few = heads.CoreTiles(images=2, lanes=128, queries=9, keys=9)
     monkeypatch.setattr(core, "tiles", lambda *_, **__: few)
-    ours = partial(core.attention, num_heads=4, launch=launch("v3"))
+    ours = partial(core.attention, num_heads=4, launch=launch("v5e"))
     oracle.check(ours, partial(plain_core, num_heads=4), [packed(4, 9, 4, 64, jnp.bfloat16)])
 
 
@@ -165,6 +171,18 @@ def test_kernels_ran():
 
     names = oracle.kernels_in(jax.grad(loss, argnums=range(7)), x, *weights)
     assert names == [f"attention_{name}" for name in (*KERNELS, *GRADIENTS)]
+
+
+def test_kernels_of_v3_ran():
+    """There the forward half is one kernel where the weights fit VMEM, and three where they do not; backward has float32 rows."""
+    where = launch("v3")
+    backward = ("prepare_backward", *["project"] * 3, "output_gradient", "core_backward", "output_weights")
+    backward = (*backward, *["projection_weights"] * 3, "input_gradient", "finish_backward")
+    for d, n, forward in ((128, 3, ["forward"]), (1024, 16, KERNELS)):
+        x, *weights = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments(2, 5, d, n, 64, jnp.bfloat16))
+        half = partial(tpu.attention_half, num_heads=n, launch=where)
+        both = lambda *a, half=half: jax.vjp(half, *a)[1](a[0])  # noqa: E731
+        assert oracle.kernels_in(both, x, *weights) == [f"attention_{name}" for name in (*forward, *backward)]
 
 
 def test_residuals_are_the_inputs():
