@@ -37,7 +37,7 @@ def open_pretrained(
     at zero; None keeps the head. gelu: what the file cannot say; default: tanh for the release and our runs, erf for timm's and
     transformers' naming. Raises ValueError in one line for whatever is wrong with what is there; OSError.
     """
-    if os.path.isdir(path):
+    if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
         config, params, about = _from_run(path)
         size = config.image_shape if image_size is None else (image_size, image_size)
         new = dataclasses.replace(config, image_size=size[0] if size[0] == size[1] else size)
