@@ -109,7 +109,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         said = None
-        while not self._done.wait(max(0.05, self._since + self.seconds - time.monotonic())):
+        while not self._done.wait(0.25):
             if time.monotonic() - self._since >= self.seconds and said != self._since:
                 said = self._since
                 sys.stdout.flush()
