@@ -130,7 +130,7 @@ class Notebook:
         if self.path.exists() and not fresh:
             try:
                 old = json.loads(self.path.read_text())
-                self._kept = {row["key"]: row for row in old["rows"] if row.get("complete")}
+                self._kept = {row["key"]: row for row in old["rows"]}
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{self.path} is not a study of this program: remove it, or name another --out") from None
 
@@ -142,9 +142,15 @@ class Notebook:
     def kept(self, case: Case) -> dict[str, Any] | None:
         """The row of an earlier run, put among the rows of this one."""
         row = self._kept.get(self.key(case))
-        if row is not None:
-            self.rows.append(row)
+        if row is None or not row.get("complete"):
+            return None
+        self.rows.append(row)
         return row
+
+    def swept(self, case: Case) -> dict[str, Any] | None:
+        """The images/s of an earlier run that ended before it had the largest batch."""
+        row = self._kept.get(self.key(case))
+        return row if row is not None and row.get("swept") else None
 
     def add(self, case: Case, row: dict[str, Any]) -> None:
         """A finished case; `row["complete"]` says whether a later run may take it over."""

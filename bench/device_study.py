@@ -175,7 +175,7 @@ def measure(
         "sweep": sorted(sweep, key=lambda r: r["batch"]),
         "ended": error or end,
         "error": "" if sweep else error or end,
-        "complete": bool(sweep) and not error and not end.startswith("no time"),
+        "swept": bool(sweep) and not error and not end.startswith("no time"),
         "seconds": time.monotonic() - started,
     }
     if case.library != "vitcore":

@@ -1,6 +1,12 @@
-"""The tables of a throughput study on the screen and, with the same columns, in Markdown."""
+"""The tables of a throughput study on the screen and, with the same columns, in Markdown.
 
+    python -m bench.tables runs/throughput/throughput.json        the study as a Markdown table
+"""
+
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 _DEVICE = (
@@ -120,3 +126,20 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     names = [name for name, _ in _columns(rows[0])]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" + " ---: |" * (len(names) - 1)]
     return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows])
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print("usage: python -m bench.tables STUDY.json", file=sys.stderr)
+        return 2
+    try:
+        study = json.loads(Path(sys.argv[1]).read_text())
+        print(markdown(study["rows"]))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"bench.tables: {sys.argv[1]} is no study: {error!r}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ is called a compiler estimate. Results go to --out as throughput.json and .png a
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,9 +148,7 @@ def on_devices(options: Throughput) -> list[dict[str, Any]]:
         f"{devices['mesh_devices']} of {devices['count']} x {devices['kind']}, {devices['dtype']}; a matrix product of "
         f"{devices['matmul_side']}^3 runs at {rate:,.2f} TFLOP/s (spread {devices['matmul_spread']:.0%})"
     )
-    import dataclasses
-
-    identity = {**dataclasses.asdict(settings), "device": devices["kind"], "jax": devices["jax"]}
+    identity = {**asdict(settings), "device": devices["kind"], "jax": devices["jax"]}
     notebook = Notebook(options.out, about=_about(device=devices), settings=identity, fresh=options.fresh)
     fresh = [case for case in todo if notebook.kept(case) is None]
     _say_kept(todo, fresh)
@@ -161,12 +159,17 @@ def on_devices(options: Throughput) -> list[dict[str, Any]]:
             # of a CPU's time the largest batches get a third; an accelerator's is for throughput first
             share = 0.65 if options.largest and devices["platform"] == "cpu" else 1.0
             budget = min(600.0, max(5.0, clock.left() / (len(fresh) - i) * share))
-            row = measure(case, devices, settings, budget=budget, tell=lambda r: bar.set_postfix_str(_short(r)))
+            row = notebook.swept(case)
+            if row is None:
+                row = measure(case, devices, settings, budget=budget, tell=lambda r: bar.set_postfix_str(_short(r)))
             found.append((case, row))
-            notebook.add(case, {**row, "complete": row["complete"] and not options.largest})
+            notebook.add(case, {**row, "complete": row["swept"] and not options.largest})
             bar.update()
         if options.largest:
             _largest(found, devices, settings, clock, notebook, bar)
+    order = {notebook.key(case): i for i, case in enumerate(todo)}
+    notebook.rows.sort(key=lambda row: order[row["key"]])
+    notebook.save()
     return notebook.rows
 
 
@@ -181,7 +184,7 @@ def _largest(found, devices, settings, clock, notebook: Notebook, bar) -> None:
             more = {"largest_batch": None, "limited_by": "not sought: no time left"}
         else:
             more = largest(case, row, devices, settings, clock, tell=bar.set_description)
-        done = row["complete"] and "time" not in str(more.get("limited_by"))
+        done = row["swept"] and "time" not in str(more.get("limited_by"))
         rows[notebook.key(case)].update(more, complete=done)
         notebook.save()
         bar.update()

@@ -252,6 +252,36 @@ def test_a_study_on_the_cpu(tmp_path, capsys):
     assert (tmp_path / "throughput.png").stat().st_size > 10_000
 
 
+def test_an_interrupted_study_continues(tmp_path, monkeypatch):
+    devices = dict(platform="cpu", kind="cpu", count=1, mesh_devices=1, memory=2**30, dtype="float32", matmul_side=8)
+    devices |= dict(matmul_flops=1e12, matmul_spread=0.0, jax="0")
+    asked = []
+
+    def measure(case, *_, **__):
+        asked.append(("rate", case.size))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return dict(device="cpu", compiler_estimate=False, sweep=[], error="", swept=True, images_per_second=case.size, batch=1)
+
+    def largest(case, *_, **__):
+        asked.append(("batch", case.size))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return dict(largest_batch=case.size, limited_by="memory")
+
+    monkeypatch.setattr("bench.throughput.describe", lambda *_, **__: devices)
+    monkeypatch.setattr("bench.throughput.measure", measure)
+    monkeypatch.setattr("bench.throughput.largest", largest)
+    options = Throughput(models=("ViT-Ti/16",), sizes=(32, 64), out=tmp_path)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(options)
+    rows = run(options)
+    assert asked == [("rate", 32), ("rate", 64), ("rate", 64), ("batch", 32), ("batch", 64), ("batch", 64)]
+    assert [(r["images_per_second"], r["largest_batch"]) for r in rows] == [(32, 32), (64, 64)]
+    assert len(json.loads((tmp_path / "throughput.json").read_text())["rows"]) == 2
+
+
 # ---- studies by the compiler
 
 
