@@ -16,6 +16,7 @@ import train.loop
 import vitcore
 from train import mesh as meshes
 from train import pretrain
+from train.data import DataError, TrainBatches
 from train.job import locked, place
 
 ROOT = Path(__file__).parents[2]
@@ -227,6 +228,12 @@ MISTAKES = {
     "word for a number": (["--steps", "abc"], "Error parsing --steps"),
     "unknown option": (["--stepz", "3"], "--stepz"),
     "not a choice": (["--pool", "max"], "invalid choice 'max' for argument '--pool'"),
+    "heartbeat": (["--heartbeat-timeout", "0"], "--heartbeat-timeout 0: at least 1 is required"),
+    "watchdog": (["--step-timeout=-1"], "--step-timeout -1: at least 0 is required"),
+    "bad steps": (["--bad-steps", "0"], "--bad-steps 0: at least 1 is required"),
+    "processes": (["--distributed", "host"], "--distributed host: auto, off or HOST:PORT,N,ID is required"),
+    "process too many": (["--distributed", "localhost:99,2,2"], "process 2 of 2; ID must lie in 0..N-1"),
+    "few-shot": (["--fewshot-every", "0"], "--fewshot-every 0: a positive number is required"),
     "warm-up": (["--steps", "10", "--warmup-steps", "10"], "the warm-up must be shorter than the run"),
 }
 
@@ -282,6 +289,28 @@ def test_another_runs_directory_is_left_alone(whole, capsys):
     run(*TINY, "--out", whole, "--seed", 1, fails=True)
     assert "holds another run (seed 0 there, 1 now): choose another --out" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in whole.glob("*.*")} == before
+
+
+def test_a_run_whose_first_batch_fails_has_claimed_nothing(tmp_path, monkeypatch, capsys):
+    """The corrected command may use the same directory, though it is another run."""
+
+    def broken(self):
+        raise DataError("the first image is none")
+
+    monkeypatch.setattr(TrainBatches, "__next__", broken)
+    run(*TINY, "--out", tmp_path / "run", fails=True)
+    assert capsys.readouterr().err == "train.pretrain: error: the first image is none\n"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    monkeypatch.undo()
+    run(*TINY, "--augment", "none", "--out", tmp_path / "run")
+    assert len(records(tmp_path / "run")) == 12
+
+
+def test_few_shot_accuracy_as_it_goes(tmp_path):
+    run(*TINY, "--fewshot-every", 5, "--out", tmp_path / "run")
+    found = {line["step"]: line["fewshot_5"] for line in records(tmp_path / "run") if "fewshot_5" in line}
+    assert found.keys() == {5, 10}
+    assert all(0.3 < accuracy < 1 for accuracy in found.values())
 
 
 def test_a_directory_that_says_not_whose_it_is_is_left_alone(whole, tmp_path, capsys):

@@ -1,0 +1,89 @@
+"""Batches drawn ahead: order, state, errors, and a wait that can be given up."""
+
+import threading
+import time
+
+import pytest
+
+from train.feed import Feed
+
+
+class Numbers:
+    """0, 1, ... up to `end`; the state is the next one. Waits for `gate` before number `slow`."""
+
+    def __init__(self, end=5, slow=None):
+        self.at, self.end, self.slow, self.gate, self.closed = 0, end, slow, threading.Event(), False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == self.slow:
+            self.gate.wait()
+        if self.at == self.end:
+            raise StopIteration
+        self.at += 1
+        return self.at - 1
+
+    def get_state(self):
+        return {"next": self.at}
+
+    def close(self):
+        self.closed = True
+
+
+def test_order_and_the_state_of_what_was_given_out():
+    numbers = Numbers()
+    with Feed(numbers) as feed:
+        assert feed.state == {"next": 0}
+        for i in range(5):
+            assert feed.next() == i
+            assert feed.state == {"next": i + 1}  # not of the one drawn ahead
+        assert feed.next() is None
+    assert numbers.closed
+    assert not feed.stuck
+
+
+def test_one_is_drawn_ahead_unless_there_is_no_need():
+    for more, drawn in ((True, 2), (False, 1)):
+        numbers = Numbers()
+        with Feed(numbers) as feed:
+            feed.next(more=more)
+            deadline = time.monotonic() + 20
+            while numbers.at < drawn and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.05)
+            assert numbers.at == drawn
+
+
+def test_an_error_comes_where_its_batch_would():
+    def numbers():
+        yield 0
+        raise OSError("gone")
+
+    with Feed(numbers()) as feed:
+        assert feed.next() == 0
+        with pytest.raises(OSError, match="gone"):
+            feed.next()
+
+
+def test_a_wait_is_given_up_and_the_thread_that_waits_is_known():
+    numbers = Numbers(slow=1)
+    begun = time.monotonic()
+    with Feed(numbers) as feed:
+        assert feed.next() == 0
+        assert feed.next(lambda: time.monotonic() > begun + 0.3) is None
+        assert feed.state == {"next": 1}
+    assert feed.stuck
+    assert not numbers.closed  # a thread is in it
+    assert time.monotonic() < begun + 30
+    numbers.gate.set()
+
+
+def test_what_was_given_up_is_not_lost():
+    numbers = Numbers(slow=1)
+    with Feed(numbers) as feed:
+        assert feed.next() == 0
+        assert feed.next(lambda: True) is None
+        numbers.gate.set()
+        assert feed.next() == 1
