@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from kernels.attention import core, heads, reference, tpu
+from kernels.attention import core, heads, reference, tiling, tpu
 from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch
@@ -143,9 +143,9 @@ def test_half_agrees_in_tiles(monkeypatch):
     """Rows in tiles with a shorter last one, and the weights streamed section by section, column by column; with dropout."""
 
     def few(step, shape, *_):
-        return tpu.HalfTiles(images=1, rows=16, columns=128, sections=1)
+        return tiling.HalfTiles(images=1, rows=16, columns=128, sections=1)
 
-    monkeypatch.setattr(tpu, "tiles", few)
+    monkeypatch.setattr(tiling, "tiles", few)
     check_half(2, 21, 256, 4, 64, jnp.bfloat16, dropout=Dropout(0.4, jnp.int32(5), jnp.int32(77)))
 
 
@@ -288,4 +288,4 @@ def test_rejects():
     with pytest.raises(NotImplementedError, match=r"attention over 200000 tokens: .* 16 MiB of VMEM of a v3"):
         core.tiles((1, 200_000, 12, 64), DEVICES["v3"], jnp.bfloat16, backward=False)
     with pytest.raises(NotImplementedError, match="project: 128 tokens of width 65536"):
-        tpu.tiles("project", (1, 197, 65536, 65536), DEVICES["v3"], jnp.bfloat16)
+        tiling.tiles("project", (1, 197, 65536, 65536), DEVICES["v3"], jnp.bfloat16)
