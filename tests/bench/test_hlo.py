@@ -10,7 +10,7 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 "xprof_metadata":"{\\"block_q\\": 256}"
 }}, metadata={op_name="jit(f)/one/pallas_call"}
   %after = bf16[8,128]{1,0} fusion(%one.1), kind=kLoop, backend_config={"window_config":{"estimated_cycles":"50"}}
-  ROOT %two.1 = bf16[8,128]{1,0} custom-call(%after), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/two/pallas_call"}
+  ROOT %two.1 = bf16[8,128]{1,0} custom-call(%after), custom_call_target="tpu_custom_call", metadata={op_name="f/two/pallas_call"}
 }
 """
 

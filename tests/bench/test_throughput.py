@@ -212,7 +212,7 @@ def test_deviations_of_the_schedule_are_said_beside_what_they_weigh_on(tmp_path,
 
 
 def request(**changes):
-    same = dict(task="sweep", library="vitcore", model="ViT-Ti/16", size=32, mode="forward", ops="auto", dtype="float32", mesh=None)
+    same = dict(task="sweep", library="vitcore", model="ViT-Nano/4", size=8, mode="forward", ops="auto", dtype="float32", mesh=None)
     same |= dict(remat=False, platform="cpu", memory=2**30, compile="off", data=1, batches=[1, 2], seconds=0.05, budget=60)
     return {**same, **changes}
 
@@ -237,7 +237,7 @@ def test_what_memory_there_is_decides_on_a_cpu():
 
 def test_a_study_on_the_cpu(tmp_path, capsys):
     options = Throughput(
-        models=("ViT-Ti/16",), sizes=(32,), mode=("forward", "train"), batch_sizes=(1, 4), seconds=0.1, largest=False, out=tmp_path
+        models=("ViT-Nano/4",), sizes=(8,), mode=("forward", "train"), batch_sizes=(1, 4), seconds=0.05, largest=False, out=tmp_path
     )
     rows = run(options)
     printed = capsys.readouterr().out

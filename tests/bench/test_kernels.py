@@ -1,0 +1,48 @@
+"""`bench.kernels`: everybody computes the same attention, errors are seen, times and cycles stand in their rows."""
+
+import pytest
+
+from bench import accuracy, rivals
+from bench.kernels import Kernels, run
+
+SAME = dict(op="attention", shape="B/16@224", dtype="float32", target="v3")
+
+
+@pytest.mark.parametrize("name", ["ours", "jax.nn", "flash", "splash"])
+def test_everybody_computes_the_same_attention(name):
+    assert accuracy.error(name=name, backward=name in ("jax.nn", "flash"), **SAME) < 1e-5
+
+
+def test_an_error_is_seen(monkeypatch):
+    honest = rivals.plain
+    monkeypatch.setattr("jax.nn.dot_product_attention", lambda q, k, v, implementation: honest(q, k, v) * 1.01)
+    assert accuracy.error(name="jax.nn", backward=False, **SAME) == pytest.approx(0.01, rel=0.01)
+
+
+def test_errors_of_ops_are_of_their_dtype():
+    same = dict(op="layer_norm", shape="B/16@224", backward=True, target="v3")
+    assert accuracy.error(name="ours", dtype="float32", **same) < 1e-5
+    assert 1e-4 < accuracy.error(name="ours", dtype="bfloat16", **same) < 2e-2
+
+
+def test_times_on_the_cpu(capsys):
+    rows = run(Kernels(target=(), op=("layer_norm",), batch=1, dtype="float32", seconds=0.05))
+    assert [(r["name"], r["backward"], r["measured"]) for r in rows] == [("reference", False, True), ("reference", True, True)]
+    assert all(r["median"] > 0 and r["error"] < 1e-4 for r in rows)
+    printed = capsys.readouterr().out
+    assert "measured" in printed
+    assert "our kernels are for TPUs: on a cpu the reference stands for them" in printed
+
+
+@pytest.mark.slow
+def test_cycles_and_errors_of_everybody_on_a_target(capsys):
+    rows = run(Kernels(target=("v5e",), op=("attention",), batch=2, rivals=True, errors=True))
+    for r in rows:
+        for name in ("ours", "xla", "jax.nn", "flash", "splash"):
+            assert r[name]["cycles"] > 0, (name, r[name]["error"])
+            assert r["errors"][name] < 2e-2
+    forward, both = rows
+    assert all(both[name]["cycles"] > forward[name]["cycles"] for name in ("ours", "xla", "jax.nn", "flash", "splash"))
+    printed = capsys.readouterr().out
+    assert "compiler estimate" in printed
+    assert "interpreted" in printed
