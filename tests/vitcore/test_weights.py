@@ -132,6 +132,86 @@ def test_the_names_are_the_paper_s():
     assert "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel" in second
 
 
+def by_hand(naming, p):
+    """The arrays of a file, written out without `entries`."""
+    heads, block, d = CONFIG.num_heads, p["blocks"], CONFIG.width
+    kernels = {"query": 0, "key": 1, "value": 2}
+    if naming == "release":
+        out = {
+            "embedding/kernel": p["patch_embed"]["kernel"],
+            "embedding/bias": p["patch_embed"]["bias"],
+            "cls": p["patch_embed"]["cls"][None, None],
+            "Transformer/posembed_input/pos_embedding": p["patch_embed"]["position"][None],
+            **{f"Transformer/encoder_norm/{k}": v for k, v in p["norm"].items()},
+            **{f"{part}/{k}": v for part in ("pre_logits", "head") for k, v in p[part].items()},
+        }
+        for i in range(CONFIG.depth):
+            at = f"Transformer/encoderblock_{i}"
+            for theirs, ours in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+                out |= {f"{at}/{theirs}/{k}": v[i] for k, v in block[ours].items()}
+            for name, j in kernels.items():
+                out[f"{at}/MultiHeadDotProductAttention_1/{name}/kernel"] = block["qkv"]["kernel"][i, j].reshape(d, heads, -1)
+                out[f"{at}/MultiHeadDotProductAttention_1/{name}/bias"] = block["qkv"]["bias"][i, j].reshape(heads, -1)
+            out[f"{at}/MultiHeadDotProductAttention_1/out/kernel"] = block["out"]["kernel"][i].reshape(heads, -1, d)
+            out[f"{at}/MultiHeadDotProductAttention_1/out/bias"] = block["out"]["bias"][i]
+            for theirs, ours in (("Dense_0", "mlp_in"), ("Dense_1", "mlp_out")):
+                out |= {f"{at}/MlpBlock_3/{theirs}/{k}": v[i] for k, v in block[ours].items()}
+        return out
+
+    def dense(name, kernel, bias):
+        return {f"{name}.weight": kernel.T, f"{name}.bias": bias}
+
+    def norm(name, p):
+        return {f"{name}.weight": p["scale"], f"{name}.bias": p["bias"]}
+
+    timm = naming == "timm"
+    stem = "patch_embed.proj" if timm else "vit.embeddings.patch_embeddings.projection"
+    out = {
+        "cls_token" if timm else "vit.embeddings.cls_token": p["patch_embed"]["cls"][None, None],
+        "pos_embed" if timm else "vit.embeddings.position_embeddings": p["patch_embed"]["position"][None],
+        f"{stem}.weight": p["patch_embed"]["kernel"].transpose(3, 2, 0, 1),
+        f"{stem}.bias": p["patch_embed"]["bias"],
+        **norm("norm" if timm else "vit.layernorm", p["norm"]),
+        ***dense("pre_logits.fc" if timm else "vit.pooler.dense", **p["pre_logits"]),
+        **dense("head" if timm else "classifier", **p["head"]),
+    }
+    for i in range(CONFIG.depth):
+        layer = jax.tree.map(lambda a, i=i: a[i], block)
+        at = f"blocks.{i}" if timm else f"vit.encoder.layer.{i}"
+        out |= norm(f"{at}.norm1" if timm else f"{at}.layernorm_before", layer["norm1"])
+        out |= norm(f"{at}.norm2" if timm else f"{at}.layernorm_after", layer["norm2"])
+        if timm:
+            out[f"{at}.attn.qkv.weight"] = np.concatenate([k.T for k in layer["qkv"]["kernel"]])
+            out[f"{at}.attn.qkv.bias"] = np.concatenate(list(layer["qkv"]["bias"]))
+        else:
+            for name, j in kernels.items():
+                out |= dense(f"{at}.attention.attention.{name}", layer["qkv"]["kernel"][j], layer["qkv"]["bias"][j])
+        for theirs, other, ours in (
+            ("attn.proj", "attention.output.dense", "out"),
+            ("mlp.fc1", "intermediate.dense", "mlp_in"),
+            ("mlp.fc2", "output.dense", "mlp_out"),
+        ):
+            out |= dense(f"{at}.{theirs if timm else other}", layer[ours]["kernel"], layer[ours]["bias"])
+    return out
+
+
+@pytest.mark.parametrize("naming", ["release", "timm", "transformers"])
+def test_every_array_goes_to_its_place(tmp_path, naming):
+    """Against a file made by hand: what reads and writes by one table could be wrong both ways."""
+    params = random_params(CONFIG)
+    want = by_hand(naming, params)
+    path = tmp_path / ("w.npz" if naming == "release" else "w.safetensors")
+    if naming == "release":
+        np.savez(path, **want)
+    else:
+        save_file({k: np.ascontiguousarray(v) for k, v in want.items()}, path)
+    assert bits(vitcore.load(path, CONFIG)) == bits(params)
+    vitcore.save(path, params, CONFIG, naming=naming)
+    found = dict(np.load(path)) if naming == "release" else load_file(path)
+    assert found.keys() == want.keys()
+    assert all(found[k].shape == want[k].shape and found[k].tobytes() == want[k].tobytes() for k in want)
+
+
 def test_layouts_that_were_packed_squeezed_or_halved(tmp_path):
     params = random_params(CONFIG)
     arrays = in_style(CONFIG, params)
