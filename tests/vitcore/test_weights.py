@@ -172,7 +172,7 @@ def by_hand(naming, p):
         f"{stem}.weight": p["patch_embed"]["kernel"].transpose(3, 2, 0, 1),
         f"{stem}.bias": p["patch_embed"]["bias"],
         **norm("norm" if timm else "vit.layernorm", p["norm"]),
-        ***dense("pre_logits.fc" if timm else "vit.pooler.dense", **p["pre_logits"]),
+        **dense("pre_logits.fc" if timm else "vit.pooler.dense", **p["pre_logits"]),
         **dense("head" if timm else "classifier", **p["head"]),
     }
     for i in range(CONFIG.depth):
