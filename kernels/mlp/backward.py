@@ -128,7 +128,7 @@ def kernel(
     i, j = pl.program_id(0), pl.program_id(1)
     d = dzt.shape[0]
     keep_scale = 1 / (1 - spec.rate)
-    block = Block(t, i, *view, t.by_words)
+    block = Block(t, i, *view)
     sums = Sums((dw_in, dw_out), (slots_in, slots_out), semaphores, t, i, j)
 
     def natural(b, r, n):

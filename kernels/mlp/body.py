@@ -127,13 +127,13 @@ def at(t: Tiling, image, r):
 class Block:
     """Where the row tile i of the grid stands in x, of `images` images with `rows` rows."""
 
-    def __init__(self, t: Tiling, i, images: int, rows: int, by_words: bool = False):
+    def __init__(self, t: Tiling, i, images: int, rows: int):
         parts = pl.cdiv(rows, t.rows)
-        self.t, self.images, self.rows, self.by_words = t, images, rows, by_words
+        self.t, self.images, self.rows = t, images, rows
         self.image, self.row = lax.div(i, parts) * t.images, lax.rem(i, parts) * t.rows
 
     def _place(self, n):
-        return widened_row(iota(n, 0), self.by_words)
+        return widened_row(iota(n, 0), self.t.by_words)
 
     def valid(self, image, r, n):
         """bool [n, 1]: which of a piece's rows exist. The others hold anything at all, NaN included."""
@@ -145,7 +145,7 @@ class Block:
 
     def all_global_rows(self, n, axis, first=0):
         """The same for n rows of the block as they lie in VMEM, one stride per image, from `first` on; in the padding anything."""
-        p = widened_row(first + iota(n, axis), self.by_words)
+        p = widened_row(first + iota(n, axis), self.t.by_words)
         image = sum(((p >= k * self.t.stride).astype(jnp.int32) for k in range(1, self.t.images)), jnp.zeros_like(p))
         return self.image * self.rows + self.row + p + image * (self.rows - self.t.stride)
 

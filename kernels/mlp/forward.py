@@ -1,7 +1,7 @@
 """The forward kernel of the MLP half; the equations and the plan stand in `tpu.py`.
 
-The last hidden tile has code of its own: there the sums go from the MXU through dropout and residual straight to y, beside the
-product that makes them, instead of to `acc` and back in a pass of their own.
+In a row tile that is not tall the last hidden tile has code of its own: there the sums go from the MXU through dropout and residual
+straight to y, beside the product that makes them, instead of to `acc` and back in a pass of their own.
 """
 
 from functools import partial
@@ -16,6 +16,9 @@ from kernels.device import SUBLANES
 from kernels.layer_norm.tpu import normalise
 from kernels.mlp.body import Block, by_tile, dot, gelu, hidden_columns, hidden_rows, iota, keep, loop, narrowed, widened
 from kernels.mlp.tiling import Shape, Tiling
+
+# Twice the code of a taller tile takes minutes to compile (1,664 rows on v5e), and there a pass is a smaller part of the whole.
+FUSED_ROWS = 512
 
 
 def _piece(t: Tiling) -> int:
@@ -34,11 +37,12 @@ class _Flat:
             return lax.dynamic_slice_in_dim(self.ref[...].reshape(self.shape), first, size)
         return self.ref.reshape(self.shape)[pl.ds(first, size)]
 
-    def store(self, value):
+    def store(self, first, value):
         if self.interpret:
-            self.ref[...] = value.reshape(self.ref.shape)
+            whole = self.ref[...].reshape(self.shape)
+            self.ref[...] = lax.dynamic_update_slice_in_dim(whole, value, first, 0).reshape(self.ref.shape)
         else:
-            self.ref.reshape(self.shape)[...] = value
+            self.ref.reshape(self.shape)[pl.ds(first, value.shape[0])] = value
 
 
 def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec, t: Tiling, view, hidden_tiles: int):
@@ -47,7 +51,7 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
     i, j = pl.program_id(0), pl.program_id(1)
     d = acc.shape[1]
     scaled = 1 / (1 - spec.rate)
-    block = Block(t, i, *view, t.by_words)
+    block = Block(t, i, *view)
     flat_x, flat_y = (_Flat(ref, t, interpret=bool(spec.launch.interpret)) for ref in (x, y))
     size = _piece(t)
 
@@ -69,27 +73,26 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
             h = jnp.where(keep(scalars, 0, block.all_global_rows(t.height, 0), columns, spec.rate), h * scaled, 0.0)
         return dot(h.astype(z.dtype), hidden_rows(w_out, hidden, t.hidden), x.dtype)
 
-    def finish(out):
+    def finish(first, out):
+        n = out.shape[0]
         out = by_tile(lambda a: a + spec.share * b_out[...], out)
         if spec.rate:
-            out = jnp.where(keep(scalars, 1, block.all_global_rows(t.height, 0), iota(d, 1), spec.rate), out * scaled, 0.0)
-        flat_y.store(narrowed(spec.share * widened(flat_x.rows(0, t.height), t.by_words) + out, y.dtype, t.by_words))
+            out = jnp.where(keep(scalars, 1, block.all_global_rows(n, 0, first), iota(d, 1), spec.rate), out * scaled, 0.0)
+        flat_y.store(first, narrowed(spec.share * widened(flat_x.rows(first, n), t.by_words) + out, y.dtype, t.by_words))
 
-    if hidden_tiles == 1:
-        finish(product())
+    last = j + 1 == hidden_tiles
+    if t.height > FUSED_ROWS:
+        acc[...] = jnp.where(j == 0, 0.0, acc[...]) + product()
+        pl.when(last)(lambda: loop(t.height // size, size, lambda first: finish(first, acc[pl.ds(first, size)])))
         return
 
-    @pl.when(j == 0)
+    @pl.when(jnp.logical_not(last))
     def _():
-        acc[...] = jnp.zeros_like(acc)
+        acc[...] = jnp.where(j == 0, 0.0, acc[...]) + product()
 
-    @pl.when(j + 1 < hidden_tiles)
+    @pl.when(last)
     def _():
-        acc[...] += product()
-
-    @pl.when(j + 1 == hidden_tiles)
-    def _():
-        finish(acc[...] + product())
+        finish(0, jnp.where(j == 0, 0.0, acc[...]) + product())
 
 
 def specs(t: Tiling, shape: Shape):

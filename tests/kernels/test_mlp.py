@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch, vary_alike
-from kernels.mlp import reference, tpu
+from kernels.mlp import forward, reference, tpu
 from kernels.mlp.body import narrowed, widened, widened_row
 from kernels.mlp.tiling import Shape, Tiles, Tiling, cost, tiles, vmem_bytes
 from tests import oracle
@@ -105,12 +105,18 @@ def test_every_way_to_cut_agrees_with_the_reference(t, dtype):
 @pytest.mark.parametrize("t", [47, 21], ids=["squares", "a border within 16 rows"])
 def test_rows_taken_apart_by_words_agree_with_the_reference(t):
     """As v2 and v3 do: even rows beside odd ones in VMEM, images that begin in the middle of 16 rows, each row's own dropout."""
-    forward = replace(WORDS, rows=t, stride=-(-t // 8) * 8)
-    backward = replace(WORDS, rows=48, stride=48)
+    both = Tiles(forward=replace(WORDS, rows=t, stride=-(-t // 8) * 8), backward=replace(WORDS, rows=48, stride=48))
     args = arrays(3, t, 64, 384, jnp.bfloat16)
     options = {"dropout": Dropout(0.3, jnp.int32(5), 9, 4)}
-    with mock.patch.object(tpu, "tiles", return_value=Tiles(forward=forward, backward=backward)):
+    with mock.patch.object(tpu, "tiles", return_value=both):
         judge(args, WIDE, **options)
+
+
+def test_tall_row_tiles_agree_with_the_reference():
+    """Which finish in a pass of their own, without code of their own for the last hidden tile."""
+    args, options = arrays(3, 21, 64, 256), {"dropout": Dropout(0.3, jnp.int32(5), 9, 4), "share": 0.5}
+    with mock.patch.object(forward, "FUSED_ROWS", 0):
+        judge(args, FAST, replace(RESIDENT, rows=21), **options)
 
 
 def test_words_round_to_nearest_even_and_keep_what_is_not_a_number():

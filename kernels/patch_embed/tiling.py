@@ -1,0 +1,121 @@
+"""What a patch embedding measures, how it is cut into grid steps on each TPU generation, and what that costs: no arrays."""
+
+from dataclasses import dataclass
+
+from jax.experimental import pallas as pl
+
+from kernels.device import LANES, SUBLANES, Device
+
+# Rows of patches in flight: the transposes of one hide behind the loads and stores of the others. Interpreted, unrolling only
+# lengthens the compilation; two still walk both the loop and its remainder.
+_GROUP, _GROUP_INTERPRETED = 7, 2
+# Rows that keep the MXU busy: small images share a grid step until they have as many tokens.
+_ROWS_A_STEP = 256
+_IMAGES_A_STEP = 16
+# Share of VMEM that the blocks and scratch listed in `vmem_bytes` may take; the compiler spills into the rest.
+# The smallest tiles spill least.
+_VMEM_SHARE, _VMEM_SHARE_OF_SMALLEST = 0.8, 0.88
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What an image and its weights measure. `tokens` counts the class token where there is one."""
+
+    batch: int
+    channels: int
+    rows: int  # of patches
+    columns: int
+    patch: int
+    width: int
+    tokens: int
+    itemsize: int
+
+    @property
+    def contracted(self) -> int:
+        return self.patch * self.channels * self.patch
+
+    @property
+    def side(self) -> int:
+        """Rows of pixels of a row of patches, all channels."""
+        return self.channels * self.patch
+
+    @property
+    def first(self) -> int:
+        """Token of the first patch: 1 after a class token, else 0."""
+        return self.tokens - self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """images of a grid step, rows of patches of a block of the image, width of a tile of D, rows of patches in flight."""
+
+    images: int
+    rows: int
+    width: int
+    group: int
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(n, 0, -1) if n % d == 0]
+
+
+def _block(rows: int, lanes: int, itemsize: int) -> int:
+    """Bytes of a two-dimensional block in VMEM, padded to tiles."""
+    return round_up(rows, SUBLANES * (4 // itemsize)) * round_up(lanes, LANES) * itemsize
+
+
+def vmem_bytes(s: Shape, t: Tiles) -> int:
+    """VMEM of the hungriest of the three kernels at tiles t: the parameters' gradient, or the image's."""
+    long = s.patch * round_up(s.columns, SUBLANES)
+    image = 2 * t.images * s.channels * t.rows * _block(s.patch, long, s.itemsize)
+    padded = t.images * s.rows * _block(round_up(s.columns, SUBLANES), s.contracted, 4)
+    patches = t.images * _block(s.tokens, s.contracted, 4)
+    tokens = 2 * t.images * _block(s.tokens, t.width, s.itemsize)
+    weight = 2 * _block(s.contracted, t.width, 4)
+    added = 2 * _block(s.tokens, t.width, 4)
+    turned = t.group * (_block(long, s.side, 4) + 2 * _block(s.side, long, 4)) + _block(long, long, 4)
+    return image + padded + patches + tokens + weight + added + turned + t.images * _block(s.tokens, t.width, 4)
+
+
+def tiles(s: Shape, device: Device) -> Tiles:
+    """The tiles for a shape: all of D if it fits, then whole images, then as many images as fill the MXU.
+
+    NotImplementedError where not even one row of patches at 128 columns of D fits the core's VMEM.
+    """
+    widths = [w for w in _divisors(s.width) if w % LANES == 0] or [s.width]
+    budget = _VMEM_SHARE * device.vmem_bytes
+    group = _GROUP_INTERPRETED if device.name == "cpu" else _GROUP
+
+    def at(images: int, rows: int, width: int) -> Tiles:
+        return Tiles(images=images, rows=rows, width=width, group=min(group, images * rows))
+
+    # a block of fewer rows than fit in flight leaves the transposes exposed: narrower tiles of D come first
+    for fewest in (min(group, s.rows), 1):
+        for width in widths:
+            for rows in (r for r in _divisors(s.rows) if r >= fewest):
+                if vmem_bytes(s, at(1, rows, width)) > budget:
+                    continue
+                room = min(_IMAGES_A_STEP, max(1, _ROWS_A_STEP // round_up(s.tokens, SUBLANES)))
+                return next(t for n in _divisors(s.batch) if n <= room and vmem_bytes(s, t := at(n, rows, width)) <= budget)
+    least = vmem_bytes(s, at(1, 1, widths[-1]))
+    if least <= _VMEM_SHARE_OF_SMALLEST * device.vmem_bytes:
+        return at(1, 1, widths[-1])
+    raise NotImplementedError(
+        f"patch_embed: {s.tokens} tokens of {s.contracted} pixels take {least / 2**20:.0f} MiB of VMEM and a {device.name} core "
+        f"has {device.vmem_bytes / 2**20:.0f}; use larger patches, smaller images, or the reference op"
+    )
+
+
+def cost(s: Shape, *, backward: bool = False) -> pl.CostEstimate:
+    """FLOPs and bytes of one pass over the image: forward, or the gradient of the parameters (or of the image, the same)."""
+    image = s.batch * s.channels * s.rows * s.columns * s.patch**2 * s.itemsize
+    tokens = s.batch * s.tokens * s.width * s.itemsize
+    parameters = (s.contracted + s.tokens) * s.width * 4
+    flops = 2 * s.batch * s.rows * s.columns * s.contracted * s.width
+    if backward:
+        flops += s.batch * s.tokens * s.width
+    return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=image + tokens + parameters)
