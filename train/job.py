@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import fsspec
 import jax
 from etils import epath
 
@@ -107,7 +108,15 @@ def end(code: int, *, now: bool = False) -> None:
 
 
 def place(out) -> epath.Path:
-    """A run's directory as a path: local or gs://."""
+    """A run's directory as a path: local or gs://. ValueError for another scheme, and where gs:// lacks its packages."""
+    scheme, colon, _ = os.fspath(out).partition("://")
+    if colon and scheme != "gs":
+        raise ValueError(f"--out {out}: a local path or gs://BUCKET/PATH is required")
+    if colon:
+        try:
+            fsspec.get_filesystem_class("gs")
+        except ImportError:
+            raise ValueError(f"--out {out}: gs:// needs gcsfs and google-cloud-storage: pip install 'vitcore[gcs]'") from None
     return epath.Path(os.fspath(out))
 
 

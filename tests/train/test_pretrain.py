@@ -233,6 +233,8 @@ MISTAKES = {
     "bad steps": (["--bad-steps", "0"], "--bad-steps 0: at least 1 is required"),
     "processes": (["--distributed", "host"], "--distributed host: auto, off or HOST:PORT,N,ID is required"),
     "process too many": (["--distributed", "localhost:99,2,2"], "process 2 of 2; ID must lie in 0..N-1"),
+    "bucket": (["--out", "gs://bucket/run"], "--out gs://bucket/run: gs:// needs gcsfs and google-cloud-storage"),
+    "another bucket": (["--out", "s3://bucket/run"], "--out s3://bucket/run: a local path or gs://BUCKET/PATH is required"),
     "few-shot": (["--fewshot-every", "0"], "--fewshot-every 0: a positive number is required"),
     "warm-up": (["--steps", "10", "--warmup-steps", "10"], "the warm-up must be shorter than the run"),
 }
