@@ -23,7 +23,8 @@ from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise
 
 F32 = jnp.float32
-TEMPORARIES = 3 * 2**20  # what the compiler spills for twelve heads of 197 tokens
+# Bytes that the compiler spills for twelve heads of 197 tokens, by FLOPs a cycle: one MXU (v2) or two (v3). v2 used 17.3 of 16 MiB.
+TEMPORARIES = {2**15: 9 * 2**19, 2**16: 3 * 2**20}
 
 
 def fits(shape: tuple[int, int, int, int], heads: int, device: Device, dtype) -> bool:
@@ -36,7 +37,7 @@ def fits(shape: tuple[int, int, int, int], heads: int, device: Device, dtype) ->
     weights = 4 * 4 * wide[0] * wide[1]
     blocks = 2 * 2 * round_up(t, 16) * wide[0] * jnp.dtype(dtype).itemsize
     scratch = 4 * (one * wide[0] + (2 * one + padded) * wide[1])
-    temporaries = TEMPORARIES * (heads * one * padded) // (12 * 200 * 256)
+    temporaries = TEMPORARIES[device.flops_per_cycle] * (heads * one * padded) // (12 * 200 * 256)
     return weights + blocks + scratch + temporaries <= device.vmem_bytes
 
 
