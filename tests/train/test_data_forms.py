@@ -61,6 +61,11 @@ def write_folder(root, split="train", count=9):
             (place / f"{k}.jpg").write_bytes(jpeg(picture, subsampling=k % 3))
 
 
+def environment_of():
+    """For subprocesses: this checkout first."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
 def examples(source):
     """(data, label, class folder/file name) of every example, in order."""
     for i in range(len(source)):
@@ -208,9 +213,8 @@ def test_every_form_has_val_and_travels_to_workers(root, form):
 def test_what_tfds_prepared(root, tmp_path):
     script = tmp_path / "prepare.py"
     script.write_text(TFDS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), spec(root, "folder"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment_of())
     assert done.returncode == 0, done.stderr
     place = f"tfds:{tmp_path / 'forms' / '1.0.0'}"
     folder, source = open_source(spec(root, "folder"), "train"), open_source(place, "train")
