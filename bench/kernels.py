@@ -32,8 +32,8 @@ Target = Literal["v2", "v3", "v4", "v5e", "v5p", "v6e", "7x"]
 class Kernels:
     """Cycles, bound and memory of the kernels beside XLA's own, estimated by the TPU compiler."""
 
-    target: tuple[Target, ...] = ("v3",)
-    """TPU generations."""
+    target: tuple[Target, ...] = ()
+    """TPU generations; none: the devices present."""
     op: tuple[Literal["patch_embed", "attention", "attention_half", "mlp_half", "layer_norm"], ...] = OPS
     """Ops; `attention` is the part between the projections alone."""
     shape: tuple[str, ...] = ("B/16@224",)
@@ -53,9 +53,9 @@ class Kernels:
     """With --largest-batch: to a multiple of this."""
     ours_only: bool = False
     """Leave XLA's own code, JAX's attention and the errors out."""
-    rivals: bool = False
+    rivals: bool = True
     """Beside attention, JAX's own: jax.nn, cuDNN on a GPU, Pallas flash and splash on a TPU."""
-    errors: bool = False
+    errors: bool = True
     """The error of each implementation against float64 (on a target: interpreted, two images of 17 tokens)."""
     seconds: float = 1.0
     """On a device: timing of one implementation."""
@@ -72,6 +72,8 @@ class Kernels:
             raise ValueError(f"unknown shape {unknown[0]!r}; known: {', '.join(SHAPES)}")
         if self.batch < 1 or self.step < 1:
             raise ValueError(f"--batch and --step must be positive; got {self.batch} and {self.step}")
+        if not self.target and (self.whole or self.largest_batch or self.calibrate):
+            raise ValueError("--whole, --largest-batch and --calibrate ask the compiler: name a --target, e.g. --target v3")
         if self.calibrate and set(self.target) - set(PROFILED):
             raise ValueError(f"--calibrate needs a static profile, which exists for {', '.join(PROFILED)} only")
 
@@ -180,7 +182,8 @@ def _pairs(options: Kernels, target: str, jobs: list[tuple[str, int, str, dict]]
         for (what, _, build, arguments), names in zip(jobs, sides, strict=True)
         for name, side in names
     ]
-    heading = f"{'error ours / XLA':>20}" if options.errors and not options.ours_only else ""
+    wanted = options.errors and not options.ours_only and any(build.endswith(":one_op") for _, _, build, _ in jobs)
+    heading = f"{'error ours / XLA':>20}" if wanted else ""
     print(f"{target}, batch {options.batch}, {options.dtype}: cycles (compiler estimate)\n{_HEADER}{heading}")
     reports = iter(_compile(target, programs))
     errors = _errors(options, target, jobs, sides)

@@ -159,8 +159,7 @@ def study_case(case: Case, compiler: Compiler, options, tell) -> dict[str, Any]:
         if options.largest:
             row |= _largest(work, options.step)
     except (CannotCompile, ValueError) as error:
-        row["error"] = str(error)[:400]
-        row["complete"] = "not compiled within" not in row["error"]
+        row |= {"error": str(error)[:400], "complete": False}  # tried again next time
     if case.mesh and not row["error"]:
         row["note"] = "; ".join(filter(None, [row.get("note"), _collectives(row)]))
     return {**row, "compilations": work.compiled, "seconds": time.monotonic() - started}
@@ -235,12 +234,15 @@ def study(options, todo: list[Case], *, about: dict[str, Any]) -> list[dict[str,
             finally:
                 queue.put(compiler)
             with bar.get_lock():
-                notebook.add(case, row)
+                if not stopped:  # a compiler that was closed has nothing to say
+                    notebook.add(case, row)
                 bar.update()
 
+        stopped: list[bool] = []
         try:
             list(pool.map(one, fresh))
         except BaseException:
+            stopped.append(True)
             pool.shutdown(wait=False, cancel_futures=True)
             for compiler in made:
                 compiler.close()

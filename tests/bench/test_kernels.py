@@ -34,6 +34,11 @@ def test_times_on_the_cpu(capsys):
     assert "our kernels are for TPUs: on a cpu the reference stands for them" in printed
 
 
+def test_what_only_the_compiler_can_answer_wants_a_target():
+    with pytest.raises(ValueError, match="name a --target, e.g. --target v3"):
+        Kernels(whole="ViT-B/16")
+
+
 @pytest.mark.slow
 def test_cycles_and_errors_of_everybody_on_a_target(capsys):
     rows = run(Kernels(target=("v5e",), op=("attention",), batch=2, rivals=True, errors=True))
