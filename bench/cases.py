@@ -109,6 +109,9 @@ def write_json(path: Path, value: Any) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
         json.dump(value, file, indent=1)
         file.write("\n")
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(file.name, 0o666 & ~mask)  # a temporary file is its owner's alone
     os.replace(file.name, path)
 
 
