@@ -23,6 +23,7 @@ from bench.trial import say
 from kernels.device import DEVICES
 from kernels.launch import Launch
 from vitcore import ViTConfig, variant
+from vitcore.ops import BY_NAME, REFERENCE
 
 IMAGES, PATCHES = 2, 4
 
@@ -74,7 +75,9 @@ def error(*, op: str, name: str, shape: str, dtype: str, backward: bool, target:
         fn, shapes = _attention(name, config, kind, launch)
         truth_of, _ = _attention("reference", config, kind, launch)
     else:
-        fn, shapes = programs.op_of(op, config, IMAGES, kind, launch=launch if name == "ours" else None)
+        fn, shapes = programs.op_of(
+            op, config, IMAGES, kind, launch=launch if name == "ours" else None, ops=REFERENCE if name == "ours" else BY_NAME[name]
+        )
         truth_of, _ = programs.op_of(op, config, IMAGES, kind, launch=None)
     arrays = _arrays(shapes, seed=7)
     rounded = [jnp.asarray(a, s.dtype) for a, s in zip(arrays, shapes, strict=True)]

@@ -334,7 +334,7 @@ def calibrate(options: Kernels, target: str) -> list[dict]:
 
 def _local(platform: str, op: str) -> list[str]:
     """Implementations that a device of this platform runs."""
-    names = [] if platform == "cpu" else ["ours"]  # on a GPU without kernels of ours the row says so
+    names = {"tpu": ["ours"], "gpu": [] if op == "attention" else ["gpu"]}.get(platform, [])
     names.append("reference")
     if op == "attention":
         names += ["jax.nn", *{"gpu": ["cudnn"], "tpu": ["flash", "splash"]}.get(platform, [])]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_STYLES = {"fused": "-", "auto": "-", "reference": "--", "timm": "-.", "transformers": ":"}
-_MARKERS = {"fused": "o", "auto": "o", "reference": "s", "timm": "^", "transformers": "D"}
+_STYLES = {"fused": "-", "gpu": "-", "reference": "--", "timm": "-.", "transformers": ":"}
+_MARKERS = {"fused": "o", "gpu": "o", "reference": "s", "timm": "^", "transformers": "D"}
 
 
 def _groups(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple, list[dict[str, Any]]]:
@@ -28,7 +28,7 @@ def _code(row: dict[str, Any]) -> str:
 
 
 def _name(code: str) -> str:
-    return {"fused": "our kernels", "auto": "ours", "reference": "reference ops"}.get(code, code)
+    return {"fused": "our kernels", "gpu": "ours (cuDNN attention)", "auto": "ours", "reference": "reference ops"}.get(code, code)
 
 
 def _panel(axes, rows, value: str, colours: dict[str, Any]) -> None:

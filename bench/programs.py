@@ -23,7 +23,7 @@ from train.step import StepOptions, make_train_step, state_specs
 from train.step import shardings as shardings_of
 from vitcore import ViTConfig, apply_on, partition_specs, variant
 from vitcore.model import forward, init
-from vitcore.ops import REFERENCE, Ops
+from vitcore.ops import BY_NAME, REFERENCE, Ops
 
 S = jax.ShapeDtypeStruct
 
@@ -42,8 +42,8 @@ def launch_for(device) -> Launch:
     return Launch(device=from_kind(device.device_kind))
 
 
-def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | None, rate: float = 0.0):
-    """(function, shapes of its float arguments) of an op at a model's shapes, parameters float32. launch None: the reference."""
+def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | None, rate: float = 0.0, ops: Ops = REFERENCE):
+    """(function, shapes of its float arguments) of an op at a model's shapes, parameters float32. launch None: that of `ops`."""
     c, d, f = config, config.width, config.mlp_dim
 
     def p(*shape):
@@ -51,7 +51,7 @@ def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | Non
 
     x = S((batch, c.tokens, d), dtype)
     dropout = Dropout(rate, jnp.int32(7)) if rate else None
-    fn = getattr(REFERENCE, op) if launch is None else partial(_kernel(op), launch=launch)
+    fn = getattr(ops, op) if launch is None else partial(_kernel(op), launch=launch)
     if op == "patch_embed":
         y, w = c.image_shape
         images = S((batch, y, w, c.channels), dtype)
@@ -69,7 +69,7 @@ def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool 
     name = kernels if isinstance(kernels, str) else "ours" if kernels else "reference"
     launch = launch_for(device) if name == "ours" else None
     if op != "attention":
-        return op_of(op, config, batch, dtype, launch=launch, rate=rate)
+        return op_of(op, config, batch, dtype, launch=launch, rate=rate, ops=REFERENCE if launch else BY_NAME[name])
     t, n = config.tokens, config.num_heads
     one = rivals.rival(name, tokens=t, heads=n, launch=launch)
     return one.fn, rivals.shapes(one, batch, t, n, config.width // n, dtype)

@@ -41,8 +41,8 @@ class Throughput:
     """Input sizes in pixels; by default those of Figure 12, each moved to the nearest multiple of the patch."""
     mode: tuple[Mode, ...] = ("forward",)
     """Inference, or a whole training step with Adam."""
-    ops: tuple[Literal["auto", "fused", "reference"], ...] = ("auto",)
-    """Our kernels, or the plain references as XLA compiles them; auto: kernels on a TPU, references elsewhere."""
+    ops: tuple[Literal["auto", "fused", "reference", "gpu"], ...] = ("auto",)
+    """Our kernels, the plain references as XLA compiles them, or cuDNN's attention; auto: what `vitcore.apply` takes."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of activations and products; bfloat16 by default, float32 on a CPU."""
     mesh: str | None = None
@@ -91,6 +91,8 @@ class Throughput:
                 raise ValueError(f"{name} {bad[0]}: a positive number is required")
         if self.target and self.peer:
             raise ValueError("--peer runs on a device and --target compiles for none: leave one of them out")
+        if self.target and "gpu" in self.ops:
+            raise ValueError("--ops gpu runs on a GPU and --target compiles for a TPU: use --ops fused reference")
         if self.slice and not self.target:
             raise ValueError("--slice belongs to --target; on devices --mesh says how many are used")
         for peer in self.peer:
@@ -105,11 +107,11 @@ class Throughput:
         return self.models or models, self.sizes or sizes, self.minutes if self.minutes or self.models else minutes
 
 
-def _all(options: Throughput, where: str, platform: str, dtype: str) -> list[Case]:
+def _all(options: Throughput, where: str, platform: str, dtype: str, auto: str) -> list[Case]:
     models, sizes, _ = options.chosen(platform)
     move = options.nearest or not options.sizes
     same: dict[str, Any] = dict(dtype=dtype, mesh=options.mesh, slice=options.slice, remat=options.remat)
-    ops = tuple("fused" if where != "device" and o == "auto" else o for o in options.ops)
+    ops = tuple(auto if o == "auto" else o for o in options.ops)
     return cases(where=where, models=models, sizes=sizes, modes=options.mode, ops=ops, peers=options.peer, move=move, **same)
 
 
@@ -130,11 +132,11 @@ def on_devices(options: Throughput) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
     # what the user misspelled, before anything is measured; the dtype of the rows follows from the device
-    _all(options, "device", "cpu" if not options.models else "gpu", "float32")
+    _all(options, "device", "cpu" if not options.models else "gpu", "float32", "auto")
     devices = describe(options.mesh, options.dtype, seconds=options.seconds)
     if "fused" in options.ops and devices["platform"] == "cpu":
         raise ValueError("--ops fused: a CPU has no kernels, use --ops reference; or --target to ask the TPU compiler")
-    todo = _all(options, "device", devices["platform"], devices["dtype"])
+    todo = _all(options, "device", devices["platform"], devices["dtype"], devices["auto"])
     clock = Clock(options.chosen(devices["platform"])[2])
     settings = Settings(
         batches=options.batch_sizes,
@@ -203,7 +205,7 @@ def on_targets(options: Throughput) -> list[dict[str, Any]]:
     """Compiles every case for every target."""
     from bench.target_study import study
 
-    todo: Callable[[str], list[Case]] = lambda target: _all(options, target, "tpu", options.dtype or "bfloat16")  # noqa: E731
+    todo: Callable[[str], list[Case]] = lambda target: _all(options, target, "tpu", options.dtype or "bfloat16", "fused")  # noqa: E731
     return study(options, [case for target in options.target for case in todo(target)], about=_about(compiler_estimate=True))
 
 

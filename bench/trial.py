@@ -107,7 +107,8 @@ def _vitcore(request: dict[str, Any]) -> Callable[[int], Stepper]:
         def weights(key):
             # matrices once in the dtype of the products, where XLA would cast them at every call; kernels cast as they need
             params = init(key, config)
-            return jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 and ops is BY_NAME["reference"] else a, params)
+            xla = jax.default_backend() != "tpu" or ops is BY_NAME["reference"]
+            return jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 and xla else a, params)
 
         params = jax.jit(weights, out_shardings=specs)(key)
         whole = jax.jit(apply_on(mesh, config, ops=ops, dtype=dtype))
@@ -216,6 +217,8 @@ def describe(request: dict[str, Any]) -> None:
     import jax
     import jax.numpy as jnp
 
+    from vitcore.ops import BY_NAME, resolve
+
     device = mesh.devices.flat[0]
     dtype = jnp.dtype(request["dtype"] or ("float32" if device.platform == "cpu" else "bfloat16"))
     side = 2048 if device.platform == "cpu" else 8192
@@ -239,6 +242,7 @@ def describe(request: dict[str, Any]) -> None:
             "matmul_flops": 2 * side**3 / timing.median,
             "matmul_spread": timing.spread,
             "jax": jax.__version__,
+            "auto": next((name for name, ops in BY_NAME.items() if ops is resolve(None)), "auto"),
             "cores": os.cpu_count(),
         }
     )

@@ -32,6 +32,7 @@ BAD = [
     (dict(target=("v3",), mesh="1x5", models=("ViT-B/16",)), "num_heads=12 is not divisible by the model axis"),
     (dict(target=("v3",), mesh="4x2", models=("ViT-B/16",), batch_sizes=(6,)), "--batch-sizes 6 is not divisible by the data axis"),
     (dict(target=("v3",), peer=("timm",)), "--peer runs on a device and --target compiles for none"),
+    (dict(target=("v3",), ops=("gpu",)), "--ops gpu runs on a GPU and --target compiles for a TPU"),
     (dict(slice="4x4"), "--slice belongs to --target"),
     (dict(step=0), "--step 0: a positive number is required"),
 ]
@@ -254,7 +255,7 @@ def test_a_study_on_the_cpu(tmp_path, capsys):
 
 def test_an_interrupted_study_continues(tmp_path, monkeypatch):
     devices = dict(platform="cpu", kind="cpu", count=1, mesh_devices=1, memory=2**30, dtype="float32", matmul_side=8)
-    devices |= dict(matmul_flops=1e12, matmul_spread=0.0, jax="0")
+    devices |= dict(auto="reference", matmul_flops=1e12, matmul_spread=0.0, jax="0")
     asked = []
 
     def measure(case, *_, **__):
