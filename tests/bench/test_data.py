@@ -1,0 +1,62 @@
+"""The throughput comparison: it measures what it says, and says so where torch is missing."""
+
+import sys
+
+import pytest
+
+from bench import data
+from train.data.job import run_job
+
+
+def test_every_contender_is_measured(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITCORE_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    argv = ["--images", "16", "--width", "60", "--height", "50", "--batch-size", "4", "--batches", "1", "--rounds", "1"]
+    assert run_job(data.Options, data.run, "bench.data", argv) == 0
+    out = capsys.readouterr().out
+    assert "torch is not installed" in out
+    for form in ("bare", "folder", "tar", "arrayrecord", "parquet"):
+        for decoder in ("pillow", "simplejpeg"):
+            (line,) = [line for line in out.splitlines() if line.startswith(f"{form} {decoder} ") and "float32" not in line]
+            assert float(line.split()[2]) > 1
+            assert ("%" in line) == (form != "bare")
+
+
+def test_ratios_are_medians_of_rounds():
+    rates = {"bare pillow": [200.0, 300.0, 100.0], "folder pillow": [100.0, 100.0, 100.0], "torch": [50.0, 100.0, 400.0]}
+    assert data.ratio(rates, "folder pillow", "torch") == 1.0
+    line = data.report(rates)[2]
+    assert line.split()[2:] == ["100", "1.00", "100.0%"]
+
+
+@pytest.mark.slow
+def test_a_million_files_start_in_seconds(tmp_path):
+    """From the kept index, in a new process: below 5 s and 300 MB, all imports included."""
+    found = data.start_up(tmp_path, 1_000_000)
+    assert found["files"] == 1_000_000
+    assert found["import_s"] + found["open_s"] + found["order_s"] < 5
+    assert found["peak_mb"] < 300
+
+
+@pytest.mark.peers
+def test_torch_is_measured_too(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITCORE_CACHE", str(tmp_path))
+    argv = [
+        "--images",
+        "16",
+        "--width",
+        "60",
+        "--height",
+        "50",
+        "--batch-size",
+        "4",
+        "--batches",
+        "2",
+        "--rounds",
+        "1",
+        "--sources",
+        "folder",
+    ]
+    assert run_job(data.Options, data.run, "bench.data", argv) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch ")]
+    assert float(line.split()[1]) > 1
