@@ -102,6 +102,7 @@ def test_the_first_step_is_sgd_on_the_loaded_weights(weights, tmp_path):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, params)
 
 
+@pytest.mark.slow
 def test_a_larger_image_and_a_pretraining_run_as_the_start(tmp_path):
     pre = [str(a) for a in (*TINY, "--data", "digits:0-4", "--model", "ViT-Nano/4", "--recipe", "digits", "--polyak", "0.5",
            "--out", tmp_path / "pre")]  # fmt: skip
@@ -120,7 +121,7 @@ def test_a_larger_image_and_a_pretraining_run_as_the_start(tmp_path):
     run(*TINY, *FIVE, "--init", tmp_path / "pre" / "5", "--out", tmp_path / "none", fails=True)
 
 
-@pytest.mark.parametrize("mesh", ["2x1", "2x2"])
+@pytest.mark.parametrize("mesh", ["2x1", pytest.param("2x2", marks=pytest.mark.slow)])
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(weights, whole, tmp_path, monkeypatch, mesh):
     make, taken = train.loop.make_train_step, []
 
@@ -218,6 +219,7 @@ def test_dev_and_train_share_no_image_and_are_all_of_it():
 SWEEP = ["--sweep", "--learning-rates", "0.001", "0.1", "--runs", "2"]
 
 
+@pytest.mark.slow
 def test_a_sweep_chooses_and_is_taken_up_where_it_was_left(weights, tmp_path, monkeypatch, capsys):
     """Killed in the middle of its second run, between checkpoints: the first run is not done again, the second loses one step."""
     argv = [*TINY, *FIVE, "--init", str(weights), "--out", str(tmp_path), *SWEEP]
@@ -274,6 +276,30 @@ def test_a_sweep_chooses_and_is_taken_up_where_it_was_left(weights, tmp_path, mo
     (tmp_path / "sweep.json").write_text("{")
     run(*argv, fails=True)
     assert "sweep.json is damaged" in capsys.readouterr().err
+
+
+def test_a_sweep_does_each_run_once(weights, tmp_path, monkeypatch, capsys):
+    """The order of things, with runs that take no time: stopped at every run in turn, none is done twice."""
+    done, allowed = [], 0
+
+    def quick(run, say, **_):
+        if len(done) == allowed:
+            raise KeyboardInterrupt
+        where = "/".join(str(run.directory).split("/")[-2:])
+        done.append(where)
+        right = {"dev/lr-0.001": 3, "dev/lr-0.1": 9, "final/seed-0": 7, "final/seed-1": 8}[where]
+        return train.loop.Result(1, 1, right / 10, right, 10, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", quick)
+    argv = [*TINY, *FIVE, "--init", str(weights), "--out", str(tmp_path), *SWEEP]
+    for allowed in range(5):
+        assert finetune.main(argv) == (0 if allowed == 4 else 130)
+        assert len(done) == allowed
+    assert done == ["dev/lr-0.001", "dev/lr-0.1", "final/seed-0", "final/seed-1"]
+    held = json.loads((tmp_path / "sweep.json").read_text())
+    assert (held["rate"], held["mean"], held["std"]) == (0.1, pytest.approx(0.75), pytest.approx(0.05))
+    assert "| test, 2 runs | | 75.00% +- 5.00% |" in capsys.readouterr().out
+    assert Image.open(tmp_path / "sweep.png").size[0] > 800
 
 
 def test_of_equal_rates_the_smallest(tmp_path, weights, monkeypatch):
