@@ -18,7 +18,7 @@ Which kernels, by generation:
 
 The arrays between kernels pass through HBM while the MXU works; the batch is cut into parts, so that they take little room there.
 Operands are rounded where the reference rounds them, or not at all; sums, LN and softmax are float32, as are the gradients of the
-parameters. Generations whose Mosaic takes no bfloat16 operands get weights rounded to bfloat16 and widened.
+parameters. Generations whose Mosaic takes no bfloat16 operands get float32 weights, which their MXU rounds.
 """
 
 from functools import partial
@@ -42,9 +42,8 @@ CHUNK_ROWS = 49152  # tokens at a time through the chain of kernels: at most 0.8
 
 
 def _operand(w, dtype, device: Device):
-    """A weight as the products take it: rounded to the activations' dtype, wide again where Mosaic takes only float32."""
-    w = w.astype(dtype)
-    return w if device.bf16_matmul else w.astype(jnp.float32)
+    """A weight as the products take it: in the activations' dtype, or float32 where the MXU rounds float32 by itself."""
+    return w.astype(dtype if device.bf16_matmul else jnp.float32)
 
 
 def _forward(scalars, x, weights, static: Static):
