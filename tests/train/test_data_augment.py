@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.data import AUGMENTATIONS, PREPROCESSES
+from train.data import AUGMENTATIONS, PREPROCESSES, digits
 from train.data.augment import ATTEMPTS, CENTER_SHARE, DIGIT_DEGREES, DIGIT_SCALE, DIGIT_SHIFT, crop_boxes
-from train.data.digits import open_digits
 from train.data.sampling import AUGMENT, SUBSET, epoch_order, philox4x32, random_subset, uniforms
 
 RNG = np.random.default_rng(0)
@@ -243,7 +242,7 @@ def test_one_half_is_flipped():
 
 
 def test_digits_at_rest_are_the_digits():
-    images = list(open_digits("", "train").images[:20])
+    images = list(digits.load("train").images[:20])
     found = AUGMENTATIONS["digits"].apply(images, np.full((20, 4), 0.5), 8, 1)
     np.testing.assert_allclose(found, np.stack(images) / 127.5 - 1, atol=1e-5)
 

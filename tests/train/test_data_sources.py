@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from train.data import SOURCES, DataError, open_source
+from train.data import SOURCES, DataError, digits, open_source
 from train.data.decode import decode
-from train.data.digits import open_digits
 
 
 def one_line(error, *parts):
@@ -37,7 +36,7 @@ def gradient(y=12, x=20):
 def folder(tmp_path):
     """Class folders of the digits 0, 1 and 2: PNGs in train, JPEGs in val."""
     for split, suffix, count in (("train", "png", 6), ("val", "jpg", 3)):
-        source = open_digits("", split)
+        source = digits.load(split)
         for label in range(3):
             place = tmp_path / split / f"class{label}"
             place.mkdir(parents=True)
@@ -52,7 +51,7 @@ def folder(tmp_path):
 def test_digits_are_split_four_to_one_within_each_class():
     from sklearn.datasets import load_digits
 
-    train, val = open_digits("", "train"), open_digits("", "val")
+    train, val = digits.load("train"), digits.load("val")
     assert len(train) + len(val) == 1797 == len({*train.numbers.tolist(), *val.numbers.tolist()})
     for label in range(10):
         held_out, kept = (val.labels() == label).sum(), (train.labels() == label).sum()
@@ -65,7 +64,7 @@ def test_digits_are_split_four_to_one_within_each_class():
 
 
 def test_digits_examples():
-    source = open_digits("", "train")
+    source = digits.load("train")
     example = source[3]
     assert example.image.shape == (8, 8, 1)
     assert example.image.dtype == np.uint8

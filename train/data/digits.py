@@ -41,10 +41,13 @@ class Digits:
 
 
 def open_digits(rest: str, split: str) -> Source:
-    """The "train" (four fifths) or "val" (one fifth) split: stratified, the same for every seed and library version.
+    """`load`, or some of its classes as `select.of_classes` reads them: "0-4"."""
+    digits = load(split)
+    return of_classes(digits, rest) if rest else digits
 
-    rest: "", or some of the classes as `select.of_classes` reads them: "0-4".
-    """
+
+def load(split: str) -> Digits:
+    """The "train" (four fifths) or "val" (one fifth) split: stratified, the same for every seed and library version."""
     if split not in ("train", "val"):
         raise DataError(f"split is {split!r}; the source 'digits' has the splits 'train' and 'val'")
     from sklearn.datasets import load_digits  # here: scikit-learn takes a second to import and other sources do without
@@ -58,5 +61,4 @@ def open_digits(rest: str, split: str) -> Source:
     held_out = rank % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     numbers = np.flatnonzero(held_out if split == "val" else ~held_out)
     pixels = np.rint(images[numbers] * (255 / 16)).astype(np.uint8)[..., None]  # the file counts ink from 0 to 16
-    digits = Digits(split=split, images=pixels, targets=labels[numbers], numbers=numbers)
-    return of_classes(digits, rest) if rest else digits
+    return Digits(split=split, images=pixels, targets=labels[numbers], numbers=numbers)
