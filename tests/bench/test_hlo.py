@@ -6,10 +6,10 @@ BROKEN = """HloModule m
 
 ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %a = bf16[8,128]{1,0} parameter(0)
-  %one.1 = bf16[8,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %call.1 = bf16[8,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 256}"
 }}, metadata={op_name="jit(f)/one/pallas_call"}
-  %after = bf16[8,128]{1,0} fusion(%one.1), kind=kLoop, backend_config={"window_config":{"estimated_cycles":"50"}}
+  %after = bf16[8,128]{1,0} fusion(%call.1), kind=kLoop, backend_config={"window_config":{"estimated_cycles":"50"}}
   ROOT %two.1 = bf16[8,128]{1,0} custom-call(%after), custom_call_target="tpu_custom_call", metadata={op_name="f/two/pallas_call"}
 }
 """
