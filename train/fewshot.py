@@ -170,8 +170,10 @@ class Fewshot(JobOptions):
     """Standardise every feature."""
     bias: float = BIAS
     """The constant column; 0 for none."""
-    features: Literal["pre-logits", "representation", "pixels"] = "pre-logits"
-    """What the head reads, the representation before a hidden layer, or the image's pixels: a baseline."""
+    features: Literal["pre-logits", "representation", "tokens", "pixels"] = "pre-logits"
+    """What the head reads, the representation before a hidden layer, all tokens behind --block, or (a baseline) the pixels."""
+    block: int = 0
+    """Of --features tokens: behind which block, from 1; 0 for the last."""
     image_size: int | None = None
     """Default: the model's; the position embedding is fitted to it."""
     preprocess: Literal["resize", "center"] | None = None
@@ -235,7 +237,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         config, about = model.config, model.about
         params = put_params(model.params, config, mesh)
         ops = None if args.ops == "auto" else BY_NAME[args.ops]
-        function = make_features(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), read=args.features)
+        function = make_features(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), read=args.features, block=args.block)
 
         def features(images):
             return function(params, images)

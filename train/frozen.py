@@ -4,6 +4,7 @@ The images go through the mesh in batches; what comes back is whole on every pro
 rows that fill up the last batch.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -71,15 +72,24 @@ def put_params(params, config: ViTConfig, mesh: Mesh):
 
 def make_features(
     config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32,
-    read: Literal["pre-logits", "representation"] = "pre-logits",
+    read: Literal["pre-logits", "representation", "tokens"] = "pre-logits", block: int = 0,
 ):  # fmt: skip
     """A compiled function (params, images [B, Y, X, C]) -> float32 [B, F], split over "data".
 
-    read: what the head reads, behind the hidden layer where there is one, or the representation y of Eq. 4.
+    read: what the head reads, behind the hidden layer where there is one; the representation y of Eq. 4; or all the tokens behind a
+    block, counted from 1 (0: the last), side by side: the first blocks' transfer to what is unlike the pre-training better than
+    the last's. Raises ValueError for a block that there is not.
     """
     shape, ops = MeshShape.of(mesh), resolve(ops)
+    if not 0 <= block <= config.depth:
+        raise ValueError(f"block {block}: the model has blocks 1 to {config.depth}")
+    upto = dataclasses.replace(config, depth=block or config.depth)
 
     def local(params, images):
+        if read == "tokens":
+            some = {**params, "blocks": jax.tree.map(lambda a: a[: upto.depth], params["blocks"])}
+            x = encode(some, images, upto, ops=ops, dtype=dtype, mesh=shape)
+            return x.reshape(x.shape[0], -1).astype(jnp.float32)
         x = encode(params, images, config, ops=ops, dtype=dtype, mesh=shape)
         y = represent(params, x, config, ops=ops, mesh=shape)
         if read == "pre-logits" and config.representation_size is not None:
