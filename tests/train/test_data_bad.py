@@ -416,6 +416,8 @@ def test_mixup_in_a_run(damaged):
         partner = a["image"].reshape(-1, 2, 16, 16, 3)[:, ::-1].reshape(a["image"].shape)
         np.testing.assert_allclose(b["image"], share * a["image"] + (1 - share) * partner, atol=1e-6)
     assert len({float(s) for b in mixed for s in b["share"]}) == 48, "each row has a share of its own"
+    (odd,) = stream(source, count=1, batch_size=30, mixup=0.8)[0]  # 15 would be the largest group that divides it
+    np.testing.assert_array_equal(odd["other_label"], odd["label"].reshape(-1, 2)[:, ::-1].reshape(-1))
     assert "share" not in plain[0]
     with pytest.raises(ValueError, match="make it even"):
         stream(source, batch_size=12, shard=(0, 4), mixup=0.5)
