@@ -234,7 +234,7 @@ def killed_and_resumed(tmp_path, cache, times, seed):
         if "resuming at step" in job.stdout:
             resumed = int(job.stdout.split("resuming at step ")[1].split()[0])
             lost.append(done - resumed)
-            # one interval; had the kill come into the save at its end, the steps beside that save too, which the next save waits for
+            # one interval; had the kill come into the save at its end, what went on beside it too: the next save waits for it
             assert 0 <= lost[-1] <= (2 * every if saving else every), (done, resumed, saving)
             if steps(out)[-1] > resumed:  # a save comes after the clean-up
                 assert not debris & entries(out), debris
