@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
+from train import mesh as meshes
 from vitcore import weight_tree
 from vitcore.config import ViTConfig, variant
 from vitcore.posemb import fit
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", help=".npz (the release's layout) or .safetensors")
     parser.add_argument("--naming", choices=["timm", "transformers"], help="of a .safetensors; default timm")
     args = parser.parse_args(argv)
+    meshes.prepare(None)
     try:
         found = open_pretrained(args.run)
         weight_tree.save(args.file, found.params, found.config, naming=args.naming)

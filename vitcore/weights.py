@@ -13,6 +13,8 @@ import re
 import sys
 from collections.abc import Mapping
 
+import jax
+
 from vitcore.config import ViTConfig
 from vitcore.weight_files import Stored
 from vitcore.weight_names import Style, shapes
@@ -76,4 +78,5 @@ def _model_line(config: ViTConfig) -> str:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing here wants a device, and looking for a TPU takes long and prints much
     sys.exit(main())
