@@ -164,3 +164,7 @@ def test_tokens_behind_a_block_are_those_of_the_shorter_model(params):
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="block 5: the model has blocks 1 to 4"):
         make_features(CONFIG, mesh, read="tokens", block=5)
+
+
+def test_targets_are_minus_one_and_one():
+    assert fewshot.targets(np.array([1, 0]), 3).tolist() == [[-1, 1, -1], [1, -1, -1]]
