@@ -6,6 +6,7 @@ from vitcore.model import apply as apply
 from vitcore.model import features as features
 from vitcore.model import init as init
 from vitcore.ops import FUSED as FUSED
+from vitcore.ops import GPU as GPU
 from vitcore.ops import INTERPRET as INTERPRET
 from vitcore.ops import REFERENCE as REFERENCE
 from vitcore.ops import Ops as Ops

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import jax
 
+from kernels.attention import gpu as attention_gpu
 from kernels.attention import reference as attention
 from kernels.attention import tpu as attention_tpu
 from kernels.device import DEVICES
 from kernels.launch import Launch, here
 from kernels.layer_norm import reference as layer_norm
 from kernels.layer_norm import tpu as layer_norm_tpu
+from kernels.mlp import gpu as mlp_gpu
 from kernels.mlp import reference as mlp
 from kernels.mlp import tpu as mlp_tpu
 from kernels.patch_embed import reference as patch_embed
@@ -50,16 +52,18 @@ def _on_the_tpu(kernel):
 
 # Plain einsum, compiled by XLA: the specification, and the path of every platform without kernels.
 REFERENCE = Ops(patch_embed.patch_embed, attention.attention_half, mlp.mlp_half, layer_norm.layer_norm)
+# cuDNN's attention, and products that read and write the activations' dtype.
+GPU = Ops(patch_embed.patch_embed, attention_gpu.attention_half, mlp_gpu.mlp_half, layer_norm.layer_norm)
 # The kernels, compiled for the TPU that is present.
 FUSED = Ops(*map(_on_the_tpu, _KERNELS))
 # The kernels as plain JAX operations, on any platform: slow, for trying and testing them.
 INTERPRET = fused(Launch(device=DEVICES["cpu"], interpret=True))
 
-BY_NAME = {"reference": REFERENCE, "fused": FUSED, "interpret": INTERPRET}
+BY_NAME = {"reference": REFERENCE, "gpu": GPU, "fused": FUSED, "interpret": INTERPRET}
 
 
 def resolve(ops: Ops | None) -> Ops:
-    """The ops to run: those given, or with None what suits the platform: FUSED on a TPU, REFERENCE elsewhere."""
+    """The ops to run: those given, or with None what suits the platform: FUSED on a TPU, GPU on a GPU, REFERENCE elsewhere."""
     if ops is None:
-        return FUSED if jax.default_backend() == "tpu" else REFERENCE
+        return {"tpu": FUSED, "gpu": GPU}.get(jax.default_backend(), REFERENCE)
     return ops
