@@ -535,6 +535,16 @@ def test_a_member_that_claims_to_be_huge_costs_nothing(tmp_path):
     one_line(error, "314,572,800 bytes")
 
 
+def test_a_header_that_is_huge_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("0.cls")
+        info.pax_headers = {"comment": "x" * 2**21}
+        tar.addfile(info)
+    with pytest.raises(DataError) as error:
+        open_source(f"tar:{tmp_path}", "train")
+    one_line(error, tmp_path / "train-0.tar", "a header of 2,097,")
+
+
 @pytest.mark.parametrize("kind", [pa.float64(), pa.string()])
 def test_labels_of_the_wrong_type_in_parquet(root, tmp_path, kind):
     write_parquet(open_source(spec(root, "folder"), "train"), tmp_path / "train", label_type=kind)
