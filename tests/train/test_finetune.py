@@ -154,7 +154,7 @@ def test_momentum_in_bfloat16_is_worked_on_in_float32():
         state = tx.init(params)
         for i in range(3):
             u, state = tx.update({"kernel": np.full(3, 1 / (3 + i), np.float32)}, state, params)
-        updates[dtype] = float(u["kernel"][0])  # pyright: ignore[reportIndexIssue]
+        updates[dtype] = float(u["kernel"][0])  # pyright: ignore
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(state) if leaf.ndim} == {dtype}
     m = 0.0
     for i in range(3):
