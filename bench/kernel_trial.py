@@ -6,6 +6,7 @@ python -m bench.kernel_trial < request.json        {"op", "name", "shape", "batc
 import json
 import sys
 from dataclasses import asdict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     meshes.prepare(None)
     seconds, name = request.pop("seconds"), request.pop("name")
-    kernels = {"ours": True, "reference": False}.get(name, name)
+    kernels: Any = {"ours": True, "reference": False}.get(name, name)
     fn, shapes = one_op(jax.devices(), **request, kernels=kernels)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = [0.1 * jax.random.normal(k, s.shape, jnp.float32).astype(s.dtype) for k, s in zip(keys, shapes, strict=True)]

@@ -91,10 +91,10 @@ def _transformers(config: ViTConfig):
             num_hidden_layers=config.depth,
             num_attention_heads=config.num_heads,
             intermediate_size=config.mlp_dim,
-            num_labels=config.num_classes,
+            num_labels=config.num_classes,  # pyright: ignore[reportCallIssue]
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
         )
     )
     if model.config._attn_implementation != "sdpa":
@@ -167,7 +167,7 @@ def peer(request: dict[str, Any]) -> Callable[[int], Any]:
         return out if isinstance(out, torch.Tensor) else out.logits
 
     def steps(batch: int):
-        x = torch.randn(batch, 3, config.image_size, config.image_size, device=device, dtype=torch.float32 if train else dtype)
+        x = torch.randn((batch, 3, config.image_size, config.image_size), device=device, dtype=torch.float32 if train else dtype)
         labels = torch.arange(batch, device=device) % config.num_classes
 
         def forward():

@@ -91,7 +91,7 @@ def picture(rows: Sequence[dict[str, Any]], *, title: str):
             right.text(0.5, 0.5, "not sought", transform=right.transAxes, ha="center", va="center", color="grey")
     handles = [Line2D([], [], color=c, linewidth=2.5, label=m) for m, c in colours.items()]
     if len(codes) > 1:
-        style = {c: dict(linestyle=_STYLES.get(c, "-"), marker=_MARKERS.get(c, "o"), markersize=5) for c in codes}
+        style: dict[str, Any] = {c: dict(linestyle=_STYLES.get(c, "-"), marker=_MARKERS.get(c, "o"), markersize=5) for c in codes}
         handles += [Line2D([], [], color="black", label=_name(c), **style[c]) for c in codes]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=12)

@@ -93,7 +93,7 @@ def _splash(tokens: int, heads: int, interpret: bool) -> Rival:
 
     def fn(q, k, v):
         kernel = s.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
-        ids = (np.arange(length) < tokens).astype(np.int32)
+        ids = jnp.asarray(np.arange(length) < tokens, jnp.int32)
         segments = None if length == tokens else s.SegmentIds(q=ids, kv=ids)
         scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
         return jax.vmap(partial(kernel, segment_ids=segments))(scaled, k, v)
@@ -117,8 +117,9 @@ def rival(name: str, *, tokens: int, heads: int, launch: Launch | None = None, i
     same: tuple[Callable, Callable] = (lambda *arrays: arrays), (lambda o: o)
     if name == "reference":
         return Rival(plain, *same)
-    library = {"jax.nn": "xla", "cudnn": "cudnn"}[name]
-    return Rival(partial(jax.nn.dot_product_attention, implementation=library), *same)
+    library: Any = {"jax.nn": "xla", "cudnn": "cudnn"}[name]
+    attention: Callable = jax.nn.dot_product_attention
+    return Rival(partial(attention, implementation=library), *same)
 
 
 def shapes(one: Rival, batch: int, tokens: int, heads: int, width: int, dtype) -> tuple[Any, ...]:

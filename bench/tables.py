@@ -1,6 +1,6 @@
 """The tables of a throughput study on the screen and, with the same columns, in Markdown.
 
-    python -m bench.tables runs/throughput/throughput.json        the study as a Markdown table
+python -m bench.tables runs/throughput/throughput.json        the study as a Markdown table
 """
 
 import json

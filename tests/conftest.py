@@ -4,12 +4,18 @@ Tests run on the CPU, whatever the machine has; `VITCORE_TEST_PLATFORM=tpu` (or 
 wants another number of devices starts a subprocess.
 """
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 # Before jax is imported, and for the subprocesses of tests too.
 PLATFORM = os.environ["JAX_PLATFORMS"] = os.environ.get("VITCORE_TEST_PLATFORM", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+if "VITCORE_CACHE" not in os.environ:  # kept indices of data: not into the user's own cache
+    os.environ["VITCORE_CACHE"] = tempfile.mkdtemp(prefix="vitcore-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["VITCORE_CACHE"], ignore_errors=True)
 
 import hypothesis
 import jax

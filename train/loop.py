@@ -23,6 +23,7 @@ from train import distributed
 from train import mesh as meshes
 from train.checkpoint import Checkpoints, abstract
 from train.data import EvalBatches, TrainBatches
+from train.data.device import to_unit
 from train.feed import Feed
 from train.job import place
 from train.metrics import Recorder, Silence
@@ -160,6 +161,7 @@ class _Loop:
         self.stopping = False
         self.any_asked = distributed.AnyProcess(run.mesh)
         self.place = NamedSharding(run.mesh, P("data"))
+        self.to_unit = jax.jit(to_unit)
         _, self.shards = meshes.data_shard(run.mesh)
         self.step_fn = make_train_step(run.config, run.mesh, run.tx, run.options)
         self.eval_fn = make_eval_step(run.config, run.mesh, run.options)
@@ -181,13 +183,24 @@ class _Loop:
         """This process's rows as the global array."""
         return jax.make_array_from_process_local_data(self.place, array, (array.shape[0] * self.shards, *array.shape[1:]))
 
+    def put_images(self, array):
+        """[B, Y, X, C] in [-1, 1]; pixels travel as they are on the host, mostly bytes."""
+        return self.to_unit(self.put(array))
+
+    def put_labels(self, batch):
+        """What `StepOptions.losses` takes: the labels, or with MixUp two of them and the first one's share."""
+        return (
+            tuple(self.put(batch[k]) for k in ("label", "other_label", "share")) if "share" in batch else self.put(batch["label"])
+        )
+
     def evaluate(self) -> dict[str, float] | None:
         """Sums over the validation set, or None if a signal came in between."""
         params = self.state.params if self.state.average is None else self.state.average
         total = {"count": 0.0, "correct": 0.0, "loss": 0.0}
         with Feed(self.spec.validation()) as feed:
             while (batch := feed.next(self.alone_and_asked)) is not None:
-                sums = self.eval_fn(params, *(self.put(batch[key]) for key in ("image", "label", "weight")))
+                image, label, weight = self.put_images(batch["image"]), self.put(batch["label"]), self.put(batch["weight"])
+                sums = self.eval_fn(params, image, label, weight)
                 total = {key: total[key] + float(sums[key]) for key in total}
                 self.watchdog.beat(f"evaluating after step {self.now.step}")
                 if self.asked():
@@ -243,7 +256,7 @@ class _Loop:
 
     def step(self, batch) -> dict:
         self.watchdog.beat(f"taking step {self.now.step + 1}")
-        self.state, metrics = self.step_fn(self.state, self.put(batch["image"]), self.put(batch["label"]))
+        self.state, metrics = self.step_fn(self.state, self.put_images(batch["image"]), self.put_labels(batch))
         self.now.step += 1
         self.unseen.append((self.now.step, metrics))
         in_flight = 0 if self.simulated else 1

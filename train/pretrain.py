@@ -39,7 +39,11 @@ class Pretrain(JobOptions):
     model: str | None = None
     """ViT-{Nano,Ti,S,B,L,H}/PATCH. Default: ViT-Nano/4 for the digits, ViT-B/16 otherwise."""
     data: str = "digits"
-    """digits, or folder:PATH with train/CLASS/*.jpg and val/CLASS/*.jpg."""
+    """digits, digits:0-4, folder:PATH, tar:PATTERN, arrayrecord:PATTERN, tfds:NAME, parquet:PATTERN or cifar:PATH; see train/data."""
+    train_split: str = "train"
+    """Part of the data to train on: train, train[:99%], train[classes=0-4], train[without=removed.json]."""
+    val_split: str = "val"
+    """Part to validate on: val, test, train[99%:]."""
     recipe: str | None = None
     """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep. Default: digits or imagenet."""
     mesh: str | None = None
@@ -81,6 +85,12 @@ class Pretrain(JobOptions):
     polyak: float = 0.0
     """Decay of the parameters' running average, which is then what is validated; 0 for none."""
 
+    decoder: Literal["pillow", "simplejpeg"] = "pillow"
+    """simplejpeg: the same pixels, faster; wants the extra [fast]."""
+    mixup: float = 0.0
+    """Strength of MixUp, shares being drawn from Beta(a, a); 0 for none."""
+    bad_share: float = 0.01
+    """Images that cannot be read are replaced and logged; where they are a larger share, the run stops."""
     augment: Literal["inception", "digits", "none"] | None = None
     """Default: what suits the data."""
     preprocess: Literal["resize", "center"] = "resize"
@@ -125,6 +135,8 @@ PLACEMENT = JOB_PLACEMENT | frozenset(
         "accumulate",
         "threads",
         "workers",
+        "decoder",
+        "bad_share",
         "log_every",
         "eval_every",
         "fewshot_every",
@@ -141,9 +153,10 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
 
     Raises ValueError for unknown names and values that do not fit together.
     """
+    from train.data import absolute
     from vitcore.config import variant
 
-    digits = args.data == "digits"
+    digits = args.data.partition(":")[0] == "digits"
     model = ("ViT-Nano/4" if digits else "ViT-B/16") if args.model is None else args.model
     name = ("digits" if digits else "imagenet") if args.recipe is None else args.recipe
     variant(model, image_size=_patch(model))  # an unknown model is the first thing to say
@@ -202,11 +215,10 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         warmup_steps=warmup,
         image_size=given(args.image_size, recipe.image_size),
     )
-    scheme, colon, path = args.data.partition(":")
     return dataclasses.replace(
         args,
         config=None,
-        data=scheme + colon + os.path.abspath(path) if colon else scheme,
+        data=absolute(args.data),
         model=model,
         recipe=name,
         steps=steps,
@@ -274,14 +286,15 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
 
     import jax.numpy as jnp
 
-    from train.data import eval_batches, open_source, train_batches
+    from train.data import check_classes, eval_batches, open_source, train_batches
     from train.loop import Run, train
     from train.step import StepOptions
     from vitcore.ops import BY_NAME
     from vitcore.ops import resolve as resolve_ops
     from vitcore.sharding import MeshShape, check_mesh
 
-    source, held_out = open_source(args.data, "train"), open_source(args.data, "val")
+    source, held_out = open_source(args.data, args.train_split), open_source(args.data, args.val_split)
+    check_classes(source, held_out)
     resolved = resolve(args, examples=len(source))
     mesh, where = meshes.make(shape)
     # every value is there now, which the types of Pretrain cannot say
@@ -297,14 +310,17 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     ops = resolve_ops(None if full.ops == "auto" else BY_NAME[full.ops])
     if ops is BY_NAME["fused"] and mesh.devices.flat[0].platform != "tpu":
         raise ValueError(f"--ops fused runs on a TPU, {where} here: use --ops reference, or --ops interpret to try the kernels")
-    config = _model(full, classes=len(source.classes), channels=source[0].image.shape[2])
+    config = _model(full, classes=len(source.classes), channels=source[0].image.shape[2] if source.decoded else 3)
     check_mesh(config, MeshShape.of(mesh))
     learning_rate, tx = _optimizer(full)
     distributed.agree(configuration=identity(full), code=distributed.code_hash())
-    images = dict(image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh))
+    images = dict(
+        image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh),
+        decoder=full.decoder, pixels="uint8", bad_share=full.bad_share,
+    )  # fmt: skip
     batches = train_batches(
         source, batch_size=full.batch_size, seed=full.seed, augment=full.augment,
-        subset=full.subset, subset_seed=full.subset_seed, workers=full.workers, **images,
+        subset=full.subset, subset_seed=full.subset_seed, workers=full.workers, mixup=full.mixup, **images,
     )  # fmt: skip
     eval_size = min(full.batch_size // full.accumulate, -(-len(held_out) // mesh.shape["data"]) * mesh.shape["data"])
 

@@ -52,7 +52,10 @@ class StepOptions:
     seed: int = 0
 
     def losses(self, logits, labels):
-        """[B] float32."""
+        """[B] float32. labels: int32 [B], or [B, V], or with MixUp (label [B], other label [B], share of the first [B])."""
+        if isinstance(labels, tuple):  # a loss is linear in its target: to mix losses is to mix targets
+            label, other, share = labels
+            return share * self.losses(logits, label) + (1 - share) * self.losses(logits, other)
         if self.loss == "sigmoid":
             return sigmoid_cross_entropy(logits, labels)
         return softmax_cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -85,7 +88,7 @@ def make_init(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
 
 
 def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
-    """A compiled function (state, images [B, Y, X, C], labels [B] or [B, V]) -> (state, metrics), all scalars: float32 "loss" and
+    """A compiled function (state, images [B, Y, X, C], labels as `StepOptions.losses`) -> (state, metrics), all scalars: float32 "loss" and
     "gradient_norm", and bool "finite".
 
     B is the global batch, split over "data"; it must be divisible by the data axis times `accumulate`. The state is donated.
@@ -123,7 +126,9 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
 
             def add(total, i):
                 rows = partial(lax.dynamic_slice_in_dim, start_index=i * part, slice_size=part)
-                return jax.tree.map(jnp.add, total, gradient(state.params, rows(images), rows(labels), first + i * part, key)), None
+                return jax.tree.map(
+                    jnp.add, total, gradient(state.params, rows(images), jax.tree.map(rows, labels), first + i * part, key)
+                ), None
 
             zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
             (loss, grads), _ = lax.scan(add, zeros, jnp.arange(options.accumulate))

@@ -8,6 +8,7 @@ The same as `reference.py` but for what goes through memory:
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_
     return close(x, o, w_out, b_out)
 
 
-def implementation(dtype, head_width: int) -> str:
+def implementation(dtype, head_width: int) -> Literal["cudnn", "xla"]:
     """Which of `jax.nn.dot_product_attention`'s implementations takes heads of this dtype and width: "cudnn" or "xla"."""
     on_gpu = jax.default_backend() == "gpu"
     return "cudnn" if on_gpu and dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128 else "xla"

@@ -1,11 +1,13 @@
 """`bench.kernels`: everybody computes the same attention, errors are seen, times and cycles stand in their rows."""
 
+from typing import Any
+
 import pytest
 
 from bench import accuracy, rivals
 from bench.kernels import Kernels, run
 
-SAME = dict(op="attention", shape="B/16@224", dtype="float32", target="v3")
+SAME: dict[str, Any] = dict(op="attention", shape="B/16@224", dtype="float32", target="v3")
 
 
 @pytest.mark.parametrize("name", ["ours", "jax.nn", "flash", "splash"])
@@ -20,7 +22,7 @@ def test_an_error_is_seen(monkeypatch):
 
 
 def test_errors_of_ops_are_of_their_dtype():
-    same = dict(op="layer_norm", shape="B/16@224", backward=True, target="v3")
+    same: dict[str, Any] = dict(op="layer_norm", shape="B/16@224", backward=True, target="v3")
     assert accuracy.error(name="ours", dtype="float32", **same) < 1e-5
     assert 1e-4 < accuracy.error(name="ours", dtype="bfloat16", **same) < 2e-2
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
+from train.step import StepOptions
 
 shapes = st.sampled_from([(1, 1), (4, 2), (3, 10), (2, 1000)])  # few, for each one compiles anew; the seeds vary
 seeds = st.integers(0, 2**31)
@@ -101,3 +102,17 @@ def test_what_does_not_fit_is_refused(loss, logits, labels, words):
 def test_label_smoothing_is_a_share():
     with pytest.raises(ValueError, match=r"label_smoothing=1\.0"):
         softmax_cross_entropy(np.zeros((1, 2), np.float32), np.zeros(1, int), label_smoothing=1.0)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_mixed_labels_are_a_mixed_target(loss):
+    options = StepOptions(loss=loss, label_smoothing=0.1 if loss == "softmax" else 0.0)
+    logits = jax.random.normal(jax.random.key(0), (4, 5))
+    label, other, share = jnp.array([0, 1, 2, 3]), jnp.array([4, 1, 0, 2]), jnp.array([0.9, 0.3, 0.5, 1.0])
+    target = share[:, None] * jax.nn.one_hot(label, 5) + (1 - share)[:, None] * jax.nn.one_hot(other, 5)
+    log = jax.nn.log_softmax(logits)
+    expected = {
+        "softmax": -((0.9 * target + 0.1 / 5) * log).sum(-1),
+        "sigmoid": -(target * jax.nn.log_sigmoid(logits) + (1 - target) * jax.nn.log_sigmoid(-logits)).sum(-1),
+    }[loss]
+    np.testing.assert_allclose(options.losses(logits, (label, other, share)), expected, rtol=1e-5)

@@ -96,6 +96,11 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(whole, tmp_path
     assert a[-1]["val_accuracy"] == pytest.approx(b[-1]["val_accuracy"], abs=0.01)
 
 
+def test_mixed_images_of_five_digits_train(tmp_path):
+    run(*TINY, "--out", tmp_path / "a", "--data", "digits:5-9", "--mixup", 0.5, "--accumulate", 2, "--augment", "none")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["data"] == "digits:5-9"
+
+
 def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     """What `--help` promises arrives where it acts: the run that `train` is given is taken apart, one option at a time."""
     seen = []
@@ -133,7 +138,17 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     first = next(given().batches)
     assert first["image"].shape == (32, 8, 8, 1)
     assert next(given("--batch-size", 16).batches)["image"].shape[0] == 16
-    for option in (["--seed", 1], ["--augment", "none"], ["--subset", 500], ["--subset", 500, "--subset-seed", 1]):
+    assert "share" in next(given("--mixup", 0.4).batches)
+    assert len(next(given("--val-split", "val[:10]").validation())["label"]) == 10
+    assert given("--train-split", "train[:99%]").config_json["steps"] == given().config_json["steps"]
+    for option in (
+        ["--seed", 1],
+        ["--augment", "none"],
+        ["--train-split", "train[:99%]"],
+        ["--data", "digits:0-4"],
+        ["--subset", 500],
+        ["--subset", 500, "--subset-seed", 1],
+    ):
         assert not np.array_equal(next(given(*option).batches)["image"], first["image"]), option
     rates = [([],), (["--learning-rate", 1e-4],), (["--decay", "linear"],), (["--warmup-steps", 9],)]
     assert len({float(given(*option).learning_rate(5)) for (option,) in rates}) == 4
