@@ -3,6 +3,7 @@
 #   PYTHON=python3.13   the interpreter of the virtual environment (default: the first that is new enough)
 #   VENV=.venv          where that environment is; without it nothing is installed anywhere
 #   MESH=8x4            the mesh of `make pretrain`: data x model
+#   WORKERS=2           processes of `make test`; each takes up to 4 GB
 #   ARGS="--steps 100"  more options for `make pretrain`, or for pytest in `make test`
 
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
@@ -10,16 +11,18 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 VENV ?= .venv
 MESH ?= 8x4
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help pretrain test test-all test-faults test-peers lint format hooks clean
+.PHONY: help pretrain transfer test test-all test-faults test-peers lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make pretrain      train a small ViT on handwritten digits over a mesh of $(MESH); again: resume   (ARGS=\"--help\" lists the options)"
+	@echo "make transfer      pre-train on the digits 0 to 4, transfer to 5 to 9: fine-tuning and few shots, with a picture"
 	@echo "make test          the fast tests                                                     (ARGS=\"-k attention\" picks some)"
 	@echo "make test-all      all tests but those that want other libraries of the field"
 	@echo "make test-faults   runs that are killed, damaged and starved"
@@ -32,8 +35,11 @@ help:
 pretrain: $(VENV)/.run
 	$(BIN)/python -m train.pretrain --mesh $(MESH) $(ARGS)
 
+transfer: $(VENV)/.run
+	$(BIN)/python -m train.transfer $(ARGS)
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow and not faults and not peers" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not faults and not peers" $(ARGS)
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not peers" $(ARGS)

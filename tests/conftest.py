@@ -51,7 +51,14 @@ class NoSkips:
         if report.skipped:
             self.skipped.append(report.nodeid)
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node, error):
+        """A process of pytest-xdist has ended: a file it skipped as a whole is known to it alone."""
+        self.skipped += [name for name in getattr(node, "workeroutput", {}).get("skipped", ()) if name not in self.skipped]
+
     def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["skipped"] = self.skipped
         if self.skipped and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +38,7 @@ class Pretrain(JobOptions):
     model: str | None = None
     """ViT-{Nano,Ti,S,B,L,H}/PATCH. Default: ViT-Nano/4 for the digits, ViT-B/16 otherwise."""
     data: str = "digits"
-    """digits, digits:0-4, folder:PATH, tar:PATTERN, arrayrecord:PATTERN, tfds:NAME, parquet:PATTERN or cifar:PATH; see train/data."""
+    """digits, digits:0-4, folder:PATH, tar:PATTERN, arrayrecord:PATTERN, tfds:NAME, parquet:PATTERN, cifar:PATH."""
     train_split: str = "train"
     """Part of the data to train on: train, train[:99%], train[classes=0-4], train[without=removed.json]."""
     val_split: str = "val"

@@ -88,8 +88,8 @@ def make_init(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
 
 
 def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
-    """A compiled function (state, images [B, Y, X, C], labels as `StepOptions.losses`) -> (state, metrics), all scalars: float32 "loss" and
-    "gradient_norm", and bool "finite".
+    """A compiled function (state, images [B, Y, X, C], labels as `StepOptions.losses`) -> (state, metrics), scalars: float32 "loss"
+    and "gradient_norm", and bool "finite".
 
     B is the global batch, split over "data"; it must be divisible by the data axis times `accumulate`. The state is donated.
     Where the loss or the gradient is not finite, `step` alone moves on: parameters, optimizer and average stay as they were.
