@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """How fast images come: `python -m bench.data`. Sources and decoders beside torch's DataLoader, on the same files, in one run.
 
     python -m bench.data                    decode + inception crop + flip + batch: images/s, ratio to torch, overhead above bare

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The same models by timm and by transformers, on torch: forward passes and training steps to compare ours with.
 
 Neither is a dependency: a peer runs in its own process and only where it is installed. Both run as their users run them fast:

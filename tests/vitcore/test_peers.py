@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Our logits beside those of transformers and timm with the same random weights, which travel through files of weights.
 
 Marker `peers`: wants torch (any build; the CPU's will do), transformers and timm. timm imports torchvision, of which the models
