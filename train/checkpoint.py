@@ -216,6 +216,15 @@ class Checkpoints:
         more = f"; none of the {len(damaged)} checkpoints there is good" if len(damaged) > 1 else "; there is no other"
         raise CheckpointError(f"{damaged[held[-1]]}{more}. Nothing was changed: put a good copy there, or choose another --out")
 
+    def stored(self, step: int):
+        """What a step's state looks like on disk: nested dicts of jax.ShapeDtypeStruct by name. CheckpointError where it is damaged."""
+        path = os.path.join(self.directory, str(step))
+        if problem := _damage(path):
+            raise CheckpointError(problem)
+        with _reading(path):
+            tree = self._orbax().checkpointables_metadata(step).metadata["state"]
+            return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
     def _read(self, step: int, abstract):
         """One step, verified and read: (state, extra). CheckpointError, on every process, where any of them cannot."""
         path = os.path.join(self.directory, str(step))

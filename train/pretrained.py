@@ -91,8 +91,7 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
             have = ", ".join(map(str, checkpoints.steps())) or "none"
             raise WeightError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; it has {have}")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        stored = checkpoints._orbax().checkpointables_metadata(step).metadata["state"]
-        wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), stored)
+        wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), checkpoints.stored(step))
         state, _ = checkpoints.restore(step, wanted)
     params = state["average"] if state.get("average") else state["params"]
     params = jax.tree.map(np.asarray, params)
