@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from train import distributed, recipes
 from train import mesh as meshes
 from train.job import JOB_PLACEMENT, JobOptions, check_claim, claim, end, guard, locked, place
 from train.options import parse
-from train.signals import Stop
+from train.signals import Stop, interruptible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,5 +376,5 @@ def run(args: Finetune, stop: Stop | None = None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interruptible()
     end(main())

@@ -27,7 +27,7 @@ from train.data.device import to_unit
 from train.feed import Feed
 from train.job import place
 from train.metrics import Recorder, Silence
-from train.signals import Stop, Watchdog
+from train.signals import Stop, Watchdog, check_interrupt
 from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
 from vitcore.config import ViTConfig
 
@@ -255,6 +255,7 @@ class _Loop:
             self.say(f"step {step}: loss {loss}, gradient norm {norm}: skipped ({now.in_a_row} in a row, {now.skipped} in all)")
 
     def step(self, batch) -> dict:
+        check_interrupt()
         self.watchdog.beat(f"taking step {self.now.step + 1}")
         self.state, metrics = self.step_fn(self.state, self.put_images(batch["image"]), self.put_labels(batch))
         self.now.step += 1

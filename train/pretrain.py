@@ -28,7 +28,7 @@ from train import distributed, options, recipes
 from train import mesh as meshes
 from train.job import JOB_PLACEMENT, JobOptions, check_claim, end, guard, locked, place
 from train.job import claim as put_claim
-from train.signals import Stop
+from train.signals import Stop, interruptible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,5 +435,5 @@ def _optimizer(full):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interruptible()
     end(main())

@@ -16,6 +16,24 @@ from typing import Any
 
 TERMINATED = 128 + signal.SIGTERM  # exit code of a process that a second SIGTERM ended
 
+_interrupted = threading.Event()
+
+
+def interruptible() -> None:
+    """From now on SIGINT raises KeyboardInterrupt; `check_interrupt` raises it again where a library has swallowed it."""
+
+    def interrupt(*_):
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def check_interrupt() -> None:
+    """Raises KeyboardInterrupt if SIGINT has come since `interruptible`: what is raised in a callback of C code goes no further."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
 
 class Stop:
     """Whether the process has been asked to end. As a context manager it listens to SIGTERM (in the main thread; elsewhere it can

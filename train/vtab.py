@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 from train import distributed, recipes
 from train.job import JobOptions, claim, end, guard, locked, place
 from train.options import parse
+from train.signals import interruptible
 
 # name here: (name in the paper, group), in the order of Table 9
 TASKS = {
@@ -330,5 +330,5 @@ def _write(out, result: dict, args: Vtab) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interruptible()
     end(main())

@@ -181,7 +181,10 @@ def test_an_interrupt_while_modules_load_prints_nothing(tmp_path):
             assert process.poll() is None
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
-        said.append((process.communicate(timeout=120)[1], process.returncode))
+        try:
+            said.append((process.communicate(timeout=120)[1], process.returncode))
+        finally:
+            process.kill()
     for text, code in said:
         assert code in (-signal.SIGINT, 130)
         assert text == "" or text.startswith("train.pretrain: interrupted; "), text
