@@ -217,7 +217,7 @@ class Checkpoints:
         raise CheckpointError(f"{damaged[held[-1]]}{more}. Nothing was changed: put a good copy there, or choose another --out")
 
     def stored(self, step: int):
-        """What a step's state looks like on disk: nested dicts of jax.ShapeDtypeStruct by name. CheckpointError where it is damaged."""
+        """What a step's state is on disk: nested dicts of jax.ShapeDtypeStruct by name. CheckpointError where it is damaged."""
         path = os.path.join(self.directory, str(step))
         if problem := _damage(path):
             raise CheckpointError(problem)
