@@ -79,6 +79,7 @@ $(VENV)/.run: EXTRA =
 $(VENV)/.test: EXTRA = [test]
 $(VENV)/.dev: EXTRA = [dev]
 $(VENV)/.peers: EXTRA = [peers]
+$(VENV)/.peers: ALONE = timm
 $(VENV)/.run: HAS = .run
 $(VENV)/.test: HAS = .run .test
 $(VENV)/.dev: HAS = .run .test .dev
@@ -86,4 +87,5 @@ $(VENV)/.peers: HAS = .run .test .peers
 $(VENV)/.run $(VENV)/.test $(VENV)/.dev $(VENV)/.peers: $(REQUIREMENTS) | $(BIN)/python
 	@echo "Installing vitcore$(EXTRA) into $(VENV); about a minute, once."
 	@$(PIP) install -qq -c constraints.txt -e ".$(EXTRA)"
+	@$(if $(ALONE),$(PIP) install -qq -c constraints.txt --no-deps $(ALONE))
 	@touch $(addprefix $(VENV)/,$(HAS))
