@@ -37,7 +37,8 @@ def fits(shape: tuple[int, int, int, int], heads: int, device: Device, dtype) ->
     weights = 4 * 4 * wide[0] * wide[1]
     blocks = 2 * 2 * round_up(t, 16) * wide[0] * jnp.dtype(dtype).itemsize
     scratch = 4 * (one * wide[0] + (2 * one + padded) * wide[1])
-    temporaries = TEMPORARIES[device.flops_per_cycle] * (heads * one * padded) // (12 * 200 * 256)
+    # measured at ViT-B/16; rows in flight are D wide (four heads of ViT-H/14 took 3.8 MB where heads alone gave 2.1)
+    temporaries = TEMPORARIES[device.flops_per_cycle] * (heads * one * padded) // (12 * 200 * 256) * max(d, 768) // 768
     return weights + blocks + scratch + temporaries <= device.vmem_bytes
 
 
