@@ -41,11 +41,21 @@ class _Columns:
         return self.found[window]
 
 
-def _gather(sums: dict, head: Head, value):
-    value = head.mask(value)
+def _own_rows(value, head: Head):
+    """value [columns of the head, n] with zeros in the rows that are not the head's own."""
+    before, own, after = head.first - head.lo, slice(head.first - head.lo, head.last - head.lo), head.hi - head.last
+    rows = [jnp.zeros((before, value.shape[1]), F32), value[own], jnp.zeros((after, value.shape[1]), F32)]
+    return jnp.concatenate([part for part in rows if part.shape[0]])
+
+
+def _gather(found: dict, head: Head, value):
+    """Puts the head's own lanes of `value` into the columns it touches; lanes that no head has had yet hold anything."""
     for lo, hi in head.columns():
         part = value[:, lo - head.lo : hi - head.lo]
-        sums[lo, hi] = sums[lo, hi] + part if (lo, hi) in sums else part
+        if (lo, hi) in found and (head.first > lo or head.last < hi):
+            lane = lo + lax.broadcasted_iota(jnp.int32, (1, hi - lo), 1)
+            part = jnp.where((lane >= head.first) & (lane < head.last), part, found[lo, hi])
+        found[lo, hi] = part
 
 
 def attend(run: list[Head], q, k, v, *, t: int, factor: float, dtype) -> None:
@@ -58,7 +68,7 @@ def attend(run: list[Head], q, k, v, *, t: int, factor: float, dtype) -> None:
     sums: dict = {}
     for head in run:
         columns = slice(head.lo, head.hi)
-        queries, kt = head.mask(q[:, columns]), turned[head]
+        queries, kt = q[:, columns], _own_rows(turned[head], head)
         s = [product(queries, kt[:, c : c + LANES], dtype) for c in range(0, keys, LANES)]
         if t < keys:
             lane = keys - LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
