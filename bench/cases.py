@@ -37,7 +37,7 @@ class Case:
     ops: str = "auto"
     mesh: str | None = None
     slice: str | None = None
-    remat: bool = False
+    remat: int = 0
 
     @property
     def config(self) -> ViTConfig:

@@ -47,6 +47,8 @@ class Kernels:
     """With --whole: the training step, not the forward pass."""
     remat: bool = False
     """With --train or --largest-batch: rematerialise every block."""
+    remat_every: int = 1
+    """With --remat: keep every n-th block's input only, n a divisor of the blocks. 2: an eighth more arithmetic again."""
     largest_batch: str | None = None
     """Instead of ops: the largest training batch of a model on one core, by bisection on compilation."""
     step: int = 16
@@ -66,12 +68,19 @@ class Kernels:
     json: Path | None = None
     """Write the records there, too."""
 
+    @property
+    def keeps(self) -> int:
+        """`remat` of the training step."""
+        return self.remat_every if self.remat else 0
+
     def __post_init__(self):
         unknown = [s for s in self.shape if s not in SHAPES]
         if unknown:
             raise ValueError(f"unknown shape {unknown[0]!r}; known: {', '.join(SHAPES)}")
-        if self.batch < 1 or self.step < 1:
-            raise ValueError(f"--batch and --step must be positive; got {self.batch} and {self.step}")
+        if min(self.batch, self.step, self.remat_every) < 1:
+            raise ValueError(
+                f"--batch, --step and --remat-every must be positive; got {self.batch}, {self.step} and {self.remat_every}"
+            )
         if not self.target and (self.whole or self.largest_batch or self.calibrate):
             raise ValueError("--whole, --largest-batch and --calibrate ask the compiler: name a --target, e.g. --target v3")
         if self.calibrate and set(self.target) - set(PROFILED):
@@ -243,7 +252,7 @@ def whole(options: Kernels, target: str) -> list[dict]:
 
     arguments = {"model": options.whole, "batch": options.batch, "dtype": options.dtype}
     if options.train:
-        arguments["remat"] = options.remat
+        arguments["remat"] = options.keeps
     work = model_flops(_config(options.whole or "", None), options.batch, train=options.train)
     what = f"{options.whole} {'train step' + (', remat' if options.remat else '') if options.train else 'forward'}"
     build = "bench.programs:train_step" if options.train else "bench.programs:whole_forward"
@@ -277,7 +286,7 @@ def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
             "batch": batch,
             "dtype": options.dtype,
             "kernels": kernels,
-            "remat": options.remat,
+            "remat": options.keeps,
         }
         _progress(f"{target}: {options.largest_batch}, batch {batch} ...")
         report = compile_programs(target, [Program(build="bench.programs:train_step", arguments=arguments)], seconds=600)[0]
@@ -294,10 +303,11 @@ def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle * step) else (low, middle)
     _progress("")
-    record = {"target": target, "model": options.largest_batch, "remat": options.remat, "kernels": kernels, "batch": low * step}
+    record = {"target": target, "model": options.largest_batch, "remat": options.keeps, "kernels": kernels, "batch": low * step}
     whose = "ours" if kernels else "XLA"
     used = f"{tried[low * step].peak_bytes / 2**30:.2f} GiB" if low * step in tried else "nothing fits"
     remat = ", every block rematerialised" if options.remat else ""
+    remat += f", the input of every {options.remat_every}. kept" if options.keeps > 1 else ""
     print(f"{target}, one core, {options.largest_batch} training step{remat}, {whose}: batch {low * step} ({used})", flush=True)
     return record
 

@@ -53,6 +53,8 @@ class Throughput:
     """Move sizes that a patch does not divide to the nearest multiple."""
     remat: bool = False
     """Training: keep only the blocks' inputs for the backward pass."""
+    remat_every: int = 1
+    """With --remat: keep every n-th block's input only, n a divisor of the blocks. 2: an eighth more arithmetic again."""
     target: tuple[Target, ...] = ()
     """Compile for these TPUs instead of measuring."""
     slice: str | None = None
@@ -83,6 +85,7 @@ class Throughput:
             "--sizes": self.sizes,
             "--batch-sizes": self.batch_sizes,
             "--step": (self.step,),
+            "--remat-every": (self.remat_every,),
             "--parallel": (self.parallel,),
         }
         positive |= {"--minutes": (self.minutes,), "--seconds": (self.seconds,)}
@@ -110,7 +113,9 @@ class Throughput:
 def _all(options: Throughput, where: str, platform: str, dtype: str, auto: str) -> list[Case]:
     models, sizes, _ = options.chosen(platform)
     move = options.nearest or not options.sizes
-    same: dict[str, Any] = dict(dtype=dtype, mesh=options.mesh, slice=options.slice, remat=options.remat)
+    same: dict[str, Any] = dict(
+        dtype=dtype, mesh=options.mesh, slice=options.slice, remat=options.remat_every if options.remat else 0
+    )
     ops = tuple(auto if o == "auto" else o for o in options.ops)
     return cases(where=where, models=models, sizes=sizes, modes=options.mode, ops=ops, peers=options.peer, move=move, **same)
 

@@ -106,6 +106,8 @@ class Pretrain(JobOptions):
     """reference: einsum through XLA. fused: the Pallas kernels, on a TPU. interpret: the kernels anywhere, slowly."""
     remat: bool = False
     """Keep only the blocks' inputs for the backward pass: more images fit, a third more arithmetic."""
+    remat_every: int = 1
+    """With --remat: keep every n-th block's input only, n a divisor of the blocks. 2: an eighth more arithmetic again."""
     threads: int | None = None
     """That read and decode images. Default: by the source."""
     workers: int = 0
@@ -131,6 +133,7 @@ PLACEMENT = JOB_PLACEMENT | frozenset(
         "mesh",
         "ops",
         "remat",
+        "remat_every",
         "accumulate",
         "threads",
         "workers",
@@ -179,6 +182,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         "keep_every",
         "threads",
         "image_size",
+        "remat_every",
     ):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} {value}: a positive number is required")
@@ -311,6 +315,8 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
         raise ValueError(f"--ops fused runs on a TPU, {where} here: use --ops reference, or --ops interpret to try the kernels")
     config = _model(full, classes=len(source.classes), channels=source[0].image.shape[2] if source.decoded else 3)
     check_mesh(config, MeshShape.of(mesh))
+    if full.remat and config.depth % full.remat_every:
+        raise ValueError(f"--remat-every {full.remat_every}: {full.model} has {config.depth} blocks, a divisor of that is required")
     learning_rate, tx = _optimizer(full)
     distributed.agree(configuration=identity(full), code=distributed.code_hash())
     images = dict(
@@ -331,8 +337,8 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes")
     say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
     how = StepOptions(
-        ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat, accumulate=full.accumulate, loss=full.loss,
-        label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed,
+        ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat_every if full.remat else 0, accumulate=full.accumulate,
+        loss=full.loss, label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed,
     )  # fmt: skip
     job = Run(
         directory=out,

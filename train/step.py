@@ -43,7 +43,7 @@ class StepOptions:
 
     ops: Ops | None = None
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: int = 0
     accumulate: int = 1
     loss: str = "softmax"
     label_smoothing: float = 0.0

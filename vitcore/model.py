@@ -25,6 +25,8 @@ from vitcore.config import ViTConfig
 from vitcore.ops import Ops, resolve
 from vitcore.sharding import MeshShape, block_specs, gather, partition_specs, recompute_gathers, vary
 
+PART = 24576  # tokens of a part of the batch, where several blocks are made again: few, and the kernels' grids still long
+
 
 def init(key, config: ViTConfig):
     """Fresh parameters: a nested dict of float32 arrays. Values as in the authors' release.
@@ -95,19 +97,20 @@ def init(key, config: ViTConfig):
     return params
 
 
-def apply(params, images, config: ViTConfig, *, ops: Ops | None = None, dtype=jnp.float32, dropout_key=None, remat=False):
+def apply(params, images, config: ViTConfig, *, ops: Ops | None = None, dtype=jnp.float32, dropout_key=None, remat=0):
     """Logits [B, V] float32 of images [B, Y, X, C], floats in [-1, 1].
 
     ops: REFERENCE, FUSED, or None for what suits the platform. dtype: float32 or bfloat16, of activations and matmul
-    operands (accumulation is float32 either way). dropout_key: a JAX PRNG key; None switches dropout off. remat: keep only
-    the blocks' inputs for the backward pass. Differentiable; runs in a user's own jit on one device, and on a mesh through
-    `apply_on`. Raises ValueError where images or parameters do not fit the configuration.
+    operands (accumulation is float32 either way). dropout_key: a JAX PRNG key; None switches dropout off. remat: for the
+    backward pass keep only the input of every n-th block (True is 1, every block; 0 keeps what the ops keep). Differentiable;
+    runs in a user's own jit on one device, and on a mesh through `apply_on`. Raises ValueError where images or parameters do not
+    fit the configuration, or n does not divide the depth.
     """
     check(params, images, config)
     return forward(params, images, config, ops=ops, dtype=dtype, dropout_key=dropout_key, remat=remat)
 
 
-def features(params, images, config: ViTConfig, *, ops: Ops | None = None, dtype=jnp.float32, remat=False):
+def features(params, images, config: ViTConfig, *, ops: Ops | None = None, dtype=jnp.float32, remat=0):
     """The image representation y of Eq. 4, [B, D] float32: the class token after the last norm, or the mean of the patches."""
     check(params, images, config)
     x = encode(params, images, config, ops=resolve(ops), dtype=dtype, remat=remat)
@@ -122,7 +125,7 @@ def forward(
     ops=None,
     dtype=jnp.float32,
     dropout_key=None,
-    remat=False,
+    remat: int = 0,
     mesh: MeshShape | None = None,
     first_example=0,
 ):
@@ -141,7 +144,7 @@ def forward(
     return _dense(gather(params["head"], specs["head"], mesh, y.dtype), y)
 
 
-def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=False, mesh=None, first_example=0):
+def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mesh=None, first_example=0):
     """Images [B, Y, X, C] to the last block's tokens [B, T, D]: Eq. 1 to 3."""
     specs = partition_specs(config, mesh)
     share = 1.0 / mesh.model if mesh else 1.0
@@ -152,22 +155,18 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=False,
         bits = jax.random.bits(dropout_key, (config.depth + 1,), jnp.uint32)
         keys = lax.bitcast_convert_type(bits, jnp.int32)  # one for the embedding, one for each block
 
-    def dropout(key):
+    def dropout(key, row=row):
         return None if key is None else Dropout(config.dropout, key, row, column)
 
-    p = gather(params["patch_embed"], specs["patch_embed"], mesh, dtype)
-    x = ops.patch_embed(
-        images.astype(dtype),
-        p["kernel"],
-        p["bias"],
-        p.get("cls"),
-        p["position"],
-        dropout=dropout(None if keys is None else keys[0]),
+    # What a patch embedding makes of the images is made again in the backward pass, not kept.
+    embed = jax.checkpoint(
+        lambda images, p: ops.patch_embed(
+            images, p["kernel"], p["bias"], p.get("cls"), p["position"], dropout=dropout(None if keys is None else keys[0])
+        )
     )
+    x = embed(images.astype(dtype), gather(params["patch_embed"], specs["patch_embed"], mesh, dtype))
 
-    def block(x, layer):
-        w, key = layer
-        w = gather(w, block_specs(specs), mesh, dtype)
+    def halves(x, row, w, key):
         x = sum_over_model(
             ops.attention_half(
                 vary(x, mesh),
@@ -180,38 +179,90 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=False,
                     w["out"]["bias"],
                 ),
                 num_heads=config.num_heads // (mesh.model if mesh else 1),
-                dropout=dropout(key),
+                dropout=dropout(key, row),
                 share=share,
             )
         )
-        x = sum_over_model(
+        return sum_over_model(
             ops.mlp_half(
                 vary(x, mesh),
                 *(w["norm2"]["scale"], w["norm2"]["bias"], w["mlp_in"]["kernel"], w["mlp_in"]["bias"]),
                 *(w["mlp_out"]["kernel"], w["mlp_out"]["bias"]),
                 gelu=config.gelu,
-                dropout=dropout(key),
+                dropout=dropout(key, row),
                 share=share,
             )
         )
-        return x, None
 
     sum_over_model = partial(lax.psum, axis_name="model") if mesh else lambda x: x
+    # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
+    layers = vary(params["blocks"], mesh, specs["blocks"]), None if keys is None else keys[1:]
+    if remat > 1:
+        return _rematerialised(halves, x, row, layers, remat, specs["blocks"], mesh, dtype)
+
+    def block(x, layer):
+        w, key = layer
+        return halves(x, row, gather(w, block_specs(specs), mesh, dtype), key), None
+
     if remat:
-        block = jax.checkpoint(block, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        block = _again(block)
     elif mesh and mesh.data > 1:
         block = jax.checkpoint(block, policy=recompute_gathers, prevent_cse=False)
-    # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
-    blocks = vary(params["blocks"], mesh, specs["blocks"])
-    x, _ = lax.scan(block, x, (blocks, None if keys is None else keys[1:]))
-    return x
+    return lax.scan(block, x, layers)[0]
+
+
+_again = partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+
+
+def _rematerialised(block, x, row, layers, every: int, specs, mesh, dtype):
+    """The scan over the blocks, of which the backward pass keeps the input of every n-th and makes those in between again.
+
+    It does so for a part of the batch at a time: the inputs in between are a part's, and little. A weight's gradients are summed
+    over the parts in float32. block: (x, row, weights, key) -> x. Raises ValueError where n does not divide the depth.
+    """
+    depth, tokens = jax.tree.leaves(layers)[0].shape[0], x.shape[1]
+    if depth % every:
+        raise ValueError(f"remat is {every} and the blocks are {depth}: a divisor of {depth} is required, or 0 to keep everything")
+    parts = _parts(x.shape[0], tokens)
+
+    def group(x, layers):
+        weights, keys = layers
+        weights = gather(weights, specs, mesh, dtype)
+        if parts > 1:
+            weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+
+        def run(part):
+            x, row = part
+            return lax.scan(_again(lambda x, layer: (block(x, row, *layer), None)), x, (weights, keys))[0]
+
+        if parts == 1:
+            return run((x, row)), None
+        pieces = x.reshape(parts, -1, *x.shape[1:])
+        pieces = lax.map(_again(run), (pieces, row + jnp.arange(parts) * (pieces.shape[1] * tokens)))
+        return pieces.reshape(x.shape), None
+
+    if parts == 1:
+        group = _again(group)
+    elif mesh and mesh.data > 1:
+        group = jax.checkpoint(group, policy=recompute_gathers, prevent_cse=False)
+    return lax.scan(group, x, jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), layers))[0]
+
+
+def _parts(batch: int, tokens: int) -> int:
+    """Into how many equal parts rematerialised blocks take the batch: the fewest of at most PART tokens; 1 where they would be
+    less than an eighth of that, as of a prime number of images."""
+    most = max(1, PART // tokens)
+    images = next(n for n in range(min(batch, most), 0, -1) if batch % n == 0)
+    return batch // images if 8 * images >= most else 1
 
 
 def represent(params, x, config, *, ops, mesh=None):
     """Tokens [B, T, D] to the representation [B, D] in the same dtype: Eq. 4. The norm acts on each token alone."""
     norm = gather(params["norm"], partition_specs(config, mesh)["norm"], mesh, x.dtype)
     if config.pool == "token":
-        return ops.layer_norm(x[:, 0], norm["scale"], norm["bias"])
+        # not x[:, 0], before which XLA copies all of x on a TPU to another layout, forward and backward
+        first = lax.broadcasted_iota(jnp.int32, (1, x.shape[1], 1), 1) == 0
+        return ops.layer_norm(jnp.where(first, x, jnp.zeros_like(x)).sum(1), norm["scale"], norm["bias"])
     return ops.layer_norm(x, norm["scale"], norm["bias"]).astype(jnp.float32).mean(1).astype(x.dtype)
 
 

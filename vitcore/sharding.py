@@ -95,12 +95,15 @@ def _axes(entry) -> tuple[str, ...]:
 
 
 def gather(params, specs, mesh: MeshShape | None, dtype):
-    """Parameters ready for use: matrices whole over "data" and in `dtype`, vectors float32 and varying over "data"."""
+    """Parameters ready for use: matrices whole over "data" and in `dtype`, vectors float32 and varying over "data".
+
+    With nothing to gather, matrices stay float32: the ops round what they need, and no layer's copy is kept for the backward pass.
+    """
     if mesh is None:
         return params
 
     def one(w, spec):
-        dims = [i for i, entry in enumerate(spec) if "data" in _axes(entry)]
+        dims = [i for i, entry in enumerate(spec) if "data" in _axes(entry)] if mesh.data > 1 else []
         return _gather(w, dims[0], dtype) if dims else _vary_axes(w, ("data",))
 
     return jax.tree.map(one, params, specs)
@@ -147,7 +150,7 @@ def vary(tree, mesh: MeshShape | None, specs=None):
     return jax.tree.map(lambda x, s: x if s else _vary_axes(x, AXES), tree, split)
 
 
-def apply_on(mesh: Mesh, config: ViTConfig, *, ops=None, dtype=jnp.float32, remat=False):
+def apply_on(mesh: Mesh, config: ViTConfig, *, ops=None, dtype=jnp.float32, remat=0):
     """`apply` on a user's own mesh: a function (params, images, dropout_key=None) -> logits [B, V], to be called under jit.
 
     The mesh has the axes ("data", "model"), of any sizes; images are split over "data" (B divisible by it), parameters as

@@ -31,9 +31,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.attention import core_backward, wide_core
-from kernels.attention.heads import CoreTiles, Sums, divisor, heads_of, narrow, round_up, sweep
+from kernels.attention.heads import CoreTiles, Sums, heads_of, narrow, round_up, sweep
 from kernels.device import LANES, SUBLANES, Device
 from kernels.launch import Launch, call, dot
+from kernels.parts import divisor
 
 # Float32 arrays that the compiler keeps in VMEM for each head of an unrolled step, read off its "used ... of 16 MiB" on v3:
 # operands and results [T, columns of the head], and tiles [keys, queries].

@@ -24,11 +24,6 @@ def round_up(n: int, m: int) -> int:
     return -(-n // m) * m
 
 
-def divisor(n: int, limit: int) -> int:
-    """The largest divisor of n that is at most max(limit, 1)."""
-    return next(d for d in range(max(1, min(n, limit)), 0, -1) if n % d == 0)
-
-
 def sweep(total: int, size: int, body) -> None:
     """body(start, length) for consecutive tiles of `size` and, last, the shorter rest; a loop where there are several."""
     full = total // size

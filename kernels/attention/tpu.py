@@ -30,15 +30,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
+from kernels import parts
 from kernels.attention import core, fused, wide, wide_core
 from kernels.attention.gradients import input_gradient, output_weights, projection_weights
-from kernels.attention.heads import divisor
 from kernels.attention.projections import output, output_gradient, project
 from kernels.attention.tiling import Static
 from kernels.device import Device
 from kernels.launch import Launch, vary_alike
 
-CHUNK_ROWS = 49152  # tokens at a time through the chain of kernels: at most 0.8 GB of ViT-B/16 lie between them
+CHUNK_ROWS = 24576  # tokens at a time through the chain of kernels: at most 0.4 GB of ViT-B/16 lie between them
 
 
 def _operand(w, dtype, device: Device):
@@ -124,30 +124,14 @@ def _backward(scalars, x, weights, dy, static: Static):
     return dx, (dscale[None], dbias[None], dw_qkv, db_qkv, dw_out, db_out)
 
 
-def _chunks(x, limit: int) -> int:
-    """Into how many equal parts of at most `limit` tokens the batch is cut, so that what lies in HBM between kernels is bounded."""
-    b, t, _ = x.shape
-    n = b // divisor(b, limit // t)
-    return n if b // n * t * 4 >= min(limit, b * t) else 1  # a batch without fitting divisors stays whole
-
-
-def _cut(x, n: int):
-    return x.reshape(n, -1, *x.shape[1:])
-
-
-def _first_rows(scalars, n: int, rows: int):
-    """[n, 2]: the scalars of each part, whose first rows are `rows` apart."""
-    return scalars + jnp.stack([jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32) * rows], axis=1)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _half(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, static: Static):
-    n = 1 if _is_fused(x, w_out.shape[0], static) else _chunks(x, CHUNK_ROWS)
+    n = 1 if _is_fused(x, w_out.shape[0], static) else parts.count(x, CHUNK_ROWS)
     weights = norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out
     if n == 1:
         return _forward(scalars, x, weights, static)
-    parts = _first_rows(scalars, n, x.shape[0] // n * x.shape[1]), _cut(x, n)
-    return lax.map(lambda part: _forward(part[0], part[1], weights, static), parts).reshape(x.shape)
+    each = parts.scalars_of(scalars, n, x.shape[0] // n * x.shape[1], row=1), parts.cut(x, n)
+    return lax.map(lambda part: _forward(*part, weights, static), each).reshape(x.shape)
 
 
 def _half_forward(scalars, x, *rest):
@@ -159,21 +143,9 @@ def _half_forward(scalars, x, *rest):
 def _half_backward(static: Static, residuals, dy):
     scalars, x, *weights = residuals
     wide_bytes = 2 if _is_wide(x, weights[4].shape[0], static) else 1
-    n = _chunks(x, CHUNK_ROWS // wide_bytes)
-    if n == 1:
-        dx, gradients = _backward(scalars, x, weights, dy, static)
-    else:
-        parts = _first_rows(scalars, n, x.shape[0] // n * x.shape[1]), _cut(x, n), _cut(dy, n)
-
-        def step(sums, part):
-            scalars, x, dy = part
-            dx, gradients = _backward(scalars, x, weights, dy, static)
-            return jax.tree.map(jnp.add, sums, gradients), dx
-
-        shapes = jax.eval_shape(lambda s, x, dy: _backward(s, x, weights, dy, static)[1], *(p[0] for p in parts))
-        zeros = vary_alike(scalars, *(jnp.zeros(s.shape, s.dtype) for s in shapes))[1:]
-        gradients, dx = lax.scan(step, zeros, parts)
-        dx = dx.reshape(x.shape)
+    n = parts.count(x, CHUNK_ROWS // wide_bytes)
+    step = lambda scalars, x, dy: _backward(scalars, x, weights, dy, static)  # noqa: E731
+    dx, gradients = parts.backward(step, n, scalars, x, dy, row=1)
     dtypes = (a.dtype for a in residuals[2:])
     return None, dx, *(g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
 

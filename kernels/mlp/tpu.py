@@ -24,10 +24,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from kernels import dropout as drop
+from kernels import parts
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.mlp import backward, forward
 from kernels.mlp.tiling import Shape, Tiling, cost, tiles, vmem_limit
+
+CHUNK_ROWS = 24576  # tokens at a time through the backward kernel, which takes copies of x and dy without padded rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,8 @@ def _rows(v):
 
 def _specs(t: Tiling, shape: Shape):
     """Block specs of a row tile, a [1, D] vector, w_in and w_out."""
-    d, f, parts = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
-    rows = pl.BlockSpec((t.images, t.rows, d), lambda i, j, _: (lax.div(i, parts), lax.rem(i, parts), 0))
+    d, f, tiles_of_image = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
+    rows = pl.BlockSpec((t.images, t.rows, d), lambda i, j, _: (lax.div(i, tiles_of_image), lax.rem(i, tiles_of_image), 0))
     vector = pl.BlockSpec((SUBLANES, d), lambda i, j, _: (0, 0))
     if t.resident:
         whole = partial(pl.BlockSpec, index_map=lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
@@ -108,7 +111,17 @@ def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
 
 
 def _backward(spec: _Spec, saved, dy):
-    scalars, x, scale, bias, w_in, b_in, w_out, b_out = saved
+    scalars, x, *weights = saved
+
+    def step(scalars, x, dy):
+        return _backward_part(spec, scalars, x, *weights, dy)
+
+    dx, sums = parts.backward(step, parts.count(x, CHUNK_ROWS), scalars, x, dy, row=2)
+    return None, dx, *(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
+
+
+def _backward_part(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out, dy):
+    """(dx, the gradients of the parameters in float32)."""
     shape = _shape(x, w_in)
     t = tiles(shape, spec.launch.device).backward
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
@@ -154,9 +167,7 @@ def _backward(spec: _Spec, saved, dy):
         b_in.astype(jnp.float32).reshape(hidden_tiles, t.hidden, 1),
         operands[1],
     )
-    found = (dscale.sum(0), dbias.sum(0), dw_in, db_in.reshape(f), dw_out, db_out.sum(0))
-    found = [a.astype(b.dtype) for a, b in zip(found, (scale, bias, w_in, b_in, w_out, b_out), strict=True)]
-    return None, dx.reshape(x.shape), *found
+    return dx.reshape(x.shape), (dscale.sum(0), dbias.sum(0), dw_in, db_in.reshape(f), dw_out, db_out.sum(0))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -112,6 +112,14 @@ def test_rows_taken_apart_by_words_agree_with_the_reference(t):
         judge(args, WIDE, **options)
 
 
+def test_a_batch_in_parts_agrees_with_the_reference(monkeypatch):
+    """The backward pass two images at a time, gradients summed over the parts; dropout knows its rows all the same."""
+    monkeypatch.setattr(tpu, "CHUNK_ROWS", 50)
+    args = arrays(6, 21, 64, 256)
+    assert tpu.parts.count(args[0], tpu.CHUNK_ROWS) == 3
+    judge(args, FAST, dropout=Dropout(0.3, jnp.int32(5), 9, 4))
+
+
 def test_tall_row_tiles_agree_with_the_reference():
     """Which finish in a pass of their own, without code of their own for the last hidden tile."""
     args, options = arrays(3, 21, 64, 256), {"dropout": Dropout(0.3, jnp.int32(5), 9, 4), "share": 0.5}

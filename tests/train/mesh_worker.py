@@ -1,4 +1,4 @@
-"""Ten training steps on one mesh, in a process of its own: `python mesh_worker.py DATAxMODEL OUT.npz [accumulate]`.
+"""Ten training steps on one mesh, in a process of its own: `python mesh_worker.py DATAxMODEL OUT.npz [accumulate [remat part]]`.
 
 Dropout is on, the batch is fixed, parameters start the same: what is left to differ between meshes is rounding.
 """
@@ -8,7 +8,7 @@ import sys
 from train import mesh as meshes
 
 
-def main(shape_text: str, out: str, accumulate: str = "1") -> None:
+def main(shape_text: str, out: str, accumulate: str = "1", remat: str = "0", part: str = "") -> None:
     shape = meshes.parse(shape_text)
     meshes.prepare(shape)
 
@@ -19,13 +19,15 @@ def main(shape_text: str, out: str, accumulate: str = "1") -> None:
 
     from train.optim import optimizer, schedule
     from train.step import StepOptions, make_init, make_train_step
-    from vitcore import variant
+    from vitcore import model, variant
 
+    if part:
+        model.PART = int(part)
     mesh, _ = meshes.make(shape)
     # T = 17, as wide as Nano; 8 heads and 16 examples, so that every mesh of the test divides them
     config = variant("ViT-Nano/2", image_size=8, channels=1, num_classes=10, num_heads=8, representation_size=64, dropout=0.1)
     tx = optimizer(schedule(base_lr=1e-3, total_steps=100, warmup_steps=3), base_lr=1e-3, weight_decay=0.1)
-    options = StepOptions(clip_norm=1.0, accumulate=int(accumulate), polyak=0.9, label_smoothing=0.1, seed=7)
+    options = StepOptions(clip_norm=1.0, accumulate=int(accumulate), remat=int(remat), polyak=0.9, label_smoothing=0.1, seed=7)
     state = make_init(config, mesh, tx, options)(jax.random.key(0))
     # a head of zeros would leave the blocks without a gradient, and Adam would blow the rounding of the first ones up
     head = state.params["head"]

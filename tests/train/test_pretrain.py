@@ -122,7 +122,8 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     assert given("--representation-size", 0).config.representation_size is None
     assert given("--image-size", 16).config.image_size == 16
     assert given("--accumulate", 2).options.accumulate == 2
-    assert given("--remat").options.remat
+    assert given("--remat").options.remat == 1
+    assert given("--remat", "--remat-every", 2).options.remat == 2
     assert given("--polyak", 0.9).options.polyak == 0.9
     assert given("--clip-norm", 0).options.clip_norm is None
     assert given("--clip-norm", 2).options.clip_norm == 2
@@ -250,6 +251,7 @@ MISTAKES = {
     "process too many": (["--distributed", "localhost:99,2,2"], "process 2 of 2; ID must lie in 0..N-1"),
     "bucket": (["--out", "gs://bucket/run"], "--out gs://bucket/run: gs:// needs gcsfs and google-cloud-storage"),
     "another bucket": (["--out", "s3://bucket/run"], "--out s3://bucket/run: a local path or gs://BUCKET/PATH is required"),
+    "remat": (["--remat", "--remat-every", "3"], "--remat-every 3: ViT-Nano/4 has 4 blocks"),
     "few-shot": (["--fewshot-every", "0"], "--fewshot-every 0: a positive number is required"),
     "warm-up": (["--steps", "10", "--warmup-steps", "10"], "the warm-up must be shorter than the run"),
 }

@@ -25,9 +25,9 @@ WORKER = Path(__file__).parent / "mesh_worker.py"
 ROOT = Path(__file__).parents[2]
 
 
-def ten_steps(tmp_path_factory, mesh, accumulate=1):
+def ten_steps(tmp_path_factory, mesh, *options):
     out = tmp_path_factory.mktemp("mesh") / "run.npz"
-    command = [sys.executable, WORKER, mesh, out, str(accumulate)]
+    command = [sys.executable, WORKER, mesh, out, *map(str, options)]
     subprocess.run(command, check=True, timeout=600, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return dict(np.load(out))
 
@@ -60,6 +60,11 @@ def test_every_mesh_gives_the_numbers_of_one_device(mesh, single, tmp_path_facto
 @pytest.mark.parametrize(("mesh", "parts"), [("1x1", 4), ("2x4", 2)])
 def test_accumulation_gives_the_numbers_of_one_batch(mesh, parts, single, tmp_path_factory):
     assert_same_run(single, ten_steps(tmp_path_factory, mesh, parts))
+
+
+def test_blocks_made_again_in_parts_give_the_numbers_of_blocks_kept(single, tmp_path_factory):
+    """Every second block's input kept, the batch of a device, 16 images of 17 tokens, taken two images at a time."""
+    assert_same_run(single, ten_steps(tmp_path_factory, "2x4", 1, 2, 34))
 
 
 def test_the_runs_compared_above_move(single):

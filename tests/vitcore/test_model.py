@@ -9,6 +9,7 @@ import pytest
 from scipy.special import erf
 
 import vitcore
+from vitcore import model
 
 
 def norm(x, scale, bias):
@@ -144,15 +145,26 @@ def small_inputs():
     return noisy(SMALL), jax.random.uniform(jax.random.key(2), (6, 16, 16, 3), minval=-1)
 
 
-def test_remat_changes_no_number():
+@pytest.mark.parametrize(("remat", "part"), [(True, None), (2, None), (2, 34), (4, 51)])
+def test_remat_changes_no_number(remat, part, monkeypatch):
+    """Every block made again, or blocks in twos and fours, these with the batch whole or in parts of one, two or three images."""
+    if part:
+        monkeypatch.setattr(model, "PART", part)
+        assert model._parts(6, 17) == 6 * 17 // part
     params, images = small_inputs()
     loss = lambda remat: jax.value_and_grad(  # noqa: E731
         lambda p: jnp.square(vitcore.apply(p, images, SMALL, dropout_key=jax.random.key(4), remat=remat)).mean()
     )(params)
-    (a, ga), (b, gb) = loss(False), loss(True)
+    (a, ga), (b, gb) = loss(False), loss(remat)
     np.testing.assert_allclose(a, b, rtol=1e-6)
     for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_remat_that_does_not_divide_the_depth_is_refused():
+    params, images = small_inputs()
+    with pytest.raises(ValueError, match=r"remat is 3 and the blocks are 4: a divisor of 4"):
+        vitcore.apply(params, images, SMALL, remat=3)
 
 
 def test_bf16_is_near_float32():
