@@ -158,13 +158,9 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mes
     def dropout(key, row=row):
         return None if key is None else Dropout(config.dropout, key, row, column)
 
-    # What a patch embedding makes of the images is made again in the backward pass, not kept.
-    embed = jax.checkpoint(
-        lambda images, p: ops.patch_embed(
-            images, p["kernel"], p["bias"], p.get("cls"), p["position"], dropout=dropout(None if keys is None else keys[0])
-        )
-    )
-    x = embed(images.astype(dtype), gather(params["patch_embed"], specs["patch_embed"], mesh, dtype))
+    p = gather(params["patch_embed"], specs["patch_embed"], mesh, dtype)
+    first = dropout(None if keys is None else keys[0])
+    x = ops.patch_embed(images.astype(dtype), p["kernel"], p["bias"], p.get("cls"), p["position"], dropout=first)
 
     def halves(x, row, w, key):
         x = sum_over_model(

@@ -24,6 +24,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels import dropout as drop
@@ -61,7 +62,12 @@ def _forward(static, t, scalars_ref, planes_ref, order_ref, w_ref, a_ref, out_re
             out_ref[image] = tokens.astype(out_ref.dtype)
 
 
-def _run_forward(static: Static, planes, weight, added, scalars):
+def _planes(s: Shape, images):
+    """images [B, Y, X, C] with their channels apart and pixels side by side, as the kernel reads them: [B, C, R, P, X]."""
+    return images.transpose(0, 3, 1, 2).reshape(s.batch, s.channels, s.rows, s.patch, s.patch * s.columns)
+
+
+def _run_forward(static: Static, images, weight, added, scalars):
     s = static.shape
     t = tiles(s, static.launch.device)
     body, order, order_specs = with_order(_forward, static, t)
@@ -83,26 +89,29 @@ def _run_forward(static: Static, planes, weight, added, scalars):
         semantics=("parallel", "parallel", "arbitrary"),
         cost=cost(s),
         scratch=scratch(static, t),
-    )(scalars, planes, *order, operand(weight, static), added)
+    )(scalars, _planes(s, images), *order, operand(weight, static), added)
     return tokens
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _embed(static: Static, planes, weight, added, scalars):
-    """planes [B, C, R, P, X], weight [K, D], added [T, D] float32, scalars int32 [2] -> tokens [B, T, D]."""
-    return _run_forward(static, planes, weight, added, scalars)
+def _embed(static: Static, images, weight, added, scalars):
+    """images [B, Y, X, C], weight [K, D], added [T, D] float32, scalars int32 [2] -> tokens [B, T, D]."""
+    return _run_forward(static, images, weight, added, scalars)
 
 
-def _embed_forward(static, planes, weight, added, scalars):
-    return _run_forward(static, planes, weight, added, scalars), (planes, weight, scalars)
+def _embed_forward(static, images, weight, added, scalars):
+    return _run_forward(static, images, weight, added, scalars), (images, weight, scalars)
 
 
 def _embed_backward(static, saved, g):
-    planes, weight, scalars = saved
-    dw, da = backward.parameters(static, planes, g, scalars)
+    images, weight, scalars = saved
+    s = static.shape
+    images, g = lax.optimization_barrier((images, g))  # or XLA keeps the forward pass's planes instead of making them again
+    dw, da = backward.parameters(static, _planes(s, images), g, scalars)
     dplanes = backward.image(static, weight, g, scalars)
+    dimages = dplanes.reshape(s.batch, s.channels, s.rows * s.patch, -1).transpose(0, 2, 3, 1)
     scale = upscale(static)
-    return dplanes, (dw * scale).astype(weight.dtype), da * scale, np.zeros(scalars.shape, jax.dtypes.float0)
+    return dimages, (dw * scale).astype(weight.dtype), da * scale, np.zeros(scalars.shape, jax.dtypes.float0)
 
 
 _embed.defvjp(_embed_forward, _embed_backward)
@@ -150,11 +159,10 @@ def patch_embed(images, kernel, bias, cls, position, *, dropout: drop.Dropout | 
         scalars = jnp.stack([drop.site_key(dropout.key, drop.EMBEDDING), jnp.asarray(dropout.row, jnp.int32)])
     static = Static(shape=s, rate=rate, launch=launch, dtype=images.dtype)
     tiles(s, launch.device)
-    planes = images.transpose(0, 3, 1, 2).reshape(s.batch, s.channels, s.rows, s.patch, s.patch * s.columns)
     weight = kernel.transpose(1, 2, 0, 3).reshape(s.contracted, s.width)  # (j, c, i): the order in which patches are gathered
     added = jnp.broadcast_to(bias.astype(jnp.float32), (s.rows * s.columns, s.width))
     if cls is not None:
         added = jnp.concatenate([cls.astype(jnp.float32)[None], added])
     if position is not None:
         added = added + position.astype(jnp.float32)
-    return _embed(static, *vary_alike(planes, weight, added, scalars))
+    return _embed(static, *vary_alike(images, weight, added, scalars))
