@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bench import rivals
-from bench.shapes import SHAPES
+from bench import rivals, shapes
 from kernels.device import from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
@@ -77,7 +76,7 @@ def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool 
 
 def one_op(devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, rate=0.0):
     """An op at a named shape: its forward pass, or forward and all gradients (a patch embedding's image only with image=True)."""
-    fn, arguments = _op(devices[0], op, SHAPES[shape].config, batch, jnp.dtype(dtype), kernels=kernels, rate=rate)
+    fn, arguments = _op(devices[0], op, shapes.shape(shape).config, batch, jnp.dtype(dtype), kernels=kernels, rate=rate)
     if not backward:
         return fn, arguments
     constants = 1 if op == "patch_embed" and not image else 0

@@ -18,8 +18,14 @@ class Shape:
         return variant(self.model, image_size=self.image_size, num_classes=1000)
 
 
+def shape(name: str) -> Shape:
+    """The shape called MODEL@PIXELS, such as B/16@224."""
+    model, image_size = name.split("@")
+    return Shape(name=name, model=f"ViT-{model}", image_size=int(image_size))
+
+
 SHAPES = {
-    name: Shape(name=name, model=f"ViT-{name.split('@')[0]}", image_size=int(name.split("@")[1]))
+    name: shape(name)
     for name in ("B/16@224", "L/16@224", "H/14@224", "B/16@384", "L/16@384", "B/16@512", "L/16@512", "H/14@518")
 }
 OPS = ("patch_embed", "attention", "attention_half", "mlp_half", "layer_norm")

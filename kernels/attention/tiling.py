@@ -56,13 +56,14 @@ def tiles(step: str, shape: tuple[int, int, int, int], device: Device, dtype) ->
     full = d if of_d else k
 
     def bytes_of(images, rows, n, sections):
-        """Weights, pipelined blocks of tokens (twice), scratch, and the temporaries of one image."""
+        """Weights, pipelined blocks of tokens (twice), scratch, and the temporaries."""
         one = -(-rows // 16) * 16
         r, m = images * one, sections * n
+        several = r if one <= LANES else one  # where the compiler works on several short images at once
         w = m * (1 if (n, sections) == (full, parts) else 2)
         return {
             "project": w * d * wide + 2 * r * size * (d + m) + r * d * wide + 4 * one * (2 * d + 2 * n),
-            "output": w * k * wide + 2 * r * size * (k + 2 * n) + 4 * one * (k + 3 * n),
+            "output": w * k * wide + 2 * r * size * (k + 2 * n) + 4 * several * (k + 3 * n),
             "output_gradient": w * d * wide + 2 * r * size * (d + n) + r * d * wide + 4 * one * (2 * d + n),
             "input_gradient": w * d * wide + 2 * r * size * (3 * d + m) + r * d * 4 + 4 * one * (6 * d + n),
             "output_weights": w * k * 4 + 2 * r * size * (k + n) + 4 * one * (k + 3 * n) + 4 * k * 256,

@@ -100,7 +100,8 @@ def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype)
         s, dp = product(head.mask(key), turned_q[head], dtype), product(head.mask(value), turned_do[head], dtype)
         if whole < rows:
             row = whole + lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0)
-            s = jnp.concatenate([s[:whole], jnp.where(row < t, s[whole:], -jnp.inf)])
+            last = jnp.where(row < t, s[whole:], -jnp.inf)
+            s = jnp.concatenate([s[:whole], last]) if whole else last
         p = jnp.exp2((s - s.max(0, keepdims=True)) * (scale * math.log2(math.e)))
         p = p * (1.0 / p.sum(0, keepdims=True))
         ds = p * (dp - (p * dp).sum(0, keepdims=True))

@@ -27,9 +27,9 @@ BATCH = 2  # kernels go image by image: more images are more grid steps, not ano
 SECONDS = 240
 
 
-def both(op: str, shape: str, **arguments) -> Program:
+def both(op: str, shape: str, batch: int = BATCH, **arguments) -> Program:
     """An op's forward and backward pass as one program."""
-    arguments = {"op": op, "shape": shape, "batch": BATCH, "backward": True, **arguments}
+    arguments = {"op": op, "shape": shape, "batch": batch, "backward": True, **arguments}
     label = " ".join(str(v) for k, v in arguments.items() if k not in ("batch", "backward"))
     return Program(build="bench.programs:one_op", arguments=arguments, name=label)
 
@@ -63,6 +63,8 @@ def test_every_op_compiles(target):
     [
         ("v3", both("patch_embed", "H/14@518", rate=0.1)),
         ("v3", both("attention_half", "H/14@224", rate=0.1)),
+        ("v3", both("attention_half", "H/14@126", batch=64)),  # short images, several a grid step
+        ("v3", both("attention_half", "B/32@64", batch=64)),  # 5 tokens, less than a register
         ("v3", both("mlp_half", "H/14@518", rate=0.1)),
         ("v3", both("layer_norm", "L/16@384", dtype="float32")),
         ("v5e", both("patch_embed", "L/16@512", dtype="float32", image=True)),
