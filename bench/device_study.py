@@ -2,6 +2,7 @@
 out of memory, or a crash, ends that trial and nothing else.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from vitcore.flops import flops
 
 BATCHES = {"cpu": (4, 16, 64, 256), "gpu": (128, 256, 512, 1024, 2048, 4096), "tpu": (64, 128, 256, 512, 1024, 2048)}
 _START = 120.0  # seconds that a trial is given beyond its budget: imports, weights, the first compilation
+_CPU_START = 8.0  # of which a CPU without anything to run needs so many
 _MOST = {"cpu": 2**14, "gpu": 2**20, "tpu": 2**20}  # no larger batch is tried
 
 
@@ -195,56 +197,56 @@ def measure(
 
 
 def largest(
-    case: Case, row: dict[str, Any], devices: dict[str, Any], settings: Settings, clock: Clock, *, tell: Callable[[str], None]
+    case: Case, row: dict[str, Any], devices: dict[str, Any], settings: Settings, *, budget: float, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The part of a row on the largest batch, each attempt a process. On a CPU an attempt compiles and compares bytes with the free
-    memory, and the batch found runs once where there is time for it."""
+    """The part of a row on the largest batch, in about `budget` seconds. Each attempt is a process; on a CPU one process compiles
+    them all and compares bytes with the free memory, and the batch found runs once where there is time for it."""
     cpu = devices["platform"] == "cpu"
     if cpu and case.library != "vitcore":
         return {"largest_batch": None, "limited_by": "not sought: torch on a CPU does not say what it will take"}
-    data = int(case.mesh.split("x")[0]) if case.mesh else 1
+    clock = Clock(budget / 60)
+    request = _request(case, devices, settings)
     fastest = row.get("images_per_second") or 1.0
+    most = _MOST[devices["platform"] if devices["platform"] in _MOST else "gpu"]
+    seen = [edge.Attempt(batch=r["batch"], fits=True, used=r["used"]) for r in row.get("sweep", ())]
+    begin = max((a.batch for a in seen), default=request["data"])
 
-    def request(batch: int, run: bool) -> dict[str, Any]:
-        return {**_request(case, devices, settings), "task": "fits", "batch": batch, "run": run}
-
-    def seconds(batch: int) -> float:
-        return min(_START + 5 * batch / fastest, max(5.0, clock.left()))
-
-    def attempt(batch: int) -> edge.Attempt:
+    def one_step(batch: int) -> edge.Attempt:
         tell(f"{case}: batch {batch}")
-        found, error = start(request(batch, False), seconds=seconds(batch))
+        seconds = min(_START + 5 * batch / fastest, max(5.0, clock.left()))
+        found, error = start({**request, "task": "fits", "batch": batch}, seconds=seconds)
         if error.startswith("ended after"):
             raise TimeoutError(error)
         if not found:  # a process that dies at one batch and not at half of it died of its memory
             return edge.Attempt(batch=batch, fits=False, why=error)
-        answer = found[0]
-        return edge.Attempt(batch=batch, fits=answer["fits"], used=answer["used"], limit=answer["limit"], why=answer.get("why", ""))
+        return edge.Attempt(batch=batch, **found[0])
 
-    seen = [edge.Attempt(batch=r["batch"], fits=True, used=r["used"]) for r in row.get("sweep", ())]
-    begin = max((a.batch for a in seen), default=data)
+    def compiled() -> edge.Edge:
+        ask = {**request, "task": "edge", "start": begin, "step": settings.step, "most": most, "budget": clock.left()}
+        found, error = start(ask, seconds=clock.left() + 15, tell=lambda r: tell(f"{case}: batch {r.get('tries', '')}"))
+        if not found or "edge" not in found[-1]:
+            raise TimeoutError(error)
+        answer = found[-1]["edge"]
+        return edge.Edge(**{**answer, "attempts": tuple(edge.Attempt(**a) for a in answer["attempts"])})
+
+    def tried() -> edge.Edge:
+        enough = lambda: clock.left() > 15  # noqa: E731
+        unit = request["data"]
+        return edge.search(one_step, start=2 * begin, known=seen, step=settings.step, unit=unit, most=most, in_time=enough)
+
     try:
-        found = edge.search(
-            attempt,
-            start=begin * (1 if cpu else 2),
-            known=[] if cpu else seen,
-            step=settings.step,
-            unit=data,
-            most=_MOST[devices["platform"] if devices["platform"] in _MOST else "gpu"],
-            in_time=lambda: clock.left() > 15,
-        )
+        found = compiled() if cpu else tried()
     except TimeoutError as error:
         return {"largest_batch": None, "limited_by": f"not found in time ({error})"}
     ran = not cpu
-    if cpu and found.batch and found.batch / fastest < min(20.0, clock.left() - 15):
-        tell(f"{case}: one step at batch {found.batch}")
-        answers, _ = start(request(found.batch, True), seconds=seconds(found.batch))
-        ran = bool(answers and answers[0]["fits"])
+    if cpu and found.batch and _CPU_START + 2 * found.batch / fastest < clock.left():
+        with contextlib.suppress(TimeoutError):
+            ran = one_step(found.batch).fits
     return {
         "largest_batch": found.batch or None,
         "beyond": found.beyond or None,
         "edge_proved": found.complete,
         "largest_ran": ran,
-        "limited_by": found.why or ("time" if not found.complete else "memory"),
+        "limited_by": found.why or ("no larger one is tried" if found.batch >= most else "memory" if found.complete else "time"),
         "attempts": [asdict(replace(a, why=a.why[:200])) for a in found.attempts],
     }

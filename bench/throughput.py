@@ -163,8 +163,8 @@ def on_devices(options: Throughput) -> list[dict[str, Any]]:
         found: list[tuple[Case, dict[str, Any]]] = []
         for i, case in enumerate(fresh):
             bar.set_description(str(case))
-            # of a CPU's time the largest batches get a third; an accelerator's is for throughput first
-            share = 0.65 if options.largest and devices["platform"] == "cpu" else 1.0
+            # of a CPU's time the largest batches get their part; an accelerator's is for throughput first
+            share = 0.55 if options.largest and devices["platform"] == "cpu" else 1.0
             budget = min(600.0, max(5.0, clock.left() / (len(fresh) - i) * share))
             row = notebook.swept(case)
             if row is None:
@@ -183,14 +183,15 @@ def on_devices(options: Throughput) -> list[dict[str, Any]]:
 def _largest(found, devices, settings, clock, notebook: Notebook, bar) -> None:
     """The second pass: largest batches, written into the rows that the first has made."""
     rows = {row["key"]: row for row in notebook.rows}
-    for case, row in found:
+    for i, (case, row) in enumerate(found):
         bar.set_description(f"{case}: largest batch")
         if not row.get("images_per_second"):
             more: dict[str, Any] = {"largest_batch": None, "limited_by": "did not run"}
-        elif clock.left() < 20:
+        elif clock.left() < 10:
             more = {"largest_batch": None, "limited_by": "not sought: no time left"}
         else:
-            more = largest(case, row, devices, settings, clock, tell=bar.set_description)
+            budget = clock.left() / (len(found) - i)
+            more = largest(case, row, devices, settings, budget=budget, tell=bar.set_description)
         done = row["swept"] and "time" not in str(more.get("limited_by"))
         rows[notebook.key(case)].update(more, complete=done)
         notebook.save()

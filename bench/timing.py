@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 _SAMPLE = 0.02  # seconds: shorter calls are timed several at once
 _MOST = 200  # samples
+SLOW = 3  # samples of a call longer than the time for all
 RISE = 1.02  # a batch size counts as faster from here on
 PATIENCE = 2  # batch sizes in a row that are not, and the sweep is over
 
@@ -22,21 +23,34 @@ class Timing:
 
 
 def measure(call: Callable[[], None], *, seconds: float, least: int = 5, warmup: int = 2) -> Timing:
-    """Times `call`, which returns when its work is done, for `seconds` and at least `least` samples after `warmup` calls."""
+    """Times `call`, which returns when its work is done, for `seconds` and at least `least` samples after `warmup` calls.
+
+    Calls longer than `seconds` are warmed up once and sampled SLOW times: what noise adds to them is short beside them.
+    """
     for _ in range(warmup):
+        started = time.perf_counter()
         call()
+        if time.perf_counter() - started > seconds:
+            break
     started = time.perf_counter()
     call()
     once = time.perf_counter() - started
-    calls = max(1, round(_SAMPLE / max(once, 1e-9)))
-    samples: list[float] = []
+    if once > seconds:
+        samples, calls, least = [once], 1, min(least, SLOW)
+    else:
+        samples, calls = [], max(1, round(_SAMPLE / max(once, 1e-9)))
     until = time.perf_counter() + seconds
-    while len(samples) < least or (time.perf_counter() < until and len(samples) < _MOST):
+    while len(samples) < least or (once <= seconds and time.perf_counter() < until and len(samples) < _MOST):
         started = time.perf_counter()
         for _ in range(calls):
             call()
         samples.append((time.perf_counter() - started) / calls)
     return summary(samples, calls)
+
+
+def predicted(call: float, *, seconds: float) -> float:
+    """Seconds that `measure` will take, its warm-up with it, of a call of `call` seconds."""
+    return (1 + SLOW) * call if call > seconds else seconds + 5 * call
 
 
 def summary(samples: list[float], calls: int = 1) -> Timing:

@@ -5,8 +5,8 @@
 A request is {"task": "describe" | "sweep" | "fits", "library": "vitcore" | "timm" | "transformers", ...}:
 - describe: platform, device kind, count, memory, and the rate of a large matrix product in the dtype asked for;
 - sweep: images/s at `batches`, one line each as it is measured, until it stops rising or `budget` seconds are over;
-- fits: whether one step at `batch` runs (on a CPU, whose memory has no end until other programs die: whether its bytes are
-  there, and then one step).
+- fits: whether one step at `batch` runs;
+- edge: the largest batch whose bytes are there, by compiling alone: for a CPU, whose memory has no end until other programs die.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.timing import measure, still_rising
+from bench import edge
+from bench.timing import measure, predicted, still_rising
 
 MARK = "@@vitcore-trial "
 _STARTED = time.monotonic()
@@ -165,16 +166,19 @@ def sweep(request: dict[str, Any]) -> None:
     """Times each batch size until throughput stops rising; says why it ended."""
     make = _steps(request)
     rates: list[float] = []
-    longest = 0.0
+    compiling = 0.0  # seconds, the longest yet
     batches = list(request["batches"])
     while batches:
         batch = batches.pop(0)
         begun = time.monotonic()
-        if rates and begun - _STARTED + longest > request["budget"]:
-            say({"end": f"no time for batch {batch}"})
-            return
+        if rates:
+            more = compiling + predicted(batch / rates[-1], seconds=request["seconds"])
+            if begun - _STARTED + more > request["budget"]:
+                say({"end": f"no time for batch {batch}"})
+                return
         try:
             stepper = make(batch)
+            compiling = max(compiling, time.monotonic() - begun)
             timing = measure(stepper.run, seconds=request["seconds"])
         except Exception as error:
             if not out_of_memory(error):
@@ -185,7 +189,6 @@ def sweep(request: dict[str, Any]) -> None:
             say({"end": f"out of memory at batch {batch}"})
             return
         rates.append(batch / timing.median)
-        longest = max(longest, time.monotonic() - begun)
         say({"batch": batch, "images_per_second": rates[-1], **asdict(timing), "used": stepper.used})
         if not still_rising(rates):
             say({"end": "throughput stopped rising"})
@@ -195,20 +198,36 @@ def sweep(request: dict[str, Any]) -> None:
 
 def fits(request: dict[str, Any]) -> None:
     """One step at one batch size; the line says whether it ran, and its bytes."""
-    cpu = request["platform"] == "cpu"
-    limit = request["memory"]  # of a CPU: what was free when the study began
+    limit = request["memory"]
     try:
         stepper = _steps(request)(request["batch"])
-        if cpu and stepper.used > limit:
-            say({"fits": False, "used": stepper.used, "limit": limit, "why": "more bytes than this machine has free"})
-            return
-        if not cpu or request["run"]:
-            stepper.run()
-        say({"fits": True, "used": stepper.used, "limit": limit, "ran": not cpu or request["run"]})
+        stepper.run()
+        say({"fits": True, "used": stepper.used, "limit": limit})
     except Exception as error:
         if not out_of_memory(error):
             raise
         say({"fits": False, "used": 0, "limit": limit, "why": " ".join(str(error).split())[:300]})
+
+
+def largest(request: dict[str, Any]) -> None:
+    """Searches the edge in this process, since nothing runs: a step is compiled, and its bytes are compared with what is free."""
+    make, limit = _steps(request), request["memory"]  # what was free when the study began
+
+    def attempt(batch: int) -> edge.Attempt:
+        say({"tries": batch})
+        used = make(batch).used
+        why = "more bytes than this machine has free" if used > limit else ""
+        return edge.Attempt(batch=batch, fits=not why, used=used, limit=limit, why=why)
+
+    found = edge.search(
+        attempt,
+        start=request["start"],
+        step=request["step"],
+        unit=request["data"],
+        most=request["most"],
+        in_time=lambda: time.monotonic() - _STARTED < request["budget"],
+    )
+    say({"edge": asdict(found)})
 
 
 def describe(request: dict[str, Any]) -> None:
@@ -257,7 +276,7 @@ def records(text: str) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     request = json.load(sys.stdin)
-    {"describe": describe, "sweep": sweep, "fits": fits}[request["task"]](request)
+    {"describe": describe, "sweep": sweep, "fits": fits, "edge": largest}[request["task"]](request)
 
 
 if __name__ == "__main__":

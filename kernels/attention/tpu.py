@@ -131,7 +131,7 @@ def _half(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, static:
     if n == 1:
         return _forward(scalars, x, weights, static)
     each = parts.scalars_of(scalars, n, x.shape[0] // n * x.shape[1], row=1), parts.cut(x, n)
-    return lax.map(lambda part: _forward(*part, weights, static), each).reshape(x.shape)
+    return lax.map(lambda part: _forward(part[0], part[1], weights, static), each).reshape(x.shape)
 
 
 def _half_forward(scalars, x, *rest):

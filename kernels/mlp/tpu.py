@@ -114,13 +114,13 @@ def _backward(spec: _Spec, saved, dy):
     scalars, x, *weights = saved
 
     def step(scalars, x, dy):
-        return _backward_part(spec, scalars, x, *weights, dy)
+        return _backward_part(spec, scalars, x, dy, *weights)
 
     dx, sums = parts.backward(step, parts.count(x, CHUNK_ROWS), scalars, x, dy, row=2)
     return None, dx, *(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
 
 
-def _backward_part(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out, dy):
+def _backward_part(spec: _Spec, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out):
     """(dx, the gradients of the parameters in float32)."""
     shape = _shape(x, w_in)
     t = tiles(shape, spec.launch.device).backward

@@ -235,12 +235,17 @@ def test_a_trial_that_dies_or_hangs_says_why():
 
 
 def test_what_memory_there_is_decides_on_a_cpu():
-    fits = request(task="fits", batch=4, run=False, mode="train")
-    (answer,), error = device_study.start(fits, seconds=60)
-    assert (answer["fits"], error) == (True, "")
-    (less,), _ = device_study.start({**fits, "memory": answer["used"] - 1}, seconds=60)
-    assert not less["fits"]
-    assert "more bytes" in less["why"]
+    ask = request(task="edge", start=4, step=1, most=64, budget=50, mode="train")
+    (*_, whole), error = device_study.start(ask, seconds=60)
+    assert (whole["edge"]["batch"], whole["edge"]["complete"], error) == (64, False, "")
+    of_four = whole["edge"]["attempts"][0]
+    assert (of_four["batch"], of_four["fits"]) == (4, True)
+    (*_, less), _ = device_study.start({**ask, "memory": of_four["used"]}, seconds=60)
+    found = less["edge"]
+    assert (found["batch"], found["beyond"], found["complete"]) == (4, 5, True)
+    assert "more bytes" in next(a["why"] for a in found["attempts"] if a["batch"] == 5)
+    (ran,), error = device_study.start(request(task="fits", batch=4, mode="train"), seconds=60)
+    assert (ran["fits"], error) == (True, "")
 
 
 def test_a_study_on_the_cpu(tmp_path, capsys):
