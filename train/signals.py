@@ -20,12 +20,20 @@ _interrupted = threading.Event()
 
 
 def interruptible() -> None:
-    """From now on SIGINT raises KeyboardInterrupt; `check_interrupt` raises it again where a library has swallowed it."""
+    """From now on SIGINT raises KeyboardInterrupt; `check_interrupt` raises it again where a library has swallowed it, as a
+    callback of the garbage collector does: Python would print that traceback as ignored, beside the job's own line."""
 
     def interrupt(*_):
         _interrupted.set()
         raise KeyboardInterrupt
 
+    before = sys.unraisablehook
+
+    def ignored(unraisable):
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+
+    sys.unraisablehook = ignored
     signal.signal(signal.SIGINT, interrupt)
 
 
