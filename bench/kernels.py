@@ -178,7 +178,7 @@ _HEADER = "{:<36}{:>14}{:>12}{:>14}{:>7}{:>14}{:>7}{:>18}".format(
 def _names(options: Kernels, build: str, op: str | None) -> list[tuple[str, Any]]:
     """Whose code is compiled: (name in the record, the builder's `kernels`)."""
     names: list[tuple[str, Any]] = [("ours", True), *(() if options.ours_only else (("xla", False),))]
-    if options.rivals and not options.ours_only and op == "attention" and build.endswith(":one_op"):
+    if options.rivals and not options.ours_only and op == "attention" and build.endswith(":op_alone"):
         names += [(name, name) for name in _OTHERS]
     return names
 
@@ -191,7 +191,7 @@ def _pairs(options: Kernels, target: str, jobs: list[tuple[str, int, str, dict]]
         for (what, _, build, arguments), names in zip(jobs, sides, strict=True)
         for name, side in names
     ]
-    wanted = options.errors and not options.ours_only and any(build.endswith(":one_op") for _, _, build, _ in jobs)
+    wanted = options.errors and not options.ours_only and any(build.endswith(":op_alone") for _, _, build, _ in jobs)
     heading = f"{'error ours / XLA':>20}" if wanted else ""
     print(f"{target}, batch {options.batch}, {options.dtype}: cycles (compiler estimate)\n{_HEADER}{heading}")
     reports = iter(_compile(target, programs))
@@ -215,7 +215,7 @@ def _errors(options: Kernels, target: str, jobs, sides) -> dict[int, dict[str, A
         return {}
     asked, places = [], []
     for i, ((_, _, build, arguments), names) in enumerate(zip(jobs, sides, strict=True)):
-        if not build.endswith(":one_op"):
+        if not build.endswith(":op_alone"):
             continue
         for name, _ in names:
             same = {key: arguments[key] for key in ("op", "shape", "dtype", "backward")}
@@ -242,7 +242,7 @@ def ops(options: Kernels, target: str) -> list[dict]:
                 arguments = {"op": op, "shape": shape, "batch": options.batch, "dtype": options.dtype, "backward": backward}
                 work = flops(op, SHAPES[shape].config, options.batch, backward=backward)
                 what = f"{op} {shape} {'fwd+bwd' if backward else 'fwd'}"
-                jobs.append((what, work, "bench.programs:one_op", arguments))
+                jobs.append((what, work, "bench.programs:op_alone", arguments))
     return _pairs(options, target, jobs)
 
 
@@ -316,7 +316,7 @@ def calibrate(options: Kernels, target: str) -> list[dict]:
     """The schedule's count against the static profile of the same kernels, and the deviation."""
     jobs = [
         Program(
-            build="bench.programs:one_op",
+            build="bench.programs:op_alone",
             arguments={"op": op, "shape": shape, "batch": options.batch, "dtype": options.dtype, "backward": True},
             name=f"{op} {shape}",
         )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.layout import Format, Layout
 
 from bench import rivals, shapes
 from kernels.device import from_kind
@@ -86,6 +87,16 @@ def one_op(devices, *, op, shape, batch, dtype="bfloat16", backward=False, kerne
         return value, pullback(cotangent)
 
     return both, (jax.eval_shape(fn, *arguments), *arguments)
+
+
+def op_alone(devices, **asked):
+    """`one_op` with arguments and results in the layouts its code likes best, as its neighbours in a model would leave them.
+
+    A program's own arguments otherwise lie with whatever axis makes them smallest, and copies to another layout would be counted.
+    """
+    fn, arguments = one_op(devices, **asked)
+    best = Format(Layout.AUTO)
+    return jax.jit(fn, in_shardings=best, out_shardings=best), arguments
 
 
 def _config(model: str, image_size: int | None) -> ViTConfig:

@@ -157,7 +157,8 @@ def test_half_agrees_where_heads_take_whole_columns(monkeypatch):
 
 def test_half_agrees_in_parts_of_the_batch(monkeypatch):
     """A batch that is cut into parts, scanned over; dropout knows its rows all the same."""
-    monkeypatch.setattr(tpu, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(tpu, "FORWARD_ROWS", 32)
+    monkeypatch.setattr(tpu, "BACKWARD_ROWS", 32)
     check_half(6, 11, 128, 2, 64, jnp.float32, dropout=Dropout(0.3, jnp.int32(2), jnp.int32(5)))
 
 
