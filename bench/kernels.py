@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import calibration
+from bench import calibration, edge
 from bench.accuracy import IMAGES, PATCHES
 from bench.device_study import TrialError, describe, start
 from bench.shapes import OPS, SHAPES, flops, model_flops
+from bench.target_study import attempt_of, out_of_hbm
 from bench.tpu_compiler import PROFILED, TOPOLOGIES, CompilerMissing, Program, Report, compile_programs
 from kernels.device import DEVICES
 
@@ -50,7 +51,7 @@ class Kernels:
     remat_every: int = 1
     """With --remat: keep every n-th block's input only, n a divisor of the blocks. 2: an eighth more arithmetic again."""
     largest_batch: str | None = None
-    """Instead of ops: the largest training batch of a model on one core, by bisection on compilation."""
+    """Instead of ops: the largest training batch of a model on one core, which compiles as the next one does not."""
     step: int = 16
     """With --largest-batch: to a multiple of this."""
     ours_only: bool = False
@@ -280,7 +281,7 @@ def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
     """The largest multiple of `step` images whose training step compiles for one core. RuntimeError if not memory is what fails."""
     tried: dict[int, Report] = {}
 
-    def fits(batch: int) -> bool:
+    def attempt(batch: int) -> edge.Attempt:
         arguments = {
             "model": options.largest_batch,
             "batch": batch,
@@ -291,24 +292,23 @@ def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
         _progress(f"{target}: {options.largest_batch}, batch {batch} ...")
         report = compile_programs(target, [Program(build="bench.programs:train_step", arguments=arguments)], seconds=600)[0]
         tried[batch] = report
-        if report.error and "RESOURCE_EXHAUSTED" not in report.error and "out of memory" not in report.error.lower():
+        if report.error and not out_of_hbm(report.error):
             raise RuntimeError(f"{target}, batch {batch}: {report.error}")
-        return not report.error
+        return attempt_of(report, batch)
 
-    step, low, high = options.step, 0, options.batch
-    while fits(high):
-        low, high = high, 2 * high
-    low, high = low // step, -(-high // step)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    found = edge.search(attempt, start=options.batch, step=options.step)
     _progress("")
-    record = {"target": target, "model": options.largest_batch, "remat": options.keeps, "kernels": kernels, "batch": low * step}
+    record = {"target": target, "model": options.largest_batch, "remat": options.keeps, "kernels": kernels}
+    record |= {"batch": found.batch, "beyond": found.beyond}
     whose = "ours" if kernels else "XLA"
-    used = f"{tried[low * step].peak_bytes / 2**30:.2f} GiB" if low * step in tried else "nothing fits"
+    used = f"{tried[found.batch].peak_bytes / 2**30:.2f} GiB" if found.batch else "nothing fits"
     remat = ", every block rematerialised" if options.remat else ""
     remat += f", the input of every {options.remat_every}. kept" if options.keeps > 1 else ""
-    print(f"{target}, one core, {options.largest_batch} training step{remat}, {whose}: batch {low * step} ({used})", flush=True)
+    print(
+        f"{target}, one core, {options.largest_batch} training step{remat}, {whose}: batch {found.batch} ({used}); "
+        f"{found.beyond} does not fit; {len(tried)} compilations",
+        flush=True,
+    )
     return record
 
 

@@ -75,6 +75,13 @@ def too_much(error: str) -> tuple[int, int]:
     return int(float(need) * size[unit]), int(float(have) * size[other])
 
 
+def attempt_of(report: Report, batch: int) -> edge.Attempt:
+    """What a compilation says of a batch, for `edge.search`."""
+    need, have = too_much(report.error)
+    limit = have or int(DEVICES[report.target].hbm_bytes - _SYSTEM)
+    return edge.Attempt(batch=batch, fits=not report.error, used=need or report.peak_bytes, limit=limit, why=report.error)
+
+
 class _Study:
     """The compilations of one case."""
 
@@ -97,9 +104,7 @@ class _Study:
         smaller = any(b < batch and not r.error for b, r in self.reports.items())
         if report.error and not out_of_hbm(report.error) and not smaller:
             raise CannotCompile(report.error)
-        need, have = too_much(report.error)
-        limit = have or int(self.device.hbm_bytes - _SYSTEM)
-        return edge.Attempt(batch=batch, fits=not report.error, used=need or report.peak_bytes, limit=limit, why=report.error)
+        return attempt_of(report, batch)
 
     def rate(self, report: Report, batch: int) -> dict[str, Any]:
         """images/s and what they cost, from the cycles of one core, all of which work at once."""

@@ -80,12 +80,20 @@ def call(
     """A thin `pl.pallas_call`: returns a function of the kernel's arrays that returns the tuple of its outputs.
 
     out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading
-    arrays are int32 scalars, in SMEM and known to the index maps. vmem_bytes: limit of the kernel; the core's whole VMEM by
-    default.
+    arrays are int32 scalars, in SMEM and known to the index maps. aliases: {array: output} that share their memory.
+    vmem_bytes: limit of the kernel; the core's whole VMEM by default.
     """
+    wanted = [tuple(shape) for shape, _ in out_shapes]
+    if launch.interpret is not False and aliases:  # the interpreter returns such an output as it pads it: to whole blocks
+        out_shapes = [
+            (_in_blocks(shape, spec.block_shape) if k in aliases.values() else shape, dtype)
+            for k, ((shape, dtype), spec) in enumerate(zip(out_shapes, out_specs, strict=True))
+        ]
 
     def run(*arrays):
-        arrays = vary_alike(*arrays)
+        arrays = list(vary_alike(*arrays))
+        for a, k in (aliases or {}).items():
+            arrays[a] = jnp.pad(arrays[a], [(0, n - m) for n, m in zip(out_shapes[k][0], arrays[a].shape, strict=True)])
         axes = jax.sharding.ManualAxisType(varying=varying(*arrays))
         interpret = pltpu.InterpretParams() if launch.interpret is True and axes.varying else launch.interpret
         return pl.pallas_call(
@@ -107,7 +115,12 @@ def call(
             ),
         )(*arrays)
 
-    return lambda *arrays: tuple(run(*arrays))
+    return lambda *arrays: tuple(a[tuple(map(slice, shape))] for a, shape in zip(run(*arrays), wanted, strict=True))
+
+
+def _in_blocks(shape, block) -> tuple[int, ...]:
+    """A shape rounded up to whole blocks."""
+    return tuple(-(-n // m) * m for n, m in zip(shape, block, strict=True))
 
 
 def dot(a, b, device: Device, *, contract: tuple[int, int] = (1, 0)):

@@ -1,4 +1,8 @@
-"""A batch taken in equal parts, one after the other, so that what lies in HBM between the kernels of an op is bounded."""
+"""A batch worked through in equal parts, one after the other, so that what lies in HBM between the kernels of an op is bounded.
+
+Nothing is cut out of the arrays, which would copy them: a step gets them whole, with the first image of its part, and puts its
+results in their place.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,27 +26,29 @@ def count(x, limit: int) -> int:
     return n if b // n * t * 4 >= min(limit, b * t) else 1
 
 
-def cut(x, n: int):
-    """[B, ...] as [n, B / n, ...]."""
-    return x.reshape(n, -1, *x.shape[1:])
+def _firsts(x, n: int):
+    """[n] int32: the first image of each part."""
+    return x.shape[0] // n * jnp.arange(n, dtype=jnp.int32)
 
 
-def scalars_of(scalars, n: int, rows: int, *, row: int):
-    """[n, ...]: the scalars of each part, whose first rows, `scalars[row]`, are `rows` apart."""
-    return scalars + rows * jnp.arange(n, dtype=jnp.int32)[:, None] * (jnp.arange(scalars.size) == row)
+def forward(step: Callable[..., Any], n: int, x):
+    """y like x [B, T, D] of step(first, y) -> y, which fills the images of the part that begins with image `first`."""
+    y = vary_alike(x, lax.empty(x.shape, x.dtype))[1]
+    return lax.scan(lambda y, first: (step(first, y), None), y, vary_alike(x, _firsts(x, n))[1])[0]
 
 
-def backward(step: Callable[..., Any], n: int, scalars, x, dy, *, row: int):
-    """(dx [B, T, D], sums) of step(scalars, x, dy) -> (dx, sums) over n parts; the sums, float32, are added up."""
+def backward(step: Callable[..., Any], n: int, x, dy):
+    """(dx, sums) of step(first, dy) -> (dy, sums), which puts dx in the place of dy for the images of the part that begins with
+    image `first`; the sums, float32, are added up."""
+    firsts = vary_alike(x, _firsts(x, n))[1]
     if n == 1:
-        return step(scalars, x, dy)
-    parts = scalars_of(scalars, n, x.shape[0] // n * x.shape[1], row=row), cut(x, n), cut(dy, n)
+        return step(firsts[0], dy)
 
-    def add(sums, part):
-        dx, more = step(*part)
-        return jax.tree.map(jnp.add, sums, more), dx
+    def add(before, first):
+        dy, sums = before
+        dy, more = step(first, dy)
+        return (dy, jax.tree.map(jnp.add, sums, more)), None
 
-    shapes = jax.eval_shape(lambda *part: step(*part)[1], *(p[0] for p in parts))
-    zeros = vary_alike(scalars, *(jnp.zeros(s.shape, s.dtype) for s in shapes))[1:]
-    sums, dx = lax.scan(add, zeros, parts)
-    return dx.reshape(x.shape), sums
+    shapes, tree = jax.tree.flatten(jax.eval_shape(step, firsts[0], dy)[1])
+    _, dy, *zeros = vary_alike(x, dy, *(jnp.zeros(s.shape, s.dtype) for s in shapes))
+    return lax.scan(add, (dy, jax.tree.unflatten(tree, zeros)), firsts)[0]

@@ -15,8 +15,9 @@ F32 = jnp.float32
 
 
 def input_gradient(scalars, x, norm_scale, dqkv, dy, w, static: Static):
-    """dx [B, T, D] and the gradients of norm_scale and norm_bias, both [D] float32; w [3, K, D] (the projections, transposed)."""
-    s = Step("input_gradient", x.shape, w.shape[1], x.dtype, static)
+    """dx in the place of dy [B, T, D], for the images of dqkv [3, b, T, K], and the gradients of norm_scale and norm_bias, both [D]
+    float32; w [3, K, D] (the projections, transposed)."""
+    s = Step("input_gradient", dqkv.shape[1], x, w.shape[1], static)
     last = s.weights[0] * s.weights[1] - 1
 
     def kernel(_, x_ref, scale_ref, dqkv_ref, dy_ref, w_ref, dx_ref, sums_ref, *acc_ref):
@@ -53,15 +54,16 @@ def input_gradient(scalars, x, norm_scale, dqkv, dy, w, static: Static):
         kernel,
         (scalars, x, norm_scale, dqkv, dy, w),
         [
-            s.tokens(s.d),
+            s.tokens(s.d, whole=True),
             s.whole(1, s.d),
             s.sections(),
-            s.tokens(s.d),
+            s.tokens(s.d, whole=True),
             s.weight(s.tiles.sections, s.columns, s.d, section=0, column=1),
         ],
-        [s.tokens(s.d), s.spec((1, 2, s.d), lambda i, j, c, n: (i * s.batch[1] + j, 0, 0))],
+        [s.tokens(s.d, whole=True), s.spec((1, 2, s.d), lambda i, j, c, n: (i * s.batch[1] + j, 0, 0))],
         [(x.shape, x.dtype), ((steps, 2, s.d), F32)],
         scratch=[] if s.resident else [pltpu.VMEM((s.images, s.rows, s.d), F32)],
+        aliases={4: 0},  # a block of dy is read before that of dx is written
         products=3,
         moved=6,
     )
@@ -76,8 +78,8 @@ def _accumulate(s: Step, ref, index, a, g):
 
 
 def output_weights(scalars, o, dy, static: Static):
-    """Gradients of w_out [K, D] and b_out [1, D], float32, summed over the batch."""
-    s = Step("output_weights", dy.shape, o.shape[2], dy.dtype, static)
+    """Gradients of w_out [K, D] and b_out [1, D], float32, summed over the images of o [b, T, K]; dy [B, T, D]."""
+    s = Step("output_weights", o.shape[0], dy, o.shape[2], static)
 
     def kernel(scalars_ref, o_ref, dy_ref, dw_ref, db_ref):
         @pl.when(s.first())
@@ -94,7 +96,7 @@ def output_weights(scalars, o, dy, static: Static):
     return s(
         kernel,
         (scalars, o, dy),
-        [s.tokens(s.k), s.tile()],
+        [s.tokens(s.k), s.tile(whole=True)],
         [s.weight(s.k, s.columns, column=1), s.weight(1, s.columns, column=1)],
         [((s.k, s.d), F32), ((1, s.d), F32)],
         products=1,
@@ -103,8 +105,9 @@ def output_weights(scalars, o, dy, static: Static):
 
 
 def projection_weights(scalars, x, norm_scale, norm_bias, dqkv, static: Static):
-    """Gradients of w_qkv [3, D, K] and b_qkv [3, 1, K], float32, summed over the batch; LN(x) is computed again."""
-    s = Step("projection_weights", x.shape, dqkv.shape[3], x.dtype, static)
+    """Gradients of w_qkv [3, D, K] and b_qkv [3, 1, K], float32, summed over the images of dqkv [3, b, T, K]; LN(x) is computed
+    again."""
+    s = Step("projection_weights", dqkv.shape[1], x, dqkv.shape[3], static)
 
     def kernel(_, x_ref, scale_ref, bias_ref, dqkv_ref, dw_ref, db_ref):
         @pl.when(s.first())
@@ -122,7 +125,7 @@ def projection_weights(scalars, x, norm_scale, norm_bias, dqkv, static: Static):
     return s(
         kernel,
         (scalars, x, norm_scale, norm_bias, dqkv),
-        [s.tokens(s.d), s.whole(1, s.d), s.whole(1, s.d), s.sections()],
+        [s.tokens(s.d, whole=True), s.whole(1, s.d), s.whole(1, s.d), s.sections()],
         [
             s.weight(s.tiles.sections, s.d, s.columns, section=0, column=2),
             s.weight(s.tiles.sections, 1, s.columns, section=0, column=2),

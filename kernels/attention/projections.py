@@ -22,11 +22,12 @@ F32 = jnp.float32
 class Step:
     """What the kernels share: shapes, tiles, block specs by name, and the launch."""
 
-    def __init__(self, step: str, x_shape, k: int, dtype, static: Static):
-        self.step, self.static, self.dtype = step, static, dtype
-        self.b, self.t, self.d = x_shape
-        self.k, self.shape = k, (*x_shape, k)
-        self.tiles = tiling.tiles(step, self.shape, static.launch.device, dtype)
+    def __init__(self, step: str, b: int, x, k: int, static: Static):
+        """b: images that are worked on, of x [B, T, D], from image scalars[2] on."""
+        self.step, self.static, self.dtype = step, static, x.dtype
+        self.b, (_, self.t, self.d) = b, x.shape
+        self.k, self.shape = k, (b, self.t, self.d, k)
+        self.tiles = tiling.tiles(step, self.shape, static.launch.device, x.dtype)
         self.device = static.launch.device
         self.images, self.rows = self.tiles.images, self.tiles.rows
         self.batch = self.b // self.images, pl.cdiv(self.t, self.rows)
@@ -37,18 +38,24 @@ class Step:
         self.resident = self.weights == (1, 1)
         self.sums = step in tiling.WEIGHTS  # the batch is then the inner loop
 
-    def spec(self, block, index, once=False):
-        """A block whose index map is written in (image, row, section, column), whatever the order of the grid."""
-        order = (lambda c, n, i, j, *_: index(i, j, c, n)) if self.sums else (lambda i, j, c, n, *_: index(i, j, c, n))
-        return pl.BlockSpec(block, order, pipeline_mode=pl.Buffered(1) if once else None)
+    def spec(self, block, index, once=False, whole=False):
+        """A block whose index map is written in (image, row, section, column), whatever the order of the grid. whole: of an array
+        of all images, not of those that are worked on."""
 
-    def tokens(self, width):
+        def at(*grid):
+            *place, scalars = grid
+            c, n, i, j = place if self.sums else (*place[2:], *place[:2])
+            return index(i + lax.div(scalars[2], self.images) if whole else i, j, c, n)
+
+        return pl.BlockSpec(block, at, pipeline_mode=pl.Buffered(1) if once else None)
+
+    def tokens(self, width, whole=False):
         """All of [B, T, width]'s columns."""
-        return self.spec((self.images, self.rows, width), lambda i, j, c, n: (i, j, 0))
+        return self.spec((self.images, self.rows, width), lambda i, j, c, n: (i, j, 0), whole=whole)
 
-    def tile(self):
+    def tile(self, whole=False):
         """The current columns of [B, T, .]."""
-        return self.spec((self.images, self.rows, self.columns), lambda i, j, c, n: (i, j, n))
+        return self.spec((self.images, self.rows, self.columns), lambda i, j, c, n: (i, j, n), whole=whole)
 
     def sections(self):
         """The current sections and columns of [3, B, T, K]."""
@@ -65,7 +72,7 @@ class Step:
 
         return self.spec(block, index, once=self.resident)
 
-    def __call__(self, kernel, arrays, in_specs, out_specs, out_shapes, *, scratch=(), products, moved):
+    def __call__(self, kernel, arrays, in_specs, out_specs, out_shapes, *, scratch=(), aliases=None, products, moved):
         grid = (*self.weights, *self.batch) if self.sums else (*self.batch, *self.weights)
         return call(
             kernel,
@@ -79,6 +86,7 @@ class Step:
             cost=tiling.cost(self.shape, self.dtype, products=products, arrays=moved),
             scratch=scratch,
             prefetch=1,
+            aliases=aliases,
         )(*arrays)
 
     # Inside a kernel:
@@ -107,9 +115,9 @@ class Step:
         return (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
 
 
-def project(scalars, x, norm_scale, norm_bias, w, bias, static: Static):
-    """qkv [3, B, T, K] of x [B, T, D]; w [3, D, K], bias [3, 1, K]."""
-    s = Step("project", x.shape, w.shape[2], x.dtype, static)
+def project(scalars, x, norm_scale, norm_bias, w, bias, b: int, static: Static):
+    """qkv [3, b, T, K] of b images of x [B, T, D]; w [3, D, K], bias [3, 1, K]."""
+    s = Step("project", b, x, w.shape[2], static)
 
     def kernel(_, x_ref, scale_ref, bias_ref, w_ref, b_ref, out_ref, *z_ref):
         def z(i):
@@ -132,7 +140,7 @@ def project(scalars, x, norm_scale, norm_bias, w, bias, static: Static):
         kernel,
         (scalars, x, norm_scale, norm_bias, w, bias),
         [
-            s.tokens(s.d),
+            s.tokens(s.d, whole=True),
             s.whole(1, s.d),
             s.whole(1, s.d),
             s.weight(s.tiles.sections, s.d, s.columns, section=0, column=2),
@@ -146,30 +154,40 @@ def project(scalars, x, norm_scale, norm_bias, w, bias, static: Static):
     )[0]
 
 
-def output(scalars, o, x, w, bias, static: Static):
-    """share x + dropout(o w + share bias) [B, T, D]; o [B, T, K], w [K, D], bias [1, D]."""
-    s = Step("output", x.shape, w.shape[0], x.dtype, static)
+def output(scalars, o, x, w, bias, static: Static, into=None):
+    """share x + dropout(o w + share bias) [B, T, D], of the images of o [b, T, K]; w [K, D], bias [1, D]. into: [B, T, D], the
+    other images of the result."""
+    s = Step("output", o.shape[0], x, w.shape[0], static)
 
-    def kernel(scalars_ref, o_ref, x_ref, w_ref, b_ref, out_ref):
+    def kernel(scalars_ref, o_ref, x_ref, w_ref, b_ref, *refs):
+        out_ref = refs[-1]
         for i in range(s.images):
             y = dot(o_ref[i], w_ref[...], s.device) + static.share * b_ref[...]
             y = s.drop(y, scalars_ref, i, pl.program_id(3) * s.columns)
             out_ref[i] = (static.share * x_ref[i].astype(F32) + y).astype(out_ref.dtype)
 
+    rest = [] if into is None else [into]
     return s(
         kernel,
-        (scalars, o, x, w, bias),
-        [s.tokens(s.k), s.tile(), s.weight(s.k, s.columns, column=1), s.weight(1, s.columns, column=1)],
-        [s.tile()],
+        (scalars, o, x, w, bias, *rest),
+        [
+            s.tokens(s.k),
+            s.tile(whole=True),
+            s.weight(s.k, s.columns, column=1),
+            s.weight(1, s.columns, column=1),
+            *[pl.BlockSpec(memory_space=pl.ANY) for _ in rest],
+        ],
+        [s.tile(whole=True)],
         [(x.shape, x.dtype)],
+        aliases={5: 0} if rest else None,
         products=1,
         moved=3,
     )[0]
 
 
-def output_gradient(scalars, dy, w, static: Static):
-    """do [B, T, K], the gradient of o; dy [B, T, D], w [D, K] (the output projection, transposed)."""
-    s = Step("output_gradient", dy.shape, w.shape[1], dy.dtype, static)
+def output_gradient(scalars, dy, w, b: int, static: Static):
+    """do [b, T, K], the gradient of o; dy [B, T, D], w [D, K] (the output projection, transposed)."""
+    s = Step("output_gradient", b, dy, w.shape[1], static)
 
     def kernel(scalars_ref, dy_ref, w_ref, out_ref, *scratch):
         def masked(i):
@@ -188,7 +206,7 @@ def output_gradient(scalars, dy, w, static: Static):
     return s(
         kernel,
         (scalars, dy, w),
-        [s.tokens(s.d), s.weight(s.d, s.columns, column=1)],
+        [s.tokens(s.d, whole=True), s.weight(s.d, s.columns, column=1)],
         [s.tile()],
         [((s.b, s.t, s.k), dy.dtype)],
         scratch=[] if s.resident else [pltpu.VMEM((s.images, s.rows, s.d), dy.dtype if s.device.bf16_matmul else F32)],

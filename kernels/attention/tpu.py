@@ -16,7 +16,8 @@ Which kernels, by generation:
 - Elsewhere, and for what does not fit: forward `project` and `output` (projections.py) around core.py, backward
   the same and gradients.py around core_backward.py. Blocks are whole rows of an image: nothing is padded or transposed in HBM.
 
-The arrays between kernels pass through HBM while the MXU works; the batch is cut into parts, so that they take little room there.
+The arrays between kernels pass through HBM while the MXU works; the batch is taken in parts, so that they take little room there.
+The kernels find a part's images in the whole x and dy by the first one's number; dx takes the place of dy.
 Operands are rounded where the reference rounds them, or not at all; sums, LN and softmax are float32, as are the gradients of the
 parameters. Generations whose Mosaic takes no bfloat16 operands get float32 weights, which their MXU rounds.
 """
@@ -26,7 +27,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
@@ -39,7 +39,7 @@ from kernels.device import Device
 from kernels.launch import Launch, vary_alike
 
 # Tokens at a time through the chains of kernels; between those of ViT-B/16 lie 6 kB a token forward, at most 16 kB backward.
-FORWARD_ROWS = 65536  # parts are not free: their slices and their results are copied
+FORWARD_ROWS = 65536
 BACKWARD_ROWS = 24576
 
 
@@ -48,7 +48,8 @@ def _operand(w, dtype, device: Device):
     return w.astype(dtype if device.bf16_matmul else jnp.float32)
 
 
-def _forward(scalars, x, weights, static: Static):
+def _forward(scalars, x, weights, static: Static, b: int | None = None, into=None):
+    """b, into: b images of x, from image scalars[2] on, the results of the others being in `into`. By default all of them."""
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     device = static.launch.device
     if _is_fused(x, w_out.shape[0], static):
@@ -65,17 +66,17 @@ def _forward(scalars, x, weights, static: Static):
             share=static.share,
             launch=static.launch,
         )
-    qkv = project(scalars, x, norm_scale, norm_bias, _operand(w_qkv, x.dtype, device), b_qkv, static)
+    qkv = project(scalars, x, norm_scale, norm_bias, _operand(w_qkv, x.dtype, device), b_qkv, b or x.shape[0], static)
     o = core.forward(qkv, num_heads=static.num_heads, launch=static.launch, width=static.width)
-    return output(scalars, o, x, _operand(w_out, x.dtype, device), b_out, static)
+    return output(scalars, o, x, _operand(w_out, x.dtype, device), b_out, static, into)
 
 
-def _backward_wide(scalars, x, weights, dy, static: Static):
+def _backward_wide(scalars, x, weights, dy, b: int, static: Static):
     """`_backward` on float32 rows."""
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
-    device, launch, (b, t, d) = static.launch.device, static.launch, x.shape
+    device, launch, (_, t, d) = static.launch.device, static.launch, x.shape
     w_qkv, w_out = _operand(w_qkv, x.dtype, device), _operand(w_out, x.dtype, device)
-    z, g = wide.prepare(scalars, x, dy, norm_scale, norm_bias, rate=static.rate, launch=launch)
+    z, g = wide.prepare(scalars, x, dy, norm_scale, norm_bias, b, rate=static.rate, launch=launch)
     padded, k = z.shape[1], w_out.shape[0]
 
     def flat(value):
@@ -97,7 +98,7 @@ def _backward_wide(scalars, x, weights, dy, static: Static):
     dw_out, db_out = gradients(flat(o), flat(g), name="attention_output_weights")
     dw_qkv, db_qkv = zip(*(gradients(flat(z), a, name="attention_projection_weights") for a in dqkv), strict=True)
     dz = multiply(dqkv, w_qkv.swapaxes(1, 2), name="attention_input_gradient")
-    dx, dscale, dbias = wide.finish(x, dy, dz.reshape(b, padded, d), norm_scale, share=static.share, launch=launch)
+    dx, dscale, dbias = wide.finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, share=static.share, launch=launch)
     return dx, (dscale[None], dbias[None], jnp.stack(dw_qkv), jnp.stack(db_qkv), dw_out, static.share * db_out)
 
 
@@ -111,14 +112,15 @@ def _is_wide(x, k: int, static: Static) -> bool:
     return wide_core.takes(x.shape[1], static.num_heads, k // static.num_heads, static.launch.device)
 
 
-def _backward(scalars, x, weights, dy, static: Static):
+def _backward(scalars, x, weights, dy, b: int, static: Static):
+    """dy with dx in its place for b images, from image scalars[2] on, and their share of the parameters' gradients, float32."""
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     device = static.launch.device
     if _is_wide(x, w_out.shape[0], static):
-        return _backward_wide(scalars, x, weights, dy, static)
+        return _backward_wide(scalars, x, weights, dy, b, static)
     w_qkv, w_out = _operand(w_qkv, x.dtype, device), _operand(w_out, x.dtype, device)
-    qkv = project(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, static)
-    do = output_gradient(scalars, dy, w_out.T, static)
+    qkv = project(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, b, static)
+    do = output_gradient(scalars, dy, w_out.T, b, static)
     dqkv, o = core.backward(qkv, do, num_heads=static.num_heads, launch=static.launch, width=static.width, with_o=True)
     dw_out, db_out = output_weights(scalars, o, dy, static)
     dw_qkv, db_qkv = projection_weights(scalars, x, norm_scale, norm_bias, dqkv, static)
@@ -132,8 +134,13 @@ def _half(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, static:
     weights = norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out
     if n == 1:
         return _forward(scalars, x, weights, static)
-    each = parts.scalars_of(scalars, n, x.shape[0] // n * x.shape[1], row=1), parts.cut(x, n)
-    return lax.map(lambda part: _forward(part[0], part[1], weights, static), each).reshape(x.shape)
+    step = lambda first, y: _forward(_part(scalars, first, x), x, weights, static, x.shape[0] // n, y)  # noqa: E731
+    return parts.forward(step, n, x)
+
+
+def _part(scalars, first, x):
+    """The scalars of the part of x that begins with image `first`: its first row, among all of the job's, and that image."""
+    return jnp.stack([scalars[0], scalars[1] + first * x.shape[1], first])
 
 
 def _half_forward(scalars, x, *rest):
@@ -146,8 +153,8 @@ def _half_backward(static: Static, residuals, dy):
     scalars, x, *weights = residuals
     wide_bytes = 2 if _is_wide(x, weights[4].shape[0], static) else 1
     n = parts.count(x, BACKWARD_ROWS // wide_bytes)
-    step = lambda scalars, x, dy: _backward(scalars, x, weights, dy, static)  # noqa: E731
-    dx, gradients = parts.backward(step, n, scalars, x, dy, row=1)
+    step = lambda first, dy: _backward(_part(scalars, first, x), x, weights, dy, x.shape[0] // n, static)  # noqa: E731
+    dx, gradients = parts.backward(step, n, x, dy)
     dtypes = (a.dtype for a in residuals[2:])
     return None, dx, *(g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
 
@@ -166,7 +173,7 @@ def attention_half(
     _check(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, num_heads)
     rate = 0.0 if dropout is None else float(dropout.rate)
     key, row = (0, 0) if dropout is None or rate == 0.0 else (drop.site_key(dropout.key, drop.ATTENTION_OUT), dropout.row)
-    scalars = jnp.stack([jnp.asarray(key, jnp.int32), jnp.asarray(row, jnp.int32)])
+    scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (key, row, 0)])
     width = w_out.shape[0] // num_heads
     lanes = core.head_lanes((*x.shape[:2], num_heads, width), launch.device, x.dtype)
     w_qkv, b_qkv, w_out = (_widen(w, axis, width, lanes) for w, axis in ((w_qkv, 2), (b_qkv, 1), (w_out, 0)))

@@ -57,19 +57,21 @@ def undrop(value, scalars, row, rate: float):
 
 
 def _images(t: int, d: int):
-    """Block specs of one image of [B, T, D], of [B, R, D] and of a vector [1, D]."""
-    image, padded = ((1, n, d) for n in (t, round_up(t, SUBLANES)))
-    each = [pl.BlockSpec(block, lambda i, *_: (i, 0, 0)) for block in (image, padded)]
-    return *each, pl.BlockSpec((1, d), lambda i, *_: (0, 0))
+    """Block specs of one image of [B, T, D], from image scalars[2] on, of [b, R, D] and of a vector [1, D]."""
+    return (
+        pl.BlockSpec((1, t, d), lambda i, scalars: (scalars[2] + i, 0, 0)),
+        pl.BlockSpec((1, round_up(t, SUBLANES), d), lambda i, _: (i, 0, 0)),
+        pl.BlockSpec((1, d), lambda i, _: (0, 0)),
+    )
 
 
 def _cost(b: int, t: int, d: int, arrays: int) -> pl.CostEstimate:
     return pl.CostEstimate(flops=8 * b * t * d, transcendentals=b * t, bytes_accessed=4 * arrays * b * t * d)
 
 
-def prepare(scalars, x, dy, norm_scale, norm_bias, *, rate: float, launch: Launch):
-    """z = LN(x) and g = dropout(dy), both [B, R, D] float32 with zeros behind row T."""
-    b, t, d = x.shape
+def prepare(scalars, x, dy, norm_scale, norm_bias, b: int, *, rate: float, launch: Launch):
+    """z = LN(x) and g = dropout(dy) of b images, both [b, R, D] float32 with zeros behind row T."""
+    _, t, d = x.shape
     padded = round_up(t, SUBLANES)
     image, wide, vector = _images(t, d)
 
@@ -96,12 +98,12 @@ def prepare(scalars, x, dy, norm_scale, norm_bias, *, rate: float, launch: Launc
     )(scalars, x, dy, norm_scale, norm_bias)
 
 
-def finish(x, dy, dz, norm_scale, *, share: float, launch: Launch):
-    """dx [B, T, D] and the gradients of norm_scale and norm_bias [D] float32, from dz [B, R, D]."""
-    b, t, d = x.shape
+def finish(scalars, x, dy, dz, norm_scale, *, share: float, launch: Launch):
+    """dx in the place of dy [B, T, D], for the images of dz [b, R, D], and those of norm_scale and norm_bias [D] float32."""
+    b, (_, t, d) = dz.shape[0], x.shape
     image, wide, vector = _images(t, d)
 
-    def kernel(x, dy, dz, scale, dx, sums):
+    def kernel(_, x, dy, dz, scale, dx, sums):
         of_scale, of_bias = jnp.zeros((1, d), F32), jnp.zeros((1, d), F32)
         for a, n in rows.pieces(t, PIECE):
             normal, inverse = normalise(rows.widen(x[0, a : a + n]))
@@ -117,11 +119,13 @@ def finish(x, dy, dz, norm_scale, *, share: float, launch: Launch):
         name="attention_finish_backward",
         grid=(b,),
         in_specs=[image, image, wide, vector],
-        out_specs=[image, pl.BlockSpec((1, 2, d), lambda i: (i, 0, 0))],
+        out_specs=[image, pl.BlockSpec((1, 2, d), lambda i, _: (i, 0, 0))],
         out_shapes=[(x.shape, x.dtype), ((b, 2, d), F32)],
         semantics=("parallel",),
         cost=_cost(b, t, d, 3),
-    )(x, dy, dz, norm_scale)
+        prefetch=1,
+        aliases={2: 0},
+    )(scalars, x, dy, dz, norm_scale)
     return dx, *sums.sum(0)
 
 

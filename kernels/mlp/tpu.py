@@ -30,7 +30,7 @@ from kernels.launch import Launch, call, vary_alike
 from kernels.mlp import backward, forward
 from kernels.mlp.tiling import Shape, Tiling, cost, tiles, vmem_limit
 
-CHUNK_ROWS = 24576  # tokens at a time through the backward kernel, which takes copies of x and dy without padded rows
+CHUNK_ROWS = 24576  # tokens at a time through the backward kernel where it takes copies of x and dy without padded rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +113,19 @@ def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
 def _backward(spec: _Spec, saved, dy):
     scalars, x, *weights = saved
 
-    def step(scalars, x, dy):
-        return _backward_part(spec, scalars, x, dy, *weights)
+    copies = tiles(_shape(x, weights[2]), spec.launch.device).backward.flat and x.shape[1] % SUBLANES
+    n = parts.count(x, CHUNK_ROWS) if copies else 1
 
-    dx, sums = parts.backward(step, parts.count(x, CHUNK_ROWS), scalars, x, dy, row=2)
+    def step(first, dy):
+        if n == 1:
+            return _backward_part(spec, scalars, x, dy, *weights)
+        part, g = (lax.dynamic_slice_in_dim(a, first, x.shape[0] // n) for a in (x, dy))
+        dx, sums = _backward_part(spec, scalars.at[2].add(first * x.shape[1]), part, g, *weights)
+        return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
+
+    dx, sums = parts.backward(step, n, x, dy)
+    # Without it XLA may write a sum straight into the layers' stacked gradients, and drops the kernel's limit of VMEM (v5e).
+    sums = lax.optimization_barrier(sums)
     return None, dx, *(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
 
 
@@ -157,6 +166,7 @@ def _backward_part(spec: _Spec, scalars, x, dy, scale, bias, w_in, b_in, w_out, 
         vmem_bytes=vmem_limit(shape, spec.launch.device, t, backward=True),
         scratch=backward.scratch(t, d, hidden_tiles, operands[0].dtype),
         prefetch=1,
+        aliases={2: 0},  # a row tile of dy is read before that of dx is written
     )(
         scalars,
         x.reshape(*view, d),
