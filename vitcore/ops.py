@@ -40,10 +40,15 @@ class Ops(NamedTuple):
 _KERNELS = (patch_embed_tpu.patch_embed, attention_tpu.attention_half, mlp_tpu.mlp_half, layer_norm_tpu.layer_norm)
 
 
+def _kernels(started: Callable) -> Ops:
+    embed, attend, transform, normalise = map(started, _KERNELS)
+    return Ops(embed, attend, transform, normalise)
+
+
 @cache
 def fused(launch: Launch) -> Ops:
     """The Pallas kernels, started as `launch` says: for another device than the one present, or interpreted."""
-    return Ops(*(partial(kernel, launch=launch) for kernel in _KERNELS))
+    return _kernels(lambda kernel: partial(kernel, launch=launch))
 
 
 def _on_the_tpu(kernel):
@@ -70,7 +75,7 @@ GPU = Ops(
     loop=False,
 )
 # The kernels, compiled for the TPU that is present.
-FUSED = Ops(*map(_on_the_tpu, _KERNELS))
+FUSED = _kernels(_on_the_tpu)
 # The kernels as plain JAX operations, on any platform: slow, for trying and testing them.
 INTERPRET = fused(Launch(device=DEVICES["cpu"], interpret=True))
 

@@ -26,8 +26,7 @@ def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh",
 
     @again
     def close(x, a, b_in, w_out, b_out):
-        a = _plus(wide, *vary_alike(a, b_in))
-        h = _gelu(a) if gelu == "tanh" else jax.nn.gelu(a, approximate=False)
+        h = _gelu(_plus(wide, *vary_alike(a, b_in)), gelu)
         h = dropped(h, t, dropout, drop.MLP_HIDDEN, tokens, 0 if dropout is None else dropout.column).astype(x.dtype)
         y = product(h, w_out).astype(wide) + share * b_out
         return rounded(share * x.astype(wide) + dropped(y, t, dropout, drop.MLP_OUT, tokens), x.dtype)
@@ -50,6 +49,8 @@ def _plus_backward(wide, kept, g):
 _plus.defvjp(lambda wide, a, bias: (_plus(wide, a, bias), jnp.zeros((), a.dtype)), _plus_backward)
 
 
-def _gelu(x):
-    """GELU by tanh: (1 + tanh(u)) / 2 is the logistic function of 2u, an exponential where tanh is a quotient of polynomials."""
+def _gelu(x, form: str):
+    if form == "erf":
+        return jax.nn.gelu(x, approximate=False)
+    # (1 + tanh(u)) / 2 is the logistic function of 2u: an exponential, where tanh is a quotient of polynomials
     return x * jax.nn.sigmoid((8 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))

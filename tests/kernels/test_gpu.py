@@ -40,6 +40,13 @@ def arrays(b, t, d, columns, parts, dtype, seed):
     return (x, *(jnp.asarray(a, jnp.float32) for a in rest))
 
 
+@pytest.fixture(autouse=True)
+def whole_float32():
+    """A GPU multiplies float32 in TF32 unless told otherwise: then two right results differ by more than these tests allow."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 CASES = {
     "t": st.sampled_from([1, 2, 17, 50]),
     "dtype": st.sampled_from([jnp.float32, jnp.bfloat16]),
