@@ -60,12 +60,15 @@ def keep(hashed_rows, columns, rate: float):
     return bits >= jnp.int32(round(rate * 2**24))
 
 
-def apply(x, dropout: Dropout | None, site: int, column=0):
-    """Inverted dropout of x [B, T, K] at a site; the identity where `dropout` is None or its rate 0. Plain jax.numpy."""
+def apply(x, dropout: Dropout | None, site: int, column=0, *, tokens=None):
+    """Inverted dropout of x [B, T, K] at a site; the identity where `dropout` is None or its rate 0. Plain jax.numpy.
+
+    tokens: of an image, where the rows of x are more.
+    """
     if dropout is None or dropout.rate == 0.0:
         return x
     b, t, k = x.shape
-    rows = jnp.asarray(dropout.row, jnp.int32) + lax.broadcasted_iota(jnp.int32, (b, t, 1), 0) * t
+    rows = jnp.asarray(dropout.row, jnp.int32) + lax.broadcasted_iota(jnp.int32, (b, t, 1), 0) * (tokens or t)
     rows = rows + lax.broadcasted_iota(jnp.int32, (b, t, 1), 1)
     columns = jnp.asarray(column, jnp.int32) + lax.broadcasted_iota(jnp.int32, (1, 1, k), 2)
     mask = keep(row_hash(site_key(dropout.key, site), rows), columns, dropout.rate)

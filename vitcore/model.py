@@ -162,6 +162,10 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mes
     first = dropout(None if keys is None else keys[0])
     x = ops.patch_embed(images.astype(dtype), p["kernel"], p["bias"], p.get("cls"), p["position"], dropout=first)
 
+    extra, tokens = -x.shape[1] % ops.multiple, {}
+    if extra:  # rows that no token sees
+        x, tokens = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), {"tokens": config.tokens}
+
     def halves(x, row, w, key):
         x = sum_over_model(
             ops.attention_half(
@@ -177,6 +181,7 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mes
                 num_heads=config.num_heads // (mesh.model if mesh else 1),
                 dropout=dropout(key, row),
                 share=share,
+                **tokens,
             )
         )
         return sum_over_model(
@@ -187,24 +192,40 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mes
                 gelu=config.gelu,
                 dropout=dropout(key, row),
                 share=share,
+                **tokens,
             )
         )
 
     sum_over_model = partial(lax.psum, axis_name="model") if mesh else lambda x: x
     # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
     layers = vary(params["blocks"], mesh, specs["blocks"]), None if keys is None else keys[1:]
-    if remat > 1:
-        return _rematerialised(halves, x, row, layers, remat, specs["blocks"], mesh, dtype)
+    loop = ops.loop or bool(remat)
 
     def block(x, layer):
         w, key = layer
         return halves(x, row, gather(w, block_specs(specs), mesh, dtype), key), None
 
-    if remat:
-        block = _again(block)
-    elif mesh and mesh.data > 1:
-        block = jax.checkpoint(block, policy=recompute_gathers, prevent_cse=False)
-    return lax.scan(block, x, layers)[0]
+    if remat > 1:
+        x = _rematerialised(halves, x, row, layers, remat, specs["blocks"], mesh, dtype)
+    else:
+        if remat:
+            block = _again(block)
+        elif mesh and mesh.data > 1:
+            block = jax.checkpoint(block, policy=recompute_gathers, prevent_cse=not loop)
+        x = (lax.scan if loop else _unrolled)(block, x, layers)[0]
+    return x[:, : config.tokens] if extra else x
+
+
+def _unrolled(block, x, layers):
+    """`lax.scan` of a block without results of its own, as one program without a loop.
+
+    The stacks are split once: a gradient is then put together once, where layer by layer it would be a sum of padded arrays.
+    """
+    leaves, tree = jax.tree.flatten(layers)
+    parts = [[part.reshape(part.shape[1:]) for part in lax.split(a, (1,) * a.shape[0])] for a in leaves]
+    for layer in zip(*parts, strict=True):
+        x, _ = block(x, jax.tree.unflatten(tree, layer))
+    return x, None
 
 
 _again = partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)

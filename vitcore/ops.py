@@ -16,26 +16,39 @@ from kernels.layer_norm import tpu as layer_norm_tpu
 from kernels.mlp import gpu as mlp_gpu
 from kernels.mlp import reference as mlp
 from kernels.mlp import tpu as mlp_tpu
+from kernels.patch_embed import gpu as patch_embed_gpu
 from kernels.patch_embed import reference as patch_embed
 from kernels.patch_embed import tpu as patch_embed_tpu
 
 
 class Ops(NamedTuple):
-    """What a ViT is made of; each field has the signature and meaning of the function of its name in `kernels/*/reference.py`."""
+    """What a ViT is made of; each function has the signature and meaning of that of its name in `kernels/*/reference.py`.
+
+    multiple: the model pads its tokens to a multiple of this, once, and half blocks take `tokens=`, how many of T are real.
+    loop: the blocks are one loop, compiled once; False: compiled one after the other, in their number's time, so that what the
+    backward pass keeps stays where it was made, where a loop copies it to and from arrays with a layer axis.
+    """
 
     patch_embed: Callable
     attention_half: Callable
     mlp_half: Callable
     layer_norm: Callable
+    multiple: int = 1
+    loop: bool = True
 
 
 _KERNELS = (patch_embed_tpu.patch_embed, attention_tpu.attention_half, mlp_tpu.mlp_half, layer_norm_tpu.layer_norm)
 
 
+def _kernels(started: Callable) -> Ops:
+    embed, attend, transform, normalise = map(started, _KERNELS)
+    return Ops(embed, attend, transform, normalise)
+
+
 @cache
 def fused(launch: Launch) -> Ops:
     """The Pallas kernels, started as `launch` says: for another device than the one present, or interpreted."""
-    return Ops(*(partial(kernel, launch=launch) for kernel in _KERNELS))
+    return _kernels(lambda kernel: partial(kernel, launch=launch))
 
 
 def _on_the_tpu(kernel):
@@ -53,9 +66,16 @@ def _on_the_tpu(kernel):
 # Plain einsum, compiled by XLA: the specification, and the path of every platform without kernels.
 REFERENCE = Ops(patch_embed.patch_embed, attention.attention_half, mlp.mlp_half, layer_norm.layer_norm)
 # cuDNN's attention, and products that read and write the activations' dtype.
-GPU = Ops(patch_embed.patch_embed, attention_gpu.attention_half, mlp_gpu.mlp_half, layer_norm.layer_norm)
+GPU = Ops(
+    patch_embed_gpu.patch_embed,
+    attention_gpu.attention_half,
+    mlp_gpu.mlp_half,
+    layer_norm.layer_norm,
+    multiple=attention_gpu.TOKENS,
+    loop=False,
+)
 # The kernels, compiled for the TPU that is present.
-FUSED = Ops(*map(_on_the_tpu, _KERNELS))
+FUSED = _kernels(_on_the_tpu)
 # The kernels as plain JAX operations, on any platform: slow, for trying and testing them.
 INTERPRET = fused(Launch(device=DEVICES["cpu"], interpret=True))
 

@@ -4,7 +4,11 @@ The same as `reference.py` but for what goes through memory:
 - An activation is rounded to x's dtype where it is made (the accumulator inside is float32). The reference keeps products float32,
   and then those of the backward pass read float32 operands, which costs the tensor cores two to four times as much.
 - Probabilities never exist in memory: cuDNN makes them from q, k, v, forward and backward. What it does not take goes through XLA.
-- What the backward pass needs is x, q, k, v and the heads' output, in x's dtype; all that is elementwise is computed again.
+- What the backward pass needs is x, its rows' statistics, q, k, v and the heads' output, in x's dtype; all that is elementwise is
+  computed again.
+- Keys and values take no bias, and so no pass over them: a key's shifts all logits of a query alike, which softmax undoes, and a
+  value's goes through the output projection as it is, since probabilities sum to one. It is added there, b_v @ w_out.
+- Tokens are the rows of matrices [B * T, D]. Left three-dimensional, XLA puts T before B where it likes, and transposes in between.
 """
 
 from functools import partial
@@ -12,15 +16,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels import dropout as drop
 from kernels.launch import vary_alike
-from kernels.layer_norm.reference import layer_norm
+from kernels.layer_norm.gpu import STATISTICS, layer_norm
 
 TOKENS = 2  # cuDNN's backward pass takes even numbers of tokens only: an odd one gets a row more, masked
 
-# Keeps the inputs of a function for its backward pass and nothing from within. In a scan nothing undoes it: no barrier.
-again = partial(jax.checkpoint, prevent_cse=False)
+# Keeps the inputs of a function for its backward pass and, from within, a few numbers a row.
+again = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(STATISTICS))
 
 
 @jax.custom_vjp
@@ -30,9 +35,7 @@ def _product(x, w):
 
 def _product_backward(kept, g):
     x, w = kept
-    dw = jnp.einsum(
-        "btd,btf->df", x, g, preferred_element_type=w.dtype
-    )  # over all tokens: float32 like w, not rounded to x's dtype
+    dw = jnp.einsum("md,mf->df", x, g, preferred_element_type=w.dtype)  # over all tokens: float32 like w, not rounded to x's dtype
     return g @ w.astype(x.dtype).T, dw
 
 
@@ -40,32 +43,62 @@ _product.defvjp(lambda x, w: (_product(x, w), (x, w)), _product_backward)
 
 
 def product(x, w):
-    """x [B, T, D] @ w [D, F] in x's dtype, w rounded to it; the gradient of w comes in w's own dtype."""
+    """x [M, D] @ w [D, F] in x's dtype, w rounded to it; the gradient of w comes in w's own dtype."""
     return _product(*vary_alike(x, w))
 
 
-def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, dropout=None, share=1.0):
-    """As `reference.attention_half`: the same arguments, the same result to rounding."""
-    b, t, _ = x.shape
+def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, dropout=None, share=1.0, tokens=None):
+    """As `reference.attention_half`: the same arguments, the same result to rounding.
+
+    tokens: how many of x's T are tokens, by default all. The rows behind them are padding: no token sees them, and what is returned
+    there is finite and means nothing. An odd T is padded here, which costs copies of q, k, v and the result.
+    """
+    b, t, d = x.shape
+    tokens = tokens or t
     wide = jnp.promote_types(x.dtype, jnp.float32)
+    if t % TOKENS:
+        padded = jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))
+        options = {"num_heads": num_heads, "dropout": dropout, "share": share, "tokens": tokens}
+        return attention_half(padded, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, **options)[:, :t]
 
     @again
-    def project(x, norm_scale, norm_bias, w_qkv, b_qkv):
-        z = jnp.pad(layer_norm(x, norm_scale, norm_bias), ((0, 0), (0, -t % TOKENS), (0, 0)))
-        parts = (product(z, w).astype(wide) + c for w, c in zip(w_qkv, b_qkv, strict=True))
-        return [part.astype(x.dtype).reshape(b, z.shape[1], num_heads, -1) for part in parts]
+    def project(x, norm_scale, norm_bias, w_qkv, b_q):
+        z = layer_norm(x, norm_scale, norm_bias)
+        # apart, or XLA makes one product of two, copies them out of its result, and their gradients into one for the backward pass
+        q, k, v = (product(z, w) for z, w in zip(lax.optimization_barrier((z, z, z)), w_qkv, strict=True))
+        return (q.astype(wide) + b_q).astype(x.dtype), k, v
 
     @again
-    def close(x, o, w_out, b_out):
-        y = product(o[:, :t].reshape(b, t, -1), w_out).astype(wide) + share * b_out
-        return (share * x.astype(wide) + drop.apply(y, dropout, drop.ATTENTION_OUT)).astype(x.dtype)
+    def close(x, o, w_out, b_v, b_out):
+        bias = share * b_out + jnp.matmul(b_v, w_out, precision=lax.Precision.HIGHEST)
+        y = product(o, w_out).astype(wide) + bias
+        return rounded(share * x.astype(wide) + dropped(y, t, dropout, drop.ATTENTION_OUT, tokens), x.dtype)
 
-    q, k, v = project(x, norm_scale, norm_bias, w_qkv, b_qkv)
-    lengths = jnp.full(b, t, jnp.int32) if t % TOKENS else None
+    x = x.reshape(b * t, d)
+    q, k, v = (a.reshape(b, t, num_heads, -1) for a in project(x, norm_scale, norm_bias, w_qkv, b_qkv[0]))
+    # every query is a real one, so that each row of the result is finite; what is padding is no key
+    lengths = None if tokens == t else (jnp.full(b, t, jnp.int32), jnp.full(b, tokens, jnp.int32))
     o = jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation(q.dtype, q.shape[-1])
+        q,
+        k,
+        v,
+        query_seq_lengths=lengths and lengths[0],
+        key_value_seq_lengths=lengths and lengths[1],
+        implementation=implementation(q.dtype, q.shape[-1]),
     )
-    return close(x, o, w_out, b_out)
+    return close(x, o.reshape(b * t, -1), w_out, b_qkv[2], b_out).reshape(b, t, d)
+
+
+def rounded(x, dtype):
+    """x in dtype, in memory too: XLA, free to keep more digits, would write it for the next norm in float32 beside."""
+    return lax.optimization_barrier(x.astype(dtype))
+
+
+def dropped(y, t: int, dropout, site: int, tokens: int, column=0):
+    """Dropout of rows y [B * T, K], of which `tokens` of every T are tokens."""
+    if dropout is None:
+        return y
+    return drop.apply(y.reshape(-1, t, y.shape[-1]), dropout, site, column, tokens=tokens).reshape(y.shape)
 
 
 def implementation(dtype, head_width: int) -> Literal["cudnn", "xla"]:

@@ -1,18 +1,23 @@
 """The MLP half of a block on a GPU: XLA's products, rounded to x's dtype where they are made; `kernels/attention/gpu.py` says why.
 
-The backward pass keeps x and the hidden layer's product, in x's dtype, and computes what is elementwise again.
+The backward pass keeps x, its rows' statistics and the hidden layer's product, and computes what is elementwise again.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from kernels import dropout as drop
-from kernels.attention.gpu import again, product
-from kernels.layer_norm.reference import layer_norm
+from kernels.attention.gpu import again, dropped, product, rounded
+from kernels.launch import vary_alike
+from kernels.layer_norm.gpu import layer_norm
 
 
-def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh", dropout=None, share=1.0):
-    """As `reference.mlp_half`: the same arguments, the same result to rounding."""
+def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh", dropout=None, share=1.0, tokens=None):
+    """As `reference.mlp_half`: the same arguments, the same result to rounding. tokens: as in the attention half."""
+    b, t, d = x.shape
+    tokens = tokens or t
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     @again
@@ -21,9 +26,31 @@ def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh",
 
     @again
     def close(x, a, b_in, w_out, b_out):
-        h = jax.nn.gelu(a.astype(wide) + b_in, approximate=gelu == "tanh")
-        h = drop.apply(h, dropout, drop.MLP_HIDDEN, column=0 if dropout is None else dropout.column).astype(x.dtype)
+        h = _gelu(_plus(wide, *vary_alike(a, b_in)), gelu)
+        h = dropped(h, t, dropout, drop.MLP_HIDDEN, tokens, 0 if dropout is None else dropout.column).astype(x.dtype)
         y = product(h, w_out).astype(wide) + share * b_out
-        return (share * x.astype(wide) + drop.apply(y, dropout, drop.MLP_OUT)).astype(x.dtype)
+        return rounded(share * x.astype(wide) + dropped(y, t, dropout, drop.MLP_OUT, tokens), x.dtype)
 
-    return close(x, project(x, norm_scale, norm_bias, w_in), b_in, w_out, b_out)
+    x = x.reshape(b * t, d)
+    return close(x, project(x, norm_scale, norm_bias, w_in), b_in, w_out, b_out).reshape(b, t, d)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _plus(wide, a, bias):
+    return a.astype(wide) + bias
+
+
+def _plus_backward(wide, kept, g):
+    # the bias's gradient is the sum of the product's, read as that is rounded: else XLA writes it once more, in float32
+    g = rounded(g, kept.dtype)
+    return g, g.astype(wide).sum(0)
+
+
+_plus.defvjp(lambda wide, a, bias: (_plus(wide, a, bias), jnp.zeros((), a.dtype)), _plus_backward)
+
+
+def _gelu(x, form: str):
+    if form == "erf":
+        return jax.nn.gelu(x, approximate=False)
+    # (1 + tanh(u)) / 2 is the logistic function of 2u: an exponential, where tanh is a quotient of polynomials
+    return x * jax.nn.sigmoid((8 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))

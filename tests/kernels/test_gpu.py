@@ -16,10 +16,16 @@ import vitcore
 from kernels.attention import gpu as attention_gpu
 from kernels.attention import reference as attention
 from kernels.dropout import Dropout
+from kernels.layer_norm import gpu as layer_norm_gpu
+from kernels.layer_norm import reference as layer_norm
 from kernels.mlp import gpu as mlp_gpu
 from kernels.mlp import reference as mlp
+from kernels.patch_embed import gpu as patch_embed_gpu
+from kernels.patch_embed import reference as patch_embed
 from tests import oracle
+from train import mesh as meshes
 from vitcore.ops import resolve
+from vitcore.sharding import MeshShape
 
 
 def arrays(b, t, d, columns, parts, dtype, seed):
@@ -32,6 +38,13 @@ def arrays(b, t, d, columns, parts, dtype, seed):
     rest = (*rest, r.standard_normal((columns, d)) / columns**0.5, r.standard_normal(d) * 0.3)
     x = jnp.asarray(r.standard_normal((b, t, d)) * 1.3 + 0.2, dtype)
     return (x, *(jnp.asarray(a, jnp.float32) for a in rest))
+
+
+@pytest.fixture(autouse=True)
+def whole_float32():
+    """A GPU multiplies float32 in TF32 unless told otherwise: then two right results differ by more than these tests allow."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 CASES = {
@@ -63,6 +76,63 @@ def test_mlp_agrees_with_the_reference(gelu, t, dtype, rate, share, seed):
     args = arrays(2, t, 64, 128, 1, dtype, seed)
     options = {"gelu": gelu, "share": share, "dropout": mask(rate, seed)}
     oracle.check(partial(mlp_gpu.mlp_half, **options), partial(mlp.mlp_half, **options), args)
+
+
+@settings(max_examples=4)
+@given(parts=st.sampled_from([(4, 8, 3), (1, 16, 1)]), cls=st.booleans(), **CASES)
+def test_patch_embedding_agrees_with_the_reference(parts, cls, t, dtype, rate, share, seed):
+    p, d, c = parts
+    r = np.random.default_rng(seed)
+    shapes = ((2, 2 * p, t * p, c), (p, p, c, d), (d,), *([(d,)] if cls else []), (2 * t + cls, d))
+    images, kernel, *rest = (jnp.asarray(r.standard_normal(s), jnp.float32) for s in shapes)
+    args = (images.astype(dtype), kernel / (p * p * c) ** 0.5, *rest)
+
+    def run(f):
+        return lambda i, k, b, *more: f(i, k, b, more[0] if cls else None, more[-1], dropout=mask(rate, seed))
+
+    oracle.check(run(patch_embed_gpu.patch_embed), run(patch_embed.patch_embed), args)
+
+
+@settings(max_examples=4)
+@given(mean=st.sampled_from([0.0, 30.0]), **CASES)
+def test_layer_norm_agrees_with_the_reference(mean, t, dtype, rate, share, seed):
+    x, scale, bias, *_ = arrays(2, t, 64, 8, 1, dtype, seed)
+    oracle.check(layer_norm_gpu.layer_norm, layer_norm.layer_norm, (x.reshape(-1, 64) + jnp.asarray(mean, dtype), scale, bias))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_rows_behind_the_tokens_are_nothing(rate):
+    """Whatever they hold: the tokens' results and all gradients are as without them, their own gradient is zero."""
+    t, more = 5, 3
+    options = {"dropout": mask(rate, 1)}
+    x, *rest = arrays(2, t, 32, 32, 3, jnp.float32, 0)
+    _, *mlp_rest = arrays(2, t, 32, 64, 1, jnp.float32, 0)
+    padded = jnp.concatenate([x, jnp.full((2, more, 32), 7.0)], 1)
+    for half, w in ((partial(attention_gpu.attention_half, num_heads=2), rest), (mlp_gpu.mlp_half, mlp_rest)):
+        expected, pull = jax.vjp(lambda x, w, half=half: half(x, *w, **options), x, w)
+        out, pull_padded = jax.vjp(lambda x, w, half=half: half(x, *w, tokens=t, **options)[:, :t], padded, w)
+        g = jax.random.normal(jax.random.key(0), out.shape)
+        (dx, dw), (dx_padded, dw_padded) = pull(g), pull_padded(g)
+        for found, want in ((out, expected), (dx_padded[:, :t], dx), *zip(dw_padded, dw, strict=True)):
+            np.testing.assert_allclose(found, want, atol=1e-4)
+        assert not dx_padded[:, t:].any()
+
+
+@pytest.mark.parametrize(("mesh", "remat"), [((1, 1), 0), ((2, 2), 0), ((1, 1), 1), ((2, 2), 2)])
+def test_the_model_on_these_ops_is_the_reference_s(mesh, remat):
+    """Five tokens, of which a sixth is made; blocks one after the other; dropout's masks, and gradients on a mesh."""
+    config = vitcore.variant("ViT-Nano/4", image_size=8, num_classes=3, depth=2, dropout=0.2)
+    params = vitcore.init(jax.random.key(0), config)
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
+    images, key = jax.random.normal(jax.random.key(2), (4, 8, 8, 3)), jax.random.key(3)
+    on, _ = meshes.make(MeshShape(*mesh))
+
+    def loss(params, ops, remat):
+        return jnp.square(vitcore.apply_on(on, config, ops=ops, remat=remat)(params, images, key)).sum()
+
+    expected = jax.jit(jax.value_and_grad(partial(loss, ops=vitcore.REFERENCE, remat=0)))(params)
+    found = jax.jit(jax.value_and_grad(partial(loss, ops=vitcore.GPU, remat=remat)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), found, expected)
 
 
 @pytest.mark.parametrize("t", [5, 6])
