@@ -35,7 +35,7 @@ class Feed:
         except StopIteration:
             return None
 
-    def next(self, give_up: Callable[[], bool] = lambda: False, *, more: bool = True):
+    def next(self, give_up: Callable[[], bool] = lambda: False, *, more: bool = True) -> Any:
         """The next batch; None where the iterator has ended, or as soon as `give_up` says so. more: draw another ahead.
 
         Raises what the iterator raises.
