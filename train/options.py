@@ -157,6 +157,8 @@ def as_options(cls, program: str, path: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
     known = {field.name for field in dataclasses.fields(cls)}
+    if isinstance(values, dict) and "init" in values:
+        values.pop("vit", None)  # what a fine-tuned model is, for who opens it: made from the rest
     if not isinstance(values, dict) or (unknown := set(values) - known):
         what = f"has no option {', '.join(sorted(unknown))}" if isinstance(values, dict) else "holds no options"
         raise ValueError(f"--config {path}: {program} {what}: give the config.json of a run")

@@ -62,6 +62,11 @@ def test_a_run_starts_at_the_weights_with_a_new_head(weights, whole, capsys):
     assert np.abs(found.params["head"]["kernel"]).max() > 0
 
 
+def test_config_json_runs_again_to_the_same_numbers(whole, tmp_path):
+    run("--config", whole / "config.json", "--out", tmp_path / "again")
+    assert [line["loss"] for line in records(tmp_path / "again")] == [line["loss"] for line in records(whole)]
+
+
 def test_the_first_step_is_sgd_on_the_loaded_weights(weights, tmp_path):
     """One update, done again here with optax on one device: momentum, clipping, warm-up, head, and all the rest."""
     argv = [
