@@ -19,13 +19,12 @@ from typing import Any, Literal
 import numpy as np
 
 from train import distributed, scores
-from train import mesh as meshes
-from train.job import JobOptions, end, guard
-from train.options import parse
+from train.job import end, guard, say
+from train.options import MeshOptions, check_init, check_numbers, parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(JobOptions):
+class Evaluate(MeshOptions):
     """Top-1 and top-5 accuracy of a model, ReaL, ObjectNet, and every class."""
 
     init: str = ""
@@ -35,16 +34,13 @@ class Evaluate(JobOptions):
     real: str | None = None
     """real.json: ReaL labels of ImageNet's validation images."""
     objectnet: str | None = None
-    """The mappings directory of ObjectNet, or a JSON file {folder: [ImageNet classes]}; the data are its folders."""
+    """The mappings directory of ObjectNet, or a JSON file {folder: [ImageNet classes]}; the data are its folders, which Pillow
+    reads."""
     image_size: int | None = None
     """Default: the model's; the position embedding is fitted to it."""
     preprocess: Literal["resize", "center"] = "resize"
     gelu: Literal["tanh", "erf"] | None = None
-    mesh: str | None = None
     batch_size: int = 256
-    threads: int | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
     out: str | None = None
     """Directory for evaluation.json and confusion.png. Default: evaluation/ in the run, or beside the file."""
 
@@ -91,22 +87,18 @@ def run(args: Evaluate) -> dict:
     from train.data import open_source
     from train.frozen import Reader, make_predict, put_params
     from train.pretrained import open_pretrained
-    from vitcore.ops import BY_NAME
     from vitcore.sharding import MeshShape, check_mesh
 
-    if not args.init:
-        raise ValueError("--init is required: an .npz, a .safetensors or the directory of a run")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: a positive number is required")
+    check_init(args.init)
+    check_numbers(args)
     if args.real and args.objectnet:
         raise ValueError("--real and --objectnet belong to different images: give one of them")
-    shape = None if args.mesh is None else meshes.parse(args.mesh)
     args.join()
-    meshes.prepare(shape, distributed.count())
     real = None if args.real is None else scores.read_real(args.real)
     mapped = None if args.objectnet is None else scores.read_objectnet(args.objectnet)
     source: Any = open_source(args.data, args.split)
-    mesh, where = meshes.make(shape)
+    mesh, where = args.make_mesh()
+    ops = args.choose_ops(mesh, where)
     model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu)
     config = model.config
     check_mesh(config, MeshShape.of(mesh))
@@ -122,18 +114,16 @@ def run(args: Evaluate) -> dict:
     names = [source.example_name(i) for i in range(len(source))] if real is not None else []
     wanted = None if real is None else scores.real_labels(real, names, config.num_classes)
 
-    reader = Reader(
-        batch_size=-(-args.batch_size // mesh.shape["data"]) * mesh.shape["data"], preprocess=args.preprocess, threads=args.threads
-    )
-    predict = make_predict(config, mesh, ops=None if args.ops == "auto" else BY_NAME[args.ops], dtype=jnp.dtype(args.dtype))
+    reader = Reader(batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder)
+    predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype))
     params = put_params(model.params, config, mesh)
     best, labels = reader.all(lambda images: predict(params, images), source, config, mesh)
     result = measure(best, labels, source.classes, config.num_classes, wanted, mapped)
     if distributed.rank() == 0:
-        print(f"{model.about} on {source.name}; {where}; {len(labels)} images")
+        say(f"{model.about} on {source.name}; {where}; {len(labels)} images")
         for line in describe(result):
-            print(line)
-        print(write(result, best, labels, source.classes, args, mapped is None))
+            say(line)
+        say(write(result, best, labels, source.classes, args, mapped is None))
     return result
 
 

@@ -1,4 +1,4 @@
-"""Batches drawn in a thread, so that waiting for them can be interrupted."""
+"""Batches drawn in a thread and sent on to the device from there: they travel while a step runs, and a wait can be interrupted."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,15 +11,16 @@ _GRACE = 2.0  # seconds that the end waits for a batch in the making
 
 
 class Feed:
-    """The batches of an iterator, one drawn ahead.
+    """The batches of an iterator, one drawn and placed ahead.
 
-    batches: an iterator that may have `get_state` and `close`. `state` is that of the batches given out so far, not of those drawn.
+    batches: an iterator that may have `get_state` and `close`. place: what the thread makes of each; `on_mesh` sends it to the
+    devices, which then hold one batch more. `state` is that of the batches given out so far, not of those drawn.
     Use as a context manager: leaving closes the iterator, unless a draw does not end within two seconds: then `stuck` is True and
     the caller has a thread that an ordinary exit of the process would wait for.
     """
 
-    def __init__(self, batches: Iterator):
-        self._batches = batches
+    def __init__(self, batches: Iterator, place: Callable[[Any], Any] = lambda batch: batch):
+        self._batches, self._place = batches, place
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: Future | None = None
         self.state: Any = self._state()
@@ -30,11 +31,11 @@ class Feed:
 
     def _draw(self):
         try:
-            return next(self._batches), self._state()
+            return self._place(next(self._batches)), self._state()
         except StopIteration:
             return None
 
-    def next(self, give_up: Callable[[], bool] = lambda: False, *, more: bool = True):
+    def next(self, give_up: Callable[[], bool] = lambda: False, *, more: bool = True) -> Any:
         """The next batch; None where the iterator has ended, or as soon as `give_up` says so. more: draw another ahead.
 
         Raises what the iterator raises.

@@ -22,9 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from train import mesh as meshes
-from train.job import JobOptions, end, guard
-from train.options import parse
+from train.job import end, guard
+from train.options import MeshOptions, check_numbers, parse
 
 BIAS = 100.0
 L2 = 2.0**10
@@ -125,7 +124,8 @@ def measure(read: Callable[[Any], np.ndarray], train, test, protocol: Protocol) 
 
 def probe(
     config, mesh, train, test, *, protocol: Protocol | None = None, batch_size: int = 256, preprocess: str = "resize",
-    threads: int | None = None, ops=None, dtype=None, read: Literal["pre-logits", "representation"] = "pre-logits",
+    threads: int | None = None, decoder: str = "pillow", ops=None, dtype=None,
+    read: Literal["pre-logits", "representation"] = "pre-logits",
 ) -> Callable[[Any], dict[str, float]]:  # fmt: skip
     """A function of parameters on `mesh` -> {"fewshot_5": accuracy, ...}: the measurement that pre-training takes as it goes.
 
@@ -140,7 +140,7 @@ def probe(
     for k in protocol.shots:
         draw(np.asarray(train.labels()), k, train.classes, 0)
     features = make_features(config, mesh, ops=ops, dtype=dtype or jnp.float32, read=read)
-    reader = Reader(batch_size=batch_size, preprocess=preprocess, threads=threads)
+    reader = Reader(batch_size=batch_size, preprocess=preprocess, threads=threads, decoder=decoder)
 
     def run(params) -> dict[str, float]:
         found = measure(lambda s: reader.all(lambda images: features(params, images), s, config, mesh)[0], train, test, protocol)
@@ -153,7 +153,7 @@ def probe(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fewshot(JobOptions):
+class Fewshot(MeshOptions):
     """Few-shot accuracy of a frozen model: closed-form ridge regression from its features."""
 
     init: str | None = None
@@ -179,11 +179,7 @@ class Fewshot(JobOptions):
     preprocess: Literal["resize", "center"] | None = None
     """Default: centre crop (256 to 224), but direct resize for the digits."""
     gelu: Literal["tanh", "erf"] | None = None
-    mesh: str | None = None
     batch_size: int = 256
-    threads: int | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
     out: str | None = None
     """A JSON file for the result."""
 
@@ -208,22 +204,17 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     from train.frozen import Reader, make_features, put_params
     from train.pretrained import open_pretrained
     from vitcore.config import ViTConfig
-    from vitcore.ops import BY_NAME
 
-    shape = None if args.mesh is None else meshes.parse(args.mesh)
+    check_numbers(args)
     args.join()
-    meshes.prepare(shape, distributed.count())
     protocol = Protocol(shots=tuple(args.shots), seeds=args.seeds, l2=args.l2, whiten=args.whiten, bias=args.bias)
     if args.init is None and args.features != "pixels":
         raise ValueError("--init is required: an .npz, a .safetensors or a run's directory; only --features pixels has no model")
     train, test = open_source(args.data, args.train_split), open_source(args.data, args.test_split)
     check_classes(train, test)
-    mesh, where = meshes.make(shape)
-    reader = Reader(
-        batch_size=-(-args.batch_size // mesh.shape["data"]) * mesh.shape["data"],
-        preprocess=args.preprocess or ("resize" if train.augment == "digits" else "center"),
-        threads=args.threads,
-    )
+    mesh, where = args.make_mesh()
+    preprocess = args.preprocess or ("resize" if train.augment == "digits" else "center")
+    reader = Reader(batch_size=args.batch_size, preprocess=preprocess, threads=args.threads, decoder=args.decoder)
     channels = train[0].image.shape[2]
     if args.features == "pixels":
         side = args.image_size or train[0].image.shape[0]
@@ -236,7 +227,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu)
         config, about = model.config, model.about
         params = put_params(model.params, config, mesh)
-        ops = None if args.ops == "auto" else BY_NAME[args.ops]
+        ops = args.choose_ops(mesh, where)
         function = make_features(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), read=args.features, block=args.block)
 
         def features(images):

@@ -13,29 +13,24 @@ A run leaves what pre-training leaves, and resumes likewise. A sweep is a direct
 each of its runs resumes, and those that are done are not done again.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from train import distributed, recipes
-from train import mesh as meshes
-from train.job import JOB_PLACEMENT, JobOptions, check_claim, claim, end, guard, locked, place
-from train.options import parse
+from train import distributed, job, recipes
+from train.job import check_claim, end, guard, locked, say, stopped
+from train.options import PLACEMENT, TrainOptions, check_init, check_numbers, parse
 from train.signals import Stop, interruptible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(JobOptions):
+class Finetune(TrainOptions):
     """Fine-tune a Vision Transformer. Whatever is not given comes from the recipe (paper Table 4)."""
 
     init: str = ""
@@ -52,8 +47,6 @@ class Finetune(JobOptions):
     """Train on all but the recipe's share of --split, measure on that share."""
     sweep: bool = False
     """The grid on the dev split, then the best rate on all of --split, several times."""
-    mesh: str | None = None
-    """DATAxMODEL devices, as in train.pretrain."""
     out: str | None = None
     """Directory of the run or sweep. Default: runs/ and a name made from the configuration."""
     config: str | None = None
@@ -63,7 +56,6 @@ class Finetune(JobOptions):
     """Of order, augmentation and dropout; the runs of a sweep take this and the following ones."""
     steps: int | None = None
     batch_size: int | None = None
-    accumulate: int = 1
     learning_rate: float | None = None
     """Of one run. Default: the third of the recipe's grid."""
     learning_rates: tuple[float, ...] = ()
@@ -87,21 +79,6 @@ class Finetune(JobOptions):
     """Default: tanh for the release's files and our runs, erf for timm's and transformers' naming."""
     augment: Literal["inception", "digits", "none"] | None = None
     preprocess: Literal["resize", "center"] = "resize"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
-    remat: bool = False
-    threads: int | None = None
-    workers: int = 0
-    log_every: int | None = None
-    eval_every: int | None = None
-    checkpoint_every: int | None = None
-    keep: int = 1
-    """Newest checkpoints that stay."""
-
-
-# What may differ between a run and its continuation: where and how it runs, not what it computes.
-_PLACEMENT = "out config mesh ops remat accumulate threads workers log_every eval_every checkpoint_every keep"
-PLACEMENT = JOB_PLACEMENT | frozenset(_PLACEMENT.split())
 
 
 def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None = None) -> Finetune:
@@ -111,23 +88,16 @@ def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None 
     """
     from train import data
 
-    if not args.init:
-        raise ValueError("--init is required: an .npz, a .safetensors or the directory of a run")
+    check_init(args.init)
     name = args.recipe or ("digits" if args.data.startswith("digits") else "imagenet")
     recipe = recipes.finetune_recipe(name, width=width, patch_size=patch_size)
 
     def given(value, default):
         return default if value is None else value
 
-    positive = "accumulate log_every eval_every checkpoint_every keep threads steps batch_size image_size runs"
-    for option in positive.split():
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise ValueError(f"--{option.replace('_', '-')} {value}: a positive number is required")
-    if args.seed < 0 or args.seed >= 2**62 or args.workers < 0:
-        raise ValueError(f"--seed {args.seed}, --workers {args.workers}: numbers from 0 on are required, seeds below 2**62")
-    for option, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{option.replace('_', '-')} {value}: a finite number is required")
+    check_numbers(args, positive="runs")
+    if args.seed >= 2**62:
+        raise ValueError(f"--seed {args.seed}: a seed below 2**62 is required")
     if args.dev and args.sweep:
         raise ValueError("--dev and --sweep: a sweep makes its own dev split; give one of them")
     steps = given(args.steps, recipe.steps)
@@ -176,15 +146,12 @@ def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None 
 
 def identity(args: Finetune) -> dict:
     """What makes a resolved run the run it is, and no other: JSON-able."""
-    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k not in PLACEMENT}))
+    return job.identity(args, PLACEMENT)
 
 
 def directory(args: Finetune):
     """Where the run lives: --out, or runs/finetune-INIT-RECIPE-HASH."""
-    if args.out is not None:
-        return place(args.out)
-    digest = hashlib.sha256(json.dumps(identity(args), sort_keys=True).encode()).hexdigest()[:8]
-    return place("runs") / f"finetune-{Path(args.init).stem}-{args.recipe}-{digest}".replace("/", "_")
+    return job.directory(args.out, f"finetune-{Path(args.init).stem}-{args.recipe}", identity(args))
 
 
 def dev_splits(split: str, share: float) -> tuple[str, str]:
@@ -226,7 +193,6 @@ class Bench:
     where: str
     ops: Any
     pretrained: Any
-    say: Any
     stop: Stop | None
 
 
@@ -235,19 +201,16 @@ def prepare(args: Finetune, stop: Stop | None = None, *, join: bool = True) -> t
 
     Raises ValueError for whatever a user can mend.
     """
+    from train.build import check_fit
     from train.data import open_source
     from train.pretrained import open_pretrained
-    from vitcore.ops import BY_NAME
-    from vitcore.ops import resolve as resolve_ops
-    from vitcore.sharding import MeshShape, check_mesh
 
-    shape = None if args.mesh is None else meshes.parse(args.mesh)
     if join:
         args.join()
-    meshes.prepare(shape, distributed.count())
     resolve(args)  # its errors first: they cost nothing
     classes = open_source(args.data, args.split).classes
-    mesh, where = meshes.make(shape)
+    mesh, where = args.make_mesh()
+    ops = args.choose_ops(mesh, where)
     found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu)
     full = resolve(args, width=found.config.width, patch_size=found.config.patch_size)
     opened = open_pretrained(
@@ -255,80 +218,46 @@ def prepare(args: Finetune, stop: Stop | None = None, *, join: bool = True) -> t
     )
     opened = opened._replace(config=dataclasses.replace(opened.config, dropout=args.dropout))
     full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=opened.config.gelu)
-    check_mesh(opened.config, MeshShape.of(mesh))
-    parts = mesh.shape["data"] * full.accumulate
-    if (full.batch_size or 0) % parts:
-        raise ValueError(
-            f"--batch-size {full.batch_size} is not divisible by the data axis of {mesh.shape['data']} "
-            f"times --accumulate {full.accumulate}: use a multiple of {parts}"
-        )
-    ops = resolve_ops(None if full.ops == "auto" else BY_NAME[full.ops])
-    say = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None
-    return full, Bench(mesh=mesh, where=where, ops=ops, pretrained=opened, say=say, stop=stop)
+    check_fit(full, opened.config, mesh, opened.about)
+    return full, Bench(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop)
 
 
 def fine_tune(args: Finetune, out, bench: Bench):
     """One run of resolved options in directory `out`: on args.split, measured on args.test_split. The loop's Result."""
-    import jax.numpy as jnp
-
-    from train.data import check_classes, eval_batches, open_source, train_batches
-    from train.frozen import put_params
-    from train.loop import Run, train
+    from train.build import make_run, step_options
+    from train.data import check_classes, open_source
+    from train.loop import train
     from train.optim import schedule
-    from train.step import StepOptions, TrainState, shardings, state_specs
 
     full: Any = args
-    mesh, config = bench.mesh, bench.pretrained.config
     source, held_out = open_source(full.data, full.split), open_source(full.data, full.test_split)
     check_classes(source, held_out)
     rate = schedule(base_lr=full.learning_rate, total_steps=full.steps, warmup_steps=full.warmup_steps, decay="cosine")
     tx = sgd(rate, momentum=full.momentum, dtype=full.momentum_dtype)
-    images = dict(image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh))
-    batches = train_batches(
-        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, workers=full.workers, **images
+    who, config = identity(full), bench.pretrained.config
+    spec = make_run(
+        full, out, who, _described(full, config), sources=(source, held_out), config=config, mesh=bench.mesh,
+        tx=tx, learning_rate=rate, options=step_options(full, bench.ops), early_stop=0,
+        start=lambda: _start(bench.pretrained, bench.mesh, tx, polyak=bool(full.polyak)),
     )  # fmt: skip
-    eval_size = min(full.batch_size // full.accumulate, -(-len(held_out) // mesh.shape["data"]) * mesh.shape["data"])
-    options = StepOptions(
-        ops=bench.ops, dtype=jnp.dtype(full.dtype), remat=full.remat, accumulate=full.accumulate,
-        label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed,
-    )  # fmt: skip
-
-    def start() -> TrainState:
-        specs = state_specs(config, mesh, tx, polyak=bool(full.polyak))
-
-        def rest(params):
-            average = jax.tree.map(jnp.copy, params) if full.polyak else None
-            return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params), average)
-
-        return jax.jit(rest, out_shardings=shardings(mesh, specs))(put_params(bench.pretrained.params, config, mesh))
-
-    who, first = identity(full), distributed.rank() == 0
-    if first:
+    if distributed.rank() == 0:
         check_claim(out, who)
-    run = Run(
-        directory=out,
-        config=config,
-        mesh=mesh,
-        tx=tx,
-        learning_rate=rate,
-        options=options,
-        batches=batches,
-        validation=lambda: eval_batches(held_out, batch_size=eval_size, preprocess=full.preprocess, **images),
-        batch_size=full.batch_size,
-        total_steps=full.steps,
-        log_every=full.log_every,
-        eval_every=full.eval_every,
-        checkpoint_every=full.checkpoint_every,
-        keep=full.keep,
-        early_stop=0,
-        config_json=_described(full, config),
-        identity=who,
-        start=start,
-        claim=lambda: claim(out, who, _described(full, config)),
-        step_timeout=full.step_timeout,
-        bad_steps=full.bad_steps,
-    )
-    return train(run, bench.say, stop=bench.stop)
+    return train(spec, say, stop=bench.stop)
+
+
+def _start(pretrained, mesh, tx, *, polyak: bool):
+    """The TrainState at step 0 with pretrained parameters."""
+    import jax.numpy as jnp
+
+    from train.frozen import put_params
+    from train.step import TrainState, shardings, state_specs
+
+    def rest(params):
+        average = jax.tree.map(jnp.copy, params) if polyak else None
+        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params), average)
+
+    specs = state_specs(pretrained.config, mesh, tx, polyak=polyak)
+    return jax.jit(rest, out_shardings=shardings(mesh, specs))(put_params(pretrained.params, pretrained.config, mesh))
 
 
 def _described(args: Finetune, config) -> dict:
@@ -354,21 +283,18 @@ def run(args: Finetune, stop: Stop | None = None):
     from train.sweep import dev_run, sweep
 
     full, bench = prepare(args, stop)
-    out, first = directory(full), distributed.rank() == 0
+    out = directory(full)
     distributed.agree(configuration=identity(full), code=distributed.code_hash())
-    bench.say(f"{bench.pretrained.about} on {full.data}, {full.split}; {bench.where}; recipe {full.recipe}; {out}")
+    say(f"{bench.pretrained.about} on {full.data}, {full.split}; {bench.where}; recipe {full.recipe}; {out}")
     if full.sweep:
         return sweep(full, out, bench)
     if full.dev:
         full = dev_run(full)
-    with locked(out) if first else contextlib.nullcontext():
+    with locked(out):
         result = fine_tune(full, out, bench)
-    if result.asked_to_stop:
-        bench.say(f"asked to stop at step {result.steps}: the same command resumes there; {out}")
-        if result.stuck:
-            end(0, now=True)
+    if stopped(result, out):
         return None
-    bench.say(
+    say(
         f"finished at step {result.steps}: {result.correct} of {result.count} images of {full.test_split} right, "
         f"{result.accuracy:.2%}; {out / 'curves.png'}"
     )

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from train import mesh as meshes
 from train.data import Source, eval_batches
+from train.data.device import on_mesh, to_unit
+from train.feed import Feed
 from train.step import shardings
 from vitcore.config import ViTConfig
 from vitcore.model import encode, forward, represent
@@ -27,29 +29,25 @@ from vitcore.sharding import MeshShape, gather, partition_specs
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """How images are brought to a model. preprocess: a key of PREPROCESSES. threads: that decode; None chooses."""
+    """How images are brought to a model. batch_size: rounded up to what divides over the mesh. preprocess: a key of PREPROCESSES.
+    threads: that decode; None chooses. decoder: a key of DECODERS."""
 
     batch_size: int
     preprocess: str = "resize"
     threads: int | None = None
+    decoder: str = "pillow"
 
     def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray]]:
         """Yields (fn(images) without padding, labels), batch after batch; fn returns a tree of arrays [B, ...]."""
-        shard = meshes.data_shard(mesh)
-        place = NamedSharding(mesh, P("data"))
-        size = min(self.batch_size, -(-len(source) // mesh.shape["data"]) * mesh.shape["data"])
-
-        def put(array):
-            return jax.make_array_from_process_local_data(place, array, (array.shape[0] * shard[1], *array.shape[1:]))
-
+        size = meshes.whole_rows(min(self.batch_size, len(source)), mesh)
         whole = jax.jit(lambda *arrays: arrays, out_shardings=NamedSharding(mesh, P()))
         batches = eval_batches(
             source, image_size=config.image_shape[0], channels=config.channels, batch_size=size,
-            preprocess=self.preprocess, shard=shard, threads=self.threads,
+            preprocess=self.preprocess, shard=meshes.data_shard(mesh), threads=self.threads, decoder=self.decoder, pixels="uint8",
         )  # fmt: skip
-        with batches:
-            for batch in batches:
-                found, labels, weights = whole(fn(put(batch["image"])), put(batch["label"]), put(batch["weight"]))
+        with Feed(batches, on_mesh(mesh)) as feed:
+            while (batch := feed.next()) is not None:
+                found, labels, weights = whole(fn(to_unit(batch["image"])), batch["label"], batch["weight"])
                 real = np.asarray(weights) > 0
                 yield jax.tree.map(lambda a, real=real: np.asarray(a)[real], found), np.asarray(labels)[real]
 

@@ -11,13 +11,15 @@ if __name__ == "__main__":
 """
 
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import fsspec
 import jax
@@ -52,9 +54,6 @@ class JobOptions:
         """Joins the other processes of the job, if there are any. Before anything asks for devices."""
         self.check_job()
         distributed.start(distributed.parse(self.distributed), heartbeat=self.heartbeat_timeout, shutdown=self.shutdown_timeout)
-
-
-JOB_PLACEMENT = frozenset(field.name for field in fields(JobOptions))
 
 
 # --- the beginning and the end ----------------------------------------------------------------------------------------------
@@ -94,6 +93,22 @@ def guard(program: str, work: Callable[[Stop], None]) -> int:
     return code
 
 
+def say(line: str) -> None:
+    """A line on stdout, from process 0."""
+    if distributed.rank() == 0:
+        print(line, flush=True)
+
+
+def stopped(result, out, within: str = "") -> bool:
+    """Whether a run ended because a signal asked it to; says so, and ends the process where a thread would keep it. result: of
+    `train.loop.train`; within: which of several runs, " in dev/lr-0.1"."""
+    if result.asked_to_stop:
+        say(f"asked to stop{within} at step {result.steps}: the same command resumes there; {out}")
+        if result.stuck:
+            end(0, now=True)
+    return result.asked_to_stop
+
+
 def end(code: int, *, now: bool = False) -> None:
     """Ends the process. After a failure, or `now`, at once: an ordinary exit would wait for threads of a failed write, for the
     other processes, or for data that never come, and there is nothing left to save."""
@@ -118,6 +133,19 @@ def place(out) -> epath.Path:
         except ImportError:
             raise ValueError(f"--out {out}: gs:// needs gcsfs and google-cloud-storage: pip install 'vitcore[gcs]'") from None
     return epath.Path(os.fspath(out))
+
+
+def identity(args, placement: frozenset[str]) -> dict:
+    """What makes a run of resolved options the run it is, and no other: all but `placement`, JSON-able."""
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k not in placement}))
+
+
+def directory(out: str | None, name: str, identity: dict) -> epath.Path:
+    """Where a run lives: --out, or runs/NAME-HASH, the same for the same identity."""
+    if out is not None:
+        return place(out)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return place("runs") / f"{name}-{digest}".replace("/", "_")
 
 
 def check_claim(out: epath.Path, identity: dict) -> None:
@@ -156,11 +184,11 @@ def claim(out: epath.Path, identity: dict, config: dict) -> None:
 
 @contextlib.contextmanager
 def locked(out: epath.Path):
-    """Keeps other processes of this machine out of a run's directory, which is made. ValueError where one is in it.
+    """Keeps other jobs of this machine out of a run's directory, which is made. ValueError where one is in it. Process 0 does it.
 
     On gs:// there is no lock: there the scheduler must see to it that a run runs once.
     """
-    if "://" in str(out):
+    if "://" in str(out) or distributed.rank():
         yield
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -16,14 +16,12 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from train import distributed
-from train import mesh as meshes
 from train.checkpoint import Checkpoints, abstract
 from train.data import EvalBatches, TrainBatches
-from train.data.device import to_unit
+from train.data.device import on_mesh, to_unit
 from train.feed import Feed
 from train.job import place
 from train.metrics import Recorder, Silence
@@ -160,9 +158,7 @@ class _Loop:
         self.stop, self.stack = stop, stack
         self.stopping = False
         self.any_asked = distributed.AnyProcess(run.mesh)
-        self.place = NamedSharding(run.mesh, P("data"))
-        self.to_unit = jax.jit(to_unit)
-        _, self.shards = meshes.data_shard(run.mesh)
+        self.place = on_mesh(run.mesh)
         self.step_fn = make_train_step(run.config, run.mesh, run.tx, run.options)
         self.eval_fn = make_eval_step(run.config, run.mesh, run.options)
         self.simulated = run.mesh.devices.flat[0].platform == "cpu"
@@ -179,28 +175,13 @@ class _Loop:
         """While waiting for data. A process among several cannot leave there: the others are in a step that it must take."""
         return distributed.count() == 1 and self.stop.asked
 
-    def put(self, array):
-        """This process's rows as the global array."""
-        return jax.make_array_from_process_local_data(self.place, array, (array.shape[0] * self.shards, *array.shape[1:]))
-
-    def put_images(self, array):
-        """[B, Y, X, C] in [-1, 1]; pixels travel as they are on the host, mostly bytes."""
-        return self.to_unit(self.put(array))
-
-    def put_labels(self, batch):
-        """What `StepOptions.losses` takes: the labels, or with MixUp two of them and the first one's share."""
-        return (
-            tuple(self.put(batch[k]) for k in ("label", "other_label", "share")) if "share" in batch else self.put(batch["label"])
-        )
-
     def evaluate(self) -> dict[str, float] | None:
         """Sums over the validation set, or None if a signal came in between."""
         params = self.state.params if self.state.average is None else self.state.average
         total = {"count": 0.0, "correct": 0.0, "loss": 0.0}
-        with Feed(self.spec.validation()) as feed:
+        with Feed(self.spec.validation(), self.place) as feed:
             while (batch := feed.next(self.alone_and_asked)) is not None:
-                image, label, weight = self.put_images(batch["image"]), self.put(batch["label"]), self.put(batch["weight"])
-                sums = self.eval_fn(params, image, label, weight)
+                sums = self.eval_fn(params, to_unit(batch["image"]), batch["label"], batch["weight"])
                 total = {key: total[key] + float(sums[key]) for key in total}
                 self.watchdog.beat(f"evaluating after step {self.now.step}")
                 if self.asked():
@@ -213,7 +194,7 @@ class _Loop:
         run, stack = self.spec, self.stack
         directory = place(run.directory) / "checkpoints"
         fresh = distributed.broadcast(not directory.exists())
-        self.feed = stack.enter_context(Feed(run.batches))
+        self.feed = stack.enter_context(Feed(run.batches, self.place))
         self.batch = self.feed.next(self.alone_and_asked, more=False) if fresh else None
         if self.first and fresh:
             run.claim()
@@ -257,7 +238,7 @@ class _Loop:
     def step(self, batch) -> dict:
         check_interrupt()
         self.watchdog.beat(f"taking step {self.now.step + 1}")
-        self.state, metrics = self.step_fn(self.state, self.put_images(batch["image"]), self.put_labels(batch))
+        self.state, metrics = self.step_fn(self.state, to_unit(batch["image"]), batch["label"])
         self.now.step += 1
         self.unseen.append((self.now.step, metrics))
         in_flight = 0 if self.simulated else 1

@@ -80,6 +80,11 @@ def make(shape: MeshShape | None) -> tuple[Mesh, str]:
     return mesh, f"mesh {shape.data}x{shape.model}: {where}{among}"
 
 
+def whole_rows(images: int, mesh: Mesh) -> int:
+    """`images`, rounded up to a number that divides over the data axis."""
+    return -(-images // mesh.shape["data"]) * mesh.shape["data"]
+
+
 def data_shard(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process holds the devices of the index-th of `count` equal blocks of the data axis.
 

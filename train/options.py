@@ -1,14 +1,125 @@
-"""A job's command line: a frozen dataclass of options, filled from --config FILE and then from the words given."""
+"""A job's command line: a frozen dataclass of options, filled from --config FILE and then from the words given.
+
+What jobs share of it: JobOptions (train/job.py) <- MeshOptions, a model on a mesh <- TrainOptions, a model that is trained.
+"""
 
 import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+from jax.sharding import Mesh
+
+from train import distributed
+from train import mesh as meshes
+from train.job import JobOptions
+from vitcore.ops import BY_NAME, Ops
+from vitcore.ops import resolve as resolve_ops
 
 Options = TypeVar("Options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshOptions(JobOptions):
+    """What every job with a model has besides: the devices, the numbers and the code it runs in, and how images are read."""
+
+    mesh: str | None = None
+    """DATAxMODEL devices, e.g. 8x4. A CPU with fewer simulates them. Default: all devices on the data axis."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and matmul operands; parameters, sums and optimizer are float32."""
+    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
+    """reference: einsum through XLA. fused: the Pallas kernels, on a TPU. interpret: the kernels anywhere, slowly."""
+    decoder: Literal["pillow", "simplejpeg"] = "pillow"
+    """simplejpeg: the same pixels, faster; wants the extra [fast]."""
+    threads: int | None = None
+    """That read and decode images. Default: by the source."""
+
+    def join(self) -> None:
+        """As `JobOptions.join`; JAX then knows what devices to simulate, should there be only a CPU."""
+        shape = None if self.mesh is None else meshes.parse(self.mesh)
+        super().join()
+        meshes.prepare(shape, distributed.count())
+
+    def make_mesh(self) -> tuple[Mesh, str]:
+        """The mesh, and one line that says what it lies on."""
+        return meshes.make(None if self.mesh is None else meshes.parse(self.mesh))
+
+    def choose_ops(self, mesh: Mesh, where: str) -> Ops:
+        """What --ops names. ValueError for a TPU's kernels elsewhere. where: what the mesh lies on."""
+        ops = resolve_ops(None if self.ops == "auto" else BY_NAME[self.ops])
+        if ops is BY_NAME["fused"] and mesh.devices.flat[0].platform != "tpu":
+            raise ValueError(f"--ops fused runs on a TPU, {where} here: use --ops reference, or --ops interpret to try the kernels")
+        return ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(MeshOptions):
+    """What every job that trains has besides. Nothing here but the dtype changes what is computed."""
+
+    accumulate: int = 1
+    """Parts in which a batch is worked through, one after the other."""
+    remat: bool = False
+    """Keep only the blocks' inputs for the backward pass: more images fit, a third more arithmetic."""
+    remat_every: int = 1
+    """With --remat: keep every n-th block's input only, n a divisor of the blocks. 2: an eighth more arithmetic again."""
+    workers: int = 0
+    """Processes that read and decode images instead of threads."""
+    bad_share: float = 0.01
+    """Images that cannot be read are replaced and logged; where they are a larger share, the run stops."""
+    log_every: int | None = None
+    """Steps between records. Default: a hundredth of the run, 50 at most."""
+    eval_every: int | None = None
+    """Steps between validations. Default: about twenty in a run."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints. Default: as validations."""
+    keep: int = 1
+    """Newest checkpoints that stay."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this stay as well."""
+
+
+TRAIN_OPTIONS = tuple(field.name for field in dataclasses.fields(TrainOptions))
+# What may differ between a run and its continuation: where and how it runs, not what it computes.
+PLACEMENT = frozenset(TRAIN_OPTIONS) - {"dtype"} | {"out", "config"}
+_POSITIVE = "accumulate remat_every log_every eval_every checkpoint_every keep keep_every threads batch_size image_size steps"
+_NATURAL = "seed workers warmup_steps"
+
+
+def check_numbers(args, *, positive: str = "", natural: str = "") -> None:
+    """Raises ValueError for a number that is not finite, or out of range: positive, or zero at least. None passes.
+
+    positive, natural: names of options that only this job has, beside those that several do.
+    """
+
+    def values(several: str, own: str):
+        names = [*(name for name in several.split() if hasattr(args, name)), *own.split()]
+        return [(name, value) for name in names if (value := getattr(args, name)) is not None]
+
+    for option, value in values(_POSITIVE, positive):
+        if value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {value}: a positive number is required")
+    for option, value in values(_NATURAL, natural):
+        if value < 0:
+            raise ValueError(f"--{option.replace('_', '-')} {value}: zero or a positive number is required")
+    for option, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{option.replace('_', '-')} {value}: a finite number is required")
+    if not 0 <= (share := getattr(args, "bad_share", 0)) <= 1:
+        raise ValueError(f"--bad-share {share}: a share in [0, 1] is required")
+
+
+def check_init(init: str | None) -> None:
+    """Raises ValueError where a job that starts from a model is given none."""
+    if not init:
+        raise ValueError("--init is required: an .npz, a .safetensors or the directory of a run")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------------
 
 
 def parse(cls: type[Options], program: str, argv: list[str]) -> Options:
@@ -46,6 +157,8 @@ def as_options(cls, program: str, path: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
     known = {field.name for field in dataclasses.fields(cls)}
+    if isinstance(values, dict) and "init" in values:
+        values.pop("vit", None)  # what a fine-tuned model is, for who opens it: made from the rest
     if not isinstance(values, dict) or (unknown := set(values) - known):
         what = f"has no option {', '.join(sorted(unknown))}" if isinstance(values, dict) else "holds no options"
         raise ValueError(f"--config {path}: {program} {what}: give the config.json of a run")

@@ -13,26 +13,20 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, an interrupt ends the process without a traceback
 
-import contextlib
 import dataclasses
-import hashlib
-import json
-import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from train import distributed, options, recipes
-from train import mesh as meshes
-from train.job import JOB_PLACEMENT, JobOptions, check_claim, end, guard, locked, place
-from train.job import claim as put_claim
+from train import distributed, job, options, recipes
+from train.job import check_claim, end, guard, locked, say, stopped
+from train.options import TrainOptions, check_numbers
 from train.signals import Stop, interruptible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(JobOptions):
+class Pretrain(TrainOptions):
     """Pre-train a Vision Transformer. Whatever is not given comes from the recipe (paper Table 3)."""
 
     model: str | None = None
@@ -45,8 +39,6 @@ class Pretrain(JobOptions):
     """Part to validate on: val, test, train[99%:]."""
     recipe: str | None = None
     """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep. Default: digits or imagenet."""
-    mesh: str | None = None
-    """DATAxMODEL devices, e.g. 8x4. A CPU with fewer simulates them. Default: all devices on the data axis."""
     out: str | None = None
     """Directory of the run. Default: runs/ and a name made from the configuration."""
     config: str | None = None
@@ -60,8 +52,6 @@ class Pretrain(JobOptions):
     """Passes over the training images; used where --steps is not given."""
     batch_size: int | None = None
     """Images of one update, over all devices."""
-    accumulate: int = 1
-    """Parts in which a batch is worked through, one after the other."""
 
     image_size: int | None = None
     pool: Literal["token", "gap"] = "token"
@@ -84,12 +74,8 @@ class Pretrain(JobOptions):
     polyak: float = 0.0
     """Decay of the parameters' running average, which is then what is validated; 0 for none."""
 
-    decoder: Literal["pillow", "simplejpeg"] = "pillow"
-    """simplejpeg: the same pixels, faster; wants the extra [fast]."""
     mixup: float = 0.0
     """Strength of MixUp, shares being drawn from Beta(a, a); 0 for none."""
-    bad_share: float = 0.01
-    """Images that cannot be read are replaced and logged; where they are a larger share, the run stops."""
     augment: Literal["inception", "digits", "none"] | None = None
     """Default: what suits the data."""
     preprocess: Literal["resize", "center"] = "resize"
@@ -100,54 +86,12 @@ class Pretrain(JobOptions):
     early_stop: int = 0
     """Stop after this many validations without a better accuracy; 0 for never."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matmul operands; parameters, sums and optimizer are float32."""
-    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
-    """reference: einsum through XLA. fused: the Pallas kernels, on a TPU. interpret: the kernels anywhere, slowly."""
-    remat: bool = False
-    """Keep only the blocks' inputs for the backward pass: more images fit, a third more arithmetic."""
-    remat_every: int = 1
-    """With --remat: keep every n-th block's input only, n a divisor of the blocks. 2: an eighth more arithmetic again."""
-    threads: int | None = None
-    """That read and decode images. Default: by the source."""
-    workers: int = 0
-    """Processes that do it instead."""
-    log_every: int | None = None
-    eval_every: int | None = None
-    """Steps between validations. Default: about twenty in a run."""
     fewshot_every: int | None = None
     """Steps between few-shot evaluations (train.fewshot) of the model as it is. Default: none."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints. Default: as validations."""
     keep: int = 3
-    """Newest checkpoints that stay."""
-    keep_every: int | None = None
-    """Checkpoints of steps that are multiples of this stay as well."""
 
 
-# What may differ between a run and its continuation: where and how it runs, not what it computes.
-PLACEMENT = JOB_PLACEMENT | frozenset(
-    [
-        "out",
-        "config",
-        "mesh",
-        "ops",
-        "remat",
-        "remat_every",
-        "accumulate",
-        "threads",
-        "workers",
-        "decoder",
-        "bad_share",
-        "log_every",
-        "eval_every",
-        "fewshot_every",
-        "checkpoint_every",
-        "keep",
-        "keep_every",
-        "epochs",
-    ],
-)
+PLACEMENT = options.PLACEMENT | {"epochs", "fewshot_every"}
 
 
 def resolve(args: Pretrain, *, examples: int) -> Pretrain:
@@ -169,29 +113,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
 
     if args.subset is not None and not 1 <= args.subset <= examples:
         raise ValueError(f"--subset {args.subset}: {args.data} has {examples} training images, choose 1 to {examples}")
-    for option in (
-        "steps",
-        "epochs",
-        "batch_size",
-        "accumulate",
-        "log_every",
-        "eval_every",
-        "fewshot_every",
-        "checkpoint_every",
-        "keep",
-        "keep_every",
-        "threads",
-        "image_size",
-        "remat_every",
-    ):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise ValueError(f"--{option.replace('_', '-')} {value}: a positive number is required")
-    for option in ("seed", "subset_seed", "early_stop", "workers", "warmup_steps", "representation_size"):
-        if (value := getattr(args, option)) is not None and value < 0:
-            raise ValueError(f"--{option.replace('_', '-')} {value}: zero or a positive number is required")
-    for option, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{option.replace('_', '-')} {value}: a finite number is required")
+    check_numbers(args, positive="epochs fewshot_every", natural="subset_seed early_stop representation_size")
     if max(args.seed, args.subset_seed) >= 2**63:
         raise ValueError(f"--seed {args.seed}, --subset-seed {args.subset_seed}: seeds below 2**63 are required")
     if not 0 <= args.polyak < 1:
@@ -253,22 +175,13 @@ def _patch(model: str) -> int:
 
 def identity(args: Pretrain) -> dict:
     """What makes a resolved run the run it is, and no other: JSON-able."""
-    placement = PLACEMENT - {"eval_every"} if args.early_stop else PLACEMENT  # early stopping counts evaluations
-    return {key: value for key, value in dataclasses.asdict(args).items() if key not in placement}
+    return job.identity(args, PLACEMENT - {"eval_every"} if args.early_stop else PLACEMENT)  # early stopping counts evaluations
 
 
 def directory(args: Pretrain):
     """Where the run lives: --out, local or gs://, or runs/MODEL-DATA-HASH, the same for the same resolved configuration."""
-    if args.out is not None:
-        return place(args.out)
-    digest = hashlib.sha256(json.dumps(identity(args), sort_keys=True).encode()).hexdigest()[:8]
     data = args.data.partition(":")[0] + ("-" + Path(args.data.partition(":")[2]).name if ":" in args.data else "")
-    return place("runs") / f"{args.model}-{data}-{digest}".replace("/", "_")
-
-
-def claim(out, args: Pretrain) -> None:
-    """Make the run's directory and put config.json there. Raises ValueError where it holds another run, OSError as it comes."""
-    put_claim(out, identity(args), dataclasses.asdict(args))
+    return job.directory(args.out, f"{args.model}-{data}", identity(args))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -283,90 +196,40 @@ def parse(argv: list[str]) -> Pretrain:
 
 def run(args: Pretrain, stop: Stop | None = None) -> None:
     """Train as `args` say; prints where, what and how it went, on process 0. stop: who is asked to stop."""
-    shape = None if args.mesh is None else meshes.parse(args.mesh)
     args.join()
-    meshes.prepare(shape, distributed.count())
 
-    import jax.numpy as jnp
-
-    from train.data import check_classes, eval_batches, open_source, train_batches
-    from train.loop import Run, train
-    from train.step import StepOptions
+    from train.build import check_fit, make_run, step_options
+    from train.data import check_classes, open_source
+    from train.loop import train
     from vitcore.ops import BY_NAME
-    from vitcore.ops import resolve as resolve_ops
-    from vitcore.sharding import MeshShape, check_mesh
 
     source, held_out = open_source(args.data, args.train_split), open_source(args.data, args.val_split)
     check_classes(source, held_out)
     resolved = resolve(args, examples=len(source))
-    mesh, where = meshes.make(shape)
+    mesh, where = args.make_mesh()
     # every value is there now, which the types of Pretrain cannot say
     full: Any = dataclasses.replace(
         resolved, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", augment=args.augment or source.augment
     )
-    parts = mesh.shape["data"] * full.accumulate
-    if full.batch_size % parts:
-        raise ValueError(
-            f"--batch-size {full.batch_size} is not divisible by the data axis of {mesh.shape['data']} "
-            f"times --accumulate {full.accumulate}: use a multiple of {parts}"
-        )
-    ops = resolve_ops(None if full.ops == "auto" else BY_NAME[full.ops])
-    if ops is BY_NAME["fused"] and mesh.devices.flat[0].platform != "tpu":
-        raise ValueError(f"--ops fused runs on a TPU, {where} here: use --ops reference, or --ops interpret to try the kernels")
+    ops = full.choose_ops(mesh, where)
     config = _model(full, classes=len(source.classes), channels=source[0].image.shape[2] if source.decoded else 3)
-    check_mesh(config, MeshShape.of(mesh))
-    if full.remat and config.depth % full.remat_every:
-        raise ValueError(f"--remat-every {full.remat_every}: {full.model} has {config.depth} blocks, a divisor of that is required")
-    learning_rate, tx = _optimizer(full)
-    distributed.agree(configuration=identity(full), code=distributed.code_hash())
-    images = dict(
-        image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh),
-        decoder=full.decoder, pixels="uint8", bad_share=full.bad_share,
+    check_fit(full, config, mesh, full.model)
+    rate, tx = _optimizer(full)
+    out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss)
+    distributed.agree(configuration=who, code=distributed.code_hash())
+    spec = make_run(
+        full, out, who, dataclasses.asdict(full), sources=(source, held_out), config=config, mesh=mesh,
+        data=dict(subset=full.subset, subset_seed=full.subset_seed, mixup=full.mixup),
+        tx=tx, learning_rate=rate, options=how, early_stop=full.early_stop, **_fewshot(full, config, mesh, source, held_out, how),
     )  # fmt: skip
-    batches = train_batches(
-        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment,
-        subset=full.subset, subset_seed=full.subset_seed, workers=full.workers, mixup=full.mixup, **images,
-    )  # fmt: skip
-    eval_size = min(full.batch_size // full.accumulate, -(-len(held_out) // mesh.shape["data"]) * mesh.shape["data"])
-
-    out, first = directory(full), distributed.rank() == 0
-    say = partial(print, flush=True) if first else lambda *_: None
+    if distributed.rank() == 0:
+        check_claim(out, who)
     named = next(name for name, known in BY_NAME.items() if known is ops)
-    if first:
-        check_claim(out, identity(full))
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes")
     say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
-    how = StepOptions(
-        ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat_every if full.remat else 0, accumulate=full.accumulate,
-        loss=full.loss, label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed,
-    )  # fmt: skip
-    job = Run(
-        directory=out,
-        config=config,
-        mesh=mesh,
-        tx=tx,
-        learning_rate=learning_rate,
-        options=how,
-        batches=batches,
-        validation=lambda: eval_batches(held_out, batch_size=eval_size, preprocess=full.preprocess, **images),
-        batch_size=full.batch_size,
-        total_steps=full.steps,
-        log_every=full.log_every,
-        eval_every=full.eval_every,
-        checkpoint_every=full.checkpoint_every,
-        keep=full.keep,
-        keep_every=full.keep_every,
-        early_stop=full.early_stop,
-        config_json=dataclasses.asdict(full),
-        identity=identity(full),
-        claim=lambda: claim(out, full),
-        **_fewshot(full, config, mesh, source, held_out, how),
-        step_timeout=full.step_timeout,
-        bad_steps=full.bad_steps,
-    )
-    with locked(out) if first else contextlib.nullcontext():
-        result = train(job, say, stop=stop)
-    _report(result, out, say)
+    with locked(out):
+        result = train(spec, say, stop=stop)
+    _report(result, out)
 
 
 def _fewshot(full, config, mesh, source, held_out, how) -> dict[str, Any]:
@@ -375,21 +238,21 @@ def _fewshot(full, config, mesh, source, held_out, how) -> dict[str, Any]:
         return {}
     from train.fewshot import probe
 
-    measure = probe(config, mesh, source, held_out, preprocess=full.preprocess, threads=full.threads, ops=how.ops, dtype=how.dtype)
+    measure = probe(
+        config, mesh, source, held_out, preprocess=full.preprocess, threads=full.threads, decoder=full.decoder,
+        ops=how.ops, dtype=how.dtype,
+    )  # fmt: skip
     return {
         "probe": lambda state: measure(state.params if state.average is None else state.average),
         "probe_every": full.fewshot_every,
     }
 
 
-def _report(result, out, say) -> None:
+def _report(result, out) -> None:
     """How a run went, in a line or two; ends the process where a thread would keep it."""
     if result.steps > result.started:
         say(f"{result.steps - result.started} steps in {result.seconds:.0f} s, {result.images_per_second:,.0f} images/s")
-    if result.asked_to_stop:
-        say(f"asked to stop at step {result.steps}: the same command resumes there; {out}")
-        if result.stuck:
-            end(0, now=True)
+    if stopped(result, out):
         return
     ended = f"stopped early at step {result.steps}" if result.stopped_early else f"finished at step {result.steps}"
     best = f"; best {result.best.accuracy:.2%} at step {result.best.step}" if result.best.accuracy > result.accuracy else ""

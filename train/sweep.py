@@ -6,7 +6,6 @@ OUT/sweep.json       everything so far, renewed after each run; runs that it hol
 OUT/sweep.md, .png   the table and the picture
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from train import distributed, recipes
-from train.job import claim, locked
+from train.job import claim, locked, say, stopped
 
 
 def dev_run(args):
@@ -36,7 +35,7 @@ def sweep(args, out, bench, *, extra: dict | None = None) -> dict | None:
     from train.finetune import fine_tune, identity
 
     first = distributed.rank() == 0
-    with locked(out) if first else contextlib.nullcontext():
+    with locked(out):
         held = _held(out) if first else None
         if first:
             claim(out, identity(args), json.loads(json.dumps(dataclasses.asdict(args))))
@@ -48,11 +47,10 @@ def sweep(args, out, bench, *, extra: dict | None = None) -> dict | None:
             if key in summary[kind]:
                 return True
             result = fine_tune(options, out / kind / folder, bench)
-            if result.asked_to_stop:
-                bench.say(f"asked to stop in {kind}/{folder} at step {result.steps}: the same command resumes there; {out}")
+            if stopped(result, out, f" in {kind}/{folder}"):
                 return False
             summary[kind][key] = {"accuracy": result.accuracy, "correct": result.correct, "count": result.count}
-            bench.say(f"{kind}/{folder}: {result.correct} of {result.count} right, {result.accuracy:.2%}")
+            say(f"{kind}/{folder}: {result.correct} of {result.count} right, {result.accuracy:.2%}")
             if first:
                 _write(out, summary, args, extra)
             return True
@@ -74,7 +72,7 @@ def sweep(args, out, bench, *, extra: dict | None = None) -> dict | None:
         if first:
             _write(out, summary, args, extra)
             draw(summary, args, out / "sweep.png")
-        bench.say((out / "sweep.md").read_text().rstrip() if first else "")
+            say((out / "sweep.md").read_text().rstrip())
     return summary
 
 

@@ -12,9 +12,7 @@ OUT/vtab.json is renewed after each run, and what it holds is not done again; OU
 Table 9), OUT/vtab.png the picture (as Figure 2). A task without data is named there and on the screen, and means say of how many.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -25,9 +23,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from train import distributed, recipes
-from train.job import JobOptions, claim, end, guard, locked, place
-from train.options import parse
+from train import distributed, job, recipes
+from train.job import claim, end, guard, locked, say, stopped
+from train.options import TRAIN_OPTIONS, TrainOptions, check_init, check_numbers, parse
 from train.signals import interruptible
 
 # name here: (name in the paper, group), in the order of Table 9
@@ -56,7 +54,7 @@ GROUPS = ("Natural", "Specialized", "Structured")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vtab(JobOptions):
+class Vtab(TrainOptions):
     """The nineteen tasks of VTAB-1k with one recipe."""
 
     init: str = ""
@@ -79,14 +77,7 @@ class Vtab(JobOptions):
     augment: Literal["inception", "digits", "none"] = "none"
     """The same for all: a flip or a crop would change the answer of the structured tasks."""
     gelu: Literal["tanh", "erf"] | None = None
-    mesh: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
-    remat: bool = False
-    accumulate: int = 1
-    threads: int | None = None
     seed: int = 0
-    checkpoint_every: int | None = None
     out: str | None = None
     """Default: runs/vtab-INIT-HASH."""
 
@@ -127,8 +118,8 @@ def run(args: Vtab, stop=None) -> dict | None:
     """All tasks that are not done; what vtab.json holds, or None where it was asked to stop."""
     from train.finetune import Finetune, dev_splits, fine_tune, prepare
 
-    if not args.init:
-        raise ValueError("--init is required: an .npz, a .safetensors or the directory of a run")
+    check_init(args.init)
+    check_numbers(args)
     if args.runs < 1 or args.examples < 5:
         raise ValueError(f"--runs {args.runs}, --examples {args.examples}: at least 1 and 5 are required")
     where = places(args)
@@ -137,7 +128,7 @@ def run(args: Vtab, stop=None) -> dict | None:
     args.join()
     out, first = directory(args), distributed.rank() == 0
     who = identity(args)
-    with locked(out) if first else contextlib.nullcontext():
+    with locked(out):
         if first:
             claim(out, who, dataclasses.asdict(args))
         held: dict[str, Any] = distributed.broadcast(_held(out) if first else None) or {}
@@ -147,10 +138,8 @@ def run(args: Vtab, stop=None) -> dict | None:
             at = where[task]
             base = dict(
                 init=args.init, data=at["data"], split=at["train"], test_split=at["test"], recipe="vtab", steps=args.steps,
-                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu, mesh=args.mesh,
-                dtype=args.dtype, ops=args.ops, remat=args.remat, accumulate=args.accumulate, threads=args.threads,
-                seed=args.seed, checkpoint_every=args.checkpoint_every,
-                **{field.name: getattr(args, field.name) for field in dataclasses.fields(JobOptions)},
+                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu, seed=args.seed,
+                **{name: getattr(args, name) for name in TRAIN_OPTIONS},
             )  # fmt: skip
             return Finetune(**(base | changes))  # pyright: ignore[reportArgumentType]
 
@@ -160,20 +149,19 @@ def run(args: Vtab, stop=None) -> dict | None:
                 return True
             full, bench = prepare(finetune, stop, join=False)
             found = fine_tune(full, out / kind / task / key, bench)
-            if found.asked_to_stop:
-                bench.say(f"asked to stop in {kind}/{task} at step {found.steps}: the same command resumes there; {out}")
+            if stopped(found, out, f" in {kind}/{task}"):
                 return False
             result[kind].setdefault(task, {})[key] = {
                 "accuracy": found.accuracy, "correct": found.correct, "count": found.count
             }  # fmt: skip
-            bench.say(f"{kind}, {TASKS[task][0]}, {key}: {found.correct} of {found.count} right, {found.accuracy:.2%}")
+            say(f"{kind}, {TASKS[task][0]}, {key}: {found.correct} of {found.count} right, {found.accuracy:.2%}")
             if first:
                 _write(out, result, args)
             return True
 
         there = [task for task in where if _there(task, where[task], args, result["missing"])]
         for task, reason in result["missing"].items():
-            print(f"{TASKS[task][0]} has no data: {reason}", flush=True)
+            say(f"{TASKS[task][0]} has no data: {reason}")
         if not there:
             raise ValueError(f"none of the {len(where)} tasks has data, the first because {next(iter(result['missing'].values()))}")
         if len(rates) > 1:
@@ -192,17 +180,14 @@ def run(args: Vtab, stop=None) -> dict | None:
         if first:
             _write(out, result, args)
             draw(result, str(out / "vtab.png"), f"VTAB-1k: {os.path.basename(args.init.rstrip('/'))}")
-            print((out / "vtab.md").read_text().rstrip())
-            print(out / "vtab.png")
+            say((out / "vtab.md").read_text().rstrip())
+            say(f"{out / 'vtab.png'}")
     return result
 
 
 def directory(args: Vtab):
     """--out, or runs/vtab-INIT-HASH."""
-    if args.out is not None:
-        return place(args.out)
-    digest = hashlib.sha256(json.dumps(identity(args), sort_keys=True).encode()).hexdigest()[:8]
-    return place("runs") / f"vtab-{Path(args.init).stem}-{digest}"
+    return job.directory(args.out, f"vtab-{Path(args.init).stem}", identity(args))
 
 
 def identity(args: Vtab) -> dict:

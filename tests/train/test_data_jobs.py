@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from tests.train.test_data_forms import environment_of, jpeg, write_folder
 from train.data import dedup, eval_batches, open_source, train_batches
 from train.data import inspect as inspecting
 from train.data import pack as packing
-from train.data.device import OnMesh, to_unit
+from train.data.device import on_mesh, to_unit
 from train.data.job import run_job
+from train.feed import Feed
 
 
 @pytest.fixture(autouse=True)
@@ -308,48 +310,66 @@ def test_batches_on_a_mesh_are_those_of_the_host(folder, shape, options):
     settings: dict[str, Any] = dict(image_size=16, channels=3, batch_size=16, seed=1)
     with train_batches(source, **settings, **options | {"pixels": "float32"}) as batches:
         expected = [next(batches) for _ in range(3)]
-    with OnMesh(train_batches(source, **settings, **options), mesh(*shape)) as placed:
+    with Feed(train_batches(source, **settings, **options), on_mesh(mesh(*shape))) as feed:
         for host in expected:
-            batch = next(placed)
-            assert batch["image"].dtype == np.float32
-            assert len(batch["image"].sharding.device_set) == shape[0] * shape[1]
-            assert batch["image"].addressable_shards[0].data.shape[0] == 16 // shape[0]
+            batch = feed.next()
+            assert batch["image"].dtype == options["pixels"]  # it travels as it is on the host
+            image = to_unit(batch["image"])
+            assert image.dtype == np.float32
+            assert len(image.sharding.device_set) == shape[0] * shape[1]
+            assert image.addressable_shards[0].data.shape[0] == 16 // shape[0]
             atol = 1 / 255 if "mixup" in options else 1.2e-7  # mixed bytes are rounded again
-            np.testing.assert_allclose(batch["image"], host["image"], atol=atol)
+            np.testing.assert_allclose(image, host["image"], atol=atol)
             label = batch["label"]
             if "mixup" in options:
                 label, other, share = label
                 np.testing.assert_array_equal(other, host["other_label"])
                 np.testing.assert_array_equal(share, host["share"])
             np.testing.assert_array_equal(label, host["label"])
+            assert batch.keys() == {"image", "label"}
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_the_state_is_that_of_what_was_handed_out(folder, ahead):
+def test_the_state_is_that_of_what_was_handed_out(folder):
     source = open_source(f"folder:{folder}", "train")
-    make = lambda: OnMesh(  # noqa: E731
-        train_batches(source, image_size=16, channels=3, batch_size=8, seed=1, pixels="uint8"), mesh(2), ahead=ahead
-    )
-    with make() as batches:
-        assert batches.get_state() == {"global_next_index": 0}
-        taken = [next(batches) for _ in range(5)]
-        state = batches.get_state()
+
+    def feed(state=None):
+        batches = train_batches(source, image_size=16, channels=3, batch_size=8, seed=1, pixels="uint8", state=state)
+        return Feed(batches, on_mesh(mesh(2)))
+
+    with feed() as batches:
+        assert batches.state == {"global_next_index": 0}
+        taken = [batches.next() for _ in range(5)]
+        state = batches.state
         assert state == {"global_next_index": 40}
-        following = next(batches)
-        batches.set_state({"global_next_index": 16})
-        np.testing.assert_array_equal(next(batches)["image"], taken[2]["image"])
-    with make() as again:
-        again.set_state(state)
-        np.testing.assert_array_equal(next(again)["image"], following["image"])
-    with pytest.raises(ValueError, match="-1 batches ahead"):
-        OnMesh(again.batches, mesh(2), ahead=-1)
+        following = batches.next()
+    for at, image in ((state, following["image"]), ({"global_next_index": 16}, taken[2]["image"])):
+        with feed(at) as again:
+            assert again.state == at
+            np.testing.assert_array_equal(again.next()["image"], image)
+
+
+def test_the_next_batch_is_on_the_mesh_before_it_is_asked_for(folder):
+    source, placed, place = open_source(f"folder:{folder}", "train"), [], on_mesh(mesh(2))
+
+    def seen(batch):
+        placed.append((threading.current_thread(), place(batch)))
+        return placed[-1][1]
+
+    with Feed(train_batches(source, image_size=16, channels=3, batch_size=8, seed=1, pixels="uint8"), seen) as feed:
+        feed.next()
+        deadline = time.monotonic() + 20
+        while (len(placed) < 2 or not placed[1][1]["image"].is_ready()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(placed) == 2
+        assert placed[1][0] is not threading.current_thread()
+        assert feed.next(more=False) is placed[1][1]
 
 
 def test_an_evaluation_on_a_mesh_counts_every_image_once(folder):
     source = open_source(f"folder:{folder}", "train")
     batches = eval_batches(source, image_size=16, channels=3, batch_size=16, pixels="uint8")
-    with OnMesh(batches, mesh(4)) as placed:
-        found = list(placed)
+    with Feed(batches, on_mesh(mesh(4))) as feed:
+        found = [batch for batch in iter(feed.next, None)]
     assert [float(batch["weight"].sum()) for batch in found] == [16, 8]
     labels = np.concatenate([np.asarray(batch["label"]) for batch in found])
     np.testing.assert_array_equal(labels[:24], source.labels())

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import vitcore
-from train import evaluate, scores
+from train import evaluate, frozen, scores
 from train import mesh as meshes
 from train.data import open_source
 from train.fewshot import ridge, targets
@@ -57,6 +57,22 @@ def test_every_image_once_in_order_on_any_mesh(params, truth, shape, batch):
     margins = -np.diff(-np.sort(-logits)[:, :6]).max(1)
     assert not (differ & (margins > 1e-3)).any()
     assert differ.mean() < 0.05
+
+
+def test_bytes_travel_and_the_decoder_is_the_one_asked_for(file, tmp_path, monkeypatch):
+    for folder in (tmp_path / "d" / split / name for split in ("train", "val") for name in "0123456789"):
+        folder.mkdir(parents=True)
+        Image.new("L", (8, 8), 25 * int(folder.name)).save(folder / "0.jpg")
+    make, seen = frozen.Feed, []
+
+    def feed(batches, place):
+        seen.append((batches._rows.decoder, batches._rows.dtype))
+        return make(batches, place)
+
+    monkeypatch.setattr(frozen, "Feed", feed)
+    argv = ["--init", str(file), "--data", f"folder:{tmp_path / 'd'}", "--mesh", "3x1", "--out", str(tmp_path / "e")]
+    assert evaluate.main([*argv, "--decoder", "simplejpeg", "--batch-size", "8"]) == 0  # three devices: 9 at a time
+    assert seen == [("simplejpeg", np.uint8)]
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "8x1", "2x2"])
@@ -213,6 +229,7 @@ def test_objectnet_through_the_job(tmp_path, capsys):
         (["--init", "W", "--objectnet", "M"], "--objectnet requires ImageNet's 1000"),
         (["--init", "W", "--real", "R", "--objectnet", "M"], "give one of them"),
         (["--init", "W", "--batch-size", "0"], "--batch-size 0"),
+        (["--init", "W", "--ops", "fused"], "--ops fused runs on a TPU"),
         (["--init", "W", "--mesh", "1x8"], "num_heads=4 is not divisible"),
     ],
 )

@@ -135,6 +135,7 @@ def test_the_job_on_pixels_and_on_a_file(params, tmp_path, capsys):
         (["--init", "/no/such/run"], ".npz or .safetensors is required"),
         (["--features", "pixels", "--shots", "1000"], "1000 shots need 1000: choose fewer --shots"),
         (["--features", "pixels", "--shots", "0"], "positive numbers are required"),
+        (["--features", "pixels", "--batch-size", "0"], "--batch-size 0: a positive number is required"),
         (["--features", "pixels", "--data", "digit"], "unknown data source 'digit'"),
         (["--shotz", "3"], "--shotz"),
     ],

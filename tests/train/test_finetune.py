@@ -62,6 +62,11 @@ def test_a_run_starts_at_the_weights_with_a_new_head(weights, whole, capsys):
     assert np.abs(found.params["head"]["kernel"]).max() > 0
 
 
+def test_config_json_runs_again_to_the_same_numbers(whole, tmp_path):
+    run("--config", whole / "config.json", "--out", tmp_path / "again")
+    assert [line["loss"] for line in records(tmp_path / "again")] == [line["loss"] for line in records(whole)]
+
+
 def test_the_first_step_is_sgd_on_the_loaded_weights(weights, tmp_path):
     """One update, done again here with optax on one device: momentum, clipping, warm-up, head, and all the rest."""
     argv = [
@@ -100,6 +105,36 @@ def test_the_first_step_is_sgd_on_the_loaded_weights(weights, tmp_path):
         params = jax.tree.map(lambda p, m, r=rate: p - r * m, params, momentum)
         found = open_pretrained(str(tmp_path / str(step + 1))).params
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, params)
+
+
+def test_how_images_are_read_is_not_what_is_computed(weights, tmp_path, monkeypatch, capsys):
+    """Bytes travel; decoder and share of bad images reach the reading, and a continuation may change them."""
+    config = dataclasses.replace(CONFIG, channels=3, num_classes=2)
+    vitcore.save(tmp_path / "w.npz", jax.jit(lambda: vitcore.init(jax.random.key(3), config))(), config)
+    for split in ("train", "val"):
+        for label, name in enumerate("ab"):
+            (tmp_path / "d" / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = np.random.default_rng(i).integers(100 * label, 156 + 100 * label, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "d" / split / name / f"{i}.jpg")
+    seen, make = [], train.loop.Feed
+
+    def feed(batches, place):
+        def looking(batch):
+            seen.append((batch["image"].dtype, batches._rows.decoder, batches._bad._share))
+            return place(batch)
+
+        return make(batches, looking)
+
+    monkeypatch.setattr(train.loop, "Feed", feed)
+    argv = [*TINY, "--data", f"folder:{tmp_path / 'd'}", "--init", tmp_path / "w.npz", "--augment", "inception", "--batch-size", 8,
+            "--image-size", 8, "--out", tmp_path / "run"]  # fmt: skip
+    run(*argv, "--decoder", "simplejpeg", "--bad-share", 0.5, "--keep-every", 4)
+    assert len(seen) > 6  # training and evaluation
+    assert set(seen) == {(np.dtype("uint8"), "simplejpeg", 0.5)}
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()) == [4, 6]
+    run(*argv, "--remat", "--remat-every", 2)
+    assert "resuming at step 6" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -189,8 +224,10 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     assert given("--seed", 3).options.seed == 3
     assert given("--dtype", "bfloat16").options.dtype == "bfloat16"
     assert given("--ops", "interpret").options.ops is vitcore.INTERPRET
-    assert given("--remat").options.remat
+    assert given("--remat").options.remat == 1
+    assert given("--remat", "--remat-every", 2).options.remat == 2
     assert given("--keep", 5).keep == 5
+    assert (plain.keep_every, given("--keep-every", 4).keep_every) == (None, 4)
     first = next(plain.batches)
     assert first["label"].max() < 5
     for option in (["--seed", 1], ["--augment", "none"], ["--split", "train[:50%]"], ["--dev"]):
@@ -333,6 +370,11 @@ MISTAKES = {
     "warm-up": (["--init", "W", "--warmup-steps", "7"], "a warm-up shorter than the run"),
     "size": (["--init", "W", "--image-size", "9"], "image_size=9 is not divisible by patch_size=4"),
     "batch": (["--init", "W", "--batch-size", "15"], "--batch-size 15 is not divisible by the data axis of 2"),
+    "remat": (["--init", "W", "--remat", "--remat-every", "3"], "naming) has 4 blocks, a divisor of that is required"),
+    "kernels": (["--init", "W", "--ops", "fused"], "--ops fused runs on a TPU, mesh 2x1: 2 devices simulated"),
+    "seed": (["--init", "W", "--seed", str(2**62)], "a seed below 2**62 is required"),
+    "workers": (["--init", "W", "--workers", "-1"], "--workers -1: zero or a positive number is required"),
+    "bad images": (["--init", "W", "--bad-share", "1.5"], "--bad-share 1.5: a share in [0, 1] is required"),
     "heads": (["--init", "W", "--mesh", "1x8"], "num_heads=4 is not divisible"),
     "word": (["--init", "W", "--steps", "abc"], "--steps"),
 }

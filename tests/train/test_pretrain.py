@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -94,6 +95,39 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(whole, tmp_path
     else:
         np.testing.assert_allclose([line["loss"] for line in a], [line["loss"] for line in b], rtol=1e-5)
     assert a[-1]["val_accuracy"] == pytest.approx(b[-1]["val_accuracy"], abs=0.01)
+
+
+def test_the_next_batch_is_on_its_way_while_a_step_is_taken(tmp_path, monkeypatch):
+    make, place, placed, taken = train.loop.make_train_step, train.loop.on_mesh, [], []
+
+    def counting(mesh):
+        put = place(mesh)
+
+        def counted(batch):
+            arrays = put(batch)
+            if "weight" not in batch:  # an evaluation's
+                placed.append(arrays)
+            return arrays
+
+        return counted
+
+    def looking(*args):
+        step = make(*args)
+
+        def wrapped(*batch):
+            taken.append(1)
+            deadline = time.monotonic() + 20
+            while len(placed) <= len(taken) < 12 and len(taken) > 1 and time.monotonic() < deadline:  # the first compiles
+                time.sleep(0.01)
+            assert len(placed) == min(len(taken) + (len(taken) > 1), 12)
+            return step(*batch)
+
+        return wrapped
+
+    monkeypatch.setattr(train.loop, "on_mesh", counting)
+    monkeypatch.setattr(train.loop, "make_train_step", looking)
+    run(*TINY, "--out", tmp_path / "run")
+    assert len(taken) == len(placed) == 12
 
 
 def test_mixed_images_of_five_digits_train(tmp_path):

@@ -164,6 +164,26 @@ def test_sources_from_a_file_and_tables_recipe(weights, tmp_path, monkeypatch):
     assert not held["dev"]
 
 
+def test_what_jobs_that_train_share_reaches_every_run(weights, sets, tmp_path, monkeypatch):
+    seen = []
+
+    def done(run, say, **_):
+        seen.append(run)
+        return train.loop.Result(1, 1, 0.5, 1, 2, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", done)
+    run(*TINY, "--init", weights, "--data", sets, "--out", tmp_path / "o", "--tasks", "pets", "--remat", "--remat-every", 2,
+        "--accumulate", 2, "--decoder", "simplejpeg", "--bad-share", 0.5, "--keep-every", 2, "--checkpoint-every", 3,
+        "--ops", "interpret", "--bad-steps", 7)  # fmt: skip
+    (job,) = seen
+    assert (job.options.remat, job.options.accumulate, job.options.ops) == (2, 2, vitcore.INTERPRET)
+    assert (job.keep, job.keep_every, job.checkpoint_every, job.bad_steps) == (1, 2, 3, 7)
+    batch = next(job.batches)
+    job.batches.close()
+    assert batch["image"].dtype == np.uint8
+    assert (job.batches._rows.decoder, job.batches._bad._share) == ("simplejpeg", 0.5)
+
+
 def test_choosing_by_hand():
     dev = {"pets": {"lr-0.1": {"accuracy": 0.5}, "lr-0.01": {"accuracy": 0.7}},
            "svhn": {"lr-0.1": {"accuracy": 0.9}, "lr-0.01": {"accuracy": 0.7}}}  # fmt: skip
@@ -182,6 +202,8 @@ def test_choosing_by_hand():
         (["--init", "W", "--data", "S", "--tasks", "pets", "--examples", "1000"], "20 images, VTAB-1k's 1000 are required"),
         (["--init", "W", "--sources", "W"], "{task: {data, train, test}} is required"),
         (["--init", "W", "--data", "S", "--runs", "0"], "--runs 0"),
+        (["--init", "W", "--data", "S", "--keep-every", "0"], "--keep-every 0: a positive number is required"),
+        (["--init", "W", "--data", "S", "--mesh", "4"], "--mesh 4: two positive sizes"),
         (["--init", "/no.npz", "--data", "S", "--examples", "20"], "/no.npz"),
     ],
 )

@@ -1,0 +1,77 @@
+"""From resolved options to what the loop takes: what pre-training and fine-tuning share."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from train import mesh as meshes
+from train.data import Source, eval_batches, train_batches
+from train.job import claim
+from train.loop import Run
+from train.step import StepOptions
+from vitcore.config import ViTConfig
+from vitcore.ops import Ops
+from vitcore.sharding import MeshShape, check_mesh
+
+
+def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
+    """Raises ValueError where the model, the batch and the mesh of resolved options do not fit. name: of the model, for people."""
+    check_mesh(config, MeshShape.of(mesh))
+    parts = mesh.shape["data"] * full.accumulate
+    if full.batch_size % parts:
+        raise ValueError(
+            f"--batch-size {full.batch_size} is not divisible by the data axis of {mesh.shape['data']} "
+            f"times --accumulate {full.accumulate}: use a multiple of {parts}"
+        )
+    if full.remat and config.depth % full.remat_every:
+        raise ValueError(f"--remat-every {full.remat_every}: {name} has {config.depth} blocks, a divisor of that is required")
+
+
+def step_options(full, ops: Ops, **own) -> StepOptions:
+    """How a step of resolved options is taken. own: what only one of the jobs has."""
+    return StepOptions(
+        ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat_every if full.remat else 0, accumulate=full.accumulate,
+        label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed, **own,
+    )  # fmt: skip
+
+
+def make_run(
+    full, out, identity: dict, described: dict, *, sources: tuple[Source, Source], config: ViTConfig, mesh: Mesh,
+    data: dict[str, Any] | None = None, **own,
+) -> Run:  # fmt: skip
+    """The `Run` of resolved options in directory `out`.
+
+    identity, described: what a continuation must share, and the whole of config.json. sources: to train on, to measure on. data:
+    arguments of `train_batches`, and own: fields of `Run`, that only one of the jobs has.
+    """
+    source, held_out = sources
+    images: dict[str, Any] = dict(
+        image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh),
+        decoder=full.decoder, pixels="uint8", bad_share=full.bad_share,
+    )  # fmt: skip
+    batches = train_batches(
+        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, workers=full.workers, **images, **data or {}
+    )
+    size = meshes.whole_rows(min(full.batch_size // full.accumulate, len(held_out)), mesh)
+    return Run(
+        directory=out,
+        config=config,
+        mesh=mesh,
+        batches=batches,
+        validation=lambda: eval_batches(held_out, batch_size=size, preprocess=full.preprocess, **images),
+        batch_size=full.batch_size,
+        total_steps=full.steps,
+        log_every=full.log_every,
+        eval_every=full.eval_every,
+        checkpoint_every=full.checkpoint_every,
+        keep=full.keep,
+        keep_every=full.keep_every,
+        config_json=described,
+        identity=identity,
+        claim=partial(claim, out, identity, described),
+        step_timeout=full.step_timeout,
+        bad_steps=full.bad_steps,
+        **own,
+    )
