@@ -37,6 +37,8 @@ class Ops(NamedTuple):
     loop: bool = True
 
 
+FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's two settings
+
 _KERNELS = (patch_embed_tpu.patch_embed, attention_tpu.attention_half, mlp_tpu.mlp_half, layer_norm_tpu.layer_norm)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from bench.shapes import SHAPES
 from bench.tpu_compiler import TOPOLOGIES, Program, Report, compile_programs
-from vitcore.ops import Ops
+from vitcore.ops import FUNCTIONS
 
 # How the kernels of an op are called, and what marks one that only a backward pass has.
 PREFIX = {
@@ -54,7 +54,7 @@ def assert_kernels(programs: list[Program], reports: list[Report]) -> None:
 
 @pytest.mark.parametrize("target", TOPOLOGIES)
 def test_every_op_compiles(target):
-    programs = [both(op, "B/16@224") for op in Ops._fields]  # attention alone is in its half block
+    programs = [both(op, "B/16@224") for op in FUNCTIONS]  # attention alone is in its half block
     assert_kernels(programs, compile_programs(target, programs, seconds=SECONDS))
 
 
@@ -84,8 +84,8 @@ def test_the_gradient_of_the_image_costs_nothing_where_nobody_asks():
 
 def at_every_shape() -> list[Program]:
     """Attention alone is in its half block, which may pad the heads where alone it does not fit."""
-    programs = [both(op, shape, rate=0.0 if op == "layer_norm" else 0.1) for shape in SHAPES for op in Ops._fields]
-    return programs + [both(op, "B/16@224", dtype="float32") for op in Ops._fields]
+    programs = [both(op, shape, rate=0.0 if op == "layer_norm" else 0.1) for shape in SHAPES for op in FUNCTIONS]
+    return programs + [both(op, "B/16@224", dtype="float32") for op in FUNCTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def every_report() -> dict[str, list[Report]]:
 @pytest.mark.parametrize("target", TOPOLOGIES)
 def test_every_op_at_every_shape(target, shape, every_report):
     pairs = [pair for pair in zip(at_every_shape(), every_report[target], strict=True) if pair[0].arguments["shape"] == shape]
-    assert len(pairs) == len(Ops._fields) * (2 if shape == "B/16@224" else 1)
+    assert len(pairs) == len(FUNCTIONS) * (2 if shape == "B/16@224" else 1)
     assert_kernels(*map(list, zip(*pairs, strict=True)))
 
 
@@ -126,6 +126,6 @@ def test_the_training_step_compiles_on_32_cores(model, mesh, parts, remat):
     program = Program(build="bench.programs:train_step", arguments=arguments, name=f"{model} training step")
     (report,) = compile_programs("v3", [program], topology="v3:4x4", seconds=1200)
     assert not report.error, report.error
-    for op in Ops._fields:
+    for op in FUNCTIONS:
         assert not missing(op, report), f"{op}: {[k.kernel for k in report.kernels]}"
     assert {"all-gather", "all-reduce"} <= report.collectives.keys(), report.collectives
