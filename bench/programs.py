@@ -23,7 +23,7 @@ from train.step import StepOptions, make_train_step, state_specs
 from train.step import shardings as shardings_of
 from vitcore import ViTConfig, apply_on, partition_specs, variant
 from vitcore.model import forward, init
-from vitcore.ops import BY_NAME, FUNCTIONS, REFERENCE, Ops
+from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, REFERENCE, Ops
 
 S = jax.ShapeDtypeStruct
 
@@ -34,7 +34,9 @@ def _kernel(op: str):
 
 def ops_for(device, *, kernels: bool) -> Ops:
     """The ops of a program compiled for `device`."""
-    return Ops(*(partial(_kernel(op), launch=launch_for(device)) for op in FUNCTIONS)) if kernels else REFERENCE
+    if not kernels:
+        return REFERENCE
+    return FUSED._replace(**{op: partial(_kernel(op), launch=launch_for(device)) for op in FUNCTIONS})
 
 
 def launch_for(device) -> Launch:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
 from vitcore.config import ViTConfig
 from vitcore.model import forward, init
-from vitcore.ops import Ops
+from vitcore.ops import Ops, for_training
 from vitcore.sharding import AXES, MeshShape, partition_specs
 
 
@@ -103,7 +103,7 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
             params,
             images,
             config,
-            ops=options.ops,
+            ops=for_training(options.ops),
             dtype=options.dtype,
             remat=options.remat,
             dropout_key=key,

@@ -25,8 +25,8 @@ class Ops(NamedTuple):
     """What a ViT is made of; each function has the signature and meaning of that of its name in `kernels/*/reference.py`.
 
     multiple: the model pads its tokens to a multiple of this, once, and half blocks take `tokens=`, how many of T are real.
-    loop: the blocks are one loop, compiled once; False: compiled one after the other, in their number's time, so that what the
-    backward pass keeps stays where it was made, where a loop copies it to and from arrays with a layer axis.
+    loop: the blocks are one loop, compiled once; False: compiled one after the other, so that what the backward pass keeps stays
+    where it was made, where a loop copies it to and from arrays with a layer axis. training_loop: the same of a training step.
     """
 
     patch_embed: Callable
@@ -35,9 +35,10 @@ class Ops(NamedTuple):
     layer_norm: Callable
     multiple: int = 1
     loop: bool = True
+    training_loop: bool = True
 
 
-FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's two settings
+FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's settings
 
 _KERNELS = (patch_embed_tpu.patch_embed, attention_tpu.attention_half, mlp_tpu.mlp_half, layer_norm_tpu.layer_norm)
 
@@ -75,9 +76,10 @@ GPU = Ops(
     layer_norm.layer_norm,
     multiple=attention_gpu.TOKENS,
     loop=False,
+    training_loop=False,
 )
-# The kernels, compiled for the TPU that is present.
-FUSED = _kernels(_on_the_tpu)
+# The kernels, compiled for the TPU that is present. Forward, a loop costs them nothing, and needs less memory.
+FUSED = _kernels(_on_the_tpu)._replace(training_loop=False)
 # The kernels as plain JAX operations, on any platform: slow, for trying and testing them.
 INTERPRET = fused(Launch(device=DEVICES["cpu"], interpret=True))
 
@@ -89,3 +91,9 @@ def resolve(ops: Ops | None) -> Ops:
     if ops is None:
         return {"tpu": FUSED, "gpu": GPU}.get(jax.default_backend(), REFERENCE)
     return ops
+
+
+def for_training(ops: Ops | None) -> Ops:
+    """`resolve`, with the blocks in a loop or not as a training step wants them."""
+    ops = resolve(ops)
+    return ops._replace(loop=ops.training_loop)
