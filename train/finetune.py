@@ -327,6 +327,7 @@ def fine_tune(args: Finetune, out, bench: Bench):
         claim=lambda: claim(out, who, _described(full, config)),
         step_timeout=full.step_timeout,
         bad_steps=full.bad_steps,
+        checkpoint_wait=full.checkpoint_wait,
     )
     return train(run, bench.say, stop=bench.stop)
 

@@ -363,6 +363,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
         **_fewshot(full, config, mesh, source, held_out, how),
         step_timeout=full.step_timeout,
         bad_steps=full.bad_steps,
+        checkpoint_wait=full.checkpoint_wait,
     )
     with locked(out) if first else contextlib.nullcontext():
         result = train(job, say, stop=stop)

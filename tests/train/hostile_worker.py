@@ -1,4 +1,5 @@
-"""Opens files from a stranger and says how each was refused and what memory that took: `python hostile_worker.py FOLDER`.
+"""Opens files from a stranger and says how each was refused and what memory that took: `python hostile_worker.py FOLDER`. An image
+counts as refused where every decoder refuses it.
 
 A process of its own, because a peak of memory is measured: Linux forgets the old one when asked to. Prints a JSON object a file.
 """
@@ -11,7 +12,8 @@ import sys
 from pathlib import Path
 
 from train.data import DataError, open_source
-from train.data.decode import decode, read_file
+from train.data.decode import DECODERS, read_file
+from train.data.source import BadImage
 from vitcore import variant
 from vitcore.weight_files import WeightError
 from vitcore.weights import load
@@ -32,8 +34,14 @@ def attempt(path: Path):
         for index in range(len(source)):
             source[index]
     else:
-        read_file(str(path))
-        decode(str(path))
+        data, refused = read_file(str(path)), []
+        for decoder in DECODERS.values():
+            try:
+                decoder(data, str(path))
+            except BadImage as error:
+                refused.append(error)
+        if len(refused) == len(DECODERS):
+            raise refused[-1]
 
 
 def main(folder: Path) -> None:

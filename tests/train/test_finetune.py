@@ -191,6 +191,7 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     assert given("--ops", "interpret").options.ops is vitcore.INTERPRET
     assert given("--remat").options.remat
     assert given("--keep", 5).keep == 5
+    assert [given(*o).checkpoint_wait for o in ([], ["--checkpoint-wait"])] == [False, True]
     first = next(plain.batches)
     assert first["label"].max() < 5
     for option in (["--seed", 1], ["--augment", "none"], ["--split", "train[:50%]"], ["--dev"]):
