@@ -135,7 +135,7 @@ ENDLESS = ["--mesh", "1x1", "--steps", "100000", "--eval-every", "3", "--checkpo
         ("train", "say-train@3", 3, []),
         ("eval", "say-eval", 3, []),
         ("save", "say-save", None, []),
-        ("save", "say-save", 3, ["--checkpoint-wait"]),
+        ("save", "say-save", None, ["--checkpoint-wait"]),
         ("data", "say-data@5", 5, []),
     ],
 )
@@ -154,6 +154,8 @@ def test_sigterm_ends_it_with_a_checkpoint_wherever_it_comes(tmp_path, cache, pl
     assert f"asked to stop at step {last}" in job.stdout
     if stops_at is not None:
         assert last == stops_at
+    if "--checkpoint-wait" in options:
+        assert last in (3, 4)  # with a step more, where its batch was there already
     assert records(tmp_path / "run")[-1]["step"] in (last, last - 1)  # where the evaluation was cut, the record is still due
     # a step, a save and the end of the process; compiling and a save put off by a second come on top
     assert taken < (120 if place == "compile" else 60)
