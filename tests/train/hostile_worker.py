@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from train.data import DataError, open_source
@@ -55,13 +56,14 @@ def main(folder: Path) -> None:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what is free already goes back, or the file could take it unseen
         Path("/proc/self/clear_refs").write_text("5")
-        before = memory("VmRSS")
+        before, begun = memory("VmRSS"), time.monotonic()
         try:
             attempt(path)
             refused, said = None, ""
         except (WeightError, DataError, ValueError, OSError) as error:
             refused, said = type(error).__name__, str(error)
-        print(json.dumps({"file": path.name, "refused": refused, "said": said, "memory": memory("VmHWM") - before}), flush=True)
+        found = {"refused": refused, "said": said, "memory": memory("VmHWM") - before, "seconds": time.monotonic() - begun}
+        print(json.dumps({"file": path.name} | found), flush=True)
 
 
 if __name__ == "__main__":
