@@ -112,6 +112,24 @@ def test_dropout_and_augmentation_are_on_in_the_runs_above(whole, tmp_path):
         assert losses(tmp_path / str(k))[0] != losses(whole)[0]
 
 
+def test_every_step_draws_a_dropout_of_its_own():
+    """Or a run that resumes would be bit-equal all the same: the mask is a function of the state's step, and of nothing else."""
+    from train.optim import optimizer, schedule
+    from train.step import StepOptions, make_init, make_train_step
+    from vitcore import variant
+
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    tx, losses = optimizer(schedule(base_lr=1e-2, total_steps=100), base_lr=1e-2), []
+    config = variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10, dropout=0.1)
+    start, step = make_init(config, mesh, tx, StepOptions()), make_train_step(config, mesh, tx, StepOptions())
+    images = jax.random.normal(jax.random.key(2), (8, 8, 8, 1))
+    for number in (3, 4, 3):
+        state = start(jax.random.key(0))
+        state.params["head"]["kernel"] = jax.random.normal(jax.random.key(1), state.params["head"]["kernel"].shape)
+        losses.append(float(step(state._replace(step=jnp.int32(number)), images, jnp.arange(8))[1]["loss"]))
+    assert losses[0] == losses[2] != losses[1]
+
+
 def test_stopped_at_every_step(whole, tmp_path, monkeypatch):
     """A machine that is taken away each time a step is done: progress is slow, but it is progress, and the same."""
     at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
