@@ -73,5 +73,6 @@ def make_run(
         claim=partial(claim, out, identity, described),
         step_timeout=full.step_timeout,
         bad_steps=full.bad_steps,
+        checkpoint_wait=full.checkpoint_wait,
         **own,
     )

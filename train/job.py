@@ -43,6 +43,9 @@ class JobOptions:
     """Seconds without a step after which every thread's stack is printed and the job ends; 0 for never. Compiling counts."""
     bad_steps: int = 20
     """Stop after so many steps in a row whose loss or gradient is not finite. Each of them is skipped."""
+    checkpoint_wait: bool = False
+    """Wait at each checkpoint until it is whole: a kill then loses at most --checkpoint-every steps, and every save costs all of
+    its time. Otherwise a save goes on beside the next steps, and a kill before it is whole loses those and the interval before."""
 
     def check_job(self) -> None:
         """Raises ValueError for a value out of range."""

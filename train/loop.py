@@ -42,7 +42,7 @@ class Run:
     config_json: the resolved configuration, kept in every checkpoint; identity: the part of it that a continuation must share.
     start: makes the state at step 0 where that is not a fresh initialisation. claim: called on process 0 when the first batch has
     come, before anything is written. probe: a measurement every probe_every steps, {name: number} into the records.
-    step_timeout: seconds, 0 for none. bad_steps: see `train.job.JobOptions`."""
+    step_timeout: seconds, 0 for none. bad_steps, checkpoint_wait: see `train.job.JobOptions`."""
 
     directory: os.PathLike
     config: ViTConfig
@@ -68,6 +68,7 @@ class Run:
     probe_every: int = 0
     step_timeout: float = 0
     bad_steps: int = 20
+    checkpoint_wait: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,8 @@ class _Loop:
             self.recorder.publish()
             self.watchdog.beat(f"saving step {now.step}")
             self.checkpoints.save(now.step, self.state, {"loader": self.feed.state, "config": self.spec.config_json, **now.saved()})
+            if self.spec.checkpoint_wait:
+                self.checkpoints.wait()
 
     def settle(self, but: int = 0) -> None:
         """Looks whether the steps so far were finite, but for the last `but`, which may still run."""

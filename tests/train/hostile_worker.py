@@ -1,4 +1,5 @@
-"""Opens files from a stranger and says how each was refused and what memory that took: `python hostile_worker.py FOLDER`.
+"""Opens files from a stranger and says how each was refused and what memory that took: `python hostile_worker.py FOLDER`. An image
+counts as refused where every decoder refuses it.
 
 A process of its own, because a peak of memory is measured: Linux forgets the old one when asked to. Prints a JSON object a file.
 """
@@ -8,10 +9,12 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from train.data import DataError, open_source
-from train.data.decode import decode, read_file
+from train.data.decode import DECODERS, read_file
+from train.data.source import BadImage
 from vitcore import variant
 from vitcore.weight_files import WeightError
 from vitcore.weights import load
@@ -32,8 +35,14 @@ def attempt(path: Path):
         for index in range(len(source)):
             source[index]
     else:
-        read_file(str(path))
-        decode(str(path))
+        data, refused = read_file(str(path)), []
+        for decoder in DECODERS.values():
+            try:
+                decoder(data, str(path))
+            except BadImage as error:
+                refused.append(error)
+        if len(refused) == len(DECODERS):
+            raise refused[-1]
 
 
 def main(folder: Path) -> None:
@@ -47,13 +56,14 @@ def main(folder: Path) -> None:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what is free already goes back, or the file could take it unseen
         Path("/proc/self/clear_refs").write_text("5")
-        before = memory("VmRSS")
+        before, begun = memory("VmRSS"), time.monotonic()
         try:
             attempt(path)
             refused, said = None, ""
         except (WeightError, DataError, ValueError, OSError) as error:
             refused, said = type(error).__name__, str(error)
-        print(json.dumps({"file": path.name, "refused": refused, "said": said, "memory": memory("VmHWM") - before}), flush=True)
+        found = {"refused": refused, "said": said, "memory": memory("VmHWM") - before, "seconds": time.monotonic() - begun}
+        print(json.dumps({"file": path.name} | found), flush=True)
 
 
 if __name__ == "__main__":

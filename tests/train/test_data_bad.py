@@ -233,9 +233,11 @@ def test_read_file_says_why(tmp_path):
     ):
         path = tmp_path / kind
         place_bad(path, kind)
+        held = len(os.listdir("/proc/self/fd"))
         with pytest.raises(BadImage, match=words) as error:
             read_file(str(path))
         assert str(path) in str(error.value)
+        assert len(os.listdir("/proc/self/fd")) == held, "closed again"
     with pytest.raises(BadImage, match="the file is empty"):
         decode_bytes(b"", "x")
 

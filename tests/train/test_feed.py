@@ -32,8 +32,17 @@ class Numbers:
         self.closed = True
 
 
-def test_order_and_the_state_of_what_was_given_out():
-    numbers = Numbers()
+class Slow(Numbers):
+    """Whose state takes a while to read: in a draw nothing changes meanwhile, elsewhere the next is drawn."""
+
+    def get_state(self):
+        time.sleep(0.05)
+        return super().get_state()
+
+
+@pytest.mark.parametrize("kind", [Numbers, Slow])
+def test_order_and_the_state_of_what_was_given_out(kind):
+    numbers = kind()
     with Feed(numbers) as feed:
         assert feed.state == {"next": 0}
         for i in range(5):

@@ -228,6 +228,7 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     assert given("--remat", "--remat-every", 2).options.remat == 2
     assert given("--keep", 5).keep == 5
     assert (plain.keep_every, given("--keep-every", 4).keep_every) == (None, 4)
+    assert [given(*o).checkpoint_wait for o in ([], ["--checkpoint-wait"])] == [False, True]
     first = next(plain.batches)
     assert first["label"].max() < 5
     for option in (["--seed", 1], ["--augment", "none"], ["--split", "train[:50%]"], ["--dev"]):

@@ -170,6 +170,7 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     assert given("--steps", 13).total_steps == 13
     assert given("--early-stop", 4).early_stop == 4
     assert given("--keep", 5).keep == 5
+    assert [given(*o).checkpoint_wait for o in ([], ["--checkpoint-wait"])] == [False, True]
     first = next(given().batches)
     assert first["image"].shape == (32, 8, 8, 1)
     assert next(given("--batch-size", 16).batches)["image"].shape[0] == 16

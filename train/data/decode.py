@@ -33,12 +33,10 @@ Picture = np.ndarray | Image.Image  # uint8 [Y, X, C], C 1 or 3; or Pillow's own
 def read_file(path: str) -> bytes:
     """A file's content. Raises BadImage: missing, no file, not readable, above MAX_BYTES."""
     try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(21, "Is a directory")
+        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever. Through open, which also closes what it refuses
+        # (a directory); a descriptor of our own stayed open.
+        with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("it is no regular file")
             check_size(status.st_size, path)
