@@ -199,20 +199,21 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mes
     sum_over_model = partial(lax.psum, axis_name="model") if mesh else lambda x: x
     # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
     layers = vary(params["blocks"], mesh, specs["blocks"]), None if keys is None else keys[1:]
-    loop = ops.loop or bool(remat)
+    scan = _unrolled if ("remat" if remat else "forward") in ops.unrolled else lax.scan
+    checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
 
     def block(x, layer):
         w, key = layer
         return halves(x, row, gather(w, block_specs(specs), mesh, dtype), key), None
 
     if remat > 1:
-        x = _rematerialised(halves, x, row, layers, remat, specs["blocks"], mesh, dtype)
+        x = _rematerialised(halves, x, row, layers, remat, specs["blocks"], mesh, dtype, scan)
     else:
         if remat:
-            block = _again(block)
+            block = checkpoint(block, policy=_nothing)
         elif mesh and mesh.data > 1:
-            block = jax.checkpoint(block, policy=recompute_gathers, prevent_cse=not loop)
-        x = (lax.scan if loop else _unrolled)(block, x, layers)[0]
+            block = checkpoint(block, policy=recompute_gathers)
+        x = scan(block, x, layers)[0]
     return x[:, : config.tokens] if extra else x
 
 
@@ -228,11 +229,12 @@ def _unrolled(block, x, layers):
     return x, None
 
 
-_again = partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+_nothing = jax.checkpoint_policies.nothing_saveable
+_again = partial(jax.checkpoint, policy=_nothing, prevent_cse=False)  # inside a loop
 
 
-def _rematerialised(block, x, row, layers, every: int, specs, mesh, dtype):
-    """The scan over the blocks, of which the backward pass keeps the input of every n-th and makes those in between again.
+def _rematerialised(block, x, row, layers, every: int, specs, mesh, dtype, scan):
+    """`scan` over the blocks, of which the backward pass keeps the input of every n-th and makes those in between again.
 
     It does so for a part of the batch at a time: the inputs in between are a part's, and little. A weight's gradients are summed
     over the parts in float32. block: (x, row, weights, key) -> x. Raises ValueError where n does not divide the depth.
@@ -258,11 +260,12 @@ def _rematerialised(block, x, row, layers, every: int, specs, mesh, dtype):
         pieces = lax.map(_again(run), (pieces, row + jnp.arange(parts) * (pieces.shape[1] * tokens)))
         return pieces.reshape(x.shape), None
 
+    checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
     if parts == 1:
-        group = _again(group)
+        group = checkpoint(group, policy=_nothing)
     elif mesh and mesh.data > 1:
-        group = jax.checkpoint(group, policy=recompute_gathers, prevent_cse=False)
-    return lax.scan(group, x, jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), layers))[0]
+        group = checkpoint(group, policy=recompute_gathers)
+    return scan(group, x, jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), layers))[0]
 
 
 def _parts(batch: int, tokens: int) -> int:

@@ -25,8 +25,9 @@ class Ops(NamedTuple):
     """What a ViT is made of; each function has the signature and meaning of that of its name in `kernels/*/reference.py`.
 
     multiple: the model pads its tokens to a multiple of this, once, and half blocks take `tokens=`, how many of T are real.
-    loop: the blocks are one loop, compiled once; False: compiled one after the other, so that what the backward pass keeps stays
-    where it was made, where a loop copies it to and from arrays with a layer axis. training_loop: the same of a training step.
+    unrolled: of "forward", "train" (a training step) and "remat" (one that rematerialises its blocks) those whose blocks are not
+    one loop, compiled once, but compiled one after the other: what waits for the backward pass then stays where it was made, and
+    is given up when it is done with, where a loop copies it to and from arrays with a layer axis.
     """
 
     patch_embed: Callable
@@ -34,8 +35,7 @@ class Ops(NamedTuple):
     mlp_half: Callable
     layer_norm: Callable
     multiple: int = 1
-    loop: bool = True
-    training_loop: bool = True
+    unrolled: tuple[str, ...] = ()
 
 
 FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's settings
@@ -75,11 +75,10 @@ GPU = Ops(
     mlp_gpu.mlp_half,
     layer_norm.layer_norm,
     multiple=attention_gpu.TOKENS,
-    loop=False,
-    training_loop=False,
+    unrolled=("forward", "train"),
 )
 # The kernels, compiled for the TPU that is present. Forward, a loop costs them nothing, and needs less memory.
-FUSED = _kernels(_on_the_tpu)._replace(training_loop=False)
+FUSED = _kernels(_on_the_tpu)._replace(unrolled=("train", "remat"))
 # The kernels as plain JAX operations, on any platform: slow, for trying and testing them.
 INTERPRET = fused(Launch(device=DEVICES["cpu"], interpret=True))
 
@@ -94,6 +93,7 @@ def resolve(ops: Ops | None) -> Ops:
 
 
 def for_training(ops: Ops | None) -> Ops:
-    """`resolve`, with the blocks in a loop or not as a training step wants them."""
+    """`resolve`, for the forward pass of a training step."""
     ops = resolve(ops)
-    return ops._replace(loop=ops.training_loop)
+    unrolled = set(ops.unrolled) - {"forward"} | ({"forward"} if "train" in ops.unrolled else set())
+    return ops._replace(unrolled=tuple(sorted(unrolled)))
