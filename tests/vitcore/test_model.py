@@ -10,6 +10,7 @@ from scipy.special import erf
 
 import vitcore
 from vitcore import model
+from vitcore.ops import for_training
 
 
 def norm(x, scale, bias):
@@ -145,17 +146,24 @@ def small_inputs():
     return noisy(SMALL), jax.random.uniform(jax.random.key(2), (6, 16, 16, 3), minval=-1)
 
 
-@pytest.mark.parametrize(("remat", "part"), [(True, None), (2, None), (2, 34), (4, 51)])
-def test_remat_changes_no_number(remat, part, monkeypatch):
-    """Every block made again, or blocks in twos and fours, these with the batch whole or in parts of one, two or three images."""
+@pytest.mark.parametrize("unrolled", [(), ("forward", "remat")], ids=["loop", "unrolled"])
+@pytest.mark.parametrize(("remat", "part"), [(0, None), (True, None), (2, None), (2, 34), (4, 51)])
+def test_remat_and_unrolling_change_no_number(remat, part, unrolled, monkeypatch):
+    """Every block made again, or blocks in twos and fours, these with the batch whole or in parts of one, two or three images; the
+    blocks in a loop, or one after the other."""
     if part:
         monkeypatch.setattr(model, "PART", part)
         assert model._parts(6, 17) == 6 * 17 // part
     params, images = small_inputs()
-    loss = lambda remat: jax.value_and_grad(  # noqa: E731
-        lambda p: jnp.square(vitcore.apply(p, images, SMALL, dropout_key=jax.random.key(4), remat=remat)).mean()
-    )(params)
-    (a, ga), (b, gb) = loss(False), loss(remat)
+
+    def loss(remat, ops):
+        def of(p):
+            return jnp.square(vitcore.apply(p, images, SMALL, ops=ops, dropout_key=jax.random.key(4), remat=remat)).mean()
+
+        assert ("scan" in str(jax.make_jaxpr(of)(params))) == (not ops.unrolled or remat > 1)  # groups of blocks are loops inside
+        return jax.value_and_grad(of)(params)
+
+    (a, ga), (b, gb) = loss(0, vitcore.REFERENCE), loss(remat, vitcore.REFERENCE._replace(unrolled=unrolled))
     np.testing.assert_allclose(a, b, rtol=1e-6)
     for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
@@ -215,3 +223,11 @@ def test_bad_images_and_parameters_are_refused():
     other = vitcore.init(jax.random.key(0), vitcore.ViTConfig(**{**vars(SMALL), "mlp_dim": 128}))
     with pytest.raises(ValueError, match=r"mlp_in.*is \(4, 128\), the config requires \(4, 64\)"):
         vitcore.apply(other, images, SMALL)
+
+
+def test_a_training_step_takes_its_own_setting():
+    """The kernels train with the blocks one after the other, and run forward in a loop; with rematerialisation as they say."""
+    assert vitcore.FUSED.unrolled == ("train", "remat")
+    assert for_training(vitcore.FUSED).unrolled == ("forward", "remat", "train")
+    assert for_training(vitcore.REFERENCE) == vitcore.REFERENCE
+    assert for_training(vitcore.REFERENCE._replace(unrolled=("forward",))).unrolled == ()
