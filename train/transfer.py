@@ -28,6 +28,7 @@ from train.options import parse
 MODEL = "ViT-Nano/4"
 SEEN, UNSEEN = "digits:0-4", "digits:5-9"
 DRAWS = 20  # of few shots: a single draw of five images a digit says little
+DROPOUT = 0.1  # in fine-tuning: 99 % of the digits 5 to 9 where without it are 97 %, after 300 steps as after 800
 MARGIN = 0.02  # by which five shots from the features must beat the pixels
 
 
@@ -40,7 +41,7 @@ class Transfer(JobOptions):
     seed: int = 0
     """Of the pre-training; fine-tuning takes this and the following ones."""
     pretrain_steps: int = 1500
-    finetune_steps: int = 300
+    finetune_steps: int = 600
     runs: int = 3
     """Of fine-tuning with the chosen rate."""
     draws: int = DRAWS
@@ -85,7 +86,7 @@ def run(args: Transfer, stop=None) -> dict | None:
     summary = finetune.run(
         finetune.Finetune(
             init=str(out / "pretrain"), data=UNSEEN, recipe="digits", sweep=True, steps=args.finetune_steps, runs=args.runs,
-            seed=args.seed, out=str(out / "finetune"), eval_every=max(1, args.finetune_steps // 5),
+            dropout=DROPOUT, seed=args.seed, out=str(out / "finetune"), eval_every=max(1, args.finetune_steps // 5),
             checkpoint_every=max(1, args.finetune_steps // 2), **common,
         ),
         stop,
