@@ -113,11 +113,16 @@ def test_rows_taken_apart_by_words_agree_with_the_reference(t):
 
 
 def test_a_batch_in_parts_agrees_with_the_reference(monkeypatch):
-    """The backward pass two images at a time, gradients summed over the parts; dropout knows its rows all the same."""
+    """Flat rows, which are copied: the backward pass two images at a time, gradients summed over the parts; dropout knows its rows
+    all the same. Images as they lie are not copied, and take no parts."""
     monkeypatch.setattr(tpu, "CHUNK_ROWS", 50)
-    args = arrays(6, 21, 64, 256)
-    assert tpu.parts.count(args[0], tpu.CHUNK_ROWS) == 3
-    judge(args, FAST, dropout=Dropout(0.3, jnp.int32(5), 9, 4))
+    args, counted = arrays(6, 21, 64, 384), []
+    each = tpu.parts.backward
+    monkeypatch.setattr(tpu.parts, "backward", lambda step, n, *rest: counted.append(n) or each(step, n, *rest))
+    for t, parts in ((STREAMED, 3), (replace(RESIDENT, rows=21), 1)):
+        judge(args, FAST, t, dropout=Dropout(0.3, jnp.int32(5), 9, 4))
+        assert set(counted) == {parts}
+        counted.clear()
 
 
 def test_tall_row_tiles_agree_with_the_reference():
