@@ -84,15 +84,16 @@ def call(
     vmem_bytes: limit of the kernel; the core's whole VMEM by default.
     """
     wanted = [tuple(shape) for shape, _ in out_shapes]
-    if launch.interpret is not False and aliases:  # the interpreter returns such an output as it pads it: to whole blocks
+    padded = bool(aliases) and launch.interpret is not False
+    if padded:  # the interpreter returns such an output as it pads it: to whole blocks
         out_shapes = [
-            (_in_blocks(shape, spec.block_shape) if k in aliases.values() else shape, dtype)
+            (_in_blocks(shape, spec.block_shape) if k in (aliases or {}).values() else shape, dtype)
             for k, ((shape, dtype), spec) in enumerate(zip(out_shapes, out_specs, strict=True))
         ]
 
     def run(*arrays):
         arrays = list(vary_alike(*arrays))
-        for a, k in (aliases or {}).items():
+        for a, k in (aliases or {}).items() if padded else ():
             arrays[a] = jnp.pad(arrays[a], [(0, n - m) for n, m in zip(out_shapes[k][0], arrays[a].shape, strict=True)])
         axes = jax.sharding.ManualAxisType(varying=varying(*arrays))
         interpret = pltpu.InterpretParams() if launch.interpret is True and axes.varying else launch.interpret
@@ -115,6 +116,8 @@ def call(
             ),
         )(*arrays)
 
+    if not padded:
+        return lambda *arrays: tuple(run(*arrays))
     return lambda *arrays: tuple(a[tuple(map(slice, shape))] for a, shape in zip(run(*arrays), wanted, strict=True))
 
 
