@@ -12,7 +12,10 @@ _PREDICTED = 8  # attempts by prediction; bisection after these
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One batch tried. used, limit: bytes it takes and may take, 0 where that is not known. why: what failed, empty if it fits."""
+    """One batch tried. used, limit: bytes it takes and may take, 0 where that is not known. why: what failed, empty if it fits.
+
+    used counts the same things in all attempts of a search: one whose bytes were counted otherwise leaves it 0.
+    """
 
     batch: int
     fits: bool
@@ -75,6 +78,7 @@ def search(
     """
     attempts = list(known)
     sharp = step * unit if step else 0
+    width = 0  # of what lay between low and high when a prediction was last followed; one that did not halve it gives way once
 
     def align(batch: int) -> int:
         grain = sharp or unit
@@ -90,6 +94,10 @@ def search(
             return Edge(batch=low, beyond=high, complete=True, attempts=tuple(attempts))
         if not in_time() or low >= most:
             break
+        if predicted is not None and high:
+            width, slow = high - low, 0 < width < 2 * (high - low)
+            if slow or not low <= predicted < high:
+                predicted, width = None, 0
         attempts.append(attempt(min(_next(low, high, predicted, start, sharp or unit, align), align(most))))
     low = max((a.batch for a in attempts if a.fits), default=0)
     high = min((a.batch for a in attempts if not a.fits and a.batch > low), default=0)

@@ -76,10 +76,14 @@ def too_much(error: str) -> tuple[int, int]:
 
 
 def attempt_of(report: Report, batch: int) -> edge.Attempt:
-    """What a compilation says of a batch, for `edge.search`."""
+    """What a compilation says of a batch, for `edge.search`.
+
+    A program far too large is refused before its buffers share memory: what it is then said to need is no measure beside the others.
+    """
     need, have = too_much(report.error)
+    used = 0 if "HLO temporaries" in report.error else need or report.peak_bytes
     limit = have or int(DEVICES[report.target].hbm_bytes - _SYSTEM)
-    return edge.Attempt(batch=batch, fits=not report.error, used=need or report.peak_bytes, limit=limit, why=report.error)
+    return edge.Attempt(batch=batch, fits=not report.error, used=used, limit=limit, why=report.error)
 
 
 class _Study:

@@ -35,6 +35,17 @@ hypothesis.settings.load_profile(os.environ.get("VITCORE_HYPOTHESIS") or ("ci" i
 
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure of the run (CI)")
+    parser.addoption("--one-each", action="store_true", help="every test with the first of its parameters only (CI, newer Pythons)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--one-each"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            first.setdefault(item.nodeid.partition("[")[0], item)
+        kept = set(first.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 class NoSkips:

@@ -42,6 +42,20 @@ def test_bytes_that_are_not_affine_still_end_at_the_edge():
     assert len(memory.tried) <= 12
 
 
+def test_a_cliff_that_no_prediction_sees_is_found_by_bisection():
+    """Bytes say that 22,000 fit; what ends it at 5,000 tells nothing of its bytes: predictions must not creep towards it."""
+    memory = Memory(15_480_000, fixed=24_000, slope=701)
+    tried = []
+
+    def attempt(batch):
+        tried.append(batch)
+        return memory.attempt(batch) if batch <= 4986 else Attempt(batch=batch, fits=False, limit=15_480_000, why="refused")
+
+    found = search(attempt, start=64, step=1)
+    assert (found.batch, found.beyond, found.complete) == (4986, 4987, True)
+    assert len(tried) <= 3 + 15
+
+
 @given(
     st.integers(1, 5000), st.integers(0, 3000), st.integers(1, 9), st.sampled_from([1, 3, 8]), st.integers(1, 200), st.booleans()
 )
