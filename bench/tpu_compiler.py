@@ -219,6 +219,7 @@ class Compiler:
         }
         self.limits = {"seconds": seconds, "gigabytes": gigabytes}
         self._process: _Process | None = None
+        self._dumping = False  # schedules take a third of a compilation to write: a process does it where cycles are asked for
         self._cache = Cache(cache, self.request) if cache and not text else None
         self._built = ""
 
@@ -244,8 +245,10 @@ class Compiler:
         name, key = program.name or program.build, self._source_key(program) if self._cache else ""
         if key and self._cache and (known := self._cache.load(key, cycles)) is not None:
             return replace(known, name=name)
+        if self._process is not None and self._dumping != cycles:
+            self.close()
         if self._process is None:
-            self._process = _Process(self.request, flags=_DUMPS, **self.limits)
+            self._process, self._dumping = _Process(self.request, flags=_DUMPS if cycles else (), **self.limits), cycles
         report = self._process.ask(program, cycles)
         settled = not report.error or "RESOURCE_EXHAUSTED" in report.error
         if not self._process.alive:

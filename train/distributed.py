@@ -9,6 +9,7 @@ they hang. A process that fails writes there why; a thread in each of the others
 well under a second. A process that dies without a word is noticed by the missing heartbeat.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -27,7 +28,10 @@ from jax._src import clusters, distributed  # the store and the detection have n
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train.signals import Stop
+
 _FAILED = "vitcore/failed"
+_STOP = "vitcore/stop"
 _PATIENCE = 24 * 3600  # seconds a process waits for another that is alive: what hangs is the watchdog's
 _LINGER = 1.0  # seconds in which the others fetch the reason, before process 0 ends and the store with it
 
@@ -123,19 +127,21 @@ def rank() -> int:
 
 
 def _end_with_the_others() -> None:
-    client = _client()
-    while client is not None:
+    reason = _await(_client(), _FAILED)
+    if reason is not None and not reason.startswith(f"{rank()}:"):
+        sys.stdout.flush()
+        print(f"process {rank()}: ends because process {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _await(client, key: str) -> str | None:
+    """The value of a key, once a process has set it; None when the job has ended, or process 0 has died, which the heartbeat ends."""
+    while True:
         try:
-            reason = client.blocking_key_value_get(_FAILED, 3600_000)
+            return client.blocking_key_value_get(key, 3600_000)
         except Exception as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                continue
-            return  # the job has ended, or process 0 has died, which the heartbeat ends
-        if not reason.startswith(f"{rank()}:"):
-            sys.stdout.flush()
-            print(f"process {rank()}: ends because process {reason}", file=sys.stderr, flush=True)
-            os._exit(1)
-        return
+            if "DEADLINE_EXCEEDED" not in str(error):
+                return None
 
 
 def fail(reason: str) -> None:
@@ -150,6 +156,30 @@ def fail(reason: str) -> None:
         return  # another was first, or process 0 is gone: they know
     if rank() == 0:
         threading.Event().wait(_LINGER)
+
+
+_shared: set[int] = set()
+
+
+def share(stop: Stop) -> None:
+    """From now on, when one process is asked to stop, all are, in well under a second; also one that waits for data while the
+    others hang in the reduction it has not come to. They then agree by `AnyProcess` before which step they stop."""
+    client = _client()
+    if client is None or id(stop) in _shared:
+        return
+    _shared.add(id(stop))
+
+    def tell():
+        stop.wait()
+        with contextlib.suppress(Exception):  # the job has ended, or process 0 has died, which the heartbeat ends
+            client.key_value_set(_STOP, str(rank()), allow_overwrite=True)
+
+    def hear():
+        if _await(client, _STOP) is not None:
+            stop.ask()
+
+    for work in (tell, hear):
+        threading.Thread(target=work, daemon=True, name="stops of other processes").start()
 
 
 def leave() -> None:

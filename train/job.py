@@ -108,6 +108,7 @@ def stopped(result, out, within: str = "") -> bool:
     if result.asked_to_stop:
         say(f"asked to stop{within} at step {result.steps}: the same command resumes there; {out}")
         if result.stuck:
+            distributed.leave()
             end(0, now=True)
     return result.asked_to_stop
 

@@ -158,6 +158,7 @@ class _Loop:
         self.say = say if self.first else lambda line: None
         self.stop, self.stack = stop, stack
         self.stopping = False
+        distributed.share(stop)
         self.any_asked = distributed.AnyProcess(run.mesh)
         self.place = on_mesh(run.mesh)
         self.step_fn = make_train_step(run.config, run.mesh, run.tx, run.options)
@@ -167,28 +168,30 @@ class _Loop:
         self.now = _Progress()
         self.watchdog = stack.enter_context(Watchdog(run.step_timeout))
 
+    def next(self, feed: Feed, *, more: bool = True):
+        """The next batch, waited for until one asks to stop; None where it has not come, or there is none."""
+        return feed.next(lambda: self.stop.asked, more=more)
+
     def asked(self) -> bool:
-        """Whether any process has been asked to stop. Every process asks at the same places."""
+        """Whether any process has been asked to stop. Every process asks between having a batch, or waiting for it no longer, and
+        what all of them do with it together: so none is left in there by one that has no batch."""
         self.stopping = self.stopping or self.any_asked(self.stop.asked)
         return self.stopping
-
-    def alone_and_asked(self) -> bool:
-        """While waiting for data. A process among several cannot leave there: the others are in a step that it must take."""
-        return distributed.count() == 1 and self.stop.asked
 
     def evaluate(self) -> dict[str, float] | None:
         """Sums over the validation set, or None if a signal came in between."""
         params = self.state.params if self.state.average is None else self.state.average
         total = {"count": 0.0, "correct": 0.0, "loss": 0.0}
         with Feed(self.spec.validation(), self.place) as feed:
-            while (batch := feed.next(self.alone_and_asked)) is not None:
+            while True:
+                batch = self.next(feed)
+                if self.asked():
+                    return None
+                if batch is None:
+                    return total
                 sums = self.eval_fn(params, to_unit(batch["image"]), batch["label"], batch["weight"])
                 total = {key: total[key] + float(sums[key]) for key in total}
                 self.watchdog.beat(f"evaluating after step {self.now.step}")
-                if self.asked():
-                    break
-        self.stopping = self.stopping or self.alone_and_asked()
-        return None if self.stopping else total
 
     def restore(self) -> None:
         """The state, from the latest good checkpoint or made; the directory is claimed once a first batch has come."""
@@ -196,7 +199,7 @@ class _Loop:
         directory = place(run.directory) / "checkpoints"
         fresh = distributed.broadcast(not directory.exists())
         self.feed = stack.enter_context(Feed(run.batches, self.place))
-        self.batch = self.feed.next(self.alone_and_asked, more=False) if fresh else None
+        self.batch = self.next(self.feed, more=False) if fresh else None
         if self.first and fresh:
             run.claim()
         distributed.broadcast(None)  # nobody writes before the claim stands
@@ -209,7 +212,7 @@ class _Loop:
             if other := [key for key, value in run.identity.items() if extra["config"].get(key) != value]:
                 raise ValueError(f"{directory} is another run's ({', '.join(other)} differ): choose another --out")
             run.batches.set_state(extra["loader"])
-            self.feed.state = extra["loader"]
+            self.loader = extra["loader"]
             self.now = _Progress.restored(int(self.state.step), extra)
             self.say(f"resuming at step {self.now.step} from {directory}")
         if self.first and not fresh:
@@ -222,7 +225,7 @@ class _Loop:
             self.settle()
             self.recorder.publish()
             self.watchdog.beat(f"saving step {now.step}")
-            self.checkpoints.save(now.step, self.state, {"loader": self.feed.state, "config": self.spec.config_json, **now.saved()})
+            self.checkpoints.save(now.step, self.state, {"loader": self.loader, "config": self.spec.config_json, **now.saved()})
             if self.spec.checkpoint_wait:
                 self.checkpoints.wait()
 
@@ -294,10 +297,10 @@ class _Loop:
             batch, self.batch = self.batch, None
             more = now.step + 1 < run.total_steps
             if batch is None:
-                batch = self.feed.next(self.alone_and_asked, more=more)
-            if batch is None:  # asked to stop while waiting
-                self.stopping = True
+                batch = self.next(self.feed, more=more)
+            if self.asked():
                 break
+            self.loader = self.feed.state  # a batch that came but is not taken is drawn again by the continuation
             metrics = self.step(batch)
             last = now.step == run.total_steps
             log = now.step % run.log_every == 0
@@ -315,7 +318,7 @@ class _Loop:
             self.checkpoints.check()
             if now.in_a_row >= run.bad_steps:
                 self.diverged()
-            if self.asked() or now.step % run.checkpoint_every == 0 or last or self.waited_enough:
+            if now.step % run.checkpoint_every == 0 or last or self.waited_enough:
                 self.save()
             if due and now.due is None:
                 self.recorder.draw()

@@ -45,7 +45,7 @@ def check_interrupt() -> None:
 
 class Stop:
     """Whether the process has been asked to end. As a context manager it listens to SIGTERM (in the main thread; elsewhere it can
-    only be asked by `ask`), and puts back what was there before.
+    only be asked by `ask`), and puts back what was there before. In a job of several, `train.distributed.share` asks all of them.
 
         with Stop() as stop:
             while not stop.asked: ...
@@ -61,6 +61,10 @@ class Stop:
 
     def ask(self) -> None:
         self._event.set()
+
+    def wait(self) -> None:
+        """Returns when the process is asked to end."""
+        self._event.wait()
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -86,9 +90,11 @@ class Stop:
         self._undo.close()
 
     def _listen(self, reader: int) -> None:
+        terms = 0  # only signals count: another process's SIGTERM may have asked before this one's own comes
         while (number := os.read(reader, 1)[0]) != 0:
             if number == signal.SIGTERM:
-                if self._event.is_set():
+                terms += 1
+                if terms > 1:
                     os._exit(TERMINATED)
                 self._event.set()
 

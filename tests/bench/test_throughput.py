@@ -335,7 +335,7 @@ def test_the_largest_batch_compiles_and_one_more_does_not(tmp_path):
     (r,) = run(Throughput(**options, out=tmp_path, cache=tmp_path / "c"))
     assert r["edge_proved"]
     assert r["beyond"] == r["largest_batch"] + 1
-    assert "exceeds available HBM" in r["beyond_error"]
+    assert "Ran out of memory" in r["beyond_error"]
     assert r["largest_bytes"] < 15.5 * 2**30
 
 

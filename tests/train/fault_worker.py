@@ -149,7 +149,7 @@ if "say-data" in FAULTS:
 
     def slow(self):
         drawn.append(1)
-        if len(drawn) > FAULTS["say-data"][0]:
+        if len(drawn) > FAULTS["say-data"][0] and here("say-data"):
             say("data")
             time.sleep(1e6)
         return draw(self)
