@@ -78,7 +78,7 @@ def too_much(error: str) -> tuple[int, int]:
 def attempt_of(report: Report, batch: int) -> edge.Attempt:
     """What a compilation says of a batch, for `edge.search`.
 
-    A program far too large is refused before its buffers share memory: what it is then said to need is no measure beside the others.
+    A program far too large is refused before its buffers share memory: what it is then said to need is no measure.
     """
     need, have = too_much(report.error)
     used = 0 if "HLO temporaries" in report.error else need or report.peak_bytes

@@ -35,7 +35,7 @@ hypothesis.settings.load_profile(os.environ.get("VITCORE_HYPOTHESIS") or ("ci" i
 
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure of the run (CI)")
-    parser.addoption("--one-each", action="store_true", help="of every test the first of its parameters only (CI on a newer Python)")
+    parser.addoption("--one-each", action="store_true", help="of every test the first of its parameters only")
 
 
 def pytest_collection_modifyitems(config, items):

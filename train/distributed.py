@@ -135,7 +135,7 @@ def _end_with_the_others() -> None:
 
 
 def _await(client, key: str) -> str | None:
-    """The value of a key, once a process has set it; None when the job has ended, or process 0 has died, which the heartbeat ends."""
+    """The value of a key, once a process has set it; None when the job has ended, or process 0 died, which the heartbeat ends."""
     while True:
         try:
             return client.blocking_key_value_get(key, 3600_000)

@@ -75,6 +75,42 @@ def test_bytes_travel_and_the_decoder_is_the_one_asked_for(file, tmp_path, monke
     assert seen == [("simplejpeg", np.uint8)]
 
 
+def test_images_are_brought_to_size_as_asked(tmp_path):
+    """Wide images, light on the left: whole in one way, their middle in the other."""
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+    wide = np.zeros((64, 192), np.uint8)
+    wide[:, :64] = 255
+    Image.fromarray(wide).save(tmp_path / "val" / "a" / "0.png")
+    mesh, _ = meshes.make(MeshShape(1, 1))
+    source = open_source(f"folder:{tmp_path}", "val")
+    light = {}
+    for name in ("resize", "center"):
+        means, _ = Reader(batch_size=1, preprocess=name).all(lambda x: x.mean((1, 2, 3)), source, CONFIG, mesh)
+        light[name] = float(means[0])
+    assert light["resize"] == pytest.approx(-1 / 3, abs=0.05)
+    assert light["center"] < -0.8
+
+
+def test_of_fewer_classes_than_five_all_are_given():
+    config = vitcore.variant("ViT-Nano/4", image_size=8, channels=1, num_classes=3)
+    mesh, _ = meshes.make(MeshShape(2, 1))
+    params = put_params(jax.jit(lambda: vitcore.init(jax.random.key(0), config))(), config, mesh)
+    assert make_predict(config, mesh)(params, np.zeros((2, 8, 8, 1), np.float32)).shape == (2, 3)
+
+
+def test_the_head_reads_what_is_behind_the_hidden_layer():
+    config = vitcore.variant("ViT-Nano/4", image_size=8, channels=1, num_classes=3, representation_size=24)
+    mesh, _ = meshes.make(MeshShape(2, 2))
+    params = jax.jit(lambda: vitcore.init(jax.random.key(0), config))()
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype(np.float32)
+    y = np.asarray(vitcore.features(params, x, config))
+    found = np.asarray(frozen.make_features(config, mesh)(put_params(params, config, mesh), x))
+    hidden = np.tanh(y @ np.asarray(params["pre_logits"]["kernel"]) + np.asarray(params["pre_logits"]["bias"]))
+    assert np.abs(hidden - y @ np.asarray(params["pre_logits"]["kernel"])).max() > 0.01  # the tanh is felt
+    np.testing.assert_allclose(found, hidden, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mesh", ["1x1", "8x1", "2x2"])
 def test_the_job_prints_and_writes(file, truth, tmp_path, capsys, mesh):
     logits, labels = truth
