@@ -150,6 +150,9 @@ if "say-data" in FAULTS:
     def slow(self):
         drawn.append(1)
         if len(drawn) > FAULTS["say-data"][0] and here("say-data"):
+            while taken < FAULTS["say-data"][0]:
+                time.sleep(0.01)
+            time.sleep(1)  # that step is done, and the loop waits
             say("data")
             time.sleep(1e6)
         return draw(self)
