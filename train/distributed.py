@@ -33,7 +33,7 @@ from train.signals import Stop
 _FAILED = "vitcore/failed"
 _STOP = "vitcore/stop"
 _PATIENCE = 24 * 3600  # seconds a process waits for another that is alive: what hangs is the watchdog's
-_LINGER = 1.0  # seconds in which the others fetch the reason, before process 0 ends and the store with it
+_LINGER = 1.0  # seconds from a failure to the end of process 0, and of the store with it, which would abort whoever is still there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,14 @@ def _end_with_the_others() -> None:
     if reason is not None and not reason.startswith(f"{rank()}:"):
         sys.stdout.flush()
         print(f"process {rank()}: ends because process {reason}", file=sys.stderr, flush=True)
+        _linger()
         os._exit(1)
+
+
+def _linger() -> None:
+    """Process 0 goes last: the others fetch the reason, and end with codes of their own."""
+    if rank() == 0:
+        threading.Event().wait(_LINGER)
 
 
 def _await(client, key: str) -> str | None:
@@ -150,12 +157,9 @@ def fail(reason: str) -> None:
     client = _client()
     if client is None:
         return
-    try:
-        client.key_value_set(_FAILED, f"{rank()}: {' '.join(reason.split())[:500]}", allow_overwrite=True)
-    except Exception:
-        return  # another was first, or process 0 is gone: they know
-    if rank() == 0:
-        threading.Event().wait(_LINGER)
+    with contextlib.suppress(Exception):  # another was first, and its is the cause; or process 0 is gone: they know
+        client.key_value_set(_FAILED, f"{rank()}: {' '.join(reason.split())[:500]}")
+    _linger()
 
 
 _shared: set[int] = set()

@@ -76,11 +76,12 @@ def guard(program: str, work: Callable[[Stop], None]) -> int:
         return 0
     except (ValueError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
         from_device = isinstance(error, jax.errors.JaxRuntimeError)
-        if os.environ.get("VITCORE_TRACEBACK") or (from_device and "RESOURCE_EXHAUSTED" not in str(error)):
+        no_memory = from_device and "RESOURCE_EXHAUSTED" in str(error)
+        if os.environ.get("VITCORE_TRACEBACK") or (from_device and not no_memory):
             if distributed.count() == 1:
                 raise
             traceback.print_exc()
-        advice = "lower --batch-size, raise --accumulate, or add --remat: " if from_device else ""
+        advice = "lower --batch-size, raise --accumulate, or add --remat: " if no_memory else ""
         code, line = 2, f"error: {advice}{(str(error).splitlines() or [type(error).__name__])[0]}"
     except KeyboardInterrupt:
         code, line = 130, "interrupted; the same command resumes from the latest checkpoint"
