@@ -98,8 +98,9 @@ def _detect() -> Layout | None:
 
 def start(layout: Layout | None, *, heartbeat: int, shutdown: int) -> None:
     """Joins the job; returns when every process has. heartbeat: seconds of silence after which a process counts as dead;
-    shutdown: seconds that the end waits for the others. Raises ValueError where that fails. Before anything asks for devices."""
-    if layout is None:
+    shutdown: seconds that the end waits for the others. Raises ValueError where that fails. Before anything asks for devices.
+    A job within a job, whose process has joined, may say it again."""
+    if layout is None or _client() is not None:
         return
     # JAX's own notice of preemption would be one counter shared with Orbax, which turns it back; `Stop` has another way
     jax.config.update("jax_enable_preemption_service", False)

@@ -196,8 +196,8 @@ class Bench:
     stop: Stop | None
 
 
-def prepare(args: Finetune, stop: Stop | None = None, *, join: bool = True) -> tuple[Finetune, Bench]:
-    """The devices and the model of a job; the resolved options. join: the job's other processes, unless the caller has.
+def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Bench]:
+    """The devices and the model of a job; the resolved options.
 
     Raises ValueError for whatever a user can mend.
     """
@@ -205,8 +205,7 @@ def prepare(args: Finetune, stop: Stop | None = None, *, join: bool = True) -> t
     from train.data import open_source
     from train.pretrained import open_pretrained
 
-    if join:
-        args.join()
+    args.join()
     resolve(args)  # its errors first: they cost nothing
     classes = open_source(args.data, args.split).classes
     mesh, where = args.make_mesh()

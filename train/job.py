@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import os
 import sys
@@ -185,6 +186,17 @@ def claim(out: epath.Path, identity: dict, config: dict) -> None:
     partial = out / "config.json.tmp"
     partial.write_text(json.dumps(config | {"out": str(out)}, indent=2) + "\n")
     partial.replace(out / "config.json")
+
+
+def put_picture(figure, path: epath.Path) -> None:
+    """A matplotlib figure as a PNG at `path`, local or gs://, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_bytes(png.getvalue())
+    partial.replace(path)
 
 
 @contextlib.contextmanager

@@ -13,16 +13,16 @@ Each is measured on the held-out digits 5 to 9. Prints a line for each and leave
 import dataclasses
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from train import distributed, recipes
 from train import mesh as meshes
-from train import recipes
-from train.job import JobOptions, end, guard, place
+from train.job import JobOptions, end, guard, place, put_picture, say
 from train.options import parse
 
 MODEL = "ViT-Nano/4"
@@ -70,7 +70,7 @@ def run(args: Transfer, stop=None) -> dict | None:
     common: dict[str, Any] = {field.name: getattr(args, field.name) for field in dataclasses.fields(JobOptions)} | {
         "mesh": args.mesh
     }
-    print("--- pre-training on the digits 0 to 4", flush=True)
+    say("--- pre-training on the digits 0 to 4")
     pretrain.run(
         pretrain.Pretrain(
             model=MODEL, data=SEEN, recipe="digits", representation_size=0, steps=args.pretrain_steps, seed=args.seed,
@@ -80,9 +80,9 @@ def run(args: Transfer, stop=None) -> dict | None:
     )  # fmt: skip
     if stop is not None and stop.asked:
         return None
-    print("--- few-shot: ridge regression, digits 5 to 9", flush=True)
+    say("--- few-shot: ridge regression, digits 5 to 9")
     shots = few_shots(args, str(out / "pretrain"))
-    print("--- fine-tuning on the digits 5 to 9", flush=True)
+    say("--- fine-tuning on the digits 5 to 9")
     summary = finetune.run(
         finetune.Finetune(
             init=str(out / "pretrain"), data=UNSEEN, recipe="digits", sweep=True, steps=args.finetune_steps, runs=args.runs,
@@ -95,13 +95,13 @@ def run(args: Transfer, stop=None) -> dict | None:
         return None
     assert isinstance(summary, dict)
     result = {"fewshot": shots, "finetune": {key: summary[key] for key in ("rate", "mean", "std", "final")}}
-    partial = out / "transfer.json.tmp"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(out / "transfer.json")
-    draw(result, os.path.join(os.fspath(out), "transfer.png"))
-    for line in describe(result):
-        print(line)
-    print(out / "transfer.png")
+    if distributed.rank() == 0:
+        partial = out / "transfer.json.tmp"
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(out / "transfer.json")
+        draw(result, out / "transfer.png")
+    for line in (*describe(result), out / "transfer.png"):
+        say(str(line))
     return result
 
 
@@ -146,10 +146,9 @@ def describe(result: dict) -> list[str]:
     return lines
 
 
-def draw(result: dict, path: str) -> None:
+def draw(result: dict, path: epath.Path) -> None:
     """Accuracy against the number of images a digit, from features and from pixels, and the fine-tuned model's; to a PNG."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -172,9 +171,7 @@ def draw(result: dict, path: str) -> None:
     axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    with open(f"{path}.tmp", "wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
-    os.replace(f"{path}.tmp", path)
+    put_picture(figure, path)
 
 
 if __name__ == "__main__":

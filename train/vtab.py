@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from etils import epath
 
 from train import distributed, job, recipes
 from train.job import claim, end, guard, locked, say, stopped
@@ -147,7 +148,7 @@ def run(args: Vtab, stop=None) -> dict | None:
             """One run, unless it is done; False where it was asked to stop."""
             if key in result[kind].get(task, {}):
                 return True
-            full, bench = prepare(finetune, stop, join=False)
+            full, bench = prepare(finetune, stop)
             found = fine_tune(full, out / kind / task / key, bench)
             if stopped(found, out, f" in {kind}/{task}"):
                 return False
@@ -179,7 +180,7 @@ def run(args: Vtab, stop=None) -> dict | None:
         result["means"] = means(result["final"], rate)
         if first:
             _write(out, result, args)
-            draw(result, str(out / "vtab.png"), f"VTAB-1k: {os.path.basename(args.init.rstrip('/'))}")
+            draw(result, out / "vtab.png", f"VTAB-1k: {os.path.basename(args.init.rstrip('/'))}")
             say((out / "vtab.md").read_text().rstrip())
             say(f"{out / 'vtab.png'}")
     return result
@@ -260,10 +261,9 @@ def table(result: dict, init: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(result: dict, path: str, title: str) -> None:
+def draw(result: dict, path: epath.Path, title: str) -> None:
     """A panel for all tasks and one for each group (Figure 2), then every task's bar; a task without data has a cross. To a PNG."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -289,9 +289,7 @@ def draw(result: dict, path: str, title: str) -> None:
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with open(f"{path}.tmp", "wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
-    os.replace(f"{path}.tmp", path)
+    job.put_picture(figure, path)
 
 
 def _held(out) -> dict | None:

@@ -252,6 +252,17 @@ def laptop(monkeypatch):
     return monkeypatch
 
 
+def test_a_job_within_a_job_joins_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(distributed, "_end_with_the_others", lambda: None)
+    layout = distributed.Layout(name="a", address="127.0.0.1:1", count=2, index=1)
+    distributed.start(layout, heartbeat=10, shutdown=10)
+    monkeypatch.setattr(distributed, "_client", object)
+    distributed.start(layout, heartbeat=10, shutdown=10)
+    assert calls == [("127.0.0.1:1", 2, 1)]
+
+
 def test_alone_where_nothing_says_otherwise(laptop):
     assert distributed.parse("auto") is None
     assert distributed.parse("off") is None

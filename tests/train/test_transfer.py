@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from train import transfer
@@ -18,7 +19,7 @@ def test_the_lines_and_the_picture(tmp_path):
     lines = transfer.describe(result)
     assert lines[1] == "5-shot, digits 5 to 9: 80.00% from the features, 70.00% from the pixels: +10.00 points"
     assert lines[-1] == "fine-tuned, digits 5 to 9: 98.50% +- 0.20% in 2 runs"
-    transfer.draw(result, str(tmp_path / "t.png"))
+    transfer.draw(result, epath.Path(tmp_path / "t.png"))
     assert len(np.unique(np.asarray(Image.open(tmp_path / "t.png").convert("RGB")).reshape(-1, 3), axis=0)) > 50
 
 
