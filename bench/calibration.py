@@ -20,10 +20,11 @@ def table() -> dict[str, dict[str, float]]:
 
 
 def save(records: list[dict[str, Any]]) -> None:
-    """Puts deviations of `bench.kernels --calibrate` into the table: of a kernel seen at several shapes, the largest."""
+    """Puts deviations of `bench.kernels --calibrate` into the table: of a kernel seen at several shapes, the largest. What was
+    known of kernels that are not among the records stays."""
     found = {target: dict(kernels) for target, kernels in table().items()}
-    for target in {r["target"] for r in records}:
-        found[target] = {}
+    for r in records:
+        found.setdefault(r["target"], {}).pop(r["kernel"], None)
     for r in records:
         off, kernels = r["schedule"] / r["profile"] - 1, found[r["target"]]
         if abs(off) >= abs(kernels.get(r["kernel"], 0.0)):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import hlo, llo
 from bench.tpu_compiler import MARK, Cache, Kernel, Program, Report, profiles
+from kernels import launch
 from kernels.device import DEVICES
 
 
@@ -25,6 +26,7 @@ def main() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
+    launch.VMEM_LIMIT = request["vmem"]
     devices = topologies.get_topology_desc(topology_name=request["topology"], platform="tpu").devices
     for line in sys.stdin:
         asked = json.loads(line)

@@ -168,7 +168,7 @@ def peer(request: dict[str, Any]) -> Callable[[int], Any]:
         return out if isinstance(out, torch.Tensor) else out.logits
 
     def steps(batch: int):
-        x = torch.randn((batch, 3, config.image_size, config.image_size), device=device, dtype=torch.float32 if train else dtype)
+        x = torch.randn((batch, 3, *config.image_shape), device=device, dtype=torch.float32 if train else dtype)
         labels = torch.arange(batch, device=device) % config.num_classes
 
         def forward():

@@ -19,6 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.device import Device, from_kind
 
+# Bytes of VMEM that a kernel may take where it does not say; None: all that its core has. The compiler's static profile takes VMEM
+# of its own and lowers this (bench).
+VMEM_LIMIT: int | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -81,7 +85,7 @@ def call(
 
     out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading
     arrays are int32 scalars, in SMEM and known to the index maps. aliases: {array: output} that share their memory.
-    vmem_bytes: limit of the kernel; the core's whole VMEM by default.
+    vmem_bytes: limit of the kernel; VMEM_LIMIT by default, the core's whole VMEM where that is None.
     """
     wanted = [tuple(shape) for shape, _ in out_shapes]
     padded = bool(aliases) and launch.interpret is not False
@@ -112,7 +116,7 @@ def call(
             name=name,
             cost_estimate=cost,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_bytes or launch.device.vmem_bytes
+                dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_bytes or VMEM_LIMIT or launch.device.vmem_bytes
             ),
         )(*arrays)
 

@@ -211,6 +211,8 @@ def test_deviations_of_the_schedule_are_said_beside_what_they_weigh_on(tmp_path,
 
     assert "k -30%" in note("k")
     assert note("good") == "" == note("unknown")
+    calibration.save([dict(target="v5e", kernel="good", schedule=150, profile=100)])
+    assert calibration.table()["v5e"] == {"k": -0.3, "good": 0.5}, "what was not calibrated again was forgotten"
     calibration.table.cache_clear()
 
 
