@@ -26,7 +26,7 @@ def main() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    launch.VMEM_LIMIT = request["vmem"]
+    launch.WHOLE_VMEM = request["whole_vmem"]
     devices = topologies.get_topology_desc(topology_name=request["topology"], platform="tpu").devices
     for line in sys.stdin:
         asked = json.loads(line)

@@ -315,8 +315,8 @@ def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
 def calibrate(options: Kernels, target: str) -> list[dict]:
     """The schedule's count against the static profile of the same kernels, and the deviation.
 
-    Twice, since each profile knows only some of what a kernel may do: v6e's wants VMEM of its own and refuses a kernel that may
-    take all there is; where a kernel may not, XLA keeps its arrays in VMEM, and v5e's does not know their DMAs.
+    Twice, since each profile knows only some of what a kernel may do: v5e's does not know the DMAs from arrays that XLA keeps in
+    VMEM, which it does where a kernel may not take all there is; v6e's refuses a kernel that may.
     """
     jobs = [
         Program(
@@ -329,9 +329,9 @@ def calibrate(options: Kernels, target: str) -> list[dict]:
     ]
     print(f"{target}, batch {options.batch}, {options.dtype}: cycles of a kernel by its schedule and by the compiler's profile")
     records = []
-    for mib in (None, 32):
-        for report in _compile(target, jobs, profile=True, vmem=mib and mib << 20):
-            what = report.name + (f" in {mib} MiB" if mib else "")
+    for whole in (False, True):
+        for report in _compile(target, jobs, profile=True, whole_vmem=whole):
+            what = report.name + " in the whole VMEM" * whole
             if report.error:
                 print(f"{what}: {report.error}")
             for kernel in report.kernels:

@@ -129,12 +129,12 @@ class Report:
 class Cache:
     """Reports on disk, by the program's lowered text and all else that decides what the compiler says and how it is counted.
 
-    folder: where. request: target, topology and vmem. A report with cycles also answers who asked for none.
+    folder: where. request: target, topology and whole_vmem. A report with cycles also answers who asked for none.
     """
 
     def __init__(self, folder: Path, request: dict):
         self.folder = folder
-        asked = [request["target"], request["topology"], request.get("vmem")]
+        asked = [request["target"], request["topology"], request.get("whole_vmem", False)]
         parts = [*asked, _version("jax"), _version("libtpu"), _sources(_COUNTING)]
         self.machine = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -192,9 +192,8 @@ class Compiler:
             report = compiler.compile(Program(build="bench.programs:whole_forward", arguments={...}), cycles=True)
 
     target: "v2" "v3" "v4" "v5e" "v5p" "v6e" "7x". topology: libtpu's name of a larger slice, e.g. "v3:4x4" (32 cores). text:
-    keep the compiled text. seconds, gigabytes: limits on one compilation. cache: directory of reports, None for none. vmem: bytes
-    that a kernel may take where it does not say, None for all of its core's. ValueError: unknown target. CompilerMissing: no
-    libtpu.
+    keep the compiled text. seconds, gigabytes: limits on one compilation. cache: directory of reports, None for none. whole_vmem:
+    kernels may take all of their core's VMEM, and not only what they need. ValueError: unknown target. CompilerMissing: no libtpu.
     """
 
     def __init__(
@@ -206,7 +205,7 @@ class Compiler:
         seconds: float = 300.0,
         gigabytes: float = 12.0,
         cache: Path | None = None,
-        vmem: int | None = None,
+        whole_vmem: bool = False,
     ):
         if target not in TOPOLOGIES:
             raise ValueError(f"unknown TPU generation {target!r}; known: {', '.join(TOPOLOGIES)}")
@@ -219,7 +218,7 @@ class Compiler:
             "topology": topology or TOPOLOGIES[target],
             "text": text,
             "cache": str(cache) if cache and not text else "",
-            "vmem": vmem,
+            "whole_vmem": whole_vmem,
         }
         self.limits = {"seconds": seconds, "gigabytes": gigabytes}
         self._process: _Process | None = None

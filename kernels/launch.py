@@ -17,11 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.device import Device, from_kind
+from kernels.device import Device, MiB, from_kind
 
-# Bytes of VMEM that a kernel may take where it does not say; None: all that its core has. The compiler's static profile takes VMEM
-# of its own and lowers this (bench).
-VMEM_LIMIT: int | None = None
+WHOLE_VMEM = False  # every kernel may take all of it, as the compiler's static profile of some wants it (bench)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +63,12 @@ def vary_alike(*arrays):
     return tuple(cast(jnp.asarray(a)) for a in arrays)
 
 
+def vmem_limit(device: Device, needs: int) -> int:
+    """The limit of a kernel that takes `needs` bytes of VMEM by its tiles' count, which is no more than near: all of a small VMEM;
+    of a large one half as much again, so that XLA keeps arrays in the rest (3 to 6 % of a forward pass of ViT-B/16)."""
+    return device.vmem_bytes if device.vmem_bytes <= 32 * MiB else min(device.vmem_bytes, max(32 * MiB, needs * 3 // 2))
+
+
 def call(
     kernel: Callable,
     *,
@@ -85,7 +89,7 @@ def call(
 
     out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading
     arrays are int32 scalars, in SMEM and known to the index maps. aliases: {array: output} that share their memory.
-    vmem_bytes: limit of the kernel; VMEM_LIMIT by default, the core's whole VMEM where that is None.
+    vmem_bytes: limit of the kernel; the core's whole VMEM by default.
     """
     wanted = [tuple(shape) for shape, _ in out_shapes]
     padded = bool(aliases) and launch.interpret is not False
@@ -116,7 +120,8 @@ def call(
             name=name,
             cost_estimate=cost,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_bytes or VMEM_LIMIT or launch.device.vmem_bytes
+                dimension_semantics=tuple(semantics),
+                vmem_limit_bytes=launch.device.vmem_bytes if WHOLE_VMEM or vmem_bytes is None else vmem_bytes,
             ),
         )(*arrays)
 

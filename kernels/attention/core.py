@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 from kernels.attention import core_backward, wide_core
 from kernels.attention.heads import CoreTiles, Sums, heads_of, narrow, round_up, sweep
 from kernels.device import LANES, SUBLANES, Device
-from kernels.launch import Launch, call, dot
+from kernels.launch import Launch, call, dot, vmem_limit
 from kernels.parts import divisor
 
 # Float32 arrays that the compiler keeps in VMEM for each head of an unrolled step, read off its "used ... of 16 MiB" on v3:
@@ -76,7 +76,8 @@ def tiles(shape: tuple[int, int, int, int], device: Device, dtype, *, backward: 
                     images = divisor(b, 256 // t) if steps == 1 else 1
                     while images > 1 and bytes_of(images, lanes, queries, keys) > budget:
                         images = divisor(b, images - 1)
-                    return CoreTiles(images=images, lanes=lanes, queries=queries, keys=keys)
+                    needs = bytes_of(images, lanes, queries, keys)
+                    return CoreTiles(images=images, lanes=lanes, queries=queries, keys=keys, needs=needs)
     found = _streamed(t, group, group // h, window, size, budget) if backward else None
     if found is not None:
         return found
@@ -94,8 +95,9 @@ def _streamed(t: int, lanes: int, heads: int, window: int, size: int, budget: fl
         resident = whole * wide * (2 * size + 4 * size + 8)  # k, v; dk, dv twice; their float32 sums
         blocks = 2 * 4 * queries * wide * size
         temporaries = 4 * heads * (operands * max(queries, keys) * window + squares * queries * keys)
-        if keys < t and resident + blocks + temporaries <= budget:
-            return CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys, streamed=True)
+        needs = resident + blocks + temporaries
+        if keys < t and needs <= budget:
+            return CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys, streamed=True, needs=needs)
     return None
 
 
@@ -205,6 +207,7 @@ def forward(qkv, *, num_heads: int, launch: Launch, width: int | None = None):
         out_shapes=[((b, total, k), qkv.dtype)],
         semantics=("parallel", "parallel"),
         cost=cost(shape, qkv.dtype, backward=False),
+        vmem_bytes=vmem_limit(launch.device, t.needs),
     )(qkv, qkv, qkv)[0]
 
 

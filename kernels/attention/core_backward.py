@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.heads import CoreTiles, Sums, heads_of, narrow, sweep
 from kernels.device import Device
-from kernels.launch import Launch, call, dot
+from kernels.launch import Launch, call, dot, vmem_limit
 
 
 def _kernel(
@@ -172,6 +172,7 @@ def backward(
         semantics=("parallel", "parallel", *(["arbitrary"] * t.streamed)),
         cost=cost,
         scratch=[pltpu.VMEM((total, t.lanes), jnp.float32)] * (2 * several),
+        vmem_bytes=vmem_limit(launch.device, t.needs),
     )(qkv, qkv, qkv, do)
     if not t.streamed:
         return found

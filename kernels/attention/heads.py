@@ -18,6 +18,7 @@ class CoreTiles:
     queries: int
     keys: int
     streamed: bool = False  # the tiles of queries come in the grid, one a step; else a step takes all of them in a loop
+    needs: int = 0  # bytes of VMEM
 
 
 def round_up(n: int, m: int) -> int:

@@ -13,7 +13,7 @@ from kernels import dropout as drop
 from kernels.attention import tiling
 from kernels.attention.heads import narrow
 from kernels.attention.tiling import Static
-from kernels.launch import call, dot
+from kernels.launch import call, dot, vmem_limit
 from kernels.layer_norm.tpu import normalise
 
 F32 = jnp.float32
@@ -87,6 +87,7 @@ class Step:
             scratch=scratch,
             prefetch=1,
             aliases=aliases,
+            vmem_bytes=vmem_limit(self.device, self.tiles.needs),
         )(*arrays)
 
     # Inside a kernel:

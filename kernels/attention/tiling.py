@@ -20,6 +20,7 @@ class HalfTiles:
     rows: int
     columns: int
     sections: int = 1
+    needs: int = 0  # bytes of VMEM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,9 @@ def tiles(step: str, shape: tuple[int, int, int, int], device: Device, dtype) ->
         for rows in lengths:
             for images in together if rows == t else [1]:
                 for columns, sections in weights:
-                    if bytes_of(images, rows, columns, sections) <= 0.92 * device.vmem_bytes:
-                        return HalfTiles(images=images, rows=rows, columns=columns, sections=sections)
+                    needs = bytes_of(images, rows, columns, sections)
+                    if needs <= 0.92 * device.vmem_bytes:
+                        return HalfTiles(images=images, rows=rows, columns=columns, sections=sections, needs=needs)
     raise NotImplementedError(
         f"attention half, {step}: 128 tokens of width {d} with {min((full, *widths))} columns of the weights do not fit the "
         f"{device.vmem_bytes >> 20} MiB of VMEM of a {device.name}. Split the heads over a model axis, or use the reference ops."

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.device import LANES, Device
-from kernels.launch import Launch, call, vary_alike
+from kernels.launch import Launch, call, vary_alike, vmem_limit
 from kernels.layer_norm.reference import EPS
 
 # Blocks of some 2 MiB in float32 keep the DMA engines busy and leave room for the two copies of each that the pipeline holds.
@@ -31,13 +31,18 @@ class Tiles:
     rows: int
 
 
+def _vmem_bytes(rows: int, d: int) -> int:
+    """Of a step's blocks and what they become in float32."""
+    return rows * (-(-d // LANES) * LANES) * 4 * 10
+
+
 def tiles(shape: tuple[int, int], device: Device) -> Tiles:
     """The tiles for [R, D] rows on a device. NotImplementedError where not even 16 rows fit its VMEM."""
     r, d = shape
     lanes = -(-d // LANES) * LANES
-    if 16 * lanes * 4 * 10 > device.vmem_bytes:
+    if _vmem_bytes(16, d) > device.vmem_bytes:
         raise NotImplementedError(f"layer_norm of width {d} does not fit the {device.vmem_bytes} bytes of VMEM; use the reference")
-    rows = min(512, _BLOCK_BYTES // (lanes * 4), device.vmem_bytes // (lanes * 4 * 10))
+    rows = min(512, _BLOCK_BYTES // (lanes * 4), device.vmem_bytes // _vmem_bytes(1, d))
     return Tiles(rows=max(16, min(rows // 16 * 16, r // 16 * 16)))
 
 
@@ -112,6 +117,7 @@ def _forward(launch, x, scale, bias):
         out_shapes=[(padded.shape, x.dtype)],
         semantics=("parallel",),
         cost=cost(x.shape, x.dtype.itemsize, backward=False),
+        vmem_bytes=vmem_limit(launch.device, _vmem_bytes(rows, d)),
     )(padded, scale[None].astype(jnp.float32), bias[None].astype(jnp.float32))
     return z[:r], (x, scale, bias)
 
@@ -132,6 +138,7 @@ def _backward(launch, saved, dz):
         out_shapes=[(padded.shape, x.dtype), ((1, d), jnp.float32), ((1, d), jnp.float32)],
         semantics=("arbitrary",),
         cost=cost(x.shape, x.dtype.itemsize, backward=True),
+        vmem_bytes=vmem_limit(launch.device, _vmem_bytes(rows, d)),
     )(padded, _pad(dz, rows), scale[None].astype(jnp.float32))
     return dx[:r], dscale[0].astype(scale.dtype), dbias[0].astype(bias.dtype)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.launch import call
+from kernels.launch import call, vmem_limit
 from kernels.patch_embed.body import (
     Static,
     dot,
@@ -23,7 +23,7 @@ from kernels.patch_embed.body import (
     upscale,
     with_order,
 )
-from kernels.patch_embed.tiling import Shape, Tiles, cost, tiles
+from kernels.patch_embed.tiling import Shape, Tiles, cost, tiles, vmem_bytes
 
 
 def _parameters_backward(
@@ -119,6 +119,7 @@ def parameters(static: Static, planes, g, scalars):
         semantics=("parallel", "arbitrary", "arbitrary"),
         cost=cost(s, backward=True),
         scratch=scratch(static, t),
+        vmem_bytes=vmem_limit(static.launch.device, vmem_bytes(s, t)),
     )(scalars, planes, *order, g)
     return dw, da
 
@@ -152,5 +153,6 @@ def image(static: Static, weight, g, scalars):
         semantics=("parallel", "arbitrary"),
         cost=cost(s, backward=True),
         scratch=_image_scratch(static, t),
+        vmem_bytes=vmem_limit(static.launch.device, vmem_bytes(s, t)),
     )(scalars, g, operand(weight, static))
     return dplanes.astype(static.dtype)

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels import dropout as drop
-from kernels.launch import Launch, call, vary_alike
+from kernels.launch import Launch, call, vary_alike, vmem_limit
 from kernels.patch_embed import backward
 from kernels.patch_embed.body import (
     Static,
@@ -43,7 +43,7 @@ from kernels.patch_embed.body import (
     upscale,
     with_order,
 )
-from kernels.patch_embed.tiling import Shape, cost, tiles
+from kernels.patch_embed.tiling import Shape, cost, tiles, vmem_bytes
 
 
 def _forward(static, t, scalars_ref, planes_ref, order_ref, w_ref, a_ref, out_ref, rows_ref, turned_ref, padded_ref, patches_ref):
@@ -89,6 +89,7 @@ def _run_forward(static: Static, images, weight, added, scalars):
         semantics=("parallel", "parallel", "arbitrary"),
         cost=cost(s),
         scratch=scratch(static, t),
+        vmem_bytes=vmem_limit(static.launch.device, vmem_bytes(s, t)),
     )(scalars, _planes(s, images), *order, operand(weight, static), added)
     return tokens
 
