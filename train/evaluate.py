@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train import distributed, scores
-from train.job import end, guard, say
+from train.job import end, guard, put, say
 from train.options import MeshOptions, check_init, check_numbers, parse
 
 
@@ -181,13 +181,11 @@ def write(result: dict, best, labels, classes, args: Evaluate, picture: bool) ->
     init = Path(args.init)
     out = Path(args.out) if args.out else (init if init.is_dir() else init.parent) / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "evaluation.json.tmp"
-    partial.write_text(json.dumps({"options": dataclasses.asdict(args)} | result, indent=2) + "\n")
-    partial.replace(out / "evaluation.json")
+    put(out / "evaluation.json", json.dumps({"options": dataclasses.asdict(args)} | result, indent=2) + "\n")
     if not picture:
         return f"{out / 'evaluation.json'}"
     matrix = scores.confusion(best[:, 0], labels, len(classes))
-    scores.draw(matrix, classes, str(out / "confusion.png"), f"{init.name} on {args.data}, {args.split}")
+    scores.draw(matrix, classes, out / "confusion.png", f"{init.name} on {args.data}, {args.split}")
     return f"{out / 'evaluation.json'}, {out / 'confusion.png'}"
 
 

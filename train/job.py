@@ -21,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import fsspec
 import jax
@@ -183,20 +184,26 @@ def claim(out: epath.Path, identity: dict, config: dict) -> None:
     """Makes the run's directory and puts config.json there, whole or not at all. Raises as `check_claim`, and OSError."""
     check_claim(out, identity)
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "config.json.tmp"
-    partial.write_text(json.dumps(config | {"out": str(out)}, indent=2) + "\n")
-    partial.replace(out / "config.json")
+    put(out / "config.json", json.dumps(config | {"out": str(out)}, indent=2) + "\n")
 
 
-def put_picture(figure, path: epath.Path) -> None:
-    """A matplotlib figure as a PNG at `path`, local or gs://, whole or not at all."""
+def put(path: epath.Path | Path, content: str | bytes) -> None:
+    """A file's new content, whole or not at all; local or gs://."""
+    partial = path.parent / f"{path.name}.tmp"
+    if isinstance(content, str):
+        partial.write_text(content)
+    else:
+        partial.write_bytes(content)
+    partial.replace(path)
+
+
+def put_picture(figure, path: epath.Path | Path) -> None:
+    """A matplotlib figure as a PNG, as `put`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_bytes(png.getvalue())
-    partial.replace(path)
+    put(path, png.getvalue())
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from train.job import put_picture
+
 
 def top(best: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
     """bool [K]: whether the label is among the first k of best [K, 5]."""
@@ -121,10 +123,9 @@ def _json(path: str):
 MOST_WRITTEN = 30  # classes up to which every cell gets its number
 
 
-def draw(matrix: np.ndarray, classes: tuple[str, ...], path: str, title: str) -> None:
+def draw(matrix: np.ndarray, classes: tuple[str, ...], path: Path, title: str) -> None:
     """Confusion matrix (each row as shares of its class) and the accuracy of every class, sorted, to a PNG; whole or not at all."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -152,7 +153,4 @@ def draw(matrix: np.ndarray, classes: tuple[str, ...], path: str, title: str) ->
     right.set(ylim=(0, 1), xlabel="class, the hardest first", title="Accuracy of each class")
     right.legend(frameon=False)
     right.spines[["top", "right"]].set_visible(False)
-    partial = f"{path}.tmp"
-    with open(partial, "wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
-    os.replace(partial, path)
+    put_picture(figure, path)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from train import distributed, recipes
-from train.job import claim, locked, say, stopped
+from train.job import claim, locked, put, put_picture, say, stopped
 
 
 def dev_run(args):
@@ -102,7 +102,6 @@ def _title(args) -> str:
 def draw(summary: dict, args, path) -> None:
     """Accuracy against the learning rate on the dev split; the final runs with mean and deviation beside it."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -127,9 +126,7 @@ def draw(summary: dict, args, path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with (path.parent / f"{path.name}.tmp").open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
-    (path.parent / f"{path.name}.tmp").replace(path)
+    put_picture(figure, path)
 
 
 def _held(out) -> dict | None:
@@ -146,8 +143,5 @@ def _held(out) -> dict | None:
 
 
 def _write(out, summary: dict, args, extra: dict | None) -> None:
-    texts = {"sweep.json": json.dumps(summary | (extra or {}), indent=2) + "\n", "sweep.md": table(summary, _title(args))}
-    for name, text in texts.items():
-        partial = out / f"{name}.tmp"
-        partial.write_text(text)
-        partial.replace(out / name)
+    put(out / "sweep.json", json.dumps(summary | (extra or {}), indent=2) + "\n")
+    put(out / "sweep.md", table(summary, _title(args)))

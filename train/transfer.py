@@ -22,7 +22,7 @@ from etils import epath
 
 from train import distributed, recipes
 from train import mesh as meshes
-from train.job import JobOptions, end, guard, place, put_picture, say
+from train.job import JobOptions, end, guard, place, put, put_picture, say
 from train.options import parse
 
 MODEL = "ViT-Nano/4"
@@ -96,9 +96,7 @@ def run(args: Transfer, stop=None) -> dict | None:
     assert isinstance(summary, dict)
     result = {"fewshot": shots, "finetune": {key: summary[key] for key in ("rate", "mean", "std", "final")}}
     if distributed.rank() == 0:
-        partial = out / "transfer.json.tmp"
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-        partial.replace(out / "transfer.json")
+        put(out / "transfer.json", json.dumps(result, indent=2) + "\n")
         draw(result, out / "transfer.png")
     for line in (*describe(result), out / "transfer.png"):
         say(str(line))

@@ -306,10 +306,8 @@ def _held(out) -> dict | None:
 
 
 def _write(out, result: dict, args: Vtab) -> None:
-    for name, text in {"vtab.json": json.dumps(result, indent=2) + "\n", "vtab.md": table(result, args.init)}.items():
-        partial = out / f"{name}.tmp"
-        partial.write_text(text)
-        partial.replace(out / name)
+    job.put(out / "vtab.json", json.dumps(result, indent=2) + "\n")
+    job.put(out / "vtab.md", table(result, args.init))
 
 
 if __name__ == "__main__":
