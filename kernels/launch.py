@@ -66,7 +66,7 @@ def vary_alike(*arrays):
 def vmem_limit(device: Device, needs: int) -> int:
     """The limit of a kernel that takes `needs` bytes of VMEM by its tiles' count, which is no more than near: all of a small VMEM;
     of a large one half as much again, so that XLA keeps arrays in the rest (3 to 6 % of a forward pass of ViT-B/16)."""
-    return device.vmem_bytes if device.vmem_bytes <= 32 * MiB else min(device.vmem_bytes, max(32 * MiB, needs * 3 // 2))
+    return min(device.vmem_bytes, max(32 * MiB, needs * 3 // 2))
 
 
 def call(
