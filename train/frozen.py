@@ -21,10 +21,11 @@ from train.data import Source, eval_batches
 from train.data.device import on_mesh, to_unit
 from train.feed import Feed
 from train.step import shardings
+from vitcore.collectives import gather
 from vitcore.config import ViTConfig
 from vitcore.model import encode, forward, represent
 from vitcore.ops import Ops, resolve
-from vitcore.sharding import MeshShape, gather, partition_specs
+from vitcore.sharding import MeshShape, partition_specs
 
 
 @dataclass(frozen=True, kw_only=True)

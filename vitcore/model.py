@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.dropout import Dropout
+from vitcore.collectives import MeshShape, block_specs, gather, recompute_gathers, vary
 from vitcore.config import ViTConfig
 from vitcore.ops import Ops, resolve
-from vitcore.sharding import MeshShape, block_specs, gather, partition_specs, recompute_gathers, vary
+from vitcore.sharding import partition_specs
 
 PART = 24576  # tokens of a part of the batch, where several blocks are made again: few, and the kernels' grids still long
 

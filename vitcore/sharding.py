@@ -9,34 +9,15 @@ Everything here is Manual mode under `jax.shard_map(..., check_vma=True)`: JAX t
 devices, and differentiation puts every sum where it belongs.
 """
 
-from functools import partial
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from vitcore.collectives import AXES as AXES
+from vitcore.collectives import MeshShape as MeshShape
 from vitcore.config import ViTConfig
-
-AXES = ("data", "model")
-
-
-class MeshShape(NamedTuple):
-    """Devices along the two axes: what the model must know of a mesh. Static."""
-
-    data: int
-    model: int
-
-    @classmethod
-    def of(cls, mesh: Mesh) -> "MeshShape":
-        """The shape of a `jax.sharding.Mesh`; ValueError where its axes are not named data and model."""
-        if tuple(mesh.axis_names) != AXES:
-            raise ValueError(
-                f"mesh axes are {mesh.axis_names}: ('data', 'model') is required, e.g. jax.make_mesh((8, 4), ('data', 'model'))"
-            )
-        return cls(mesh.shape["data"], mesh.shape["model"])
 
 
 def check_mesh(config: ViTConfig, mesh: MeshShape) -> None:
@@ -83,71 +64,6 @@ def partition_specs(config: ViTConfig, mesh: Mesh | MeshShape | None):
     if c.representation_size is not None:
         specs["pre_logits"] = {"kernel": P(rows(c.width), None), "bias": P()}
     return specs
-
-
-def block_specs(specs):
-    """The specs of one layer inside the scan: the leading L axis taken off."""
-    return jax.tree.map(lambda spec: P(*spec[1:]), specs["blocks"])
-
-
-def _axes(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def gather(params, specs, mesh: MeshShape | None, dtype):
-    """Parameters ready for use: matrices whole over "data" and in `dtype`, vectors float32 and varying over "data".
-
-    With nothing to gather, matrices stay float32: the ops round what they need, and no layer's copy is kept for the backward pass.
-    """
-    if mesh is None:
-        return params
-
-    def one(w, spec):
-        dims = [i for i, entry in enumerate(spec) if "data" in _axes(entry)] if mesh.data > 1 else []
-        return _gather(w, dims[0], dtype) if dims else _vary_axes(w, ("data",))
-
-    return jax.tree.map(one, params, specs)
-
-
-# Gathered in the compute dtype, half the bytes in bfloat16; the gradients are summed in float32.
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(w, dim, dtype):
-    return lax.all_gather(w.astype(dtype), "data", axis=dim, tiled=True)
-
-
-def _gather_forward(w, dim, dtype):
-    # the all_gather itself, not `_gather`: `recompute_gathers` must see the primitive in the forward pass of the derivative
-    return lax.all_gather(w.astype(dtype), "data", axis=dim, tiled=True), None
-
-
-def _gather_backward(dim, dtype, _, g):
-    return (lax.psum_scatter(g.astype(jnp.float32), "data", scatter_dimension=dim, tiled=True),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def recompute_gathers(prim, *_, **__):
-    """Checkpoint policy: keep everything for the backward pass but gathered weights, which would be L whole layers."""
-    return prim is not lax.all_gather_p
-
-
-def _vary_axes(x, axes):
-    new = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
-    return lax.pcast(x, new, to="varying") if new else x
-
-
-def vary(tree, mesh: MeshShape | None, specs=None):
-    """Mark values as differing between the devices of both axes, so that a sum over them appears in the backward pass.
-
-    With `specs`, parameters split over "data" are left as they are: `gather` sees to them.
-    """
-    if mesh is None:
-        return tree
-    if specs is None:
-        return jax.tree.map(lambda x: _vary_axes(x, AXES), tree)
-    split = jax.tree.map(lambda spec: any("data" in _axes(entry) for entry in spec), specs)
-    return jax.tree.map(lambda x, s: x if s else _vary_axes(x, AXES), tree, split)
 
 
 def apply_on(mesh: Mesh, config: ViTConfig, *, ops=None, dtype=jnp.float32, remat=0):
