@@ -263,7 +263,8 @@ def _rematerialised(block, x, row, layers, every: int, specs, mesh, dtype, scan)
         return pieces.reshape(x.shape), None
 
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
-    if parts == 1 or (mesh and mesh.data > 1):  # of several parts each is checkpointed itself: around them only gathered weights count
+    # Several parts are checkpointed each: around them a checkpoint is only there to drop the gathered weights.
+    if parts == 1 or (mesh and mesh.data > 1):
         group = checkpoint(group, policy=_nothing)
     return scan(group, x, jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), layers))[0]
 

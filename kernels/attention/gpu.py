@@ -8,7 +8,7 @@ The same as `reference.py` but for what goes through memory:
   computed again.
 - Keys and values take no bias, and so no pass over them: a key's shifts all logits of a query alike, which softmax undoes, and a
   value's goes through the output projection as it is, since probabilities sum to one. It is added there, b_v @ w_out.
-- What is kept has a name (KEPT), so that a checkpoint around a whole block, which overrules those in here, can keep the same (`keeps`).
+- What is kept has a name (KEPT): a checkpoint around a whole block overrules those in here, and keeps the same by it (`keeps`).
 - Tokens are the rows of matrices [B * T, D]. Left three-dimensional, XLA puts T before B where it likes, and transposes in between.
 """
 
