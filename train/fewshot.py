@@ -132,6 +132,7 @@ def probe(
     config: of the parameters. train, test: sources with the same classes. The compiled function is made once. Every process of a
     job calls it. Raises ValueError at once where a class has too few images.
     """
+    import jax
     import jax.numpy as jnp
 
     from train.frozen import Reader, make_features
@@ -196,6 +197,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: Fewshot) -> dict[int, list[float]]:
     """Measures and prints; {shots: accuracies}."""
+    import jax
     import jax.numpy as jnp
 
     from train import distributed

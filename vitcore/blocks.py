@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels.layer_norm import reference
-from vitcore.collectives import sum_over_model, vary
+from vitcore.collectives import MIDDLE, sum_over_model, vary
 from vitcore.context import Layer
 from vitcore.parameters import ROWS, Leaf, Name, Split, dense, norm, normal, xavier, zeros
 
@@ -206,7 +207,7 @@ def attention_maps(x, w, config, layer: Layer):
 
 
 def _encoder(x, w, config, layer: Layer):
-    return transform(attend(x, w, config, layer), w, config, layer)
+    return transform(checkpoint_name(attend(x, w, config, layer), MIDDLE), w, config, layer)
 
 
 BLOCKS: dict[str, Block] = {
