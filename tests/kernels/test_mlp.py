@@ -19,7 +19,6 @@ from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch, vary_alike
 from kernels.mlp import forward, reference, tpu
-from kernels.mlp.body import narrowed, widened, widened_row
 from kernels.mlp.tiling import Shape, Tiles, Tiling, cost, tiles, vmem_bytes
 from tests import oracle
 
@@ -130,22 +129,6 @@ def test_tall_row_tiles_agree_with_the_reference():
     args, options = arrays(3, 21, 64, 256), {"dropout": Dropout(0.3, jnp.int32(5), 9, 4), "share": 0.5}
     with mock.patch.object(forward, "FUSED_ROWS", 0):
         judge(args, FAST, replace(RESIDENT, rows=21), **options)
-
-
-def test_words_round_to_nearest_even_and_keep_what_is_not_a_number():
-    """Against the cast: halves of the last place, subnormals, the largest numbers, infinities; NaN stays NaN."""
-    r = np.random.default_rng(0)
-    bits = r.integers(0, 2**32, (64, 256), dtype=np.uint64).astype(np.uint32)
-    bits[:8] = (bits[:8] & 0xFFFF0000) | 0x8000  # ties
-    bits[8, :4] = (0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0x7F7FFFFF)
-    rows = jnp.asarray(bits.view(np.float32))
-    order = np.asarray(widened_row(jnp.arange(64), True))
-    np.testing.assert_array_equal(np.sort(order), np.arange(64))
-    rounded = rows.astype(jnp.bfloat16).astype(jnp.float32)
-    wide = jax.jit(partial(widened, by_words=True))(rows.astype(jnp.bfloat16))
-    np.testing.assert_array_equal(wide, rounded[order])
-    narrow = jax.jit(partial(narrowed, dtype=jnp.bfloat16, by_words=True))(rows[order])
-    np.testing.assert_array_equal(narrow.astype(jnp.float32), rounded)
 
 
 @pytest.mark.parametrize("t", [RESIDENT, STREAMED], ids=["resident", "streamed"])
