@@ -165,7 +165,7 @@ def kernel(
             g = jnp.where(block.valid(b, r, n), to_float32(dy[b, pl.ds(r, n)], t.by_words), 0.0)
             if spec.rate:
                 g = jnp.where(keep(scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), g * keep_scale, 0.0)
-            db_out[...] += spec.share * sum_by_tile(g)
+            db_out[...] += spec.residual_scale * sum_by_tile(g)
             lay(gt, b, r, n, g)
 
         for_pieces(t, lay_z)
@@ -212,7 +212,7 @@ def kernel(
             dz = dzt[:, rows].T if nat is None else nat[rows]
             dscale[...] += sum_by_tile(dz * normal)
             dbias[...] += sum_by_tile(dz)
-            found = spec.share * to_float32(dy[b, pl.ds(r, n)], t.by_words)
+            found = spec.residual_scale * to_float32(dy[b, pl.ds(r, n)], t.by_words)
             found = found + normalise_back(by_tile(lambda v: v * scale[...], dz), normal, rsd)
             dx[b, pl.ds(r, n)] = from_float32(found, dx.dtype, t.by_words)
 

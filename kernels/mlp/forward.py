@@ -76,10 +76,12 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
 
     def finish(first, out):
         n = out.shape[0]
-        out = by_tile(lambda a: a + spec.share * b_out[...], out)
+        out = by_tile(lambda a: a + spec.residual_scale * b_out[...], out)
         if spec.rate:
             out = jnp.where(keep(scalars, 1, block.all_global_rows(n, 0, first), iota(d, 1), spec.rate), out * scaled, 0.0)
-        flat_y.store(first, from_float32(spec.share * to_float32(flat_x.rows(first, n), t.by_words) + out, y.dtype, t.by_words))
+        flat_y.store(
+            first, from_float32(spec.residual_scale * to_float32(flat_x.rows(first, n), t.by_words) + out, y.dtype, t.by_words)
+        )
 
     last = j + 1 == hidden_tiles
     if t.height > FUSED_ROWS:

@@ -22,6 +22,7 @@ from kernels.mlp import reference as mlp
 from kernels.mlp import tpu as mlp_tpu
 from kernels.patch_embed import reference as patch_embed
 from kernels.patch_embed import tpu as patch_embed_tpu
+from tests import oracle
 
 # Quiet and signalling NaN of both signs, those whose rounding overflows first; infinities; the largest finite, which round to them
 NAN = (0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000, 0xFFC00000, 0x7F807FFF, 0x7FBFFFFF, 0x7FFF8000, 0xFFFF7FFF)
@@ -103,11 +104,12 @@ def op(name: str, launch: Launch, dtype):
         return ours, plain, [_normal(4, 2, 3, 19, 128, dtype=dtype)]
     if name == "attention_half":
         w = (_normal(4, 3, d, 128, scale=0.1), _normal(5, 3, 128), _normal(6, 128, d, scale=0.1), bias)
-        ours = partial(attention_tpu.attention_half, num_heads=2, launch=launch)
-        return ours, partial(attention.attention_half, num_heads=2), [x, *norm, *w]
+        ours, plain = (oracle.flat(f.attention_half, attention.AttentionWeights) for f in (attention_tpu, attention))
+        return partial(ours, num_heads=2, launch=launch), partial(plain, num_heads=2), [x, *norm, *w]
     if name == "mlp_half":
         w = (_normal(4, d, 256, scale=0.1), _normal(5, 256), _normal(6, 256, d, scale=0.1), bias)
-        return partial(mlp_tpu.mlp_half, launch=launch), mlp.mlp_half, [x, *norm, *w]
+        ours, plain = (oracle.flat(f.mlp_half, mlp.MLPWeights) for f in (mlp_tpu, mlp))
+        return partial(ours, launch=launch), plain, [x, *norm, *w]
     if name == "layer_norm":
         return partial(layer_norm_tpu.layer_norm, launch=launch), layer_norm.layer_norm, [x, *norm]
     args = [_normal(4, 2, 8, 16, 3, dtype=dtype), _normal(5, 4, 4, 3, d, scale=0.1), bias, norm[0], _normal(6, 9, d)]
