@@ -132,7 +132,6 @@ def probe(
     config: of the parameters. train, test: sources with the same classes. The compiled function is made once. Every process of a
     job calls it. Raises ValueError at once where a class has too few images.
     """
-    import jax
     import jax.numpy as jnp
 
     from train.frozen import Reader, make_features
