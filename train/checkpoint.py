@@ -3,28 +3,51 @@
 What Orbax gives: a step is written to a temporary directory and renamed when it is whole, so a killed run leaves either a step
 or nothing; arrays are written shard by shard and read back onto any mesh. What stands here on top: every save is forced (the loop
 decides when), and every failure is one line with the path. A damaged step is put aside, renamed to STEP.damaged, and the one before
-it is taken.
+it is taken. Before that rename every file of the step and every directory that names one are on the disk, and the rename is before
+an older step is deleted: a loss of power costs what a kill would.
 
 Whoever opens `Checkpoints` removes, renames and deletes: only the run itself, under the lock of its directory (`train.job.locked`).
 Everybody else reads with `train.saved.SavedSteps`, which also says what is on disk.
 """
 
+import asyncio
 import contextlib
 import json
 import os
 import re
 import threading
+import types
 from collections.abc import Callable
 from functools import partial
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.path import atomicity
 
-from train import distributed, manifest
+from train import distributed, files, manifest
 from train.saved import CheckpointError, Damaged, SavedSteps, abstract, handlers, named, nested, reason
 
 __all__ = ["CheckpointError", "Checkpoints", "Damaged", "abstract"]
+
+
+_rename = atomicity.AtomicRenameTemporaryPath.finalize
+
+
+async def _rename_what_is_on_the_disk(self) -> None:
+    """Orbax's commit of a step, or of a part of one. Orbax by itself syncs its arrays and nothing beside them."""
+
+    async def commit():
+        await asyncio.to_thread(files.sync_tree, self.get())
+        self.get().rename(self.get_final())
+        await asyncio.to_thread(files.sync, self.get_final().parent)
+
+    if "://" not in str(self.get_final()):
+        self._snapshot = types.SimpleNamespace(replace_source=commit)  # where there is one, it renames instead
+    await _rename(self)
+
+
+atomicity.AtomicRenameTemporaryPath.finalize = _rename_what_is_on_the_disk
 
 
 class Checkpoints(SavedSteps):
@@ -64,6 +87,8 @@ class Checkpoints(SavedSteps):
             try:
                 if os.path.isfile(self.directory):
                     raise NotADirectoryError("it is a file")
+                if distributed.rank() == 0:
+                    files.make_directory(epath.Path(self.directory))
                 self._open = self._start()
             except Exception as error:
                 raise CheckpointError(f"cannot open the checkpoints in {self.directory}: {reason(error)}") from error

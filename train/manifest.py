@@ -21,6 +21,8 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from train import files
+
 MANIFEST = "MANIFEST.json"
 _CHUNK = 2**23  # bytes read at a time, by each thread
 _DAMAGE = {errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # what a disk or a file system has lost
@@ -112,6 +114,9 @@ class _Measured(ocp.handlers.CheckpointableHandler):
             await written
             if jax.process_index() == 0:
                 await asyncio.to_thread(write, directory.path)
+            elif "://" not in str(directory.path):
+                # what is still in this host's memory, process 0 cannot sync
+                await asyncio.to_thread(files.sync_tree, directory.path)
 
         return then()
 
