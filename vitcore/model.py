@@ -19,11 +19,12 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels.dropout import Dropout
 from vitcore.config import ViTConfig
 from vitcore.ops import Ops, resolve
-from vitcore.sharding import MeshShape, block_specs, gather, partition_specs, recompute_gathers, vary
+from vitcore.sharding import MIDDLE, MeshShape, block_specs, gather, partition_specs, recompute_gathers, vary
 
 PART = 24576  # tokens of a part of the batch, where several blocks are made again: few, and the kernels' grids still long
 
@@ -184,6 +185,7 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mes
                 **tokens,
             )
         )
+        x = checkpoint_name(x, MIDDLE)
         return sum_over_model(
             ops.mlp_half(
                 vary(x, mesh),
@@ -212,7 +214,7 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mes
         if remat:
             block = checkpoint(block, policy=_nothing)
         elif mesh and mesh.data > 1:
-            block = checkpoint(block, policy=recompute_gathers)
+            block = checkpoint(block, policy=recompute_gathers(ops.keeps))
         x = scan(block, x, layers)[0]
     return x[:, : config.tokens] if extra else x
 
@@ -261,10 +263,9 @@ def _rematerialised(block, x, row, layers, every: int, specs, mesh, dtype, scan)
         return pieces.reshape(x.shape), None
 
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
-    if parts == 1:
+    # Several parts are checkpointed each: around them a checkpoint is only there to drop the gathered weights.
+    if parts == 1 or (mesh and mesh.data > 1):
         group = checkpoint(group, policy=_nothing)
-    elif mesh and mesh.data > 1:
-        group = checkpoint(group, policy=recompute_gathers)
     return scan(group, x, jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), layers))[0]
 
 

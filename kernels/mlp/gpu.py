@@ -7,9 +7,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
-from kernels.attention.gpu import again, dropped, product, rounded
+from kernels.attention.gpu import KEPT, again, dropped, product, rounded
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import layer_norm
 
@@ -22,7 +23,7 @@ def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh",
 
     @again
     def project(x, norm_scale, norm_bias, w_in):
-        return product(layer_norm(x, norm_scale, norm_bias), w_in)
+        return checkpoint_name(product(layer_norm(x, norm_scale, norm_bias), w_in), KEPT)
 
     @again
     def close(x, a, b_in, w_out, b_out):
