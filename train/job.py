@@ -141,6 +141,15 @@ def place(out) -> epath.Path:
     return epath.Path(os.fspath(out))
 
 
+# Options that came after runs had been made, and what those runs did: a run without them in its config.json had these values.
+BEFORE = {"head_bias": 0.0}
+
+
+def differing(identity: dict, held: dict) -> list[str]:
+    """The options in which a run whose config.json is `held` is another than this one."""
+    return [key for key, value in identity.items() if held.get(key, BEFORE.get(key)) != value]
+
+
 def identity(args, placement: frozenset[str]) -> dict:
     """What makes a run of resolved options the run it is, and no other: all but `placement`, JSON-able."""
     return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k not in placement}))
@@ -150,7 +159,8 @@ def directory(out: str | None, name: str, identity: dict) -> epath.Path:
     """Where a run lives: --out, or runs/NAME-HASH, the same for the same identity."""
     if out is not None:
         return place(out)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    named = {key: value for key, value in identity.items() if key not in BEFORE or BEFORE[key] != value}
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     return place("runs") / f"{name}-{digest}".replace("/", "_")
 
 
@@ -169,9 +179,9 @@ def check_claim(out: epath.Path, identity: dict) -> None:
                 raise ValueError("no object")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
-        other = [key for key in identity if held.get(key) != identity[key]]
+        other = differing(identity, held)
         if other:
-            what = ", ".join(f"{key} {held.get(key)} there, {identity[key]} now" for key in other[:3])
+            what = ", ".join(f"{key} {held.get(key, BEFORE.get(key))} there, {identity[key]} now" for key in other[:3])
             raise ValueError(
                 f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it"
             )

@@ -28,6 +28,7 @@ def open_pretrained(
     *,
     image_size: int | None = None,
     num_classes: int | None = None,
+    head_bias: float = 0.0,
     gelu: Literal["tanh", "erf"] | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
 ) -> Pretrained:
@@ -35,7 +36,7 @@ def open_pretrained(
 
     path: a file of weights, a run's directory (its newest good checkpoint is taken; where the run keeps a Polyak average, that),
     or a run's directory/STEP. num_classes: the whole pre-training head, its hidden layer too, gives way to a linear one that starts
-    at zero; None keeps the head. gelu: what the file cannot say; default: tanh for the release and our runs, erf for timm's and
+    at zero, its bias at head_bias; None keeps the head. gelu: what the file cannot say; default: tanh for the release and our runs, erf for timm's and
     transformers' naming. Raises ValueError in one line for whatever is wrong with what is there; OSError.
     """
     if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
@@ -46,12 +47,13 @@ def open_pretrained(
         slots = int(config.pool == "token")
         patch["position"] = fit(patch["position"], grid=config.grid, to=new.grid, class_slots=slots, method=interpolation)
         if num_classes is not None:
-            new = dataclasses.replace(new, num_classes=num_classes, representation_size=None, head_bias=0.0)
+            new = dataclasses.replace(new, num_classes=num_classes, representation_size=None, head_bias=head_bias)
             params.pop("pre_logits", None)
-            params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": np.zeros(num_classes, np.float32)}
+            bias = np.full(num_classes, head_bias, np.float32)
+            params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": bias}
     else:
         style, config, _ = weight_tree.describe(path)
-        head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None)
+        head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None, head_bias=head_bias)
         new = dataclasses.replace(config, image_size=config.image_size if image_size is None else image_size, **head)
         grid = config.grid
         params = weight_tree.read(path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation)
