@@ -107,7 +107,6 @@ CIRCLES = {
     frozenset({"bench.peers", "bench.trial"}),
     frozenset({"train.data.decode", "train.data.source"}),
     frozenset({"train.finetune", "train.sweep"}),
-    frozenset({"vitcore.model", "vitcore.sharding"}),
 }
 
 
