@@ -1,0 +1,105 @@
+"""BiT ResNets and AxialResNets, a family of their own: a ResNet, the mean of its feature map, a head.
+
+    variant("R50x1")             BiT-R50x1, pre-activation: the paper's baseline; "R50x1-post" in the hybrids' form
+    variant("AxialResNet-50")    every 3x3 convolution replaced by attention over columns, then over rows
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from vitcore.context import Context
+from vitcore.hybrid import check_image, run_stem
+from vitcore.parameters import Leaf
+from vitcore.resnet import DEPTHS, ResNetStem
+from vitcore.resnet_leaves import leaves as stem_leaves
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """A ResNet with a linear classifier on the mean of its feature map. Hashable.
+
+    image_size: side of the square input, or (Y, X), in pixels. stem: the network, a ResNetStem. num_classes: V, 0 for a model without
+    a head. representation_size: width of a tanh layer before the classifier, None for none (the paper's ResNets have none). channels:
+    C. head_bias: initial value of the head's bias. Raises ValueError where a value makes no model.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    stem: ResNetStem
+    num_classes: int = 1000
+    representation_size: int | None = None
+    channels: int = 3
+    head_bias: float = 0.0
+
+    def __post_init__(self):
+        if isinstance(self.image_size, list):  # as it comes out of config.json
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        if isinstance(self.stem, dict):
+            object.__setattr__(self, "stem", ResNetStem(**self.stem))
+        for name in ("num_classes", "channels"):
+            value, least = getattr(self, name), 0 if name == "num_classes" else 1
+            if not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{name}={value!r}: an integer of at least {least} is required")
+        if self.representation_size is not None and self.representation_size < 1:
+            raise ValueError(f"representation_size={self.representation_size}: a positive integer or None is required")
+        check_image(self)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(Y, X) in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the feature map."""
+        return self.stem.grid(self.image_shape)
+
+    @property
+    def width(self) -> int:
+        """Of the representation."""
+        return self.stem.channels
+
+    @property
+    def feature_size(self) -> int:
+        """Width of what the head reads."""
+        return self.representation_size or self.width
+
+    @property
+    def depth(self) -> int:
+        """Units, each of which can be made again in the backward pass."""
+        return sum(self.stem.depths)
+
+
+# --- ResNets ------------------------------------------------------------------------------------------------------------------
+
+
+def leaves(config: ResNetConfig) -> tuple[Leaf, ...]:
+    """Every parameter but the head's."""
+    return stem_leaves(config.stem, config.image_shape, config.channels)
+
+
+def represent(params, images, config: ResNetConfig, context: Context):
+    """Images to (the mean of the feature map [B, D] in context.dtype, nothing captured)."""
+    if context.capture or context.edit:
+        raise ValueError("a ResNet has neither blocks nor patches to look into: features of blocks, maps and edits are a ViT's")
+    x = run_stem(params, images.astype(context.dtype), config, context)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)).astype(x.dtype), {}
+
+
+# --- names --------------------------------------------------------------------------------------------------------------------
+
+
+def parse(name: str) -> dict[str, Any] | None:
+    """The fields of a ResNetConfig's name, None for another name."""
+    if match := re.fullmatch(r"R(\d+)x(\d+(?:\.\d+)?)(-post)?", name):
+        depth, width, form = int(match[1]), float(match[2]), "post" if match[3] else "pre"
+    elif match := re.fullmatch(r"AxialResNet-(\d+)(?:x(\d+(?:\.\d+)?))?", name):
+        depth, width, form = int(match[1]), float(match[2] or 1), "axial"
+    else:
+        return None
+    return {"stem": ResNetStem(depths=DEPTHS[depth], width_factor=width, form=form)} if depth in DEPTHS else None
+
+
+NAMES = (*(f"R{depth}x{w}" for depth in DEPTHS for w in (1, 2, 3)), "R50x1-post", "AxialResNet-50")
