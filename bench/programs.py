@@ -22,6 +22,7 @@ from kernels.launch import Launch
 from train.step import StepOptions, make_train_step, state_specs
 from train.step import shardings as shardings_of
 from vitcore import ViTConfig, apply_on, partition_specs, variant
+from vitcore.context import Context
 from vitcore.model import forward, init
 from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, REFERENCE, Ops
 
@@ -108,10 +109,10 @@ def _config(model: str, image_size: int | None) -> ViTConfig:
 def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None):
     """The logits of a whole model, parameters float32, on one core."""
     config = _config(model, image_size)
-    ops = ops_for(devices[0], kernels=kernels)
+    context = Context(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     images = S((batch, *config.image_shape, config.channels), dtype)
-    return (lambda p, x: forward(p, x, config, ops=ops, dtype=jnp.dtype(dtype))), (params, images)
+    return (lambda p, x: forward(p, x, config, context)), (params, images)
 
 
 def mesh_forward(devices, *, model, batch, data=1, axis=1, dtype="bfloat16", kernels=True, image_size=None):

@@ -100,7 +100,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     Raises ValueError for unknown names and values that do not fit together.
     """
     from train.data import absolute
-    from vitcore.config import variant
+    from vitcore import variant
 
     digits = args.data.partition(":")[0] == "digits"
     model = ("ViT-Nano/4" if digits else "ViT-B/16") if args.model is None else args.model
@@ -263,7 +263,7 @@ def _report(result, out) -> None:
 
 def _model(full, *, classes: int, channels: int):
     """The ViTConfig of resolved options."""
-    from vitcore.config import variant
+    from vitcore import variant
 
     return variant(
         full.model,

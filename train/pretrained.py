@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from train import mesh as meshes
-from vitcore import weight_tree
-from vitcore.config import ViTConfig, variant
+from vitcore import ViTConfig, variant, weight_tree
 from vitcore.posemb import fit
 from vitcore.weight_tree import WeightError
 

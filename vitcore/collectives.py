@@ -34,9 +34,9 @@ class MeshShape(NamedTuple):
         return cls(mesh.shape["data"], mesh.shape["model"])
 
 
-def block_specs(specs):
-    """The specs of one layer inside the scan: the leading L axis taken off."""
-    return jax.tree.map(lambda spec: P(*spec[1:]), specs["blocks"])
+def layer_specs(specs):
+    """The specs of one layer inside the scan: the leading L axis taken off those of the blocks."""
+    return jax.tree.map(lambda spec: P(*spec[1:]), specs)
 
 
 def _axes(entry) -> tuple[str, ...]:
@@ -97,6 +97,11 @@ def vary(tree, mesh: MeshShape | None, specs=None):
         return jax.tree.map(lambda x: _vary_axes(x, AXES), tree)
     split = jax.tree.map(lambda spec: any("data" in _axes(entry) for entry in spec), specs)
     return jax.tree.map(lambda x, s: x if s else _vary_axes(x, AXES), tree, split)
+
+
+def vary_like(x, like):
+    """x, marked as differing between the devices of the axes over which `like` does."""
+    return _vary_axes(x, tuple(jax.typeof(like).manual_axis_type.varying))
 
 
 def sum_over_model(x, mesh: MeshShape | None):

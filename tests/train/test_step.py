@@ -19,6 +19,7 @@ from train.losses import softmax_cross_entropy
 from train.optim import optimizer, schedule
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
 from vitcore import ViTConfig, apply, apply_on, init, partition_specs, variant
+from vitcore.context import Context
 from vitcore.model import forward
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
@@ -208,7 +209,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass():
     from vitcore.sharding import MeshShape
 
     def loss(params, images):
-        return jnp.square(forward(params, images, CONFIG, mesh=MeshShape.of(mesh))).sum()[None]
+        return jnp.square(forward(params, images, CONFIG, Context(mesh=MeshShape.of(mesh)))).sum()[None]
 
     def gradient(params, images):
         return jax.grad(lambda p: jax.lax.psum(loss(p, images)[0], "data"))(params)
