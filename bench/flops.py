@@ -4,10 +4,9 @@
     python -m bench.flops --model R50x1 ViT-B/16 --size 224 384  multiply-adds of a forward pass, by part of the model
     python -m bench.flops --json FILE                            the same rows as JSON
 
-Two FLOPs a multiply-add; matrix products and convolutions alone, of these only the taps that fall on the image; a training step is three
-forward passes (`vitcore/flops.py`). Table 6 is pre-training on JFT: 303 million images an epoch, 224 pixels, 18,291 classes, and the
-hidden layer for what has a transformer in it.
-"""
+Two FLOPs a multiply-add; matrix products and convolutions alone, of these only the taps that fall on the image; a training step
+is three forward passes (`vitcore/flops.py`). Table 6 is pre-training on JFT: 303 million images an epoch, 224 pixels, 18,291
+classes, and the hidden layer for what has a transformer in it."""
 
 import argparse
 import json
@@ -90,7 +89,8 @@ def printed(rows: list[dict[str, Any]]) -> str:
     if "paper" in rows[0]:
         head = f"{'model':14s} {'epochs':>6s} {'GMACs':>9s} {'exaFLOPs':>9s} {'paper':>6s} {'deviation':>9s}"
         lines = [
-            f"{r['model']:14s} {r['epochs']:6d} {r['gmacs']:9.2f} {r['exaflops']:9.1f} {r['paper']:6d} {r['deviation']:+9.1%}  {r['note']}"
+            f"{r['model']:14s} {r['epochs']:6d} {r['gmacs']:9.2f} {r['exaflops']:9.1f} {r['paper']:6d} {r['deviation']:+9.1%}  "
+            + r["note"]
             for r in rows
         ]
     else:

@@ -32,9 +32,7 @@ class Number:
 
     def __mul__(self, other):
         other = number(other)
-        return Number(
-            self.value * other.value, (self, other), lambda g: (_to(g * other.value, self), _to(g * self.value, other))
-        )
+        return Number(self.value * other.value, (self, other), lambda g: (_to(g * other.value, self), _to(g * self.value, other)))
 
     def __truediv__(self, other):
         other = number(other)

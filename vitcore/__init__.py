@@ -1,6 +1,8 @@
 """A Vision Transformer backend: pure functions over a nested dict, on kernels written by hand."""
 
 from vitcore.config import ViTConfig as ViTConfig
+from vitcore.resnet import ResNetStem as ResNetStem
+from vitcore.resnet_models import ResNetConfig as ResNetConfig
 from vitcore.families import variant as variant
 from vitcore.model import apply as apply
 from vitcore.model import attention_maps as attention_maps

@@ -12,10 +12,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from vitcore import config as vit_config
-from vitcore import vit
+from vitcore import resnet_models, vit
 from vitcore.config import ViTConfig
 from vitcore.heads import head_leaves
 from vitcore.parameters import Leaf
+from vitcore.resnet_models import ResNetConfig
 
 
 class Family(NamedTuple):
@@ -41,7 +42,14 @@ FAMILIES: dict[type, Family] = {
         represent=vit.represent,
         parse=vit_config.parse,
         names=vit_config.NAMES,
-        spelling=f"ViT-{{{','.join(vit_config.SIZES)}}}/P with any patch side P",
+        spelling=f"ViT-{{{','.join(vit_config.SIZES)}}}/P with any patch side P, Axial-ViT-B/P, R50+ViT-B/16 or /32",
+    ),
+    ResNetConfig: Family(
+        leaves=resnet_models.leaves,
+        represent=resnet_models.represent,
+        parse=resnet_models.parse,
+        names=resnet_models.NAMES,
+        spelling="R{50,101,152,200}xW, with -post for the hybrids' form, AxialResNet-50",
     ),
 }
 

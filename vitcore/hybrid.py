@@ -1,11 +1,11 @@
-"""A ResNet as the stem of a Vision Transformer (paper, section 3.1, "Hybrid Architecture"): patches of its feature map, not of pixels.
+"""A ResNet as the stem of a Vision Transformer (paper, section 3.1, "Hybrid Architecture"): patches of its feature map, not of
+pixels.
 
     variant("R50+ViT-B/16")      also "R26+S/32", "R+Ti/16"
 
-The number is what the image is divided by in all: /32 is the whole ResNet and patches of one place of its feature map; for /16 stage 4
-is left out and its units stand in stage 3 (paper, section 4.1). "R+" is the root alone, under patches of half the number as
-released: R+Ti/16 has patches of 8 places, and in truth divides by 32.
-"""
+The number is what the image is divided by in all: /32 is the whole ResNet and patches of one place of its feature map; for /16
+stage 4 is left out and its units stand in stage 3 (paper, section 4.1). "R+" is the root alone, under patches of half the number
+as released: R+Ti/16 has patches of 8 places, and in truth divides by 32."""
 
 import re
 from typing import Any

@@ -8,10 +8,10 @@ Three forms, each with the numbers its authors published it with (`FORMS`):
 
     post   the hybrids' root: normalise and ReLU after each convolution, SAME padding       relu(x + GN(conv(...)))
     pre    BiT's own, the paper's ResNet baseline: both before each convolution, symmetric padding   x + conv(relu(GN(...)))
-    axial  AxialResNet: post, but for the 3x3 convolution attention over columns and over rows (`axial.py`), then a 2x2 mean for the stride
+    axial  AxialResNet: post, but in place of the 3x3 convolution attention over columns and rows (`axial.py`), a 2x2 mean at a stride
 
-The convolutions are XLA's on every platform; statistics are float32, activations and products in the dtype asked for.
-A stage's first unit is apart; the units after it are stacked on a leading axis, like the blocks of a transformer, and run as one loop.
+The convolutions are XLA's on every platform; statistics are float32, activations and products in the dtype asked for. A stage's
+first unit is apart; the units after it are stacked on a leading axis, like the blocks of a transformer, and run as one loop.
 
 On a mesh the C channels inside a unit are split over "model": conv1 by its outputs, conv2 and conv3 by their inputs, so that a unit
 needs two sums: one scattered over the channels after conv2, and one at its end. Groups stay whole: the axis divides 32.
@@ -60,7 +60,8 @@ AXIAL_HEADS = 8
 @dataclass(frozen=True, kw_only=True)
 class ResNetStem:
     """A ResNet without its head. depths: units of each stage; () is the root alone. width_factor: w, the root has 64 w channels.
-    form: "post", as in the hybrids, "pre", as BiT has it, or "axial". Raises ValueError where 64 w is no multiple of the 32 groups."""
+    form: "post", as in the hybrids, "pre", as BiT has it, or "axial". Raises ValueError where 64 w is no multiple of the 32
+    groups."""
 
     depths: tuple[int, ...] = (3, 4, 9)
     width_factor: float = 1.0

@@ -1,4 +1,5 @@
-"""The leaves of a ResNet (`vitcore/resnet.py`): shapes, initial values, places on a mesh, multiply-adds, names in published files."""
+"""The leaves of a ResNet (`vitcore/resnet.py`): shapes, initial values, places on a mesh, multiply-adds, names in published
+files."""
 
 import dataclasses
 import math
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from vitcore.parameters import ROWS, Leaf, Name, Path, Split, constant, lecun, normal
 from vitcore.resnet import AXIAL_HEADS, FORMS, GROUPS, ResNetStem, Unit, units
+
 
 def leaves(c: ResNetStem, image_shape: tuple[int, int], channels: int, *, under: Path = ("stem",), timm="") -> tuple[Leaf, ...]:
     """Every leaf of a ResNet without its head, below the path `under`, in order.
@@ -37,9 +39,9 @@ def leaves(c: ResNetStem, image_shape: tuple[int, int], channels: int, *, under:
 
 
 class _Array(NamedTuple):
-    """One array of one unit. name: (layer, kernel or scale or bias), as the hybrids' files call it. model: its axis that is split over
-    the model axis, None for none. adds: multiply-adds. start: of a scale, its first value. deviation: of a normal draw. unit: what the
-    model axis must divide."""
+    """One array of one unit. name: (layer, kernel or scale or bias), as the hybrids' files call it. model: its axis that is split
+    over the model axis, None for none. adds: multiply-adds. start: of a scale, its first value. deviation: of a normal draw.
+    unit: what the model axis must divide."""
 
     name: tuple[str, ...]
     shape: tuple[int, ...]
@@ -51,7 +53,8 @@ class _Array(NamedTuple):
 
 
 def _leaf(path, same: Sequence[_Array], where, form: str, timm: str, *, stack=False) -> Leaf:
-    """The leaf of one array, or with `stack` of the same array of several units. where: (stage, number of the first unit) or None."""
+    """The leaf of one array, or with `stack` of the same array of several units. where: (stage, number of the first unit) or
+    None."""
     a = same[0]
     split: list[Split | None] = [None] * len(a.shape)
     if a.name[-1] == "kernel":

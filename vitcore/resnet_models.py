@@ -1,7 +1,7 @@
 """BiT ResNets and AxialResNets, a family of their own: a ResNet, the mean of its feature map, a head.
 
-    variant("R50x1")             BiT-R50x1, pre-activation: the paper's baseline; "R50x1-post" in the hybrids' form
-    variant("AxialResNet-50")    every 3x3 convolution replaced by attention over columns, then over rows
+variant("R50x1")             BiT-R50x1, pre-activation: the paper's baseline; "R50x1-post" in the hybrids' form
+variant("AxialResNet-50")    every 3x3 convolution replaced by attention over columns, then over rows
 """
 
 import dataclasses
@@ -21,10 +21,9 @@ from vitcore.resnet_leaves import leaves as stem_leaves
 class ResNetConfig:
     """A ResNet with a linear classifier on the mean of its feature map. Hashable.
 
-    image_size: side of the square input, or (Y, X), in pixels. stem: the network, a ResNetStem. num_classes: V, 0 for a model without
-    a head. representation_size: width of a tanh layer before the classifier, None for none (the paper's ResNets have none). channels:
-    C. head_bias: initial value of the head's bias. Raises ValueError where a value makes no model.
-    """
+    image_size: side of the square input, or (Y, X), in pixels. stem: the network, a ResNetStem. num_classes: V, 0 for a model
+    without a head. representation_size: width of a tanh layer before the classifier, None for none (the paper's ResNets have
+    none). channels: C. head_bias: initial value of the head's bias. Raises ValueError where a value makes no model."""
 
     image_size: int | tuple[int, int] = 224
     stem: ResNetStem

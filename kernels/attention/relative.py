@@ -1,4 +1,5 @@
-"""The attention half of a block with relative positions (paper, appendix D.4): plain einsum, the specification and so far every path.
+"""The attention half of a block with relative positions (paper, appendix D.4): plain einsum, the specification and so far every
+path.
 
     logits[t, s] = (q_t . k_s + q_t . r_(s-t)) / sqrt(H)
 

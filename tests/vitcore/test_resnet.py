@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -13,7 +12,6 @@ from tests.tape import Number
 from vitcore import parameters, resnet, resnet_leaves
 from vitcore.collectives import MeshShape
 from vitcore.resnet import ResNetStem
-
 
 # --- the second computation ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +132,14 @@ def close(got, want, tolerance=1e-5):
     assert np.abs(np.asarray(got, np.float64) - want).max() <= tolerance * np.abs(want).max()
 
 
-CASES = [("post", (2, 3), 32), ("pre", (2, 3), 32), ("post", (1, 1, 1), 27), ("pre", (1, 1, 1), 27), ("post", (), 18), ("axial", (2, 1), 27)]
+CASES = [
+    ("post", (2, 3), 32),
+    ("pre", (2, 3), 32),
+    ("post", (1, 1, 1), 27),
+    ("pre", (1, 1, 1), 27),
+    ("post", (), 18),
+    ("axial", (2, 1), 27),
+]
 
 
 @pytest.mark.parametrize(("form", "depths", "side"), CASES)
@@ -166,14 +171,23 @@ def test_values_and_every_gradient_agree_with_numpy(form, depths, side):
         assert np.abs(np.asarray(g) - w).max() <= 1e-8 * np.abs(w).max(), path
 
 
-HEADLESS = {"R50x1": 23_508_032, "R50x2": 93_907_072, "R101x1": 42_500_160, "R152x1": 58_143_808, "R152x2": 232_253_568, "R200x3": 562_511_040}
+HEADLESS = {
+    "R50x1": 23_508_032,
+    "R50x2": 93_907_072,
+    "R101x1": 42_500_160,
+    "R152x1": 58_143_808,
+    "R152x2": 232_253_568,
+    "R200x3": 562_511_040,
+}
 
 
 @pytest.mark.parametrize("name", HEADLESS)
 def test_parameters_are_as_many_as_the_authors(name):
     depth, width = map(int, name[1:].split("x"))
     post, pre = (
-        parameters.count(resnet_leaves.leaves(ResNetStem(depths=resnet.DEPTHS[depth], width_factor=width, form=form), (224, 224), 3))
+        parameters.count(
+            resnet_leaves.leaves(ResNetStem(depths=resnet.DEPTHS[depth], width_factor=width, form=form), (224, 224), 3)
+        )
         for form in ("post", "pre")
     )
     assert post == HEADLESS[name]
@@ -205,7 +219,9 @@ def test_a_mesh_changes_no_number(form):
     want, wanted = jax.jit(jax.value_and_grad(lambda p: jnp.square(resnet.feature_map(p, images, stem)).sum() / 4))(params)
     for mesh, more in (((2, 2), {}), ((4, 1), {"remat": True}), ((1, 4), {"unrolled": True})):
         specs, (loss, gradients) = mapped(stem, params, images, mesh, **more)
-        split = {axis for spec in jax.tree.leaves(specs) for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
+        split = {
+            axis for spec in jax.tree.leaves(specs) for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,))
+        }
         assert split >= {"data", "model"}
         np.testing.assert_allclose(loss, want, rtol=1e-5)
         for (path, g), w in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True):
