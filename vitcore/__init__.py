@@ -1,8 +1,6 @@
 """A Vision Transformer backend: pure functions over a nested dict, on kernels written by hand."""
 
 from vitcore.config import ViTConfig as ViTConfig
-from vitcore.resnet import ResNetStem as ResNetStem
-from vitcore.resnet_models import ResNetConfig as ResNetConfig
 from vitcore.families import variant as variant
 from vitcore.model import apply as apply
 from vitcore.model import attention_maps as attention_maps
@@ -15,6 +13,8 @@ from vitcore.ops import INTERPRET as INTERPRET
 from vitcore.ops import REFERENCE as REFERENCE
 from vitcore.ops import Ops as Ops
 from vitcore.ops import fused as fused
+from vitcore.resnet import ResNetStem as ResNetStem
+from vitcore.resnet_models import ResNetConfig as ResNetConfig
 from vitcore.sharding import partition_specs as partition_specs
 from vitcore.weight_tree import load as load
 from vitcore.weight_tree import save as save

@@ -25,7 +25,8 @@ class Family(NamedTuple):
 
     leaves: (config) -> its leaves but for the head's, which every family shares. represent: (params, images [B, Y, X, C] floats,
     config, context) -> (y [B, D] in context.dtype, what `context.capture` asks for, by its fields' names). parse: (name) -> the
-    fields of a named model, None for a name that is not the family's. names: some that it is known by, for suggestions. spelling:
+    fields of a named model, None for a name that is not the family's. names: some that it is known by, for suggestions. head: (config)
+    -> the head's leaves, the same in every family but for their names in files. spelling:
     of all.
     """
 
@@ -34,6 +35,7 @@ class Family(NamedTuple):
     parse: Callable[[str], dict[str, Any] | None]
     names: tuple[str, ...]
     spelling: str
+    head: Callable = head_leaves
 
 
 FAMILIES: dict[type, Family] = {
@@ -49,6 +51,7 @@ FAMILIES: dict[type, Family] = {
         represent=resnet_models.represent,
         parse=resnet_models.parse,
         names=resnet_models.NAMES,
+        head=resnet_models.head,
         spelling="R{50,101,152,200}xW, with -post for the hybrids' form, AxialResNet-50",
     ),
 }
@@ -65,7 +68,7 @@ def family_of(config) -> Family:
 @cache
 def leaves(config) -> tuple[Leaf, ...]:
     """Every parameter of a model: the list that init, partition_specs, checks, counts and weight files read."""
-    return (*family_of(config).leaves(config), *head_leaves(config))
+    return (*family_of(config).leaves(config), *family_of(config).head(config))
 
 
 def variant(name: str, **changes):

@@ -16,12 +16,13 @@ class Pool(NamedTuple):
 
     class_token: whether a learned token stands before the patches. leaves: (config) -> its leaves, those of the class token
     included. pool: (params, x [B, T, D], normalise, config, context) -> [B, D] in the dtype of x; normalise is the last layer norm,
-    which acts on each token alone, for x of any rank.
+    which acts on each token alone, for x of any rank. unnamed: nothing in a file of weights tells of it.
     """
 
     class_token: bool
     leaves: Callable
     pool: Callable
+    unnamed: bool = False
 
 
 def class_token(config) -> tuple[Leaf, ...]:
@@ -133,11 +134,11 @@ def _unpooled(params, x, normalise, config, context):
 
 POOLS: dict[str, Pool] = {
     "token": Pool(class_token=True, leaves=class_token, pool=_first),
-    "gap": Pool(class_token=False, leaves=lambda config: (), pool=_mean),
+    "gap": Pool(class_token=False, leaves=lambda config: (), pool=_mean, unnamed=True),
     "map": Pool(class_token=False, leaves=_map_leaves, pool=_map),
     # the first patch, without a class token, and every token: what the authors' later code calls "0" and "none"
-    "first": Pool(class_token=False, leaves=lambda config: (), pool=_corner),
-    "none": Pool(class_token=False, leaves=lambda config: (), pool=_unpooled),
+    "first": Pool(class_token=False, leaves=lambda config: (), pool=_corner, unnamed=True),
+    "none": Pool(class_token=False, leaves=lambda config: (), pool=_unpooled, unnamed=True),
 }
 
 

@@ -24,7 +24,9 @@ class Position(NamedTuple):
     leaves in each block, as a block lists its own. at_block: (p, w, config) -> [T, D] that is added to the input of a block,
     whose weights are w; None: nothing is added there. attend: (x, w, config, layer) -> x + dropout(MSA(LN(x))) in place of the
     block's own attention half, and logits: (q [B, T, N, H], w, config) -> [B, N, T, T] that it adds to the others before their
-    scale; None: neither. check: (config) raises ValueError for a configuration that it cannot take."""
+    scale; None: neither. check: (config) raises ValueError for a configuration that it cannot take. unnamed: nothing in a file of
+    weights tells of it.
+    """
 
     leaves: Callable
     table: Callable
@@ -33,6 +35,7 @@ class Position(NamedTuple):
     attend: Callable | None = None
     logits: Callable | None = None
     check: Callable = lambda config: None
+    unnamed: bool = False
 
 
 def _learned(config) -> tuple[Leaf, ...]:
@@ -167,6 +170,6 @@ POSITIONS: dict[str, Position] = {
     ),
     "2d-shared": Position(leaves=_halves, table=_nothing, at_block=lambda p, w, config: _joined(p, config), check=_divides(2)),
     "relative": Position(leaves=_none, table=_nothing, block_leaves=_offsets, attend=_attend_relative, logits=_relative_logits),
-    "sincos2d": Position(leaves=_none, table=_fixed, check=_divides(4)),
-    "none": Position(leaves=_none, table=_nothing),
+    "sincos2d": Position(leaves=_none, table=_fixed, check=_divides(4), unnamed=True),
+    "none": Position(leaves=_none, table=_nothing, unnamed=True),
 }

@@ -8,7 +8,7 @@ Three forms, each with the numbers its authors published it with (`FORMS`):
 
     post   the hybrids' root: normalise and ReLU after each convolution, SAME padding       relu(x + GN(conv(...)))
     pre    BiT's own, the paper's ResNet baseline: both before each convolution, symmetric padding   x + conv(relu(GN(...)))
-    axial  AxialResNet: post, but in place of the 3x3 convolution attention over columns and rows (`axial.py`), a 2x2 mean at a stride
+    axial  AxialResNet: post, but in place of the 3x3 convolution attention over columns and rows, and a 2x2 mean at a stride
 
 The convolutions are XLA's on every platform; statistics are float32, activations and products in the dtype asked for. A stage's
 first unit is apart; the units after it are stacked on a leading axis, like the blocks of a transformer, and run as one loop.

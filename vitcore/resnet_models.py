@@ -11,8 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from vitcore.context import Context
+from vitcore.heads import head_leaves
 from vitcore.hybrid import check_image, run_stem
-from vitcore.parameters import Leaf
+from vitcore.parameters import Leaf, Name
 from vitcore.resnet import DEPTHS, ResNetStem
 from vitcore.resnet_leaves import leaves as stem_leaves
 
@@ -77,6 +78,23 @@ class ResNetConfig:
 def leaves(config: ResNetConfig) -> tuple[Leaf, ...]:
     """Every parameter but the head's."""
     return stem_leaves(config.stem, config.image_shape, config.channels)
+
+
+def head(config: ResNetConfig) -> tuple[Leaf, ...]:
+    """The leaves of the head, with the names that it has in files of ResNets: there the classifier is often a 1x1 convolution."""
+    c, v = config.feature_size, config.num_classes
+    timm = {"kernel": Name("head.fc.weight", axes=(1, 0), shape=(v, c, 1, 1)), "bias": Name("head.fc.bias")}
+    first = {"kernel": Name("head/conv2d/kernel", shape=(1, 1, c, v)), "bias": Name("head/conv2d/bias")}
+    out = []
+    for leaf in head_leaves(config):
+        if leaf.path[0] == "head":
+            later = leaf.names["release"]
+            if config.stem.form == "pre":
+                later = tuple(name._replace(when={"bit": "later"}) for name in later)
+                later += (first[leaf.path[-1]]._replace(when={"bit": "first"}),)
+            leaf = dataclasses.replace(leaf, names={"release": later, "timm": (timm[leaf.path[-1]],)})
+        out.append(leaf)
+    return tuple(out)
 
 
 def represent(params, images, config: ResNetConfig, context: Context):

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -21,10 +21,11 @@ import numpy as np
 
 from vitcore import posemb, weight_files
 from vitcore.config import ViTConfig
-from vitcore.heads import head_leaves
+from vitcore.families import leaves as leaves_of
 from vitcore.parameters import flat, nested
+from vitcore.resnet_models import ResNetConfig
 from vitcore.weight_files import Stored, WeightError
-from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, shapes, style_of
+from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, nameless, shapes, style_of, written
 
 MOST_PATCHES = 2**16  # of a position embedding that is to be fitted: a side of 4096 pixels in patches of 16
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float64))
@@ -62,6 +63,8 @@ def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpol
     with weight_files.opened(path) as arrays:
         style = _style(path, arrays)
         wanted = entries(config, style)
+        if lost := nameless(config, style):
+            raise WeightError(f"{path}: files of {style.naming} naming have no name for this config's {', '.join(lost)}")
         if new_head:
             dropped = {e.name for e in wanted if e.path[0] == "head"} | {n for n in arrays if _is_head(n, style)}
             wanted = tuple(e for e in wanted if e.name not in dropped)
@@ -69,7 +72,7 @@ def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpol
         _check(path, arrays, wanted, style, config)
         leaves = {leaf: np.empty(shape, np.float32) for leaf, shape in shapes(config).items()}
         if new_head:
-            leaves |= {leaf.path: np.array(leaf.initial(None, leaf.shape)) for leaf in head_leaves(config)}
+            leaves |= {leaf.path: np.array(leaf.initial(None, leaf.shape)) for leaf in leaves_of(config) if leaf.path[0] == "head"}
         for entry in wanted:
             array = _as_float32(arrays[entry.name].read())
             if entry.path == POSITION:
@@ -96,17 +99,25 @@ def save(path, params, config: ViTConfig, *, naming: Naming | None = None, dtype
         wrong = sorted(leaf for leaf in have.keys() | shapes(config).keys() if have.get(leaf) != shapes(config).get(leaf))
         names = ", ".join("/".join(leaf) for leaf in wrong)
         raise ValueError(f"the parameters are not this config's: {names} differ: give the config they were made with")
-    style = Style(naming=naming, prefix="vit." if naming == "transformers" else "")
+    style = written(config, naming)
+    if lost := nameless(config, style):
+        raise ValueError(f"files of {naming} naming have no name for this config's {', '.join(lost)}: keep the run's checkpoint")
     kept = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
     arrays = {e.name: e.to_file(arrays_of[e.path]).astype(kept) for e in entries(config, style)}
-    about = {"format": "pt", "vitcore.grid": f"{config.grid[0]}x{config.grid[1]}", "vitcore.num_heads": str(config.num_heads)}
+    about = {"format": "pt"}
+    if isinstance(config, ViTConfig):
+        grid = f"{config.grid[0]}x{config.grid[1]}"
+        about |= {"vitcore.grid": grid, "vitcore.num_heads": str(config.num_heads), "vitcore.pool": config.pool}
+        about |= {"vitcore.position": config.position}
     weight_files.write(path, arrays, about)
 
 
-def describe(path, *, heads: int | None = None, grid: tuple[int, int] | None = None) -> tuple[Style, ViTConfig, dict[str, Stored]]:
+def describe(
+    path, *, heads: int | None = None, grid: tuple[int, int] | None = None, pool: str | None = None, position: str | None = None
+) -> tuple[Style, Any, dict[str, Stored]]:
     """A file's style, the configuration of its model, and its arrays (names, shapes, dtypes; not to be read). From headers alone.
 
-    heads, grid: as in `weight_names.infer`, where the file does not say. Raises ValueError in one line; OSError.
+    heads, grid, pool, position: as in `weight_names.infer`, where the file does not say. Raises ValueError in one line; OSError.
     """
     path = os.fspath(path)
     with weight_files.opened(path) as arrays:
@@ -114,15 +125,19 @@ def describe(path, *, heads: int | None = None, grid: tuple[int, int] | None = N
         if heads is None and re.fullmatch(r"\d{1,4}", about.get("vitcore.num_heads", "")):
             heads = int(about["vitcore.num_heads"])
         try:
-            found = infer({n: a.shape for n, a in arrays.items()}, style, heads=heads, grid=grid or _grid_of(path, about))
+            found = infer(
+                {n: a.shape for n, a in arrays.items()}, style, heads=heads, grid=grid or _grid_of(path, about),
+                pool=pool or about.get("vitcore.pool"), position=position or about.get("vitcore.position"),
+            )  # fmt: skip
         except ValueError as error:
             raise WeightError(f"{path}: {error}") from error
         return style, found, dict(arrays)
 
 
-def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=None) -> ViTConfig:
-    """Reads one file, writes another; the configuration of the model. heads, grid: where the source does not say."""
-    _, config, arrays = describe(source, heads=heads, grid=grid)
+def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=None, pool=None, position=None):
+    """Reads one file, writes another; the configuration of the model. heads, grid, pool, position: where the source does not
+    say."""
+    _, config, arrays = describe(source, heads=heads, grid=grid, pool=pool, position=position)
     claimed, there = sum(4 * math.prod(a.shape) for a in arrays.values()), os.path.getsize(source)
     if claimed > 64 * there + 2**20:  # a model's shapes are not known beforehand here; weights hardly shrink when packed
         raise WeightError(f"{source} claims {claimed:,} bytes of arrays in {there:,} bytes of file: no weights are that empty")
@@ -135,6 +150,10 @@ def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=No
 
 def _style(path: str, names) -> Style:
     style = style_of(names)
+    if any("MixerBlock_" in name for name in names):
+        raise WeightError(
+            f"{path} holds an MLP-Mixer (MixerBlock_0 ...), which is no model of vitcore: it has ViTs, hybrids and ResNets"
+        )
     if style is None:
         some = ", ".join(sorted(names)[:3]) or "nothing"
         raise WeightError(f"{path} holds no Vision Transformer as the release, timm or transformers name it, but {some}, ...")
@@ -185,17 +204,20 @@ def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], s
         said = [f"{name} {arrays[name].dtype}" for name in untyped]
         parts.append(f"no floats in {_list(said)}")
     if parts:
-        raise WeightError(f"{path} is not this config's model: {'; '.join(parts)}{_hint(arrays, style, misshapen, need)}")
+        raise WeightError(f"{path} is not this config's model: {'; '.join(parts)}{_hint(arrays, style, misshapen, need, config)}")
 
 
-def _hint(arrays, style, misshapen, need) -> str:
+def _hint(arrays, style, misshapen, need, config) -> str:
     heads = [name for name in misshapen if need[name].path[0] == "head"]
     if heads and len(heads) == len(misshapen):
         return ": new_head=True replaces the head by zeros"
     try:
-        c = infer({name: a.shape for name, a in arrays.items()}, style)
+        open_ = {"pool": getattr(config, "pool", None), "position": getattr(config, "position", None)}
+        c = infer({name: a.shape for name, a in arrays.items()}, style, **open_)
     except ValueError:
         return ""
+    if isinstance(c, ResNetConfig):
+        return f": the file's model is a ResNet, {c.stem}, num_classes={c.num_classes}"
     hidden = f", representation_size={c.representation_size}" if c.representation_size else ""
     return (
         f": the file's model has patch_size={c.patch_size}, width={c.width}, depth={c.depth}, mlp_dim={c.mlp_dim}, "
@@ -238,7 +260,7 @@ def _shape(shape) -> str:
 def _position(path: str, array: np.ndarray, config: ViTConfig, style: Style, grid, interpolation) -> np.ndarray:
     """The file's [1, T', D] as our [T, D]: the class slot put in or taken out, the patches fitted to the config's grid."""
     table = array.reshape(-1, config.width)
-    ours = int(config.pool == "token")
+    ours = config.class_tokens
     theirs = 0 if style.top_position else ours
     patches = len(table) - theirs
     square = math.isqrt(max(patches, 0)) ** 2 == patches and patches > 0
