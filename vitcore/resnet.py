@@ -255,10 +255,18 @@ def _axial(x, w, stride, form, mesh):
     y = _relu(_norm(convolve(x, w["conv1"]["kernel"], 1, form), w["gn1"], form))
     for axis, name in ((1, "height"), (2, "width")):
         y = axial.along(y, w[name], axis, AXIAL_HEADS, lambda z, n: _norm(z, n, form))
-    if stride > 1:  # a border counts as zeros
-        y = (lax.reduce_window(y, jnp.zeros((), y.dtype), lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME") / 4).astype(y.dtype)
+    if stride > 1:
+        y = _halved(y)
     y = _norm(convolve(_relu(y), w["conv3"]["kernel"], 1, form), w["gn3"], form)
     return _relu(residual + y)
+
+
+def _halved(x):
+    """The mean of every 2x2 positions; beyond the border stand zeros."""
+    b, rows, columns, c = x.shape
+    x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
+    x = x.reshape(b, (rows + 1) // 2, 2, (columns + 1) // 2, 2, c)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((2, 4)).astype(x.dtype)
 
 
 def _relu(x):

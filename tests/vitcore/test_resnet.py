@@ -132,14 +132,7 @@ def close(got, want, tolerance=1e-5):
     assert np.abs(np.asarray(got, np.float64) - want).max() <= tolerance * np.abs(want).max()
 
 
-CASES = [
-    ("post", (2, 3), 32),
-    ("pre", (2, 3), 32),
-    ("post", (1, 1, 1), 27),
-    ("pre", (1, 1, 1), 27),
-    ("post", (), 18),
-    ("axial", (2, 1), 27),
-]
+CASES = [("post", (1, 2), 24), ("pre", (1, 2), 24), ("post", (1, 1), 27), ("pre", (), 18), ("axial", (1, 2), 16)]
 
 
 @pytest.mark.parametrize(("form", "depths", "side"), CASES)
@@ -211,21 +204,20 @@ def mapped(stem, params, images, mesh_shape, remat=False, unrolled=False):
     return specs, jax.jit(run)(params, images)
 
 
-@pytest.mark.parametrize("form", ["post", "pre"])
-def test_a_mesh_changes_no_number(form):
-    """Channels over 2 and 4, kernels over 2 and 4: the same loss and gradients; loops, loops made again and no loops."""
-    stem = ResNetStem(depths=(2, 3), width_factor=0.5, form=form)
-    params, images = noisy(stem), jax.random.uniform(jax.random.key(3), (4, 32, 32, 3), minval=-1)
+@pytest.mark.parametrize(
+    ("form", "mesh", "more"), [("post", (2, 2), {"remat": True}), ("pre", (2, 2), {}), ("pre", (1, 4), {"unrolled": True})]
+)
+def test_a_mesh_changes_no_number(form, mesh, more):
+    """Channels over 2 and 4, kernels over 2: the same loss and gradients; units in a loop, made again, and without a loop."""
+    stem = ResNetStem(depths=(1, 3), width_factor=0.5, form=form)
+    params, images = noisy(stem), jax.random.uniform(jax.random.key(3), (4, 24, 24, 3), minval=-1)
     want, wanted = jax.jit(jax.value_and_grad(lambda p: jnp.square(resnet.feature_map(p, images, stem)).sum() / 4))(params)
-    for mesh, more in (((2, 2), {}), ((4, 1), {"remat": True}), ((1, 4), {"unrolled": True})):
-        specs, (loss, gradients) = mapped(stem, params, images, mesh, **more)
-        split = {
-            axis for spec in jax.tree.leaves(specs) for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,))
-        }
-        assert split >= {"data", "model"}
-        np.testing.assert_allclose(loss, want, rtol=1e-5)
-        for (path, g), w in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True):
-            assert np.abs(g - w).max() <= 2e-4 * np.abs(w).max(), (mesh, path)
+    specs, (loss, gradients) = mapped(stem, params, images, mesh, **more)
+    axes = {a for spec in jax.tree.leaves(specs) for entry in spec for a in (entry if isinstance(entry, tuple) else (entry,))}
+    assert axes >= {"model", *(("data",) if mesh[0] > 1 else ())}
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    for (path, g), w in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True):
+        assert np.abs(g - w).max() <= 2e-4 * np.abs(w).max(), path
 
 
 def test_what_makes_no_resnet_is_refused():
