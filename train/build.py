@@ -25,6 +25,8 @@ def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
             f"--batch-size {full.batch_size} is not divisible by the data axis of {mesh.shape['data']} "
             f"times --accumulate {full.accumulate}: use a multiple of {parts}"
         )
+    if full.remat and full.remat_every > 1 and not isinstance(config, ViTConfig):
+        raise ValueError(f"--remat-every {full.remat_every}: {name} is made again unit by unit, use 1")
     if full.remat and config.depth % full.remat_every:
         raise ValueError(f"--remat-every {full.remat_every}: {name} has {config.depth} blocks, a divisor of that is required")
 

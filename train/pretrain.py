@@ -54,9 +54,14 @@ class Pretrain(TrainOptions):
     """Images of one update, over all devices."""
 
     image_size: int | None = None
-    pool: Literal["token", "gap"] = "token"
+    pool: Literal["token", "gap", "map", "first"] | None = None
+    """How tokens become one vector: class token, mean, attention pooling, or the first patch. Default: the model's own."""
+    position: Literal[
+        "1d", "1d-layers", "1d-shared", "2d", "2d-layers", "2d-shared", "relative", "sincos2d", "none"
+    ] | None = None  # fmt: skip
+    """Position embedding (paper Table 8): at the stem, in each layer, or one table for all layers. Default: the model's own, 1d."""
     representation_size: int | None = None
-    """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper."""
+    """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper; of a ResNet none."""
     dropout: float | None = None
     gelu: Literal["tanh", "erf"] = "tanh"
 
@@ -100,13 +105,17 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     Raises ValueError for unknown names and values that do not fit together.
     """
     from train.data import absolute
-    from vitcore import variant
+    from vitcore import families, variant
 
     digits = args.data.partition(":")[0] == "digits"
     model = ("ViT-Nano/4" if digits else "ViT-B/16") if args.model is None else args.model
     name = ("digits" if digits else "imagenet") if args.recipe is None else args.recipe
-    variant(model, image_size=_patch(model))  # an unknown model is the first thing to say
+    shown = variant(model, image_size=_some_size(model))  # an unknown model is the first thing to say
     recipe = recipes.recipe(name, model)
+    has = families.fields_of(model)
+    for field in ("pool", "position", "dropout"):
+        if getattr(args, field) and field not in has:
+            raise ValueError(f"--{field} {getattr(args, field)}: {model} is a ResNet, which has no {field}: leave it out")
 
     def given(value, default):
         return default if value is None else value
@@ -132,7 +141,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     smoothing = given(args.label_smoothing, recipe.label_smoothing if loss == recipe.loss else 0.0)
     checked = dataclasses.replace(  # the recipe's own checks, on what the command line made of it
         recipe,
-        dropout=given(args.dropout, recipe.dropout),
+        dropout=given(args.dropout, recipe.dropout if "dropout" in has else 0.0),
         clip_norm=given(args.clip_norm, recipe.clip_norm) or None,
         label_smoothing=smoothing,
         loss=loss,
@@ -150,7 +159,9 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         epochs=None,
         batch_size=batch,
         image_size=checked.image_size,
-        representation_size=given(args.representation_size, variant(model, image_size=_patch(model)).width),
+        representation_size=given(args.representation_size, shown.width if "width" in has else 0),
+        pool=given(args.pool, getattr(shown, "pool", None)),
+        position=given(args.position, getattr(shown, "position", None)),
         dropout=checked.dropout,
         learning_rate=rate,
         warmup_steps=warmup,
@@ -167,10 +178,10 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     )
 
 
-def _patch(model: str) -> int:
-    """Some image side that a model of this name accepts: its patch."""
+def _some_size(model: str) -> int:
+    """Some image side that a model of this name accepts: two of what its name divides it by, or what a ResNet divides it by."""
     tail = model.rpartition("/")[2]
-    return int(tail) if tail.isdigit() and int(tail) else 16
+    return 2 * int(tail) if tail.isdigit() and int(tail) else 32
 
 
 def identity(args: Pretrain) -> dict:
@@ -201,6 +212,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     from train.build import check_fit, make_run, step_options
     from train.data import check_classes, open_source
     from train.loop import train
+    from vitcore import families
     from vitcore.ops import BY_NAME
 
     source, held_out = open_source(args.data, args.train_split), open_source(args.data, args.val_split)
@@ -225,6 +237,8 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     if distributed.rank() == 0:
         check_claim(out, who)
     named = next(name for name, known in BY_NAME.items() if known is ops)
+    if apart := families.family_of(config).by_xla(config):
+        named += f" ({' and '.join(apart)} by XLA)"
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes")
     say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
     with locked(out):
@@ -262,15 +276,16 @@ def _report(result, out) -> None:
 
 
 def _model(full, *, classes: int, channels: int):
-    """The ViTConfig of resolved options."""
-    from vitcore import variant
+    """The configuration of resolved options."""
+    from vitcore import families
 
-    return variant(
+    return families.named(
         full.model,
         image_size=full.image_size,
         num_classes=classes,
         representation_size=full.representation_size or None,
         pool=full.pool,
+        position=full.position,
         dropout=full.dropout,
         gelu=full.gelu,
         channels=channels,

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from train import mesh as meshes
-from vitcore import ViTConfig, variant, weight_tree
-from vitcore.posemb import fit
+from vitcore import ViTConfig, families, weight_tree
 from vitcore.weight_tree import WeightError
 
 
@@ -41,9 +40,7 @@ def open_pretrained(
         config, params, about = _from_run(path)
         size = config.image_shape if image_size is None else (image_size, image_size)
         new = dataclasses.replace(config, image_size=size[0] if size[0] == size[1] else size)
-        patch = params["patch_embed"]
-        slots = int(config.pool == "token")
-        patch["position"] = fit(patch["position"], grid=config.grid, to=new.grid, class_slots=slots, method=interpolation)
+        params = families.fitted(params, config, new, method=interpolation)
         if num_classes is not None:
             new = dataclasses.replace(new, num_classes=num_classes, representation_size=None, head_bias=0.0)
             params.pop("pre_logits", None)
@@ -71,11 +68,11 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
         with open(os.path.join(run, "config.json")) as file:
             held = json.load(file)
         if "vit" in held:  # a fine-tuned model need not have a name
-            config = ViTConfig(**held["vit"])
+            config = families.restored(held["vit"])
         else:
-            config = variant(
+            config = families.named(
                 held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
-                representation_size=held.get("representation_size") or None,
+                position=held.get("position"), representation_size=held.get("representation_size") or None,
             )  # fmt: skip
     except OSError as error:
         wanted = "a run's directory with config.json and checkpoints/, an .npz or a .safetensors is required"
@@ -94,8 +91,9 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
         state, _ = checkpoints.restore(step, wanted)
     params = state["average"] if state.get("average") else state["params"]
     params = jax.tree.map(np.asarray, params)
+    first = params["stem"]["root"]["conv"] if "stem" in params else params["patch_embed"]
     config = dataclasses.replace(
-        config, num_classes=params["head"]["bias"].shape[0], channels=params["patch_embed"]["kernel"].shape[2]
+        config, num_classes=params["head"]["bias"].shape[0], channels=first["kernel"].shape[2]
     )  # fmt: skip
     return config, params, f"{run}, step {step}{', Polyak average' if state.get('average') else ''}"
 

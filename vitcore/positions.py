@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention import relative
+from vitcore import posemb
 from vitcore.collectives import sum_over_model, vary
 from vitcore.parameters import ROWS, Leaf, Name, Split, normal
 
@@ -24,8 +26,9 @@ class Position(NamedTuple):
     leaves in each block, as a block lists its own. at_block: (p, w, config) -> [T, D] that is added to the input of a block,
     whose weights are w; None: nothing is added there. attend: (x, w, config, layer) -> x + dropout(MSA(LN(x))) in place of the
     block's own attention half, and logits: (q [B, T, N, H], w, config) -> [B, N, T, T] that it adds to the others before their
-    scale; None: neither. check: (config) raises ValueError for a configuration that it cannot take. unnamed: nothing in a file of
-    weights tells of it.
+    scale; None: neither. check: (config) raises ValueError for a configuration that it cannot take. fit: (name, array, config, new,
+    method) -> a leaf of this name, of any number of layers, as a model `new` of another grid has it (`posemb`). unnamed: nothing
+    in a file of weights tells of it.
     """
 
     leaves: Callable
@@ -35,6 +38,7 @@ class Position(NamedTuple):
     attend: Callable | None = None
     logits: Callable | None = None
     check: Callable = lambda config: None
+    fit: Callable = lambda name, array, config, new, method: array
     unnamed: bool = False
 
 
@@ -145,6 +149,29 @@ def _relative_logits(q, w, config):
     return relative.relative_logits(q, table, class_token=bool(config.class_tokens))
 
 
+def _fit_grid(name, array, config, new, method):
+    """A table of all tokens, of one layer or of each."""
+    if name != "position":
+        return array
+    fit = partial(posemb.fit, grid=config.grid, to=new.grid, class_slots=config.class_tokens, method=method)
+    return fit(array) if array.ndim == 2 else np.stack([fit(layer) for layer in array])
+
+
+def _fit_halves(name, array, config, new, method):
+    axis = {"position_rows": 0, "position_columns": 1}.get(name)
+    return array if axis is None else posemb.fit_line(array, new.grid[axis], method)
+
+
+def _fit_offsets(name, array, config, new, method):
+    """Offsets of patches in row-major order are a line, and are fitted as one; the class token's entry stays."""
+    if name != "relative" or config.grid == new.grid:
+        return array
+    rows, columns = new.grid
+    cut = array.shape[-2] - config.class_tokens
+    line = posemb.fit_line(array[..., :cut, :], 2 * rows * columns - 1, method)
+    return np.concatenate([line, array[..., cut:, :]], axis=-2)
+
+
 def _nothing(p, config):
     return None
 
@@ -155,21 +182,30 @@ def _one(p, config):
 
 POSITIONS: dict[str, Position] = {
     # learned, one entry for each token in row-major order: the paper's own
-    "1d": Position(leaves=_learned, table=_one),
+    "1d": Position(fit=_fit_grid, leaves=_learned, table=_one),
     "1d-layers": Position(
-        leaves=_none, table=_nothing, block_leaves=_in_blocks(_learned), at_block=lambda p, w, config: _one(w, config)
+        fit=_fit_grid,
+        leaves=_none,
+        table=_nothing,
+        block_leaves=_in_blocks(_learned),
+        at_block=lambda p, w, config: _one(w, config),
     ),
-    "1d-shared": Position(leaves=_learned, table=_nothing, at_block=lambda p, w, config: _one(p, config)),
-    "2d": Position(leaves=_halves, table=_joined, check=_divides(2)),
+    "1d-shared": Position(fit=_fit_grid, leaves=_learned, table=_nothing, at_block=lambda p, w, config: _one(p, config)),
+    "2d": Position(fit=_fit_halves, leaves=_halves, table=_joined, check=_divides(2)),
     "2d-layers": Position(
+        fit=_fit_halves,
         leaves=_none,
         table=_nothing,
         block_leaves=_in_blocks(_halves),
         at_block=lambda p, w, config: _joined(w, config),
         check=_divides(2),
     ),
-    "2d-shared": Position(leaves=_halves, table=_nothing, at_block=lambda p, w, config: _joined(p, config), check=_divides(2)),
-    "relative": Position(leaves=_none, table=_nothing, block_leaves=_offsets, attend=_attend_relative, logits=_relative_logits),
+    "2d-shared": Position(
+        fit=_fit_halves, leaves=_halves, table=_nothing, at_block=lambda p, w, config: _joined(p, config), check=_divides(2)
+    ),
+    "relative": Position(
+        fit=_fit_offsets, leaves=_none, table=_nothing, block_leaves=_offsets, attend=_attend_relative, logits=_relative_logits
+    ),
     "sincos2d": Position(leaves=_none, table=_fixed, check=_divides(4), unnamed=True),
     "none": Position(leaves=_none, table=_nothing, unnamed=True),
 }

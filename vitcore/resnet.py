@@ -34,7 +34,7 @@ from vitcore.collectives import MeshShape, gather, recompute_gathers
 
 GROUPS = 32
 # Bottleneck units of the stages (He et al. 2016; 200: paper appendix; 26: the later hybrids R26+S/32).
-DEPTHS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+DEPTHS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 
 
 class Form(NamedTuple):

@@ -9,11 +9,13 @@ import re
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from vitcore.context import Context
 from vitcore.heads import head_leaves
 from vitcore.hybrid import check_image, run_stem
 from vitcore.parameters import Leaf, Name
+from vitcore.posemb import fit_line
 from vitcore.resnet import DEPTHS, ResNetStem
 from vitcore.resnet_leaves import leaves as stem_leaves
 
@@ -103,6 +105,14 @@ def represent(params, images, config: ResNetConfig, context: Context):
         raise ValueError("a ResNet has neither blocks nor patches to look into: features of blocks, maps and edits are a ViT's")
     x = run_stem(params, images.astype(context.dtype), config, context)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)).astype(x.dtype), {}
+
+
+def fit(path, array, config: ResNetConfig, new: ResNetConfig, method: str):
+    """A leaf of a model of another image size: tables of offsets along the lines of an axial unit are fitted as lines."""
+    if path[-1] != "relative":
+        return array
+    want = next(leaf.shape for leaf in leaves(new) if leaf.path == path)
+    return np.swapaxes(fit_line(np.swapaxes(array, -1, -2), want[-1], method), -1, -2)
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------
