@@ -71,7 +71,7 @@ def _map_leaves(config) -> tuple[Leaf, ...]:
             initial=xavier,
             split=(None, ROWS, None),
             names={"release": tuple(Name(f"{mha}/{part}/kernel", part=(i,), shape=(d, n, h)) for i, part in enumerate(parts))},
-            multiply_adds={"pool": (2 * t + 1) * d * d + 2 * t * d},
+            multiply_adds={"pool": 2 * t * d * d + 2 * t * d},  # keys and values; the probe's query is made once a batch
         ),
         Leaf(
             path=("map", "qkv", "bias"),

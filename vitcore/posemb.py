@@ -44,7 +44,7 @@ def fit(
 
 
 def fit_line(table, size: int, method: Literal["corners", "half-pixel"] = "corners") -> np.ndarray:
-    """Entries [..., n, D] of a line as [..., size, D] float32, as `fit` does along one side of a grid. The same size: the same bits."""
+    """Entries [..., n, D] of a line as [..., size, D] float32, as `fit` does along a side of a grid."""
     table = np.asarray(table, np.float32)
     if table.shape[-2] == size:
         return table.copy()
