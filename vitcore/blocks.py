@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from kernels.attention.reference import AttentionWeights
 from kernels.layer_norm import reference
-from vitcore.collectives import sum_over_model, vary
+from kernels.mlp.reference import MLPWeights
+from vitcore.collectives import MIDDLE, sum_over_model, vary
 from vitcore.context import Layer
 from vitcore.parameters import ROWS, Leaf, Name, Split, dense, norm, normal, xavier, zeros
 
@@ -155,21 +158,21 @@ def mlp_leaves(config) -> tuple[Leaf, ...]:
     )
 
 
+def _pair(p):
+    """The scale or kernel of a norm or dense layer, and its bias."""
+    return p["scale" if "scale" in p else "kernel"], p["bias"]
+
+
 def attend(x, w, config, layer: Layer):
     """x + dropout(MSA(LN(x))), paper Eq. 2, summed over the model axis."""
     mesh = layer.context.mesh
     y = layer.context.ops.attention_half(
         vary(x, mesh),
-        w["norm1"]["scale"],
-        w["norm1"]["bias"],
-        w["qkv"]["kernel"],
-        w["qkv"]["bias"],
-        w["out"]["kernel"],
-        w["out"]["bias"],
+        AttentionWeights(*_pair(w["norm1"]), *_pair(w["qkv"]), *_pair(w["out"])),
         num_heads=config.num_heads // (mesh.model if mesh else 1),
         dropout=layer.dropout,
-        share=layer.residual_scale,
-        **({} if layer.tokens is None else {"tokens": layer.tokens}),
+        residual_scale=layer.residual_scale,
+        **layer.padding,
     )
     return sum_over_model(y, mesh)
 
@@ -179,16 +182,11 @@ def transform(x, w, config, layer: Layer):
     mesh = layer.context.mesh
     y = layer.context.ops.mlp_half(
         vary(x, mesh),
-        w["norm2"]["scale"],
-        w["norm2"]["bias"],
-        w["mlp_in"]["kernel"],
-        w["mlp_in"]["bias"],
-        w["mlp_out"]["kernel"],
-        w["mlp_out"]["bias"],
+        MLPWeights(*_pair(w["norm2"]), *_pair(w["mlp_in"]), *_pair(w["mlp_out"])),
         gelu=config.gelu,
         dropout=layer.dropout,
-        share=layer.residual_scale,
-        **({} if layer.tokens is None else {"tokens": layer.tokens}),
+        residual_scale=layer.residual_scale,
+        **layer.padding,
     )
     return sum_over_model(y, mesh)
 
@@ -209,7 +207,8 @@ def attention_maps(x, w, config, layer: Layer):
 
 
 def _encoder(x, w, config, layer: Layer):
-    return transform((config.entries.position.attend or attend)(x, w, config, layer), w, config, layer)
+    x = (config.entries.position.attend or attend)(x, w, config, layer)
+    return transform(checkpoint_name(x, MIDDLE), w, config, layer)
 
 
 # --- the axial block (paper, appendix D.6): attention along rows and an MLP, then along columns and an MLP --------------------

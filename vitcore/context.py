@@ -62,6 +62,11 @@ class Layer(NamedTuple):
     tokens: int | None = None
 
     @property
+    def padding(self) -> dict[str, int]:
+        """The option `tokens` of an op, for ops that the model pads its tokens for."""
+        return {} if self.tokens is None else {"tokens": self.tokens}
+
+    @property
     def residual_scale(self) -> float:
         mesh = self.context.mesh
         return 1.0 / mesh.model if mesh else 1.0

@@ -61,7 +61,7 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
     if remat:
         block = checkpoint(block, policy=_nothing)
     elif mesh and mesh.data > 1:
-        block = checkpoint(block, policy=recompute_gathers)
+        block = checkpoint(block, policy=recompute_gathers(ops.keeps))
     x = scan(block, x, layers)[0]
     return (x[:, : config.tokens] if extra else x), {}
 
@@ -128,7 +128,7 @@ def _captured(one, x, row, layers, config, context: Context, scan, tokens: int |
         y, x = one(x, row, w, key)
         return y, {name: _put(found[name], partial(of, x, y, w), slot[name]) for name, (of, _) in kinds.items()}
 
-    checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled, policy=recompute_gathers)
+    checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled, policy=recompute_gathers(context.ops.keeps))
     kept = checkpoint if mesh and mesh.data > 1 else lambda step: step
     carry = x, {name: empty(name) for name in kinds}
     if scan is _unrolled:
@@ -184,10 +184,9 @@ def _rematerialised(block, x, row, layers, every: int, specs, context: Context, 
         return pieces.reshape(x.shape), None
 
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
-    if parts == 1:
+    # Several parts are checkpointed each: around them a checkpoint is only there to drop the gathered weights.
+    if parts == 1 or (mesh and mesh.data > 1):
         group = checkpoint(group, policy=_nothing)
-    elif mesh and mesh.data > 1:
-        group = checkpoint(group, policy=recompute_gathers)
     return scan(group, x, jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), layers))[0]
 
 
