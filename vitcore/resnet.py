@@ -224,7 +224,7 @@ def _unit(ready, specs, name: str, stride: int, mesh, remat: bool):
     if remat:
         return jax.checkpoint(unit, policy=jax.checkpoint_policies.nothing_saveable)
     if mesh and mesh.data > 1:
-        return jax.checkpoint(unit, policy=recompute_gathers)
+        return jax.checkpoint(unit, policy=recompute_gathers(None))
     return unit
 
 
@@ -315,7 +315,9 @@ def _axes(entry) -> tuple[str, ...]:
 
 
 def _unrolled(unit, x, stack):
-    """`lax.scan` as one program without a loop."""
-    for i in range(jax.tree.leaves(stack)[0].shape[0]):
-        x, _ = unit(x, jax.tree.map(lambda a, i=i: a[i], stack))
+    """`lax.scan` as one program without a loop. The stacks are split once: a gradient is then put together once."""
+    leaves, tree = jax.tree.flatten(stack)
+    parts = [[part.reshape(part.shape[1:]) for part in lax.split(a, (1,) * a.shape[0])] for a in leaves]
+    for w in zip(*parts, strict=True):
+        x, _ = unit(x, jax.tree.unflatten(tree, w))
     return x, None
