@@ -19,6 +19,8 @@ from vitcore.sharding import MeshShape, check_mesh
 def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
     """Raises ValueError where the model, the batch and the mesh of resolved options do not fit. name: of the model, for people."""
     check_mesh(config, MeshShape.of(mesh))
+    if getattr(config, "pool", "") == "none":
+        raise ValueError(f"{name} has pool 'none', a representation for each token: classes of images want one, e.g. --pool gap")
     parts = mesh.shape["data"] * full.accumulate
     if full.batch_size % parts:
         raise ValueError(

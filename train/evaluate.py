@@ -40,6 +40,8 @@ class Evaluate(MeshOptions):
     """Default: the model's; the position embedding is fitted to it."""
     preprocess: Literal["resize", "center"] = "resize"
     gelu: Literal["tanh", "erf"] | None = None
+    pool: Literal["gap", "first", "none"] | None = None
+    """Of an --init file without class token, which does not say it."""
     batch_size: int = 256
     out: str | None = None
     """Directory for evaluation.json and confusion.png. Default: evaluation/ in the run, or beside the file."""
@@ -99,7 +101,7 @@ def run(args: Evaluate) -> dict:
     source: Any = open_source(args.data, args.split)
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu)
+    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu, pool=args.pool)
     config = model.config
     check_mesh(config, MeshShape.of(mesh))
     if mapped is None and config.num_classes != len(source.classes):

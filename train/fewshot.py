@@ -179,6 +179,8 @@ class Fewshot(MeshOptions):
     preprocess: Literal["resize", "center"] | None = None
     """Default: centre crop (256 to 224), but direct resize for the digits."""
     gelu: Literal["tanh", "erf"] | None = None
+    pool: Literal["gap", "first", "none"] | None = None
+    """Of an --init file without class token, which does not say it."""
     batch_size: int = 256
     out: str | None = None
     """A JSON file for the result."""
@@ -227,7 +229,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         def features(images):
             return to_unit(images).reshape(images.shape[0], -1)
     else:
-        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu)
+        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu, pool=args.pool)
         config, about = model.config, model.about
         params = put_params(model.params, config, mesh)
         ops = args.choose_ops(mesh, where)

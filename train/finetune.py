@@ -77,6 +77,8 @@ class Finetune(TrainOptions):
     """How the position embedding is fitted to another resolution."""
     gelu: Literal["tanh", "erf"] | None = None
     """Default: tanh for the release's files and our runs, erf for timm's and transformers' naming."""
+    pool: Literal["gap", "first", "none"] | None = None
+    """Of an --init file without class token, which does not say it."""
     augment: Literal["inception", "digits", "none"] | None = None
     preprocess: Literal["resize", "center"] = "resize"
 
@@ -204,19 +206,28 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Bench]:
     from train.build import check_fit
     from train.data import open_source
     from train.pretrained import open_pretrained
+    from vitcore import families
 
     args.join()
     resolve(args)  # its errors first: they cost nothing
     classes = open_source(args.data, args.split).classes
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu)
-    full = resolve(args, width=found.config.width, patch_size=found.config.patch_size)
+    found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu, pool=args.pool)
+    full = resolve(args, width=found.config.width, patch_size=getattr(found.config, "patch_size", None))
     opened = open_pretrained(
-        args.init, image_size=full.image_size, num_classes=len(classes), gelu=args.gelu, interpolation=args.interpolation
+        args.init,
+        image_size=full.image_size,
+        num_classes=len(classes),
+        gelu=args.gelu,
+        pool=args.pool,
+        interpolation=args.interpolation,
     )
-    opened = opened._replace(config=dataclasses.replace(opened.config, dropout=args.dropout))
-    full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=opened.config.gelu)
+    if args.dropout and not hasattr(opened.config, "dropout"):
+        raise ValueError(f"--dropout {args.dropout}: {opened.about} is a ResNet, which has no dropout: leave it out")
+    opened = opened._replace(config=families.changed(opened.config, dropout=args.dropout))
+    gelu = getattr(opened.config, "gelu", args.gelu)
+    full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=gelu)
     check_fit(full, opened.config, mesh, opened.about)
     return full, Bench(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop)
 

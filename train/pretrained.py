@@ -27,6 +27,7 @@ def open_pretrained(
     image_size: int | None = None,
     num_classes: int | None = None,
     gelu: Literal["tanh", "erf"] | None = None,
+    pool: str | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
 ) -> Pretrained:
     """The model at `path`, its position embedding fitted to image_size (default: the one it has).
@@ -34,7 +35,8 @@ def open_pretrained(
     path: a file of weights, a run's directory (its newest good checkpoint is taken; where the run keeps a Polyak average, that),
     or a run's directory/STEP. num_classes: the whole pre-training head, its hidden layer too, gives way to a linear one that starts
     at zero; None keeps the head. gelu: what the file cannot say; default: tanh for the release and our runs, erf for timm's and
-    transformers' naming. Raises ValueError in one line for whatever is wrong with what is there; OSError.
+    transformers' naming. pool: of a file without class token, which cannot say it either. Raises ValueError in one line for
+    whatever is wrong with what is there; OSError.
     """
     if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
         config, params, about = _from_run(path)
@@ -46,13 +48,13 @@ def open_pretrained(
             params.pop("pre_logits", None)
             params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": np.zeros(num_classes, np.float32)}
     else:
-        style, config, _ = weight_tree.describe(path)
+        style, config, _ = weight_tree.describe(path, pool=pool)
         head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None)
         new = dataclasses.replace(config, image_size=config.image_size if image_size is None else image_size, **head)
         grid = config.grid
         params = weight_tree.read(path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation)
         about = f"{path} ({style.naming} naming)"
-    return Pretrained(dataclasses.replace(new, gelu=gelu or new.gelu), params, about)
+    return Pretrained(families.changed(new, gelu=gelu), params, about)
 
 
 def _from_run(path: str) -> tuple[ViTConfig, dict, str]:

@@ -78,6 +78,8 @@ class Vtab(TrainOptions):
     augment: Literal["inception", "digits", "none"] = "none"
     """The same for all: a flip or a crop would change the answer of the structured tasks."""
     gelu: Literal["tanh", "erf"] | None = None
+    pool: Literal["gap", "first", "none"] | None = None
+    """Of an --init file without class token, which does not say it."""
     seed: int = 0
     out: str | None = None
     """Default: runs/vtab-INIT-HASH."""
@@ -139,7 +141,8 @@ def run(args: Vtab, stop=None) -> dict | None:
             at = where[task]
             base = dict(
                 init=args.init, data=at["data"], split=at["train"], test_split=at["test"], recipe="vtab", steps=args.steps,
-                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu, seed=args.seed,
+                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu,
+                pool=args.pool, seed=args.seed,
                 **{name: getattr(args, name) for name in TRAIN_OPTIONS},
             )  # fmt: skip
             return Finetune(**(base | changes))  # pyright: ignore[reportArgumentType]
@@ -194,7 +197,8 @@ def directory(args: Vtab):
 def identity(args: Vtab) -> dict:
     """What makes the results what they are: not which tasks, where it runs, or how many seeds have been asked for."""
     names = "init data sources learning_rates examples steps batch_size image_size augment gelu dtype seed"
-    return json.loads(json.dumps({name: getattr(args, name) for name in names.split()}))
+    said = {"pool": args.pool} if args.pool else {}
+    return json.loads(json.dumps({name: getattr(args, name) for name in names.split()} | said))
 
 
 def _there(task: str, at: dict[str, str], args: Vtab, missing: dict[str, str]) -> bool:

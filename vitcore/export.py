@@ -18,7 +18,6 @@ device. Whoever loads it needs jax and flatbuffers, and nothing of ours:
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import sys
@@ -29,8 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcore.config import ViTConfig
+from vitcore.families import changed
 from vitcore.model import apply
 from vitcore.ops import REFERENCE
+from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS
 from vitcore.weight_tree import describe, read
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -91,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--gelu", choices=["tanh", "erf"], help="default: tanh for .npz, erf for .safetensors")
     parser.add_argument("--heads", type=int, help="number of heads, where the file does not say and the width is unusual")
+    parser.add_argument("--pool", choices=OPEN_POOLS, help="of a file without class token, which does not say it")
+    parser.add_argument("--position", choices=OPEN_POSITIONS, help="of a file without position embedding, which does not say it")
     parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
     args = parser.parse_args(argv)
     try:
@@ -107,9 +110,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(args) -> str:
-    _, config, _ = describe(args.source, heads=args.heads)
+    _, config, _ = describe(args.source, heads=args.heads, pool=args.pool, position=args.position)
     grid = config.grid
-    config = dataclasses.replace(config, image_size=args.image_size or config.image_size, gelu=args.gelu or config.gelu)
+    config = changed(config, image_size=args.image_size, gelu=args.gelu)
     data = export(
         read(args.source, config, grid=grid), config, batch=args.batch, dtype=jnp.dtype(args.dtype), platforms=tuple(args.platforms)
     )

@@ -112,6 +112,12 @@ def named(name: str, **asked):
     return variant(name, **{field: value for field, value in asked.items() if field in known and value is not None})
 
 
+def changed(config, **asked):
+    """The configuration with those of the fields asked for that its family has; None asks for nothing."""
+    known = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{field: value for field, value in asked.items() if field in known and value is not None})
+
+
 def fitted(params, config, new, *, method: Literal["corners", "half-pixel"] = "corners"):
     """Parameters of `config` for `new`, the same model at another image size: position embeddings resampled to its grid, a tree of
     numpy arrays. method: as in `vitcore.posemb`. Raises ValueError where the models differ in more than that."""

@@ -29,6 +29,9 @@ from vitcore.resnet_models import ResNetConfig
 
 Naming = Literal["release", "timm", "transformers"]
 POSITION = ("patch_embed", "position")
+# What no name in a file tells of.
+OPEN_POOLS = tuple(name for name, entry in POOLS.items() if entry.unnamed)
+OPEN_POSITIONS = tuple(name for name, entry in POSITIONS.items() if entry.unnamed)
 
 
 class Entry(NamedTuple):
@@ -220,16 +223,18 @@ def infer(
     if side != other:
         raise ValueError(f"no model can be made out: patches are {side} x {other}, square ones are required")
     has_class, has_map = cls in found, f"{p}MAPHead_0/probe" in found
-    pool = "token" if has_class else "map" if has_map else _said("pool", pool, "no class token and no attention pooling", POOLS)
+    pool = (
+        "token" if has_class else "map" if has_map else _said("pool", pool, "no class token and no attention pooling", OPEN_POOLS)
+    )
     if table in found or position in (None, "1d"):
         if table not in found and style.naming == "release":
-            _said("position", None, "no position embedding", POSITIONS)
+            _said("position", None, "no position embedding", OPEN_POSITIONS)
         position, patches = "1d", math.prod(shape(table, 3)[:2]) - int(has_class and not style.top_position)
         rows, columns = grid or (math.isqrt(max(patches, 0)),) * 2
         if rows * columns != patches or patches < 1:
             raise ValueError(f"no model can be made out: the position embedding has {patches} patches, no square: say its grid")
     else:
-        _said("position", position, "no position embedding", POSITIONS)
+        _said("position", position, "no position embedding", OPEN_POSITIONS)
         rows, columns = grid or (224 // side,) * 2
     pixels = side * (stem[0].stride if stem else 1)
     return ViTConfig(
@@ -249,9 +254,8 @@ def infer(
     )
 
 
-def _said(what: str, value: str | None, there: str, table) -> str:
+def _said(what: str, value: str | None, there: str, choices: tuple[str, ...]) -> str:
     """A choice that a file leaves open, as its reader says it. ValueError where he does not."""
-    choices = [name for name, entry in table.items() if entry.unnamed]
     if value not in choices:
         raise ValueError(
             f"the file has {there}, so its {what} is {' or '.join(map(repr, choices))}, and no name says which: say {what}="
