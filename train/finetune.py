@@ -71,6 +71,8 @@ class Finetune(TrainOptions):
     polyak: float | None = None
     """Decay of the parameters' running average, which is then what is measured; 0 for none."""
     dropout: float = 0.0
+    head_bias: float = 0.0
+    """What the new head's bias starts at; its kernel starts at zero."""
     label_smoothing: float = 0.0
     image_size: int | None = None
     interpolation: Literal["corners", "half-pixel"] = "corners"
@@ -216,13 +218,9 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Bench]:
     found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu, pool=args.pool)
     full = resolve(args, width=found.config.width, patch_size=getattr(found.config, "patch_size", None))
     opened = open_pretrained(
-        args.init,
-        image_size=full.image_size,
-        num_classes=len(classes),
-        gelu=args.gelu,
-        pool=args.pool,
+        args.init, image_size=full.image_size, num_classes=len(classes), head_bias=args.head_bias, gelu=args.gelu, pool=args.pool,
         interpolation=args.interpolation,
-    )
+    )  # fmt: skip
     if args.dropout and not hasattr(opened.config, "dropout"):
         raise ValueError(f"--dropout {args.dropout}: {opened.about} is a ResNet, which has no dropout: leave it out")
     opened = opened._replace(config=families.changed(opened.config, dropout=args.dropout))
