@@ -7,6 +7,8 @@ from vitcore.model import attention_maps as attention_maps
 from vitcore.model import features as features
 from vitcore.model import init as init
 from vitcore.on_mesh import apply_on as apply_on
+from vitcore.on_mesh import attention_maps_on as attention_maps_on
+from vitcore.on_mesh import features_on as features_on
 from vitcore.ops import FUSED as FUSED
 from vitcore.ops import GPU as GPU
 from vitcore.ops import INTERPRET as INTERPRET
