@@ -239,7 +239,9 @@ def _along_rows(x, w, config, layer: Layer):
     """The encoder's block on each row of x [B, R, C, D] for itself."""
     b, rows, length, d = x.shape
     x = x.reshape(b * rows, length, d)
-    extra = -length % layer.context.ops.multiple
+    ops = layer.context.ops
+    assert ops is not None
+    extra = -length % ops.multiple
     if extra:
         x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
     x = _encoder(x, w, config, layer._replace(tokens=length if extra else None))

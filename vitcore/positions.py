@@ -94,7 +94,8 @@ def sincos2d(rows: int, columns: int, width: int, temperature: float = 10_000.0)
 
 
 def _fixed(p, config):
-    table = jnp.asarray(sincos2d(*config.grid, config.width))
+    rows, columns = config.grid
+    table = jnp.asarray(sincos2d(rows, columns, config.width))
     return jnp.pad(table, ((config.class_tokens, 0), (0, 0)))
 
 

@@ -6,7 +6,7 @@ variant("AxialResNet-50")    every 3x3 convolution replaced by attention over co
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +107,7 @@ def represent(params, images, config: ResNetConfig, context: Context):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)).astype(x.dtype), {}
 
 
-def fit(path, array, config: ResNetConfig, new: ResNetConfig, method: str):
+def fit(path, array, config: ResNetConfig, new: ResNetConfig, method: Literal["corners", "half-pixel"]):
     """A leaf of a model of another image size: tables of offsets along the lines of an axial unit are fitted as lines."""
     if path[-1] != "relative":
         return array

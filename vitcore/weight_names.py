@@ -160,7 +160,9 @@ def style_of(names: Iterable[str]) -> Style | None:
         return Style(
             naming=naming,
             prefix=prefix,
-            numbering=int(not any("encoderblock" in name and "/MlpBlock_0/" in name for name in rest)) if naming == "release" else 1,
+            numbering=int(not any("encoderblock" in name and "/MlpBlock_0/" in name for name in rest))
+            if naming == "release"
+            else 1,
             stacked=any(name.startswith("Transformer/encoderblock/") for name in rest),
             top_position="pos_embedding" in rest,
             modules=naming == "transformers" and any(re.match(r"layers\.\d", name) for name in rest),

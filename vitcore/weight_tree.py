@@ -33,7 +33,7 @@ _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float
 
 def load(
     path,
-    config: ViTConfig,
+    config: ViTConfig | ResNetConfig,
     *,
     new_head: bool = False,
     grid: tuple[int, int] | None = None,
@@ -52,7 +52,7 @@ def load(
     return jax.tree.map(jnp.asarray, read(path, config, new_head=new_head, grid=grid, interpolation=interpolation))
 
 
-def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpolation="corners"):
+def read(path, config: ViTConfig | ResNetConfig, *, new_head: bool = False, grid=None, interpolation="corners"):
     """`load` as numpy arrays, in host memory: for a caller who places them on a mesh."""
     path = os.fspath(path)
     if new_head and config.representation_size is not None:
@@ -82,7 +82,7 @@ def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpol
     return nested(leaves)
 
 
-def save(path, params, config: ViTConfig, *, naming: Naming | None = None, dtype: str = "float32") -> None:
+def save(path, params, config: ViTConfig | ResNetConfig, *, naming: Naming | None = None, dtype: str = "float32") -> None:
     """Writes parameters, whole or not at all: .npz in the release's layout, or .safetensors.
 
     naming: of a .safetensors: "timm" (default) or "transformers"; an .npz is "release". dtype: float32, or bfloat16, which rounds.
@@ -173,7 +173,7 @@ def _is_other(name: str, style: Style) -> bool:
     )  # fmt: skip
 
 
-def _fits(entry: Entry, array: Stored, config: ViTConfig) -> bool:
+def _fits(entry: Entry, array: Stored, config) -> bool:
     if entry.path == POSITION:
         patches = math.prod(array.shape[:2])
         return len(array.shape) == 3 and array.shape[2] == config.width and array.shape[0] == 1 and 1 <= patches <= MOST_PATCHES
@@ -185,7 +185,7 @@ def _squeezed(shape) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 
-def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], style: Style, config: ViTConfig) -> None:
+def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], style: Style, config) -> None:
     """Raise one line that names every entry that is missing, extra, misshapen or of no float type."""
     need = {entry.name: entry for entry in wanted}
     missing = [name for name in need if name not in arrays]
@@ -257,7 +257,7 @@ def _shape(shape) -> str:
 # --- position embedding, trees ----------------------------------------------------------------------------------------------
 
 
-def _position(path: str, array: np.ndarray, config: ViTConfig, style: Style, grid, interpolation) -> np.ndarray:
+def _position(path: str, array: np.ndarray, config, style: Style, grid, interpolation) -> np.ndarray:
     """The file's [1, T', D] as our [T, D]: the class slot put in or taken out, the patches fitted to the config's grid."""
     table = array.reshape(-1, config.width)
     ours = config.class_tokens

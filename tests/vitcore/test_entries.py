@@ -1,6 +1,8 @@
 """Position embeddings, pools, axial blocks and hybrids against a ViT written a second time in float64 NumPy (tests/tape.py):
 values and every gradient of the whole model."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from vitcore import families
 from vitcore.positions import sincos2d
 from vitcore.resnet import ResNetStem
 
-SMALL = dict(image_size=(16, 24), patch_size=8, width=16, depth=2, mlp_dim=24, num_heads=2, num_classes=3, channels=2)
+SMALL: Any = dict(image_size=(16, 24), patch_size=8, width=16, depth=2, mlp_dim=24, num_heads=2, num_classes=3, channels=2)
 
 # --- the second computation ----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """Weights of hybrids, BiT ResNets, attention pooling and fixed position embeddings: the published names, in and out."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from vitcore import weights
 from vitcore.resnet import ResNetStem
 from vitcore.weight_tree import WeightError
 
-SMALL = dict(image_size=16, patch_size=4, width=16, depth=2, mlp_dim=24, num_heads=2, num_classes=3)
+SMALL: Any = dict(image_size=16, patch_size=4, width=16, depth=2, mlp_dim=24, num_heads=2, num_classes=3)
 STEM = ResNetStem(depths=(1, 2), width_factor=0.5)
 MODELS = {
     "hybrid": vitcore.ViTConfig(**{**SMALL, "patch_size": 1}, stem=STEM, representation_size=16),
