@@ -71,6 +71,8 @@ class Finetune(TrainOptions):
     polyak: float | None = None
     """Decay of the parameters' running average, which is then what is measured; 0 for none."""
     dropout: float = 0.0
+    head_bias: float = 0.0
+    """What the new head's bias starts at; its kernel starts at zero."""
     label_smoothing: float = 0.0
     image_size: int | None = None
     interpolation: Literal["corners", "half-pixel"] = "corners"
@@ -213,8 +215,9 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Bench]:
     found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu)
     full = resolve(args, width=found.config.width, patch_size=found.config.patch_size)
     opened = open_pretrained(
-        args.init, image_size=full.image_size, num_classes=len(classes), gelu=args.gelu, interpolation=args.interpolation
-    )
+        args.init, image_size=full.image_size, num_classes=len(classes), head_bias=args.head_bias, gelu=args.gelu,
+        interpolation=args.interpolation,
+    )  # fmt: skip
     opened = opened._replace(config=dataclasses.replace(opened.config, dropout=args.dropout))
     full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=opened.config.gelu)
     check_fit(full, opened.config, mesh, opened.about)

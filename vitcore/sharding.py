@@ -131,12 +131,12 @@ MIDDLE = "tokens between the halves of a block"
 
 
 def recompute_gathers(keeps):
-    """Checkpoint policy of a block: keep what its ops keep (`Ops.keeps`), but not gathered weights, which would be L whole layers."""
+    """Checkpoint policy of a block: keep what its ops keep (`Ops.keeps`) but no gathered weights, which would be L whole layers."""
 
     def policy(prim, *avals, **params):
         if prim is lax.all_gather_p:
             return False
-        return keeps is None or prim.name == "name" and params["name"] == MIDDLE or keeps(prim, *avals, **params)
+        return keeps is None or (prim.name == "name" and params["name"] == MIDDLE) or keeps(prim, *avals, **params)
 
     return policy
 

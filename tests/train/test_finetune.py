@@ -241,6 +241,9 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     assert np.abs(position[0] - position[1]).max() > 1e-3
     traces = [jax.tree.leaves(given("--momentum-dtype", d).start().opt_state)[0].dtype for d in ("float32", "bfloat16")]
     assert traces == ["float32", "bfloat16"]
+    head = given("--head-bias", -2.5).start().params["head"]
+    assert (np.asarray(head["bias"]) == -2.5).all()
+    assert not np.asarray(head["kernel"]).any()
 
 
 def test_dev_and_train_share_no_image_and_are_all_of_it():

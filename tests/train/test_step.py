@@ -227,9 +227,7 @@ def kept(ops, data: int, dropout: float, remat=0) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize(
-    "ops", [REFERENCE, GPU, fused(Launch(device=DEVICES["v3"], interpret=False))], ids=["reference", "gpu", "kernels"]
-)
+@pytest.mark.parametrize("ops", [REFERENCE, GPU, fused(Launch(device=DEVICES["v3"]))], ids=["reference", "gpu", "kernels"])
 def test_a_mesh_keeps_no_more_for_the_backward_pass_than_one_device(ops, dropout):
     """Without remat the ops choose which activations are kept, and a mesh keeps the same, and not L whole layers of weights. The
     checkpoint that drops the weights once kept every intermediate inside the GPU ops, four times the memory."""
