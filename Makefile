@@ -11,13 +11,14 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 VENV ?= .venv
 MESH ?= 8x4
 ARGS ?=
+PYTHON_GPU ?= python3
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help pretrain transfer test test-all test-faults test-faults-beside test-faults-alone test-peers lint format hooks clean
+.PHONY: help pretrain transfer test test-all test-faults test-faults-beside test-faults-alone test-peers test-gpu lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +27,7 @@ help:
 	@echo "make test          the fast tests                                                     (ARGS=\"-k attention\" picks some)"
 	@echo "make test-all      all tests there are, for hours: every op at every shape compiled, every count, against other libraries"
 	@echo "make test-faults   runs that are killed, damaged and starved"
+	@echo "make test-gpu      what must hold on a GPU, on the cards of this machine               (PYTHON_GPU=python3: no environment is made)"
 	@echo "make test-peers    against torch's ViTs, timm's and transformers', which it installs"
 	@echo "make lint          ruff, pyright; changes nothing"
 	@echo "make format        ruff's formatter and safe fixes"
@@ -39,11 +41,11 @@ transfer: $(VENV)/.run
 	$(BIN)/python -m train.transfer $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not faults and not peers" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not faults and not peers and not gpu" $(ARGS)
 
 # Everything there is. Each part runs whatever became of those before it, and one that failed fails the whole.
 test-all: $(VENV)/.peers
-	@failed=0; for tests in "not faults and not clock" "faults and not clock" "clock"; do \
+	@failed=0; for tests in "not faults and not clock and not gpu" "faults and not clock" "clock"; do \
 		beside="-n $(WORKERS) --dist loadfile"; [ "$$tests" != clock ] || beside=; \
 		echo "+ pytest $$beside -m '$$tests' $(ARGS)"; \
 		$(BIN)/python -m pytest $$beside -m "$$tests" $(ARGS) || [ $$? -eq 5 ] || failed=1; \
@@ -63,6 +65,10 @@ test-faults-alone: $(VENV)/.test
 
 test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -m "peers and not slow" $(ARGS)
+
+# With the machine's own Python, which has the jax that fits its driver (it wants pytest, pytest-timeout and hypothesis beside).
+test-gpu:
+	VITCORE_TEST_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON_GPU) -m pytest $(ARGS) tests/gpu tests/kernels/test_gpu.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
