@@ -283,3 +283,18 @@ def test_no_skips_turns_a_skip_into_a_failure(tmp_path, options, status, skip):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     assert ("--no-skips: 1 skipped" in done.stdout) == bool(options)
+
+
+MARKS = {"slow ci": True, "faults clock": True, "faults slow clock": True, "ci": False, "slow ci faults": False, "clock": False}
+
+
+@pytest.mark.parametrize(("marks", "right"), MARKS.items())
+def test_a_marker_that_would_be_overlooked_is_refused(tmp_path, marks, right):
+    """Of the tests beside the fast ones CI runs `ci and not faults and not peers`, and those of faults and peers that are not slow."""
+    lines = [f"@pytest.mark.{mark}\n" for mark in marks.split()]
+    (tmp_path / "test_marks.py").write_text(f"import pytest\n{''.join(lines)}def test_x():\n    pass\n")
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (0 if right else pytest.ExitCode.USAGE_ERROR), done.stdout + done.stderr
+    assert right or "test_marks.py::test_x: " in done.stderr
