@@ -25,12 +25,12 @@ import jax
 
 from train import distributed, job, recipes
 from train.job import check_claim, end, guard, locked, say, stopped
-from train.options import PLACEMENT, TrainOptions, check_init, check_numbers, parse
+from train.options import PLACEMENT, ImageOptions, check_init, check_numbers, parse, resolve_images
 from train.signals import Stop, interruptible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(TrainOptions):
+class Finetune(ImageOptions):
     """Fine-tune a Vision Transformer. Whatever is not given comes from the recipe (paper Table 4)."""
 
     init: str = ""
@@ -70,7 +70,8 @@ class Finetune(TrainOptions):
     """What the momentum is kept in."""
     polyak: float | None = None
     """Decay of the parameters' running average, which is then what is measured; 0 for none."""
-    dropout: float = 0.0
+    dropout: float | None = None
+    """Default: as the release fine-tunes the model, 0.1 for L/16, H/14, R50+B/16 and R50+L/32, 0 for others."""
     head_bias: float = 0.0
     """What the new head's bias starts at; its kernel starts at zero."""
     label_smoothing: float = 0.0
@@ -79,8 +80,6 @@ class Finetune(TrainOptions):
     """How the position embedding is fitted to another resolution."""
     gelu: Literal["tanh", "erf"] | None = None
     """Default: tanh for the release's files and our runs, erf for timm's and transformers' naming."""
-    augment: Literal["inception", "digits", "none"] | None = None
-    preprocess: Literal["resize", "center"] = "resize"
 
 
 def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None = None) -> Finetune:
@@ -140,6 +139,7 @@ def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None 
         momentum=momentum,
         polyak=checked.polyak,
         image_size=checked.image_size,
+        **resolve_images(args, recipe),
         log_every=given(args.log_every, max(1, min(50, steps // 100))),
         eval_every=given(args.eval_every, every),
         checkpoint_every=given(args.checkpoint_every, every),
@@ -218,10 +218,18 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Bench]:
         args.init, image_size=full.image_size, num_classes=len(classes), head_bias=args.head_bias, gelu=args.gelu,
         interpolation=args.interpolation,
     )  # fmt: skip
-    opened = opened._replace(config=dataclasses.replace(opened.config, dropout=args.dropout))
+    full = dataclasses.replace(full, dropout=_dropout(args, opened.config))
+    opened = opened._replace(config=dataclasses.replace(opened.config, dropout=full.dropout))
     full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=opened.config.gelu)
     check_fit(full, opened.config, mesh, opened.about)
     return full, Bench(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop)
+
+
+def _dropout(args: Finetune, config) -> float:
+    if args.dropout is not None:
+        return args.dropout
+    across = config.image_shape[0] // config.grid[0]  # pixels a token: of a hybrid its ResNet's
+    return recipes.finetune_dropout(config.width, across, hybrid=getattr(config, "stem", None) is not None)
 
 
 def fine_tune(args: Finetune, out, bench: Bench):

@@ -141,8 +141,8 @@ def run(args: Vtab, stop=None) -> dict | None:
             at = where[task]
             base = dict(
                 init=args.init, data=at["data"], split=at["train"], test_split=at["test"], recipe="vtab", steps=args.steps,
-                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu, head_bias=args.head_bias,
-                seed=args.seed, **{name: getattr(args, name) for name in TRAIN_OPTIONS},
+                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu,
+                head_bias=args.head_bias, seed=args.seed, **{name: getattr(args, name) for name in TRAIN_OPTIONS},
             )  # fmt: skip
             return Finetune(**(base | changes))  # pyright: ignore[reportArgumentType]
 
