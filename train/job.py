@@ -14,20 +14,19 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import fsspec
 import jax
 from etils import epath
 
 from train import distributed
+from train.files import make_directory, write_atomically
 from train.signals import Stop
 
 
@@ -201,27 +200,8 @@ def check_claim(out: epath.Path, identity: dict) -> None:
 def claim(out: epath.Path, identity: dict, config: dict) -> None:
     """Makes the run's directory and puts config.json there, whole or not at all. Raises as `check_claim`, and OSError."""
     check_claim(out, identity)
-    out.mkdir(parents=True, exist_ok=True)
-    put(out / "config.json", json.dumps(config | {"out": str(out)}, indent=2) + "\n")
-
-
-def put(path: epath.Path | Path, content: str | bytes) -> None:
-    """A file's new content, whole or not at all; local or gs://."""
-    partial = path.parent / f"{path.name}.tmp"
-    if isinstance(content, str):
-        partial.write_text(content)
-    else:
-        partial.write_bytes(content)
-    partial.replace(path)
-
-
-def put_picture(figure, path: epath.Path | Path) -> None:
-    """A matplotlib figure as a PNG, as `put`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    put(path, png.getvalue())
+    make_directory(out)
+    write_atomically(out / "config.json", json.dumps(config | {"out": str(out)}, indent=2) + "\n")
 
 
 @contextlib.contextmanager

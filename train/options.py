@@ -80,7 +80,7 @@ class TrainOptions(MeshOptions):
     """Steps between validations. Default: about twenty in a run."""
     checkpoint_every: int | None = None
     """Steps between checkpoints. Default: as validations."""
-    keep: int = 1
+    keep: int = 2
     """Newest checkpoints that stay."""
     keep_every: int | None = None
     """Checkpoints of steps that are multiples of this stay as well."""

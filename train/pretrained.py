@@ -67,7 +67,7 @@ def open_pretrained(
 
 def _from_run(path: str) -> Pretrained:
     """Configuration and parameters of a run's checkpoint."""
-    from train.checkpoint import Checkpoints
+    from train.saved import SavedSteps
 
     run, step = path.rstrip("/"), None
     if os.path.basename(run).isdigit() and not os.path.exists(os.path.join(run, "config.json")):
@@ -92,20 +92,19 @@ def _from_run(path: str) -> Pretrained:
         raise WeightError(f"{run}/config.json is not that of a run ({type(error).__name__}: {error}): restore it") from error
     if not os.path.isdir(os.path.join(run, "checkpoints")):
         raise WeightError(f"{run} has no checkpoints yet: train it first")
-    with Checkpoints(os.path.join(run, "checkpoints")) as checkpoints:
-        step = checkpoints.latest_step() if step is None else step
-        if step is None or step not in checkpoints.steps():
-            have = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise WeightError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; it has {have}")
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), checkpoints.stored(step))
-        state, _ = checkpoints.restore(step, wanted)
+    passed: list[str] = []
+    saved = SavedSteps(os.path.join(run, "checkpoints"), say=passed.append)
+    try:
+        step, state, _ = saved.load(step)
+    except ValueError as error:
+        raise WeightError(str(error)) from error
     params = state["average"] if state.get("average") else state["params"]
     params = jax.tree.map(np.asarray, params)
     config = dataclasses.replace(
         config, num_classes=params["head"]["bias"].shape[0], channels=params["patch_embed"]["kernel"].shape[2]
     )  # fmt: skip
-    about = f"{run}, step {step}{', Polyak average' if state.get('average') else ''}"
+    what = ", Polyak average" if state.get("average") else ""
+    about = f"{run}, step {step} ({saved.digest(step)}){what}{''.join(f' ({text})' for text in passed)}"
     return Pretrained(config, params, about, bool(held.get("antialias", BEFORE["antialias"])))
 
 

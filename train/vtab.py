@@ -25,6 +25,7 @@ import numpy as np
 from etils import epath
 
 from train import distributed, job, recipes
+from train.files import write_atomically, write_picture
 from train.job import claim, end, guard, locked, say, stopped
 from train.options import TRAIN_OPTIONS, TrainOptions, check_init, check_numbers, parse
 from train.signals import interruptible
@@ -291,7 +292,7 @@ def draw(result: dict, path: epath.Path, title: str) -> None:
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    job.put_picture(figure, path)
+    write_picture(figure, path)
 
 
 def _held(out) -> dict | None:
@@ -308,8 +309,8 @@ def _held(out) -> dict | None:
 
 
 def _write(out, result: dict, args: Vtab) -> None:
-    job.put(out / "vtab.json", json.dumps(result, indent=2) + "\n")
-    job.put(out / "vtab.md", table(result, args.init))
+    write_atomically(out / "vtab.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(out / "vtab.md", table(result, args.init))
 
 
 if __name__ == "__main__":
