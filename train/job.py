@@ -144,7 +144,7 @@ def place(out) -> epath.Path:
 # Options that came after runs had been made, and what those runs did: a run without them in its config.json had these values.
 BEFORE: dict = {
     "head_bias": 0.0, "antialias": True, "crop": "torchvision", "randaugment": [0, 0], "cutmix": 0.0, "mixup_share": "row",
-    "position": "1d",
+    "position": "1d", "erase": 0.0, "optimizer": "sgd", "weight_decay": None, "layer_decay": None,
 }  # fmt: skip
 
 

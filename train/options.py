@@ -104,6 +104,8 @@ class ImageOptions(TrainOptions):
     """Strength of CutMix, likewise; with both, one of the two is drawn each time."""
     mixup_share: Literal["batch", "row"] | None = None
     """Whether all images of a batch are mixed in one share, as the authors have it, or each in its own."""
+    erase: float | None = None
+    """Share of the images of which a box is replaced by noise (random erasing); 0 for none."""
     preprocess: Literal["resize", "resize-center", "center"] | None = None
     """Of images that are measured. resize: to the square. resize-center: to 256/224 of it, and the middle. center: the shorter side
     to 256/224 of it, averaging, and the middle."""
@@ -114,7 +116,7 @@ class ImageOptions(TrainOptions):
         from train.data.augment import How
 
         randaugment = self.randaugment if self.randaugment and self.randaugment[0] else None
-        return How(antialias=bool(self.antialias), crop=self.crop or "tensorflow", randaugment=randaugment)
+        return How(antialias=bool(self.antialias), crop=self.crop or "tensorflow", randaugment=randaugment, erase=self.erase or 0.0)
 
 
 def _kind(augment: str | None, data: str) -> str:
@@ -128,17 +130,21 @@ def resolve_images(args: "ImageOptions", recipe) -> dict:
     def given(name: str):
         return getattr(recipe, name) if getattr(args, name) is None else getattr(args, name)
 
-    found = {name: given(name) for name in ("crop", "antialias", "randaugment", "mixup", "cutmix", "mixup_share", "preprocess")}
+    found = {
+        name: given(name) for name in ("crop", "antialias", "randaugment", "mixup", "cutmix", "mixup_share", "erase", "preprocess")
+    }
     if min(found["mixup"], found["cutmix"]) < 0:
         raise ValueError(f"--mixup {found['mixup']}, --cutmix {found['cutmix']}: strengths of 0 or more are required")
+    if not 0 <= found["erase"] <= 1:
+        raise ValueError(f"--erase {found['erase']}: a share in [0, 1] is required")
     layers, magnitude = found["randaugment"]
     if min(layers, magnitude) < 0:
         raise ValueError(f"--randaugment {layers} {magnitude}: two numbers of 0 or more are required")
     kind = _kind(args.augment, getattr(args, "data", ""))
     if kind != "inception":
-        if args.crop is not None or (layers and args.randaugment is not None):
-            raise ValueError(f"--crop and --randaugment belong to --augment inception, and this is {kind}: leave them out")
-        found["crop"], found["randaugment"] = None, (0, 0)
+        if args.crop is not None or (layers and args.randaugment is not None) or args.erase:
+            raise ValueError(f"--crop, --randaugment and --erase belong to --augment inception, and this is {kind}: leave them out")
+        found["crop"], found["randaugment"], found["erase"] = None, (0, 0), 0.0
     if not found["mixup"] and not found["cutmix"]:
         found["mixup_share"] = None
     return found

@@ -120,7 +120,7 @@ def places(args: Vtab) -> dict[str, dict[str, str]]:
 
 def run(args: Vtab, stop=None) -> dict | None:
     """All tasks that are not done; what vtab.json holds, or None where it was asked to stop."""
-    from train.finetune import Finetune, dev_splits, fine_tune, prepare
+    from train.tuning import Finetune, dev_splits, fine_tune, prepare
 
     check_init(args.init)
     check_numbers(args)
@@ -151,8 +151,8 @@ def run(args: Vtab, stop=None) -> dict | None:
             """One run, unless it is done; False where it was asked to stop."""
             if key in result[kind].get(task, {}):
                 return True
-            full, bench = prepare(finetune, stop)
-            found = fine_tune(full, out / kind / task / key, bench)
+            full, session = prepare(finetune, stop)
+            found = fine_tune(full, out / kind / task / key, session)
             if stopped(found, out, f" in {kind}/{task}"):
                 return False
             result[kind].setdefault(task, {})[key] = {

@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from train.data.augment import AUGMENTATIONS, How
+from train.data.erase import DRAWS as ERASE_DRAWS
+from train.data.erase import MEAN, erase
 from train.data.randaugment import DRAWS, OPS, randaugment
 from train.data.sampling import uniforms
 
@@ -125,3 +127,45 @@ def test_as_part_of_the_augmentation(channels):
     np.testing.assert_allclose(as_bytes / 127.5 - 1, found, atol=1e-6)
     with pytest.raises(ValueError, match="two numbers of 0 or more"):
         How(randaugment=(-1, 10))
+
+
+# --- random erasing -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_share_of_the_images_gets_a_box_of_noise():
+    pixels = np.full((50, 60, 3), 7, np.uint8)
+    rows = uniforms(0, np.zeros(2000), np.arange(2000), ERASE_DRAWS)
+    found = [erase(pixels, row, 0.25) for row in rows]
+    changed = [(image != 7).any(-1) for image in found]
+    touched = np.array([one.any() for one in changed])
+    assert abs(touched.mean() - 0.25) < 0.03
+    boxes = []
+    for one in (one for one in changed if one.any()):
+        down, right = np.flatnonzero(one.any(1)), np.flatnonzero(one.any(0))
+        h, w = np.ptp(down) + 1, np.ptp(right) + 1
+        assert one.sum() > 0.8 * h * w, "one box, of which hardly a pixel is left as it was"
+        boxes.append((h, w))
+    h, w = np.array(boxes).T
+    share = h * w / 3000
+    assert 0.01 < share.min() < 0.04
+    assert 0.28 < share.max() < 0.35
+    assert abs(np.log(h / w).mean()) < 0.15
+    noise = np.concatenate([image[one] for image, one in zip(found, changed, strict=True)]).astype(float)
+    np.testing.assert_allclose(noise.mean(0), MEAN, atol=4)
+    assert (noise.std(0) > 45).all()
+    np.testing.assert_array_equal(erase(pixels, rows[0], 1.0), erase(pixels, rows[0], 1.0))
+    assert (erase(pixels, rows[0], 1.0) != erase(pixels, rows[1], 1.0)).any()
+
+
+def test_erasing_as_part_of_the_augmentation():
+    how, inception = How(erase=1.0, randaugment=(1, 9)), AUGMENTATIONS["inception"]
+    draws = uniforms(5, np.zeros(8), np.arange(8), inception.draws(how))
+    for channels in (1, 3):
+        images = [PIXELS[:, :, :channels]] * 8
+        found = inception.apply(images, draws, 32, channels, np.uint8, how=how)
+        plain = inception.apply(images, draws, 32, channels, np.uint8, how=How(randaugment=(1, 9)))
+        share = (found != plain).any(-1).mean((1, 2))
+        assert (share > 0.01).all()
+        assert (share < 0.36).all()
+    with pytest.raises(ValueError, match=r"erase 2: a share in \[0, 1\]"):
+        How(erase=2)
