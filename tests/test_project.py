@@ -108,7 +108,6 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 CIRCLES = {
     frozenset({"bench.peers", "bench.trial"}),
     frozenset({"train.data.decode", "train.data.source"}),
-    frozenset({"train.finetune", "train.sweep"}),
     frozenset({"vitcore.model", "vitcore.sharding"}),
 }
 

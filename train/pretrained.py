@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from train import mesh as meshes
+from train.job import BEFORE
 from vitcore import weight_tree
 from vitcore.config import ViTConfig, variant
 from vitcore.posemb import fit
@@ -16,11 +17,13 @@ from vitcore.weight_tree import WeightError
 
 
 class Pretrained(NamedTuple):
-    """config: of the parameters. params: the tree of `vitcore.init` in host memory (numpy, float32). about: where from."""
+    """config: of the parameters. params: the tree of `vitcore.init` in host memory (numpy, float32). about: where from. antialias:
+    whether a run's images were averaged when they were shrunk; False of a file, as the authors have it."""
 
     config: ViTConfig
     params: dict
     about: str
+    antialias: bool = False
 
 
 def open_pretrained(
@@ -36,11 +39,11 @@ def open_pretrained(
 
     path: a file of weights, a run's directory (its newest good checkpoint is taken; where the run keeps a Polyak average, that),
     or a run's directory/STEP. num_classes: the whole pre-training head, its hidden layer too, gives way to a linear one that starts
-    at zero, its bias at head_bias; None keeps the head. gelu: what the file cannot say; default: tanh for the release and our runs, erf for timm's and
-    transformers' naming. Raises ValueError in one line for whatever is wrong with what is there; OSError.
+    at zero, its bias at head_bias; None keeps the head. gelu: what the file cannot say; default: tanh for the release and our runs,
+    erf for timm's and transformers' naming. Raises ValueError in one line for whatever is wrong with what is there; OSError.
     """
     if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
-        config, params, about = _from_run(path)
+        config, params, about, antialias = _from_run(path)
         size = config.image_shape if image_size is None else (image_size, image_size)
         new = dataclasses.replace(config, image_size=size[0] if size[0] == size[1] else size)
         patch = params["patch_embed"]
@@ -52,16 +55,17 @@ def open_pretrained(
             bias = np.full(num_classes, head_bias, np.float32)
             params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": bias}
     else:
+        antialias = False
         style, config, _ = weight_tree.describe(path)
         head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None, head_bias=head_bias)
         new = dataclasses.replace(config, image_size=config.image_size if image_size is None else image_size, **head)
         grid = config.grid
         params = weight_tree.read(path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation)
         about = f"{path} ({style.naming} naming)"
-    return Pretrained(dataclasses.replace(new, gelu=gelu or new.gelu), params, about)
+    return Pretrained(dataclasses.replace(new, gelu=gelu or new.gelu), params, about, antialias)
 
 
-def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
+def _from_run(path: str) -> Pretrained:
     """Configuration and parameters of a run's checkpoint."""
     from train.saved import SavedSteps
 
@@ -79,6 +83,7 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
             config = variant(
                 held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
                 representation_size=held.get("representation_size") or None,
+                **({"position": held["position"]} if held.get("position", "1d") != "1d" else {}),
             )  # fmt: skip
     except OSError as error:
         wanted = "a run's directory with config.json and checkpoints/, an .npz or a .safetensors is required"
@@ -99,7 +104,8 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
         config, num_classes=params["head"]["bias"].shape[0], channels=params["patch_embed"]["kernel"].shape[2]
     )  # fmt: skip
     what = ", Polyak average" if state.get("average") else ""
-    return config, params, f"{run}, step {step} ({saved.digest(step)}){what}{''.join(f' ({text})' for text in passed)}"
+    about = f"{run}, step {step} ({saved.digest(step)}){what}{''.join(f' ({text})' for text in passed)}"
+    return Pretrained(config, params, about, bool(held.get("antialias", BEFORE["antialias"])))
 
 
 def main(argv: list[str] | None = None) -> int:
