@@ -20,11 +20,11 @@ import numpy as np
 
 from train import distributed, scores
 from train.job import end, guard, put, say
-from train.options import MeshOptions, check_init, check_numbers, parse
+from train.options import InitOptions, MeshOptions, check_init, check_numbers, parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(MeshOptions):
+class Evaluate(InitOptions, MeshOptions):
     """Top-1 and top-5 accuracy of a model, ReaL, ObjectNet, and every class."""
 
     init: str = ""
@@ -41,6 +41,8 @@ class Evaluate(MeshOptions):
     preprocess: Literal["resize", "center"] = "resize"
     gelu: Literal["tanh", "erf"] | None = None
     batch_size: int = 256
+    accept_data: bool = False
+    """Take labels by number though the class names are not those that the model was trained for."""
     out: str | None = None
     """Directory for evaluation.json and confusion.png. Default: evaluation/ in the run, or beside the file."""
 
@@ -84,7 +86,7 @@ def run(args: Evaluate) -> dict:
     """Measures, prints, writes. What evaluation.json holds."""
     import jax.numpy as jnp
 
-    from train.data import open_source
+    from train.data import by_names, open_source
     from train.frozen import Reader, make_predict, put_params
     from train.pretrained import open_pretrained
     from vitcore.sharding import MeshShape, check_mesh
@@ -99,7 +101,7 @@ def run(args: Evaluate) -> dict:
     source: Any = open_source(args.data, args.split)
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu)
+    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu, **args.told)
     config = model.config
     check_mesh(config, MeshShape.of(mesh))
     if mapped is None and config.num_classes != len(source.classes):
@@ -107,6 +109,10 @@ def run(args: Evaluate) -> dict:
             f"the model has {config.num_classes} classes, {source.name} has {len(source.classes)}: evaluate it on the classes it "
             "was trained for"
         )
+    if mapped is None:
+        source, line = by_names(source, model.classes, model.about, accept=args.accept_data)
+        if line:
+            say(line)
     if mapped is not None:
         if config.num_classes != 1000:
             raise ValueError(f"the model has {config.num_classes} classes: --objectnet requires ImageNet's 1000")
@@ -114,7 +120,9 @@ def run(args: Evaluate) -> dict:
     names = [source.example_name(i) for i in range(len(source))] if real is not None else []
     wanted = None if real is None else scores.real_labels(real, names, config.num_classes)
 
-    reader = Reader(batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder)
+    reader = Reader(
+        batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder, pixels=model.pixels
+    )  # fmt: skip
     predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype))
     params = put_params(model.params, config, mesh)
     best, labels = reader.all(lambda images: predict(params, images), source, config, mesh)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train.job import end, guard
-from train.options import MeshOptions, check_numbers, parse
+from train.options import InitOptions, MeshOptions, check_numbers, parse
 
 BIAS = 100.0
 L2 = 2.0**10
@@ -153,7 +153,7 @@ def probe(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fewshot(MeshOptions):
+class Fewshot(InitOptions, MeshOptions):
     """Few-shot accuracy of a frozen model: closed-form ridge regression from its features."""
 
     init: str | None = None
@@ -224,8 +224,9 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         def features(images):
             return images.reshape(images.shape[0], -1)
     else:
-        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu)
+        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about
+        reader = dataclasses.replace(reader, pixels=model.pixels)
         params = put_params(model.params, config, mesh)
         ops = args.choose_ops(mesh, where)
         function = make_features(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), read=args.features, block=args.block)

@@ -25,12 +25,13 @@ import jax
 
 from train import distributed, job, recipes
 from train.job import check_claim, end, guard, locked, say, stopped
-from train.options import PLACEMENT, TrainOptions, check_init, check_numbers, parse
+from train.options import PLACEMENT, InitOptions, TrainOptions, check_init, check_numbers, parse
 from train.signals import Stop, interruptible
+from vitcore.pixels import HALF
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(TrainOptions):
+class Finetune(InitOptions, TrainOptions):
     """Fine-tune a Vision Transformer. Whatever is not given comes from the recipe (paper Table 4)."""
 
     init: str = ""
@@ -146,7 +147,8 @@ def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None 
 
 def identity(args: Finetune) -> dict:
     """What makes a resolved run the run it is, and no other: JSON-able."""
-    return job.identity(args, PLACEMENT)
+    found = job.identity(args, PLACEMENT)
+    return {key: value for key, value in found.items() if value or key not in ("heads", "mean", "std")}  # runs of before them
 
 
 def directory(args: Finetune):
@@ -210,13 +212,16 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Bench]:
     classes = open_source(args.data, args.split).classes
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu)
+    found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu, **args.told)
     full = resolve(args, width=found.config.width, patch_size=found.config.patch_size)
     opened = open_pretrained(
-        args.init, image_size=full.image_size, num_classes=len(classes), gelu=args.gelu, interpolation=args.interpolation
-    )
+        args.init, image_size=full.image_size, num_classes=len(classes), gelu=args.gelu, interpolation=args.interpolation,
+        **args.told,
+    )  # fmt: skip
     opened = opened._replace(config=dataclasses.replace(opened.config, dropout=args.dropout))
     full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=opened.config.gelu)
+    if opened.pixels != HALF:  # what the run wants of its pixels, kept with it
+        full = dataclasses.replace(full, mean=opened.pixels.mean, std=opened.pixels.std)
     check_fit(full, opened.config, mesh, opened.about)
     return full, Bench(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop)
 
@@ -225,6 +230,7 @@ def fine_tune(args: Finetune, out, bench: Bench):
     """One run of resolved options in directory `out`: on args.split, measured on args.test_split. The loop's Result."""
     from train.build import make_run, step_options
     from train.data import check_classes, open_source
+    from train.data.identity import seen
     from train.loop import train
     from train.optim import schedule
 
@@ -233,10 +239,11 @@ def fine_tune(args: Finetune, out, bench: Bench):
     check_classes(source, held_out)
     rate = schedule(base_lr=full.learning_rate, total_steps=full.steps, warmup_steps=full.warmup_steps, decay="cosine")
     tx = sgd(rate, momentum=full.momentum, dtype=full.momentum_dtype)
+    distributed.agree(images=seen(source, held_out))
     who, config = identity(full), bench.pretrained.config
     spec = make_run(
         full, out, who, _described(full, config), sources=(source, held_out), config=config, mesh=bench.mesh,
-        tx=tx, learning_rate=rate, options=step_options(full, bench.ops), early_stop=0,
+        tx=tx, learning_rate=rate, options=step_options(full, bench.ops), early_stop=0, pixels=bench.pretrained.pixels,
         start=lambda: _start(bench.pretrained, bench.mesh, tx, polyak=bool(full.polyak)),
     )  # fmt: skip
     if distributed.rank() == 0:

@@ -24,18 +24,20 @@ from train.step import shardings
 from vitcore.config import ViTConfig
 from vitcore.model import encode, forward, represent
 from vitcore.ops import Ops, resolve
+from vitcore.pixels import HALF, Pixels
 from vitcore.sharding import MeshShape, gather, partition_specs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """How images are brought to a model. batch_size: rounded up to what divides over the mesh. preprocess: a key of PREPROCESSES.
-    threads: that decode; None chooses. decoder: a key of DECODERS."""
+    threads: that decode; None chooses. decoder: a key of DECODERS. pixels: what the model wants."""
 
     batch_size: int
     preprocess: str = "resize"
     threads: int | None = None
     decoder: str = "pillow"
+    pixels: Pixels = HALF
 
     def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray]]:
         """Yields (fn(images) without padding, labels), batch after batch; fn returns a tree of arrays [B, ...]."""
@@ -47,7 +49,7 @@ class Reader:
         )  # fmt: skip
         with Feed(batches, on_mesh(mesh)) as feed:
             while (batch := feed.next()) is not None:
-                found, labels, weights = whole(fn(to_unit(batch["image"])), batch["label"], batch["weight"])
+                found, labels, weights = whole(fn(to_unit(batch["image"], self.pixels)), batch["label"], batch["weight"])
                 real = np.asarray(weights) > 0
                 yield jax.tree.map(lambda a, real=real: np.asarray(a)[real], found), np.asarray(labels)[real]
 
