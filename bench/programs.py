@@ -16,9 +16,11 @@ import optax
 from jax.experimental.layout import Format, Layout
 
 from bench import rivals, shapes
+from kernels.attention.reference import AttentionWeights
 from kernels.device import from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
+from kernels.mlp.reference import MLPWeights
 from train.step import StepOptions, make_train_step, state_specs
 from train.step import shardings as shardings_of
 from vitcore import ViTConfig, apply_on, partition_specs, variant
@@ -60,9 +62,11 @@ def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | Non
         kernel = p(c.patch_size, c.patch_size, c.channels, d)
         return partial(fn, dropout=dropout), (images, kernel, p(d), p(d), p(c.tokens, d))
     if op == "attention_half":
-        return partial(fn, num_heads=c.num_heads, dropout=dropout), (x, p(d), p(d), p(3, d, d), p(3, d), p(d, d), p(d))
+        half = partial(fn, num_heads=c.num_heads, dropout=dropout)
+        return (lambda x, *w: half(x, AttentionWeights(*w))), (x, p(d), p(d), p(3, d, d), p(3, d), p(d, d), p(d))
     if op == "mlp_half":
-        return partial(fn, dropout=dropout), (x, p(d), p(d), p(d, f), p(f), p(f, d), p(d))
+        half = partial(fn, dropout=dropout)
+        return (lambda x, *w: half(x, MLPWeights(*w))), (x, p(d), p(d), p(d, f), p(f), p(f, d), p(d))
     return fn, (x, p(d), p(d))
 
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from train import distributed, scores
-from train.job import end, guard, put, say
+from train.files import write_atomically
+from train.job import end, guard, say
 from train.options import InitOptions, MeshOptions, check_init, check_numbers, parse
 
 
@@ -189,7 +190,7 @@ def write(result: dict, best, labels, classes, args: Evaluate, picture: bool) ->
     init = Path(args.init)
     out = Path(args.out) if args.out else (init if init.is_dir() else init.parent) / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
-    put(out / "evaluation.json", json.dumps({"options": dataclasses.asdict(args)} | result, indent=2) + "\n")
+    write_atomically(out / "evaluation.json", json.dumps({"options": dataclasses.asdict(args)} | result, indent=2) + "\n")
     if not picture:
         return f"{out / 'evaluation.json'}"
     matrix = scores.confusion(best[:, 0], labels, len(classes))

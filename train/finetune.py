@@ -72,6 +72,8 @@ class Finetune(InitOptions, TrainOptions):
     polyak: float | None = None
     """Decay of the parameters' running average, which is then what is measured; 0 for none."""
     dropout: float = 0.0
+    head_bias: float = 0.0
+    """What the new head's bias starts at; its kernel starts at zero."""
     label_smoothing: float = 0.0
     image_size: int | None = None
     interpolation: Literal["corners", "half-pixel"] = "corners"
@@ -215,8 +217,8 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Bench]:
     found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu, **args.told)
     full = resolve(args, width=found.config.width, patch_size=found.config.patch_size)
     opened = open_pretrained(
-        args.init, image_size=full.image_size, num_classes=len(classes), gelu=args.gelu, interpolation=args.interpolation,
-        **args.told,
+        args.init, image_size=full.image_size, num_classes=len(classes), head_bias=args.head_bias, gelu=args.gelu,
+        interpolation=args.interpolation, **args.told,
     )  # fmt: skip
     opened = opened._replace(config=dataclasses.replace(opened.config, dropout=args.dropout))
     full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=opened.config.gelu)

@@ -23,7 +23,7 @@ from train.checkpoint import Checkpoints, abstract
 from train.data import EvalBatches, TrainBatches
 from train.data.device import on_mesh, to_unit
 from train.feed import Feed
-from train.job import place
+from train.job import differing, place
 from train.metrics import Recorder, Silence
 from train.signals import Stop, Watchdog, check_interrupt
 from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
@@ -211,7 +211,7 @@ class _Loop:
         self.state = make()
         if self.checkpoints.begun():
             self.state, extra = self.checkpoints.restore(None, abstract(self.state))
-            if other := [key for key, value in run.identity.items() if extra["config"].get(key) != value]:
+            if other := differing(run.identity, extra["config"]):
                 raise ValueError(f"{directory} is another run's ({', '.join(other)} differ): choose another --out")
             run.batches.set_state(extra["loader"])
             self.loader = extra["loader"]

@@ -80,7 +80,7 @@ class TrainOptions(MeshOptions):
     """Steps between checkpoints. Default: as validations."""
     accept_data: bool = False
     """Go on with a run though the classes or images are not those that it has seen. The run keeps what it saw before."""
-    keep: int = 1
+    keep: int = 2
     """Newest checkpoints that stay."""
     keep_every: int | None = None
     """Checkpoints of steps that are multiples of this stay as well."""

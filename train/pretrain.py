@@ -70,6 +70,8 @@ class Pretrain(TrainOptions):
     """Bound of the global gradient norm; 0 for none."""
     first_moment: Literal["float32", "bfloat16"] | None = None
     loss: Literal["softmax", "sigmoid"] | None = None
+    head_bias: float | None = None
+    """What the classifier's bias starts at. Default: with the sigmoid the recipe's (-10 for jft and imagenet21k), else 0."""
     label_smoothing: float | None = None
     polyak: float = 0.0
     """Decay of the parameters' running average, which is then what is validated; 0 for none."""
@@ -160,6 +162,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         clip_norm=checked.clip_norm or 0.0,
         first_moment=given(args.first_moment, recipe.first_moment),
         loss=loss,
+        head_bias=given(args.head_bias, recipe.first_bias(loss)),
         label_smoothing=smoothing,
         log_every=given(args.log_every, max(1, min(50, steps // 100))),
         eval_every=given(args.eval_every, every),
@@ -275,7 +278,7 @@ def _model(full, *, classes: int, channels: int):
         dropout=full.dropout,
         gelu=full.gelu,
         channels=channels,
-        head_bias=recipes.recipe(full.recipe, full.model).head_bias if full.loss == "sigmoid" else 0.0,
+        head_bias=full.head_bias,
     )
 
 

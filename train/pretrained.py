@@ -37,6 +37,7 @@ def open_pretrained(
     *,
     image_size: int | None = None,
     num_classes: int | None = None,
+    head_bias: float = 0.0,
     gelu: Literal["tanh", "erf"] | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
     heads: int | None = None,
@@ -46,9 +47,9 @@ def open_pretrained(
 
     path: a file of weights, a run's directory (its newest good checkpoint is taken; where the run keeps a Polyak average, that),
     or a run's directory/STEP. num_classes: the whole pre-training head, its hidden layer too, gives way to a linear one that starts
-    at zero; None keeps the head. gelu, heads, pixels: what the file does not say. Default of gelu: tanh for the release, erf for
-    timm's and transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in one line for whatever is wrong
-    with what is there; OSError.
+    at zero, its bias at head_bias; None keeps the head. gelu, heads, pixels: what the file does not say. Default of gelu: tanh for
+    the release, erf for timm's and transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in one line for
+    whatever is wrong with what is there; OSError.
     """
     if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
         config, params, about, held = _from_run(path)
@@ -61,15 +62,16 @@ def open_pretrained(
         slots = int(config.pool == "token")
         patch["position"] = fit(patch["position"], grid=config.grid, to=new.grid, class_slots=slots, method=interpolation)
         if num_classes is not None:
-            new = dataclasses.replace(new, num_classes=num_classes, representation_size=None, head_bias=0.0)
+            new = dataclasses.replace(new, num_classes=num_classes, representation_size=None, head_bias=head_bias)
             params.pop("pre_logits", None)
-            params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": np.zeros(num_classes, np.float32)}
+            bias = np.full(num_classes, head_bias, np.float32)
+            params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": bias}
     else:
         style, config, _ = weight_tree.describe(path, heads=heads)
         told = weight_tree.about(path)
         classes, seen = told.classes, told.data
         wanted, words = weight_about.pixels_of(path, told, style.naming)
-        head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None)
+        head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None, head_bias=head_bias)
         new = dataclasses.replace(config, image_size=config.image_size if image_size is None else image_size, **head)
         grid = config.grid
         params = weight_tree.read(path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation)
@@ -81,7 +83,7 @@ def open_pretrained(
 
 def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
     """Configuration and parameters of a run's checkpoint, where they are from, and the run's config.json."""
-    from train.checkpoint import Checkpoints
+    from train.saved import SavedSteps
 
     run, step = path.rstrip("/"), None
     if os.path.basename(run).isdigit() and not os.path.exists(os.path.join(run, "config.json")):
@@ -105,20 +107,20 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
         raise WeightError(f"{run}/config.json is not that of a run ({type(error).__name__}: {error}): restore it") from error
     if not os.path.isdir(os.path.join(run, "checkpoints")):
         raise WeightError(f"{run} has no checkpoints yet: train it first")
-    with Checkpoints(os.path.join(run, "checkpoints")) as checkpoints:
-        step = checkpoints.latest_step() if step is None else step
-        if step is None or step not in checkpoints.steps():
-            have = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise WeightError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; it has {have}")
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), checkpoints.stored(step))
-        state, _ = checkpoints.restore(step, wanted)
+    passed: list[str] = []
+    saved = SavedSteps(os.path.join(run, "checkpoints"), say=passed.append)
+    try:
+        step, state, _ = saved.load(step)
+    except ValueError as error:
+        raise WeightError(str(error)) from error
     params = state["average"] if state.get("average") else state["params"]
     params = jax.tree.map(np.asarray, params)
     config = dataclasses.replace(
         config, num_classes=params["head"]["bias"].shape[0], channels=params["patch_embed"]["kernel"].shape[2]
     )  # fmt: skip
-    return config, params, f"{run}, step {step}{', Polyak average' if state.get('average') else ''}", held
+    what = ", Polyak average" if state.get("average") else ""
+    about = f"{run}, step {step} ({saved.digest(step)}){what}{''.join(f' ({text})' for text in passed)}"
+    return config, params, about, held
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from train import distributed, recipes
-from train.job import claim, locked, put, put_picture, say, stopped
+from train.files import write_atomically, write_picture
+from train.job import claim, locked, say, stopped
 
 
 def dev_run(args):
@@ -126,7 +127,7 @@ def draw(summary: dict, args, path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    put_picture(figure, path)
+    write_picture(figure, path)
 
 
 def _held(out) -> dict | None:
@@ -143,5 +144,5 @@ def _held(out) -> dict | None:
 
 
 def _write(out, summary: dict, args, extra: dict | None) -> None:
-    put(out / "sweep.json", json.dumps(summary | (extra or {}), indent=2) + "\n")
-    put(out / "sweep.md", table(summary, _title(args)))
+    write_atomically(out / "sweep.json", json.dumps(summary | (extra or {}), indent=2) + "\n")
+    write_atomically(out / "sweep.md", table(summary, _title(args)))

@@ -19,11 +19,14 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from kernels.attention.reference import AttentionWeights
 from kernels.dropout import Dropout
+from kernels.mlp.reference import MLPWeights
 from vitcore.config import ViTConfig
 from vitcore.ops import Ops, resolve
-from vitcore.sharding import MeshShape, block_specs, gather, partition_specs, recompute_gathers, vary
+from vitcore.sharding import MIDDLE, MeshShape, block_specs, gather, partition_specs, recompute_gathers, vary
 
 PART = 24576  # tokens of a part of the batch, where several blocks are made again: few, and the kernels' grids still long
 
@@ -144,10 +147,15 @@ def forward(
     return _dense(gather(params["head"], specs["head"], mesh, y.dtype), y)
 
 
+def _pair(p):
+    """Scale or kernel, and bias."""
+    return p["scale" if "scale" in p else "kernel"], p["bias"]
+
+
 def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mesh=None, first_example=0):
     """Images [B, Y, X, C] to the last block's tokens [B, T, D]: Eq. 1 to 3."""
     specs = partition_specs(config, mesh)
-    share = 1.0 / mesh.model if mesh else 1.0
+    residual_scale = 1.0 / mesh.model if mesh else 1.0
     row = first_example * config.tokens
     column = lax.axis_index("model") * (config.mlp_dim // mesh.model) if mesh else 0
     keys = None
@@ -170,28 +178,21 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mes
         x = sum_over_model(
             ops.attention_half(
                 vary(x, mesh),
-                *(
-                    w["norm1"]["scale"],
-                    w["norm1"]["bias"],
-                    w["qkv"]["kernel"],
-                    w["qkv"]["bias"],
-                    w["out"]["kernel"],
-                    w["out"]["bias"],
-                ),
+                AttentionWeights(*_pair(w["norm1"]), *_pair(w["qkv"]), *_pair(w["out"])),
                 num_heads=config.num_heads // (mesh.model if mesh else 1),
                 dropout=dropout(key, row),
-                share=share,
+                residual_scale=residual_scale,
                 **tokens,
             )
         )
+        x = checkpoint_name(x, MIDDLE)
         return sum_over_model(
             ops.mlp_half(
                 vary(x, mesh),
-                *(w["norm2"]["scale"], w["norm2"]["bias"], w["mlp_in"]["kernel"], w["mlp_in"]["bias"]),
-                *(w["mlp_out"]["kernel"], w["mlp_out"]["bias"]),
+                MLPWeights(*_pair(w["norm2"]), *_pair(w["mlp_in"]), *_pair(w["mlp_out"])),
                 gelu=config.gelu,
                 dropout=dropout(key, row),
-                share=share,
+                residual_scale=residual_scale,
                 **tokens,
             )
         )
@@ -212,7 +213,7 @@ def encode(params, images, config, *, ops, dtype, dropout_key=None, remat=0, mes
         if remat:
             block = checkpoint(block, policy=_nothing)
         elif mesh and mesh.data > 1:
-            block = checkpoint(block, policy=recompute_gathers)
+            block = checkpoint(block, policy=recompute_gathers(ops.keeps))
         x = scan(block, x, layers)[0]
     return x[:, : config.tokens] if extra else x
 
@@ -261,10 +262,9 @@ def _rematerialised(block, x, row, layers, every: int, specs, mesh, dtype, scan)
         return pieces.reshape(x.shape), None
 
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
-    if parts == 1:
+    # Several parts are checkpointed each: around them a checkpoint is only there to drop the gathered weights.
+    if parts == 1 or (mesh and mesh.data > 1):
         group = checkpoint(group, policy=_nothing)
-    elif mesh and mesh.data > 1:
-        group = checkpoint(group, policy=recompute_gathers)
     return scan(group, x, jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), layers))[0]
 
 

@@ -127,9 +127,18 @@ def _gather_backward(dim, dtype, _, g):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def recompute_gathers(prim, *_, **__):
-    """Checkpoint policy: keep everything for the backward pass but gathered weights, which would be L whole layers."""
-    return prim is not lax.all_gather_p
+MIDDLE = "tokens between the halves of a block"
+
+
+def recompute_gathers(keeps):
+    """Checkpoint policy of a block: keep what its ops keep (`Ops.keeps`) but no gathered weights, which would be L whole layers."""
+
+    def policy(prim, *avals, **params):
+        if prim is lax.all_gather_p:
+            return False
+        return keeps is None or (prim.name == "name" and params["name"] == MIDDLE) or keeps(prim, *avals, **params)
+
+    return policy
 
 
 def _vary_axes(x, axes):

@@ -297,6 +297,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_workers_change_nothing_either(damaged, tmp_path):
     """0, 1 and 3 workers in 1, 2 and 4 processes: one order, from the middle of an epoch on, bad images and MixUp included."""

@@ -137,6 +137,7 @@ def test_how_images_are_read_is_not_what_is_computed(weights, tmp_path, monkeypa
     assert "resuming at step 6" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_larger_image_and_a_pretraining_run_as_the_start(tmp_path):
     pre = [str(a) for a in (*TINY, "--data", "digits:0-4", "--model", "ViT-Nano/4", "--recipe", "digits", "--polyak", "0.5",
@@ -240,6 +241,9 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     assert np.abs(position[0] - position[1]).max() > 1e-3
     traces = [jax.tree.leaves(given("--momentum-dtype", d).start().opt_state)[0].dtype for d in ("float32", "bfloat16")]
     assert traces == ["float32", "bfloat16"]
+    head = given("--head-bias", -2.5).start().params["head"]
+    assert (np.asarray(head["bias"]) == -2.5).all()
+    assert not np.asarray(head["kernel"]).any()
 
 
 def test_dev_and_train_share_no_image_and_are_all_of_it():
@@ -257,6 +261,7 @@ def test_dev_and_train_share_no_image_and_are_all_of_it():
 SWEEP = ["--sweep", "--learning-rates", "0.001", "0.1", "--runs", "2"]
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_sweep_chooses_and_is_taken_up_where_it_was_left(weights, tmp_path, monkeypatch, capsys):
     """Killed in the middle of its second run, between checkpoints: the first run is not done again, the second loses one step."""

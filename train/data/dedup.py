@@ -27,7 +27,7 @@ from tqdm import tqdm
 from train.data import open_source
 from train.data.job import run_job
 from train.data.source import BadImage, DataError, Source, said
-from train.job import put
+from train.files import write_atomically
 
 TILE = 160
 CHUNK = 256  # images that a process hashes at a time
@@ -95,7 +95,7 @@ def run(args: Dedup) -> None:
         "removed": [pair["name"] for pair in found],
         "pairs": found,
     }
-    put(out / "removed.json", json.dumps(report, indent=1) + "\n")
+    write_atomically(out / "removed.json", json.dumps(report, indent=1) + "\n")
     against = ", ".join(f"{test.name} ({len(test):,})" for test in tests)
     print(f"{source.name}: {len(found):,} of {len(source):,} images are within {args.distance} bits of one in {against}")
     if bad:

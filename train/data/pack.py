@@ -37,7 +37,7 @@ from train.data.files import read_text
 from train.data.job import run_job
 from train.data.rows import BAD_FLOOR
 from train.data.source import BadImage, DataError, Source
-from train.job import put
+from train.files import write_atomically
 
 _ANY_NAME: dict = {"unicode_errors": "surrogateescape"}  # a file's name need not be UTF-8
 _WRITER = "group_size:1,uncompressed"  # a record a chunk, for random access; images are compressed already
@@ -144,9 +144,9 @@ def pack(source: Source, dst: str, name: str, args: Pack) -> str:
                 )
     shards = [done[k] for k in range(count)]
     labels = np.concatenate([shard["labels"] for shard in shards]).astype(LABELS).tobytes()
-    put(folder / f"{name}.labels", labels)
+    write_atomically(folder / f"{name}.labels", labels)
     bad = [line for shard in shards for line in shard["bad"]]
-    put(folder / f"{name}.bad.txt", "".join(f"{line}\n" for line in bad).encode("utf-8", "surrogateescape"))
+    write_atomically(folder / f"{name}.bad.txt", "".join(f"{line}\n" for line in bad).encode("utf-8", "surrogateescape"))
     listed = [{key: shard[key] for key in ("file", "count", "bytes", "sha256")} for shard in shards]
     total = sum(shard["count"] for shard in shards)
     if total == 0:
@@ -154,7 +154,7 @@ def pack(source: Source, dst: str, name: str, args: Pack) -> str:
     manifest = {
         **identity, "count": total, "bad": len(bad), "shards": listed, "labels_sha256": hashlib.sha256(labels).hexdigest(),
     }  # fmt: skip
-    put(manifest_path, (json.dumps(manifest | {"sha256": checksum(manifest)}, indent=1) + "\n").encode())
+    write_atomically(manifest_path, (json.dumps(manifest | {"sha256": checksum(manifest)}, indent=1) + "\n").encode())
     progress.unlink()
     left_out = f", {len(bad)} left out ({name}.bad.txt)" if bad else ""
     went_on = f", {kept} of them from before" if kept else ""
