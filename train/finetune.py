@@ -27,7 +27,7 @@ from train import distributed, job, recipes
 from train.job import check_claim, end, guard, locked, say, stopped
 from train.options import PLACEMENT, InitOptions, TrainOptions, check_init, check_numbers, parse
 from train.signals import Stop, interruptible
-from vitcore.pixels import HALF
+from vitcore.normalisation import HALF
 
 
 @dataclass(frozen=True, kw_only=True)

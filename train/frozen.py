@@ -23,8 +23,8 @@ from train.feed import Feed
 from train.step import shardings
 from vitcore.config import ViTConfig
 from vitcore.model import encode, forward, represent
+from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops, resolve
-from vitcore.pixels import HALF, Pixels
 from vitcore.sharding import MeshShape, gather, partition_specs
 
 

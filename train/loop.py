@@ -28,7 +28,7 @@ from train.metrics import Recorder, Silence
 from train.signals import Stop, Watchdog, check_interrupt
 from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
 from vitcore.config import ViTConfig
-from vitcore.pixels import HALF, Pixels
+from vitcore.normalisation import HALF, Pixels
 
 
 class Diverged(ValueError):

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from train import distributed
 from train import mesh as meshes
 from train.job import JobOptions
+from vitcore.normalisation import pixels
 from vitcore.ops import BY_NAME, Ops
 from vitcore.ops import resolve as resolve_ops
-from vitcore.pixels import pixels
 
 Options = TypeVar("Options")
 

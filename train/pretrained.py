@@ -12,9 +12,9 @@ from train import mesh as meshes
 from train.data import identity
 from vitcore import weight_about, weight_tree
 from vitcore.config import ViTConfig, variant
-from vitcore.pixels import HALF, Pixels
-from vitcore.pixels import pixels as read_pixels
-from vitcore.pixels import said as pixels_said
+from vitcore.normalisation import HALF, Pixels
+from vitcore.normalisation import pixels as read_pixels
+from vitcore.normalisation import said as pixels_said
 from vitcore.posemb import fit
 from vitcore.weight_tree import WeightError
 

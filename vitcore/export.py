@@ -31,9 +31,9 @@ import numpy as np
 from vitcore import weight_about
 from vitcore.config import ViTConfig
 from vitcore.model import apply
+from vitcore.normalisation import HALF, Pixels, normalise, said
+from vitcore.normalisation import pixels as read_pixels
 from vitcore.ops import REFERENCE
-from vitcore.pixels import HALF, Pixels, normalise, said
-from vitcore.pixels import pixels as read_pixels
 from vitcore.weight_tree import about, describe, read
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vitcore.config import ViTConfig
-from vitcore.pixels import CLIP, HALF, IMAGENET, Pixels, pixels, said
+from vitcore.normalisation import CLIP, HALF, IMAGENET, Pixels, pixels, said
 from vitcore.weight_files import WeightError
 
 KEY = "vitcore"

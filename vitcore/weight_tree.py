@@ -23,7 +23,7 @@ import numpy as np
 
 from vitcore import posemb, weight_about, weight_files
 from vitcore.config import ViTConfig
-from vitcore.pixels import HALF, Pixels
+from vitcore.normalisation import HALF, Pixels
 from vitcore.weight_files import Stored, WeightError
 from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, shapes, style_of
 

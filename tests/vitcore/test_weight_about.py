@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import vitcore
 from vitcore import weight_about, weight_tree, weights
-from vitcore.pixels import CLIP, HALF, IMAGENET, Pixels, normalise, pixels
+from vitcore.normalisation import CLIP, HALF, IMAGENET, Pixels, normalise, pixels
 
 CONFIG = vitcore.ViTConfig(
     image_size=(8, 16), patch_size=4, width=32, depth=2, mlp_dim=24, num_heads=4, num_classes=3, gelu="tanh", pool="gap"

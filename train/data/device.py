@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from train import mesh as meshes
 from train.data.rows import Batch
-from vitcore.pixels import HALF, Pixels, normalise
+from vitcore.normalisation import HALF, Pixels, normalise
 
 
 @partial(jax.jit, static_argnums=1)
