@@ -17,26 +17,33 @@ from jax.sharding import PartitionSpec as P
 
 from train import mesh as meshes
 from train.data import Source, eval_batches
+from train.data.augment import How
 from train.data.device import on_mesh
 from train.feed import Feed
 from train.step import shardings
 from vitcore.config import ViTConfig
 from vitcore.context import Context
 from vitcore.model import encode, forward, representation
+from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops
 from vitcore.pixels import to_unit
 from vitcore.sharding import MeshShape, partition_specs
+
+_wanted = jax.jit(to_unit, static_argnums=1)  # of a model with pixels of its own; what reads [-1, 1] takes bytes into its program
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """How images are brought to a model. batch_size: rounded up to what divides over the mesh. preprocess: a key of PREPROCESSES.
-    threads: that decode; None chooses. decoder: a key of DECODERS."""
+    antialias: see `train.data.augment.How`. threads: that decode; None chooses. decoder: a key of DECODERS. pixels: what the model
+    wants."""
 
     batch_size: int
     preprocess: str = "resize"
+    antialias: bool = False
     threads: int | None = None
     decoder: str = "pillow"
+    pixels: Pixels = HALF
 
     def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray]]:
         """Yields (fn(images) without padding, labels), batch after batch; fn gets bytes and returns a tree of arrays [B, ...]."""
@@ -44,11 +51,13 @@ class Reader:
         whole = jax.jit(lambda *arrays: arrays, out_shardings=NamedSharding(mesh, P()))
         batches = eval_batches(
             source, image_size=config.image_shape[0], channels=config.channels, batch_size=size,
-            preprocess=self.preprocess, shard=meshes.data_shard(mesh), threads=self.threads, decoder=self.decoder, pixels="uint8",
+            preprocess=self.preprocess, how=How(antialias=self.antialias), shard=meshes.data_shard(mesh), threads=self.threads,
+            decoder=self.decoder, pixels="uint8",
         )  # fmt: skip
         with Feed(batches, on_mesh(mesh)) as feed:
             while (batch := feed.next()) is not None:
-                found, labels, weights = whole(fn(batch["image"]), batch["label"], batch["weight"])
+                images = batch["image"] if self.pixels == HALF else _wanted(batch["image"], self.pixels)
+                found, labels, weights = whole(fn(images), batch["label"], batch["weight"])
                 real = np.asarray(weights) > 0
                 yield jax.tree.map(lambda a, real=real: np.asarray(a)[real], found), np.asarray(labels)[real]
 

@@ -133,6 +133,31 @@ def test_evaluation_weighs_every_image_once():
     np.testing.assert_allclose(sums["loss"], softmax_cross_entropy(logits, np.asarray(labels)[:19]).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bytes_become_floats_inside_the_step(accumulate):
+    """The same loss, update and sums for bytes as for the floats that they stand for."""
+    mesh = mesh_of(2, 2)
+    tx = optimizer(schedule(base_lr=1e-2, total_steps=100), base_lr=1e-2)
+    options = StepOptions(accumulate=accumulate)
+    start = make_init(CONFIG, mesh, tx, options)
+    step, evaluate = make_train_step(CONFIG, mesh, tx, options), make_eval_step(CONFIG, mesh, options)
+    place = NamedSharding(mesh, P("data"))
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 8, 8, 1), np.uint8)
+    floats = (pixels.astype(np.float64) * 2 / 255 - 1).astype(np.float32)
+    labels, weights = jax.device_put((np.arange(16) % 10, np.ones(16, np.float32)), place)
+    found = []
+    for images in (pixels, floats):
+        images, state = jax.device_put(images, place), start(jax.random.key(3))
+        state.params["head"]["kernel"] += 0.1
+        sums = evaluate(state.params, images, labels, weights)
+        state, metrics = step(state, images, labels)
+        found.append((sums, metrics, state.params))
+        lowered = step.lower(state, images, labels).as_text()
+        assert ("ui8" in lowered) == (images.dtype == np.uint8)
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_apply_on_a_users_mesh():
     mesh = jax.make_mesh((2, 4), ("data", "model"))  # as a user writes it: explicit axes
     config = ViTConfig(image_size=8, patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=3, dropout=0.2)
