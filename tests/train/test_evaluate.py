@@ -50,7 +50,7 @@ def test_every_image_once_in_order_on_any_mesh(params, truth, shape, batch):
     mesh, _ = meshes.make(MeshShape(*shape))
     predict = make_predict(CONFIG, mesh)
     placed = put_params(params, CONFIG, mesh)
-    best, found = Reader(batch_size=batch).all(lambda x: predict(placed, x), open_source("digits", "val"), CONFIG, mesh)
+    best, found, _ = Reader(batch_size=batch).all(lambda x: predict(placed, x), open_source("digits", "val"), CONFIG, mesh)
     np.testing.assert_array_equal(found, labels)  # 355 images: no batch and no mesh divides them
     assert best.shape == (355, 5)
     differ = (best != np.argsort(-logits, kind="stable")[:, :5]).any(1)
@@ -86,7 +86,7 @@ def test_images_are_brought_to_size_as_asked(tmp_path):
     source = open_source(f"folder:{tmp_path}", "val")
     light = {}
     for name in ("resize", "center"):
-        means, _ = Reader(batch_size=1, preprocess=name).all(lambda x: x.mean((1, 2, 3)), source, CONFIG, mesh)
+        means, _, _ = Reader(batch_size=1, preprocess=name).all(lambda x: x.mean((1, 2, 3)), source, CONFIG, mesh)
         light[name] = float(means[0])
     assert light["resize"] == pytest.approx(-1 / 3, abs=0.05)
     assert light["center"] < -0.8
