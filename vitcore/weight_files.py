@@ -57,11 +57,12 @@ def opened(path) -> Iterator[dict[str, Stored]]:
     Raises WeightError for whatever is wrong with the file's form, the caller's reads included; OSError where it cannot be opened.
     """
     path = os.fspath(path)
+    form = kind(path)
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for, a device read, for ever
         raise WeightError(f"{path} is no regular file: give an .npz or .safetensors")
     try:
-        with (_npz if kind(path) == "npz" else _safetensors)(path) as arrays:
+        with (_npz if form == "npz" else _safetensors)(path) as arrays:
             yield arrays
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
         raise WeightError(f"{path} is cut short or damaged ({_line(error)}): get it again") from error

@@ -316,7 +316,7 @@ def test_nearest_compares_every_pair():
 
 
 def test_an_image_is_no_duplicate_of_itself(tmp_path):
-    """A set against itself: of two copies the first stays, and nothing else goes; against a part of it, only what is like another."""
+    """A set against itself: of two copies the first stays, and nothing else goes."""
     for i, picture in enumerate(photographs(4)):
         (tmp_path / "set" / "train" / "a").mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / "set" / "train" / "a" / f"{i}.png")
