@@ -79,15 +79,16 @@ def make_run(
         decoder=full.decoder, pixels="uint8", bad_share=full.bad_share,
     )  # fmt: skip
     batches = train_batches(
-        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, workers=full.workers, **images, **data or {}
-    )
+        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, workers=full.workers, how=full.how,
+        mixup=full.mixup, cutmix=full.cutmix, mixup_share=full.mixup_share or "batch", **images, **data or {},
+    )  # fmt: skip
     size = meshes.whole_rows(min(full.batch_size // full.accumulate, len(held_out)), mesh)
     return Run(
         directory=out,
         config=config,
         mesh=mesh,
         batches=batches,
-        validation=lambda: eval_batches(held_out, batch_size=size, preprocess=full.preprocess, **images),
+        validation=lambda: eval_batches(held_out, batch_size=size, preprocess=full.preprocess, how=full.how, **images),
         batch_size=full.batch_size,
         total_steps=full.steps,
         log_every=full.log_every,

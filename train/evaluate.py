@@ -39,7 +39,11 @@ class Evaluate(InitOptions, MeshOptions):
     reads."""
     image_size: int | None = None
     """Default: the model's; the position embedding is fitted to it."""
-    preprocess: Literal["resize", "center"] = "resize"
+    preprocess: Literal["resize", "resize-center", "center"] = "resize"
+    """resize: to the square. resize-center: to a larger square, and its middle. center: the shorter side to 256/224 of the square,
+    averaging, and the middle."""
+    antialias: bool | None = None
+    """Whether shrinking averages over pixels. Default: as a run was trained; no for a file."""
     gelu: Literal["tanh", "erf"] | None = None
     batch_size: int = 256
     accept_data: bool = False
@@ -122,7 +126,8 @@ def run(args: Evaluate) -> dict:
     wanted = None if real is None else scores.real_labels(real, names, config.num_classes)
 
     reader = Reader(
-        batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder, pixels=model.pixels
+        batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder, pixels=model.pixels,
+        antialias=model.antialias if args.antialias is None else args.antialias,
     )  # fmt: skip
     predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype))
     params = put_params(model.params, config, mesh)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from train import mesh as meshes
 from train.data import Source, eval_batches
+from train.data.augment import How
 from train.data.device import on_mesh, to_unit
 from train.feed import Feed
 from train.step import shardings
@@ -31,10 +32,12 @@ from vitcore.sharding import MeshShape, gather, partition_specs
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """How images are brought to a model. batch_size: rounded up to what divides over the mesh. preprocess: a key of PREPROCESSES.
-    threads: that decode; None chooses. decoder: a key of DECODERS. pixels: what the model wants."""
+    antialias: see `train.data.augment.How`. threads: that decode; None chooses. decoder: a key of DECODERS. pixels: what the model
+    wants."""
 
     batch_size: int
     preprocess: str = "resize"
+    antialias: bool = False
     threads: int | None = None
     decoder: str = "pillow"
     pixels: Pixels = HALF
@@ -51,7 +54,8 @@ class Reader:
         whole = jax.jit(lambda *arrays: arrays, out_shardings=NamedSharding(mesh, P()))
         batches = eval_batches(
             source, image_size=config.image_shape[0], channels=config.channels, batch_size=size,
-            preprocess=self.preprocess, shard=meshes.data_shard(mesh), threads=self.threads, decoder=self.decoder, pixels="uint8",
+            preprocess=self.preprocess, how=How(antialias=self.antialias), shard=meshes.data_shard(mesh), threads=self.threads,
+            decoder=self.decoder, pixels="uint8",
         )  # fmt: skip
         start = 0
         with Feed(batches, on_mesh(mesh)) as feed:

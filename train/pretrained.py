@@ -10,6 +10,7 @@ import numpy as np
 
 from train import mesh as meshes
 from train.data import identity
+from train.job import BEFORE
 from vitcore import weight_about, weight_tree
 from vitcore.config import ViTConfig, variant
 from vitcore.normalisation import HALF, Pixels
@@ -20,13 +21,15 @@ from vitcore.weight_tree import WeightError
 
 
 class Pretrained(NamedTuple):
-    """config: of the parameters. params: the tree of `vitcore.init` in host memory (numpy, float32). about: where from.
-    classes: the names of what the head tells apart, None where nothing says. pixels: what the model wants. data: what a run, or a
-    file of ours, says of the images behind it (`train.data.identity`)."""
+    """config: of the parameters. params: the tree of `vitcore.init` in host memory (numpy, float32). about: where from. antialias:
+    whether a run's images were averaged when they were shrunk; False of a file, as the authors have it. classes: the names of what
+    the head tells apart, None where nothing says. pixels: what the model wants. data: what a run, or a file of ours, says of the
+    images behind it (`train.data.identity`)."""
 
     config: ViTConfig
     params: dict
     about: str
+    antialias: bool = False
     classes: tuple[str, ...] | None = None
     pixels: Pixels = HALF
     data: dict | None = None
@@ -53,6 +56,7 @@ def open_pretrained(
     """
     if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
         config, params, about, held = _from_run(path)
+        antialias = bool(held.get("antialias", BEFORE["antialias"]))
         seen = identity.check(held.get(identity.KEY))
         classes = None if seen is None else tuple(seen["classes"])
         wanted = pixels or (read_pixels(held["mean"], held["std"]) if held.get("mean") else HALF)
@@ -67,6 +71,7 @@ def open_pretrained(
             bias = np.full(num_classes, head_bias, np.float32)
             params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": bias}
     else:
+        antialias = False
         style, config, _ = weight_tree.describe(path, heads=heads)
         told = weight_tree.about(path)
         classes, seen = told.classes, told.data
@@ -78,7 +83,7 @@ def open_pretrained(
         wanted, words = (wanted, words) if pixels is None else (pixels, f"pixels {pixels_said(pixels)}")
         about = f"{path} ({style.naming} naming; {words})"
     classes = classes if num_classes is None else None
-    return Pretrained(dataclasses.replace(new, gelu=gelu or new.gelu), params, about, classes, wanted, seen)
+    return Pretrained(dataclasses.replace(new, gelu=gelu or new.gelu), params, about, antialias, classes, wanted, seen)
 
 
 def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
@@ -99,6 +104,7 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
             config = variant(
                 held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
                 representation_size=held.get("representation_size") or None,
+                **({"position": held["position"]} if held.get("position", "1d") != "1d" else {}),
             )  # fmt: skip
     except OSError as error:
         wanted = "a run's directory with config.json and checkpoints/, an .npz or a .safetensors is required"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from train.data import AUGMENTATIONS, PREPROCESSES, open_source
 from train.data.arrayrecord import read_manifest
-from train.data.augment import Images, sides
+from train.data.augment import AUTHORS, Images, sides
 from train.data.decode import decode_pillow
 from train.data.job import run_job
 from train.data.sampling import uniforms
@@ -52,7 +52,7 @@ class Inspect:
     image_size: int = 224
     augment: Literal["inception", "digits", "none"] | None = None
     """Default: what suits the source."""
-    preprocess: Literal["resize", "center"] = "resize"
+    preprocess: Literal["resize", "resize-center", "center"] = "resize"
     seed: int = 0
     threads: int = min(16, os.cpu_count() or 1)
 
@@ -178,7 +178,7 @@ def sheet(source: Source, args: Inspect) -> Image.Image:
         page.paste(whole.resize(small, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC), (0, top + header))
         seen = [preprocess([example.image], args.image_size, 3)]
         for epoch in range(EPOCHS):
-            draws = uniforms(args.seed, np.array([epoch]), np.array([index]), augmentation.draws)
+            draws = uniforms(args.seed, np.array([epoch]), np.array([index]), augmentation.draws(AUTHORS))
             images: Images = [example.image]
             seen.append(augmentation.apply(images, draws, args.image_size, 3))
         for column, image in enumerate(seen, 1):
