@@ -255,7 +255,8 @@ def run(args: Fewshot) -> dict[int, list[float]]:
             return function(params, images)
 
     reader = Reader(
-        batch_size=args.batch_size, preprocess=preprocess, antialias=antialias, threads=args.threads, decoder=args.decoder, pixels=pixels
+        batch_size=args.batch_size, preprocess=preprocess, antialias=antialias, threads=args.threads, decoder=args.decoder,
+        pixels=pixels,
     )  # fmt: skip
     found = measure(lambda source: reader.all(features, source, config, mesh)[::2], train, test, protocol)
     if distributed.rank() == 0:

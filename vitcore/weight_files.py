@@ -45,6 +45,11 @@ class Stored(NamedTuple):
 def kind(path) -> str:
     """ "npz" or "safetensors", by the name of the file. WeightError for any other."""
     suffix = os.path.splitext(os.fspath(path))[1]
+    if suffix not in (".npz", ".safetensors") and os.path.isfile(os.path.join(path, "config.json")):
+        raise WeightError(
+            f"{path} is the directory of a run: python -m train.pretrained {path} FILE.safetensors makes a file of its weights, "
+            "with a name that ends in .npz or .safetensors"
+        )
     if suffix not in (".npz", ".safetensors"):
         raise WeightError(f"{path}: a name that ends in .npz or .safetensors is required, which says what the file is")
     return suffix[1:]
