@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: Fewshot) -> dict[int, list[float]]:
     """Measures and prints; {shots: accuracies}."""
+    import jax
     import jax.numpy as jnp
 
     from train import distributed
@@ -223,6 +224,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     from train.pretrained import open_pretrained
     from vitcore.config import ViTConfig
     from vitcore.normalisation import HALF
+    from vitcore.pixels import to_unit
 
     check_numbers(args)
     args.join()
@@ -240,8 +242,9 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         config = ViTConfig(image_size=side, patch_size=side, width=1, depth=1, mlp_dim=1, num_heads=1, channels=channels)
         about = "the pixels"
 
+        @jax.jit
         def features(images):
-            return images.reshape(images.shape[0], -1)
+            return to_unit(images).reshape(images.shape[0], -1)
     else:
         model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about

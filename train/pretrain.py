@@ -100,7 +100,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     Raises ValueError for unknown names and values that do not fit together.
     """
     from train.data import absolute
-    from vitcore.config import variant
+    from vitcore import variant
 
     digits = args.data.partition(":")[0] == "digits"
     name = ("digits" if digits else "imagenet") if args.recipe is None else args.recipe
@@ -269,7 +269,7 @@ def _report(result, out) -> None:
 
 def _model(full, *, classes: int, channels: int):
     """The ViTConfig of resolved options."""
-    from vitcore.config import variant
+    from vitcore import variant
 
     return variant(
         full.model,

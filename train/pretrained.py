@@ -11,8 +11,7 @@ import numpy as np
 from train import mesh as meshes
 from train.data import identity
 from train.job import BEFORE
-from vitcore import weight_about, weight_tree
-from vitcore.config import ViTConfig, variant
+from vitcore import ViTConfig, variant, weight_about, weight_tree
 from vitcore.normalisation import HALF, Pixels
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.normalisation import said as pixels_said

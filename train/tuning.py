@@ -238,7 +238,7 @@ def fine_tune(args: Finetune, out, session: Session):
     rate, tx = make_optimizer(full, depth=config.depth)
     spec = make_run(
         full, out, who, _described(full, config), sources=(source, held_out), config=config, mesh=session.mesh,
-        tx=tx, learning_rate=rate, options=step_options(full, session.ops), early_stop=0, pixels=session.pretrained.pixels,
+        tx=tx, learning_rate=rate, options=step_options(full, session.ops, pixels=session.pretrained.pixels), early_stop=0,
         start=lambda: _start(session.pretrained, session.mesh, tx, polyak=bool(full.polyak)),
     )  # fmt: skip
     if distributed.rank() == 0:

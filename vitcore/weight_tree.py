@@ -23,7 +23,9 @@ import numpy as np
 
 from vitcore import posemb, weight_about, weight_files
 from vitcore.config import ViTConfig
+from vitcore.heads import head_leaves
 from vitcore.normalisation import HALF, Pixels
+from vitcore.parameters import flat, nested
 from vitcore.weight_files import Stored, WeightError
 from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, shapes, style_of
 
@@ -83,8 +85,7 @@ def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpol
         _agrees(path, about, config)
         leaves = {leaf: np.empty(shape, np.float32) for leaf, shape in shapes(config).items()}
         if new_head:
-            leaves["head", "kernel"][:] = 0
-            leaves["head", "bias"][:] = config.head_bias
+            leaves |= {leaf.path: np.array(leaf.initial(None, leaf.shape)) for leaf in head_leaves(config)}
         for entry in wanted:
             array = _as_float32(arrays[entry.name].read())
             if not (allow_nonfinite or np.isfinite(array).all()):
@@ -97,7 +98,7 @@ def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpol
                 leaves[POSITION][:] = _position(path, array, config, style, grid, interpolation)
             else:
                 entry.into(leaves[entry.path], array)
-    return _nested(leaves)
+    return nested(leaves)
 
 
 def _agrees(path: str, about: weight_about.About, config: ViTConfig) -> None:
@@ -126,14 +127,14 @@ def save(
         raise ValueError(f"naming={naming!r} for {path}: an .npz is 'release', a .safetensors 'timm' or 'transformers'")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: 'float32' or 'bfloat16' is required")
-    flat = _flat(params)
-    if (have := {leaf: a.shape for leaf, a in flat.items()}) != shapes(config):
+    arrays_of = {leaf: np.asarray(a, np.float32) for leaf, a in flat(params).items()}
+    if (have := {leaf: a.shape for leaf, a in arrays_of.items()}) != shapes(config):
         wrong = sorted(leaf for leaf in have.keys() | shapes(config).keys() if have.get(leaf) != shapes(config).get(leaf))
         names = ", ".join("/".join(leaf) for leaf in wrong)
         raise ValueError(f"the parameters are not this config's: {names} differ: give the config they were made with")
     style = Style(naming=naming, prefix="vit." if naming == "transformers" else "")
     kept = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
-    arrays = {e.name: e.to_file(flat[e.path]).astype(kept) for e in entries(config, style)}
+    arrays = {e.name: e.to_file(arrays_of[e.path]).astype(kept) for e in entries(config, style)}
     about = {"format": "pt", weight_about.KEY: weight_about.text_of(config, classes=classes, wanted=pixels, data=data)}
     weight_files.write(path, arrays, about)
 
@@ -323,19 +324,3 @@ def _own_grid(path: str) -> tuple[int, int] | None:
 
 def _as_float32(array: np.ndarray) -> np.ndarray:
     return array if array.dtype == np.float32 else array.astype(np.float32)
-
-
-def _flat(tree, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], np.ndarray]:
-    if not isinstance(tree, Mapping):
-        return {path: np.asarray(tree, np.float32)}
-    return {leaf: a for key, inner in tree.items() for leaf, a in _flat(inner, (*path, key)).items()}
-
-
-def _nested(leaves):
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        inner = tree
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = leaf
-    return tree

@@ -8,17 +8,17 @@ FROM and TO are .npz (the release's layouts) or .safetensors (timm's or transfor
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 from collections.abc import Mapping
 
 import jax
 
+from vitcore import families, parameters
 from vitcore.config import ViTConfig
 from vitcore.weight_about import pixels_of
 from vitcore.weight_files import Stored
-from vitcore.weight_names import Style, shapes
+from vitcore.weight_names import Style
 from vitcore.weight_tree import about as about
 from vitcore.weight_tree import convert as convert
 from vitcore.weight_tree import describe as describe
@@ -76,7 +76,7 @@ def _show(path: str, style: Style, config: ViTConfig, arrays: Mapping[str, Store
 
 
 def _model_line(config: ViTConfig) -> str:
-    count = sum(math.prod(shape) for shape in shapes(config).values())
+    count = parameters.count(families.leaves(config))
     fields = [f.name for f in dataclasses.fields(config) if f.name not in ("dropout", "head_bias")]
     said = ", ".join(f"{name}={getattr(config, name)}" for name in fields)
     return f"{count:,} parameters; ViTConfig({said})"
