@@ -5,6 +5,7 @@ rows that fill up the last batch.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -39,8 +40,9 @@ class Reader:
     threads: int | None = None
     decoder: str = "pillow"
 
-    def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray]]:
-        """Yields (fn(images) without padding, labels), batch after batch; fn returns a tree of arrays [B, ...]."""
+    def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+        """Yields (fn(images) without padding, labels, places in the source), batch after batch; fn returns a tree of
+        arrays [B, ...]."""
         size = meshes.whole_rows(min(self.batch_size, len(source)), mesh)
         whole = jax.jit(lambda *arrays: arrays, out_shardings=NamedSharding(mesh, P()))
         batches = eval_batches(
@@ -49,15 +51,22 @@ class Reader:
             decoder=self.decoder, pixels="uint8",
         )  # fmt: skip
         with Feed(batches, on_mesh(mesh)) as feed:
-            while (batch := feed.next()) is not None:
+            for number in itertools.count():
+                if (batch := feed.next()) is None:
+                    return
                 found, labels, weights = whole(fn(to_unit(batch["image"])), batch["label"], batch["weight"])
                 real = np.asarray(weights) > 0
-                yield jax.tree.map(lambda a, real=real: np.asarray(a)[real], found), np.asarray(labels)[real]
+                at = number * size + np.flatnonzero(real)
+                yield jax.tree.map(lambda a, real=real: np.asarray(a)[real], found), np.asarray(labels)[real], at
 
     def all(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> tuple[Any, np.ndarray]:
-        """`rows` in one: the tree of arrays [len(source), ...], labels [len(source)]."""
-        found, labels = zip(*self.rows(fn, source, config, mesh), strict=True)
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *found), np.concatenate(labels)
+        """`rows` in one: the tree of arrays [len(source), ...], labels [len(source)]; without the images that cannot be read."""
+        return self.placed(fn, source, config, mesh)[:2]
+
+    def placed(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> tuple[Any, np.ndarray, np.ndarray]:
+        """`all`, and the places in the source of the images that it is of."""
+        found, labels, places = zip(*self.rows(fn, source, config, mesh), strict=True)
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found), np.concatenate(labels), np.concatenate(places)
 
 
 def put_params(params, config: ViTConfig, mesh: Mesh):
@@ -103,13 +112,16 @@ def make_features(
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")))
 
 
-def make_predict(config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32, best: int = 5):
+def make_predict(config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32, best: int = 5, scored=False):
     """A compiled function (params, images) -> int32 [B, best]: the classes of the largest logits, largest first, split over
-    "data". Of equal logits the lower class comes first. best is cut to the number of classes."""
+    "data". Of equal logits the lower class comes first. best is cut to the number of classes. scored: their probabilities too, a
+    pair (classes, float32 [B, best] by softmax)."""
     run = partial(forward, config=config, ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
 
     def local(params, images):
-        return jax.lax.top_k(run(params, images), min(best, config.num_classes))[1]
+        logits = run(params, images)
+        values, classes = jax.lax.top_k(logits, min(best, config.num_classes))
+        return (classes, jnp.exp(values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))) if scored else classes
 
     specs = partition_specs(config, mesh)
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")))
