@@ -24,11 +24,11 @@ import numpy as np
 from train import distributed, scores
 from train.files import write_atomically
 from train.job import end, guard, say
-from train.options import MeshOptions, check_init, check_numbers, parse
+from train.options import InitOptions, MeshOptions, check_init, check_numbers, parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(MeshOptions):
+class Evaluate(InitOptions, MeshOptions):
     """Top-1 and top-5 accuracy of a model, ReaL, ObjectNet, and every class."""
 
     init: str = ""
@@ -51,6 +51,8 @@ class Evaluate(MeshOptions):
     batch_size: int = 256
     predictions: str | None = None
     """A .csv or .parquet for what was made of each image: its name, its class, the five likeliest and their probabilities."""
+    accept_data: bool = False
+    """Take labels by number though the class names are not those that the model was trained for."""
     out: str | None = None
     """Directory for evaluation.json and confusion.png. Default: evaluation/ in the run, or beside the file."""
 
@@ -94,7 +96,7 @@ def run(args: Evaluate) -> dict:
     """Measures, prints, writes. What evaluation.json holds."""
     import jax.numpy as jnp
 
-    from train.data import open_source
+    from train.data import by_names, open_source
     from train.frozen import Reader, make_predict, put_params
     from train.pretrained import open_pretrained
     from vitcore.sharding import MeshShape, check_mesh
@@ -110,7 +112,7 @@ def run(args: Evaluate) -> dict:
     source: Any = open_source(args.data, args.split)
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu)
+    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu, **args.told)
     config = model.config
     check_mesh(config, MeshShape.of(mesh))
     if mapped is None and config.num_classes != len(source.classes):
@@ -118,6 +120,10 @@ def run(args: Evaluate) -> dict:
             f"the model has {config.num_classes} classes, {source.name} has {len(source.classes)}: evaluate it on the classes it "
             "was trained for"
         )
+    if mapped is None:
+        source, line = by_names(source, model.classes, model.about, accept=args.accept_data)
+        if line:
+            say(line)
     if mapped is not None:
         if config.num_classes != 1000:
             raise ValueError(f"the model has {config.num_classes} classes: --objectnet requires ImageNet's 1000")
@@ -126,7 +132,7 @@ def run(args: Evaluate) -> dict:
     wanted = None if real is None else scores.real_labels(real, names, config.num_classes)
 
     reader = Reader(
-        batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder,
+        batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder, pixels=model.pixels,
         antialias=model.antialias if args.antialias is None else args.antialias,
     )  # fmt: skip
     predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), scored=True)

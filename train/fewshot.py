@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train.job import end, guard
-from train.options import MeshOptions, check_numbers, parse
+from train.options import InitOptions, MeshOptions, check_numbers, parse
 
 BIAS = 100.0
 L2 = 2.0**10
@@ -165,7 +165,7 @@ def probe(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fewshot(MeshOptions):
+class Fewshot(InitOptions, MeshOptions):
     """Few-shot accuracy of a frozen model: closed-form ridge regression from its features."""
 
     init: str | None = None
@@ -219,6 +219,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     from train.frozen import Reader, make_features, put_params
     from train.pretrained import open_pretrained
     from vitcore.config import ViTConfig
+    from vitcore.normalisation import HALF
 
     check_numbers(args)
     args.join()
@@ -229,6 +230,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     check_classes(train, test)
     mesh, where = args.make_mesh()
     preprocess, antialias = args.preprocess or usual_preprocess(train), bool(args.antialias)
+    pixels = HALF
     channels = train[0].image.shape[2]
     if args.features == "pixels":
         side = args.image_size or train[0].image.shape[0]
@@ -238,8 +240,9 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         def features(images):
             return images.reshape(images.shape[0], -1)
     else:
-        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu)
+        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about
+        pixels = model.pixels
         params = put_params(model.params, config, mesh)
         antialias = model.antialias if args.antialias is None else args.antialias
         ops = args.choose_ops(mesh, where)
@@ -249,8 +252,9 @@ def run(args: Fewshot) -> dict[int, list[float]]:
             return function(params, images)
 
     reader = Reader(
-        batch_size=args.batch_size, preprocess=preprocess, antialias=antialias, threads=args.threads, decoder=args.decoder
-    )
+        batch_size=args.batch_size, preprocess=preprocess, antialias=antialias, threads=args.threads, decoder=args.decoder,
+        pixels=pixels,
+    )  # fmt: skip
     found = measure(lambda source: reader.all(features, source, config, mesh)[0], train, test, protocol)
     if distributed.rank() == 0:
         print(f"{about}; {where}; {len(test)} images of {len(test.classes)} classes, {protocol.seeds} draws")

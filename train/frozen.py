@@ -25,6 +25,7 @@ from train.feed import Feed
 from train.step import shardings
 from vitcore.config import ViTConfig
 from vitcore.model import encode, forward, represent
+from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops, resolve
 from vitcore.sharding import MeshShape, gather, partition_specs
 
@@ -32,13 +33,15 @@ from vitcore.sharding import MeshShape, gather, partition_specs
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """How images are brought to a model. batch_size: rounded up to what divides over the mesh. preprocess: a key of PREPROCESSES.
-    antialias: see `train.data.augment.How`. threads: that decode; None chooses. decoder: a key of DECODERS."""
+    antialias: see `train.data.augment.How`. threads: that decode; None chooses. decoder: a key of DECODERS. pixels: what the model
+    wants."""
 
     batch_size: int
     preprocess: str = "resize"
     antialias: bool = False
     threads: int | None = None
     decoder: str = "pillow"
+    pixels: Pixels = HALF
 
     def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
         """Yields (fn(images) without padding, labels, places in the source), batch after batch; fn returns a tree of
@@ -54,7 +57,7 @@ class Reader:
             for number in itertools.count():
                 if (batch := feed.next()) is None:
                     return
-                found, labels, weights = whole(fn(to_unit(batch["image"])), batch["label"], batch["weight"])
+                found, labels, weights = whole(fn(to_unit(batch["image"], self.pixels)), batch["label"], batch["weight"])
                 real = np.asarray(weights) > 0
                 at = number * size + np.flatnonzero(real)
                 yield jax.tree.map(lambda a, real=real: np.asarray(a)[real], found), np.asarray(labels)[real], at

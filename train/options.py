@@ -19,6 +19,7 @@ from train import distributed
 from train import mesh as meshes
 from train.job import BEFORE, JobOptions
 from train.metrics import need_tensorboard
+from vitcore.normalisation import pixels
 from vitcore.ops import BY_NAME, Ops
 from vitcore.ops import resolve as resolve_ops
 
@@ -81,6 +82,8 @@ class TrainOptions(MeshOptions):
     """Steps between validations. Default: about twenty in a run."""
     checkpoint_every: int | None = None
     """Steps between checkpoints. Default: as validations."""
+    accept_data: bool = False
+    """Go on with a run though the classes or images are not those that it has seen. The run keeps what it saw before."""
     keep: int = 2
     """Newest checkpoints that stay."""
     keep_every: int | None = None
@@ -189,6 +192,27 @@ def check_numbers(args, *, positive: str = "", natural: str = "") -> None:
         raise ValueError(f"--bad-share {share}: a share in [0, 1] is required")
 
 
+@dataclass(frozen=True, kw_only=True)
+class InitOptions:
+    """What a job that starts from a file of weights is told where the file does not say it."""
+
+    heads: int | None = None
+    """Heads of the model in --init, where the file does not say."""
+    mean: tuple[float, ...] = ()
+    """Of the pixels that the model in --init wants, values in [0, 1]: 0.485 0.456 0.406. Default: as the file says, or 0.5."""
+    std: tuple[float, ...] = ()
+    """Deviation of the pixels, likewise: 0.229 0.224 0.225. Default: likewise, or 0.5."""
+
+    @property
+    def told(self) -> dict:
+        """The arguments of `open_pretrained`. Raises ValueError for what is out of range."""
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"--heads {self.heads}: a positive number is required")
+        if bool(self.mean) != bool(self.std):
+            raise ValueError("--mean and --std belong together: give both")
+        return {"heads": self.heads, "pixels": pixels(self.mean, self.std) if self.mean else None}
+
+
 def check_init(init: str | None) -> None:
     """Raises ValueError where a job that starts from a model is given none."""
     if not init:
@@ -234,6 +258,7 @@ def as_options(cls, program: str, path: str) -> list[str]:
         raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
     known = {field.name: field for field in dataclasses.fields(cls)}
     if isinstance(values, dict):
+        values.pop("data_seen", None)  # what a run knows of its images, not an option
         before = {key: value for key, value in BEFORE.items() if key in known}  # a run of before there was such an option
         if _kind(values.get("augment"), str(values.get("data"))) != "inception":
             before.pop("crop", None)

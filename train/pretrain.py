@@ -205,6 +205,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
 
     from train.build import check_fit, make_run, step_options
     from train.data import check_classes, open_source
+    from train.data.identity import seen
     from train.loop import train
     from vitcore.ops import BY_NAME
 
@@ -221,7 +222,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     check_fit(full, config, mesh, full.model)
     rate, tx = _optimizer(full)
     out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss)
-    distributed.agree(configuration=who, code=distributed.code_hash())
+    distributed.agree(configuration=who, code=distributed.code_hash(), images=seen(source, held_out))
     spec = make_run(
         full, out, who, dataclasses.asdict(full), sources=(source, held_out), config=config, mesh=mesh,
         data=dict(subset=full.subset, subset_seed=full.subset_seed),

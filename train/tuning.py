@@ -14,12 +14,13 @@ import jax
 
 from train import distributed, job, recipes
 from train.job import check_claim, say
-from train.options import PLACEMENT, ImageOptions, check_init, check_numbers, resolve_images
+from train.options import PLACEMENT, ImageOptions, InitOptions, check_init, check_numbers, resolve_images
 from train.signals import Stop
+from vitcore.normalisation import HALF
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(ImageOptions):
+class Finetune(InitOptions, ImageOptions):
     """Fine-tune a Vision Transformer. Whatever is not given comes from the recipe (paper Table 4)."""
 
     init: str = ""
@@ -162,7 +163,8 @@ def _resolve_optimizer(args: Finetune, recipe) -> dict:
 
 def identity(args: Finetune) -> dict:
     """What makes a resolved run the run it is, and no other: JSON-able."""
-    return job.identity(args, PLACEMENT)
+    found = job.identity(args, PLACEMENT)
+    return {key: value for key, value in found.items() if value or key not in ("heads", "mean", "std")}  # runs of before them
 
 
 def dev_splits(split: str, share: float) -> tuple[str, str]:
@@ -199,15 +201,17 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Session
     classes = open_source(args.data, args.split).classes
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu)
+    found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu, **args.told)
     full = resolve(args, width=found.config.width, patch_size=found.config.patch_size)
     opened = open_pretrained(
         args.init, image_size=full.image_size, num_classes=len(classes), head_bias=args.head_bias, gelu=args.gelu,
-        interpolation=args.interpolation,
+        interpolation=args.interpolation, **args.told,
     )  # fmt: skip
     full = dataclasses.replace(full, dropout=_dropout(args, opened.config))
     opened = opened._replace(config=dataclasses.replace(opened.config, dropout=full.dropout))
     full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=opened.config.gelu)
+    if opened.pixels != HALF:  # what the run wants of its pixels, kept with it
+        full = dataclasses.replace(full, mean=opened.pixels.mean, std=opened.pixels.std)
     check_fit(full, opened.config, mesh, opened.about)
     return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop)
 
@@ -223,16 +227,18 @@ def fine_tune(args: Finetune, out, session: Session):
     """One run of resolved options in directory `out`: on args.split, measured on args.test_split. The loop's Result."""
     from train.build import make_run, step_options
     from train.data import check_classes, open_source
+    from train.data.identity import seen
     from train.loop import train
 
     full: Any = args
     source, held_out = open_source(full.data, full.split), open_source(full.data, full.test_split)
     check_classes(source, held_out)
+    distributed.agree(images=seen(source, held_out))
     who, config = identity(full), session.pretrained.config
     rate, tx = make_optimizer(full, depth=config.depth)
     spec = make_run(
         full, out, who, _described(full, config), sources=(source, held_out), config=config, mesh=session.mesh,
-        tx=tx, learning_rate=rate, options=step_options(full, session.ops), early_stop=0,
+        tx=tx, learning_rate=rate, options=step_options(full, session.ops), early_stop=0, pixels=session.pretrained.pixels,
         start=lambda: _start(session.pretrained, session.mesh, tx, polyak=bool(full.polyak)),
     )  # fmt: skip
     if distributed.rank() == 0:

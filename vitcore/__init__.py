@@ -15,3 +15,12 @@ from vitcore.sharding import apply_on as apply_on
 from vitcore.sharding import partition_specs as partition_specs
 from vitcore.weight_tree import load as load
 from vitcore.weight_tree import save as save
+
+
+def __getattr__(name: str) -> str:
+    """`vitcore.__version__`, that of what is installed."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vitcore")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

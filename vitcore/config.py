@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import operator
 import re
 from typing import Literal
 
@@ -35,6 +36,7 @@ class ViTConfig:
     def __post_init__(self):
         if isinstance(self.image_size, list):  # as it comes out of config.json
             object.__setattr__(self, "image_size", tuple(self.image_size))
+        _plain_integers(self)
         for name in ("patch_size", "width", "depth", "mlp_dim", "num_heads", "num_classes", "channels"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a positive integer is required")
@@ -77,6 +79,20 @@ class ViTConfig:
     def feature_size(self) -> int:
         """Width of what the head reads."""
         return self.representation_size or self.width
+
+
+def _plain_integers(config: ViTConfig) -> None:
+    """numpy's integers, as a sweep has them, become Python's; what is no integer where a size is due raises ValueError."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if hasattr(value, "__index__") and not isinstance(value, int):
+            object.__setattr__(config, field.name, operator.index(value))
+    size = config.image_size
+    sides = size if isinstance(size, tuple) else (size, size)
+    if len(sides) != 2 or not all(hasattr(side, "__index__") and not isinstance(side, bool) for side in sides):
+        raise ValueError(f"image_size={size!r}: a positive integer, or two of them, (Y, X), is required")
+    if isinstance(size, tuple):
+        object.__setattr__(config, "image_size", tuple(map(operator.index, sides)))
 
 
 #                 width depth  mlp heads   B, L, H: paper Table 1. Ti, S: the releases that followed. Nano: ours, for 8x8 digits.

@@ -211,9 +211,10 @@ def style_of(names: Iterable[str]) -> Style | None:
 def infer(found: Mapping[str, tuple[int, ...]], style: Style, *, heads: int | None = None, grid=None) -> ViTConfig:
     """The configuration of the model whose arrays have these names and shapes.
 
-    heads: number of heads, which timm's and transformers' files do not say; by default that of the known model of this width, or
-    width / 64. grid: (rows, columns) of the position embedding, by default square. num_classes is 1 where there is no head; gelu is
-    tanh for the release, erf for the others, as their models compute. Raises ValueError for the first thing that makes no model.
+    heads: number of heads, which timm's and transformers' files do not say; by default that of the named model of this width, depth
+    and hidden width, and where there is none it must be said. grid: (rows, columns) of the position embedding, by default square.
+    num_classes is 1 where there is no head; gelu is tanh for the release, erf for the others, as their models compute. Raises
+    ValueError for the first thing that makes no model.
     """
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
@@ -240,8 +241,7 @@ def infer(found: Mapping[str, tuple[int, ...]], style: Style, *, heads: int | No
         block = "blocks" if timm else "layers" if style.modules else "encoder.layer"
         depth = _count(found, rf"{p}{re.escape(block)}\.(\d+)\.")
         mlp_dim = shape(f"{p}{block}.0.{'mlp.fc1' if timm or style.modules else 'intermediate.dense'}.bias", 1)[0]
-        known = [v["num_heads"] for v in SIZES.values() if v["width"] == width]
-        heads = heads or (known[0] if known else max(1, width // 64))
+        heads = heads or known_heads(width, depth, mlp_dim)
         position = "pos_embed" if timm else f"{p}embeddings.position_embeddings"
         cls = "cls_token" if timm else f"{p}embeddings.cls_token"
         pre = "pre_logits.fc.bias" if timm else f"{p}pooler.dense.bias"
@@ -264,6 +264,17 @@ def infer(found: Mapping[str, tuple[int, ...]], style: Style, *, heads: int | No
         representation_size=found[pre][0] if len(found.get(pre, ())) == 1 else None,
         pool="token" if cls in found else "gap",
         gelu="tanh" if style.naming == "release" else "erf",
+    )
+
+
+def known_heads(width: int, depth: int, mlp_dim: int) -> int:
+    """The number of heads of the named size with these sides, which a file without it must be of. Raises ValueError."""
+    for size in SIZES.values():
+        if (size["width"], size["depth"], size["mlp_dim"]) == (width, depth, mlp_dim):
+            return size["num_heads"]
+    raise ValueError(
+        f"the number of heads is not in the file, and {width} wide, {depth} deep with {mlp_dim} hidden is no model whose number is "
+        "known: say it (--heads, heads=)"
     )
 
 
