@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from train import distributed
 from train.checkpoint import Checkpoints, abstract
 from train.data import EvalBatches, TrainBatches
-from train.data.device import on_mesh, to_unit
+from train.data.device import on_mesh
 from train.feed import Feed
 from train.job import differing, place
 from train.metrics import Recorder, Silence
@@ -189,7 +189,7 @@ class _Loop:
                     return None
                 if batch is None:
                     return total
-                sums = self.eval_fn(params, to_unit(batch["image"]), batch["label"], batch["weight"])
+                sums = self.eval_fn(params, batch["image"], batch["label"], batch["weight"])
                 total = {key: total[key] + float(sums[key]) for key in total}
                 self.watchdog.beat(f"evaluating after step {self.now.step}")
 
@@ -244,7 +244,7 @@ class _Loop:
     def step(self, batch) -> dict:
         check_interrupt()
         self.watchdog.beat(f"taking step {self.now.step + 1}")
-        self.state, metrics = self.step_fn(self.state, to_unit(batch["image"]), batch["label"])
+        self.state, metrics = self.step_fn(self.state, batch["image"], batch["label"])
         self.now.step += 1
         self.unseen.append((self.now.step, metrics))
         in_flight = 0 if self.simulated else 1
