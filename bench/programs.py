@@ -2,10 +2,11 @@
 
 Each is called as builder(devices, **arguments) with the devices of the topology, and returns (function, shapes of its arguments).
 `kernels` says whose code it is: True ours, False the references as XLA compiles them; of attention alone also a name of
-`bench.rivals`.
+`bench.peers.attention`, of whole models on one core `bench.peers.FLAX`.
 """
 
 import importlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 import optax
 from jax.experimental.layout import Format, Layout
 
-from bench import rivals, shapes
+from bench import shapes
+from bench.peers import FLAX, vit
+from bench.peers import attention as peers
 from kernels.device import from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
@@ -67,14 +70,14 @@ def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | Non
 
 
 def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool | str, rate: float):
-    """An op for `device`: ours, the reference, or (attention between the projections alone) one of `bench.rivals` by its name."""
+    """An op for `device`: ours, the reference, or (attention between the projections alone) a peer by its name."""
     name = kernels if isinstance(kernels, str) else "ours" if kernels else "reference"
     launch = launch_for(device) if name == "ours" else None
     if op != "attention":
         return op_of(op, config, batch, dtype, launch=launch, rate=rate, ops=REFERENCE if launch else BY_NAME[name])
     t, n = config.tokens, config.num_heads
-    one = rivals.rival(name, tokens=t, heads=n, launch=launch)
-    return one.fn, rivals.shapes(one, batch, t, n, config.width // n, dtype)
+    one = peers.peer(name, tokens=t, heads=n, launch=launch)
+    return one.fn, peers.shapes(one, batch, t, n, config.width // n, dtype)
 
 
 def one_op(devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, rate=0.0):
@@ -101,16 +104,23 @@ def op_alone(devices, **asked):
     return jax.jit(fn, in_shardings=best, out_shardings=best), arguments
 
 
-def _config(model: str, image_size: int | None) -> ViTConfig:
-    return variant(model, num_classes=1000, **({} if image_size is None else {"image_size": image_size}))
+def _config(model: str, image_size: int | None, depth: int | None = None) -> ViTConfig:
+    changes = {"image_size": image_size, "depth": depth}
+    return variant(model, num_classes=1000, **{name: value for name, value in changes.items() if value is not None})
 
 
-def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None):
+def _images(config: ViTConfig, batch: int, dtype):
+    return S((batch, *config.image_shape, config.channels), jnp.dtype(dtype))
+
+
+def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None, depth=None):
     """The logits of a whole model, parameters float32, on one core."""
-    config = _config(model, image_size)
+    config = _config(model, image_size, depth)
+    if kernels == FLAX:
+        return partial(vit.forward, dtype=jnp.dtype(dtype)), (vit.shapes(config), _images(config, batch, dtype))
     ops = ops_for(devices[0], kernels=kernels)
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
-    images = S((batch, *config.image_shape, config.channels), dtype)
+    images = _images(config, batch, dtype)
     return (lambda p, x: forward(p, x, config, ops=ops, dtype=jnp.dtype(dtype))), (params, images)
 
 
@@ -137,12 +147,17 @@ def train_step(
     remat=False,
     accumulate=1,
     image_size=None,
+    depth=None,
     dropout=0.0,
 ):
     """The training step of `train.step` with Adam on a mesh of data x axis cores; `batch` is the global batch."""
-    config = _config(model, image_size)
-    if dropout:
-        config = variant(model, num_classes=1000, dropout=dropout, **({} if image_size is None else {"image_size": image_size}))
+    config = replace(_config(model, image_size, depth), dropout=dropout)
+    if kernels == FLAX:
+        if (data, axis, remat, accumulate, dropout) != (1, 1, 0, 1, 0.0):
+            raise ValueError("the peer's step runs on one core, without rematerialisation, accumulation and dropout")
+        tx, params = vit.optimizer(), vit.shapes(config)
+        step = jax.jit(partial(vit.step, tx=tx, dtype=jnp.dtype(dtype)), donate_argnums=(0, 1))
+        return step, (params, jax.eval_shape(tx.init, params), _images(config, batch, dtype), S((batch,), jnp.int32))
     mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
     tx = optax.adam(1e-3)
     options = StepOptions(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), remat=remat, accumulate=accumulate)

@@ -16,8 +16,6 @@ from typing import Any
 
 from vitcore.config import ViTConfig, variant
 
-PEERS = ("timm", "transformers")
-
 
 def missing(peer: str) -> str:
     """What has to be installed before `peer` can run; empty if it can."""
@@ -139,7 +137,7 @@ def peer(request: dict[str, Any]) -> Callable[[int], Any]:
     """
     import torch
 
-    from bench.trial import Stepper
+    from bench.timing import Stepper
 
     config = variant(request["model"], image_size=request["size"], num_classes=1000)
     gpu = torch.cuda.is_available()
