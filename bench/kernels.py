@@ -25,7 +25,7 @@ from bench import calibration, edge, yardstick
 from bench.accuracy import IMAGES, PATCHES
 from bench.device_study import TrialError, describe, start
 from bench.peers import FLAX
-from bench.shapes import OPS, SHAPES, flops, model_flops
+from bench.shapes import OPS, SHAPES, flops, model_flops, unknown
 from bench.target_study import attempt_of, out_of_hbm
 from bench.tpu_compiler import PROFILED, TOPOLOGIES, CompilerMissing, Program, Report, compile_programs
 
@@ -79,9 +79,8 @@ class Kernels:
         return self.remat_every if self.remat else 0
 
     def __post_init__(self):
-        unknown = [s for s in self.shape if s not in SHAPES]
-        if unknown:
-            raise ValueError(f"unknown shape {unknown[0]!r}; known: {', '.join(SHAPES)}")
+        if bad := [s for s in self.shape if s not in SHAPES]:
+            raise ValueError(unknown("shape", bad[0], SHAPES))
         if min(self.batch, self.step, self.remat_every) < 1:
             raise ValueError(
                 f"--batch, --step and --remat-every must be positive; got {self.batch}, {self.step} and {self.remat_every}"

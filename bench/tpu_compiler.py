@@ -497,11 +497,11 @@ def _main(arguments: list[str]) -> int:
     if len(words) not in (2, 3):
         print(usage, file=sys.stderr)
         return 2
-    program = Program(build=words[1], arguments=json.loads(words[2]) if len(words) == 3 else {})
     try:
+        program = Program(build=words[1], arguments=json.loads(words[2]) if len(words) == 3 else {})
         report = compile_programs(words[0], [program], cycles=True, profile=profile)[0]
     except (ValueError, CompilerMissing) as error:
-        print(error, file=sys.stderr)
+        print(f"bench.tpu_compiler: {error}", file=sys.stderr)
         return 2
     print(describe(report))
     return 1 if report.error else 0
