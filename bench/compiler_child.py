@@ -25,6 +25,7 @@ def main() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # the text of a kernel holds no paths and lines: it is its key
     launch.WHOLE_VMEM = request["whole_vmem"]
     devices = topologies.get_topology_desc(topology_name=request["topology"], platform="tpu").devices
     for line in sys.stdin:

@@ -3,9 +3,10 @@
     reports = compile_programs("v3", [Program(build="bench.programs:patch_embed", arguments={"shape": "B/16"})], cycles=True)
 
 libtpu, the TPU compiler, runs on any Linux machine (`pip install 'vitcore[tpu-compiler]'`). Its failed CHECKs abort the
-process, so this module compiles in a subprocess (`bench.compiler_child`), and in a fresh one after an abort. Reports are cached
-by the program's lowered text, the versions of jax and libtpu and the code that counts. What comes back for a program is a
-`Report`: bytes a core, the kernels in it, collectives, cycles; or the compiler's message in one line.
+process, so this module compiles in a subprocess (`bench.compiler_child`), and in a fresh one after an abort. Where a folder is
+given, or named by $VITCORE_COMPILE_CACHE, reports are cached by the program's lowered text, kernels included and line numbers not,
+the versions of jax and libtpu, the topology, the options and the code that counts. What comes back for a program is a `Report`:
+bytes a core, the kernels in it, collectives, cycles; or the compiler's message in one line.
 
 Cycles are COMPILER ESTIMATES, never measurements. Three sources, each named in the report:
 - "schedule": the VLIW bundles of an operation, kernel or XLA fusion, followed through its loops, with its MXUs and its DMAs at the
@@ -52,6 +53,7 @@ TOPOLOGIES = {
 }
 PROFILED = ("v5e", "v5p", "v6e", "7x")
 MARK = "@@vitcore-report "
+CACHE = "VITCORE_COMPILE_CACHE"  # names a folder of reports for whoever gives none
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
@@ -140,13 +142,14 @@ class Report:
 class Cache:
     """Reports on disk, by the program's lowered text and all else that decides what the compiler says and how it is counted.
 
-    folder: where. request: target, topology and whole_vmem. A report with cycles also answers who asked for none.
+    folder: where. request: target, topology and whole_vmem. A report with cycles also answers who asked for none. A file holds the
+    digest of a report and the report, and is put in place whole; one that is damaged is no answer, and the next report replaces it.
     """
 
     def __init__(self, folder: Path, request: dict):
         self.folder = folder
-        asked = [request["target"], request["topology"], request.get("whole_vmem", False)]
-        parts = [*asked, _version("jax"), _version("libtpu"), _sources(_COUNTING)]
+        asked = [request["target"], request["topology"], request.get("whole_vmem", False), os.environ.get("XLA_FLAGS", "")]
+        parts = [*asked, *map(_version, ("jax", "jaxlib", "libtpu", "optax")), _sources(_COUNTING)]
         self.machine = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _file(self, digest: str, cycles: bool) -> Path:
@@ -155,15 +158,17 @@ class Cache:
 
     def load(self, digest: str, cycles: bool) -> Report | None:
         for file in (self._file(digest, True), *(() if cycles else (self._file(digest, False),))):
-            with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged or foreign file is no answer
-                return replace(from_json(json.loads(file.read_text())), cached=True)
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                stated, text = file.read_text().split("\n", 1)
+                if stated == hashlib.sha256(text.encode()).hexdigest():
+                    return replace(from_json(json.loads(text)), cached=True)
         return None
 
     def save(self, digest: str, cycles: bool, report: Report) -> None:
-        file = self._file(digest, cycles)
+        text, file = json.dumps(asdict(report)), self._file(digest, cycles)
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(asdict(report)))
+        part = file.with_suffix(f".{os.getpid()}.part")  # another process may be writing the same report
+        part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         os.replace(part, file)
 
 
@@ -210,8 +215,9 @@ class Compiler:
             report = compiler.compile(Program(build="bench.programs:whole_forward", arguments={...}), cycles=True)
 
     target: "v2" "v3" "v4" "v5e" "v5p" "v6e" "7x". topology: libtpu's name of a larger slice, e.g. "v3:4x4" (32 cores). text:
-    keep the compiled text. seconds, gigabytes: limits on one compilation. cache: directory of reports, None for none. whole_vmem:
-    kernels may take all of their core's VMEM, and not only what they need. ValueError: unknown target. CompilerMissing: no libtpu.
+    keep the compiled text. seconds, gigabytes: limits on one compilation. cache: directory of reports; None for that of
+    $VITCORE_COMPILE_CACHE, or none. whole_vmem: kernels may take all of their core's VMEM, and not only what they need.
+    ValueError: unknown target. CompilerMissing: no libtpu.
     """
 
     def __init__(
@@ -231,6 +237,8 @@ class Compiler:
             raise CompilerMissing(
                 "libtpu not installed, so nothing can be compiled for a TPU here: pip install 'vitcore[tpu-compiler]'"
             )
+        if cache is None and os.environ.get(CACHE):
+            cache = Path(os.environ[CACHE]).expanduser().absolute()
         self.request = {
             "target": target,
             "topology": topology or TOPOLOGIES[target],

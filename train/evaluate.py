@@ -19,12 +19,13 @@ from typing import Any, Literal
 import numpy as np
 
 from train import distributed, scores
-from train.job import end, guard, put, say
-from train.options import MeshOptions, check_init, check_numbers, parse
+from train.files import write_atomically
+from train.job import end, guard, say
+from train.options import InitOptions, MeshOptions, check_init, check_numbers, parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(MeshOptions):
+class Evaluate(InitOptions, MeshOptions):
     """Top-1 and top-5 accuracy of a model, ReaL, ObjectNet, and every class."""
 
     init: str = ""
@@ -38,9 +39,15 @@ class Evaluate(MeshOptions):
     reads."""
     image_size: int | None = None
     """Default: the model's; the position embedding is fitted to it."""
-    preprocess: Literal["resize", "center"] = "resize"
+    preprocess: Literal["resize", "resize-center", "center"] = "resize"
+    """resize: to the square. resize-center: to a larger square, and its middle. center: the shorter side to 256/224 of the square,
+    averaging, and the middle."""
+    antialias: bool | None = None
+    """Whether shrinking averages over pixels. Default: as a run was trained; no for a file."""
     gelu: Literal["tanh", "erf"] | None = None
     batch_size: int = 256
+    accept_data: bool = False
+    """Take labels by number though the class names are not those that the model was trained for."""
     out: str | None = None
     """Directory for evaluation.json and confusion.png. Default: evaluation/ in the run, or beside the file."""
 
@@ -84,7 +91,7 @@ def run(args: Evaluate) -> dict:
     """Measures, prints, writes. What evaluation.json holds."""
     import jax.numpy as jnp
 
-    from train.data import open_source
+    from train.data import by_names, open_source
     from train.frozen import Reader, make_predict, put_params
     from train.pretrained import open_pretrained
     from vitcore.sharding import MeshShape, check_mesh
@@ -99,7 +106,7 @@ def run(args: Evaluate) -> dict:
     source: Any = open_source(args.data, args.split)
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu)
+    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu, **args.told)
     config = model.config
     check_mesh(config, MeshShape.of(mesh))
     if mapped is None and config.num_classes != len(source.classes):
@@ -107,6 +114,10 @@ def run(args: Evaluate) -> dict:
             f"the model has {config.num_classes} classes, {source.name} has {len(source.classes)}: evaluate it on the classes it "
             "was trained for"
         )
+    if mapped is None:
+        source, line = by_names(source, model.classes, model.about, accept=args.accept_data)
+        if line:
+            say(line)
     if mapped is not None:
         if config.num_classes != 1000:
             raise ValueError(f"the model has {config.num_classes} classes: --objectnet requires ImageNet's 1000")
@@ -114,7 +125,10 @@ def run(args: Evaluate) -> dict:
     names = [source.example_name(i) for i in range(len(source))] if real is not None else []
     wanted = None if real is None else scores.real_labels(real, names, config.num_classes)
 
-    reader = Reader(batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder)
+    reader = Reader(
+        batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder, pixels=model.pixels,
+        antialias=model.antialias if args.antialias is None else args.antialias,
+    )  # fmt: skip
     predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype))
     params = put_params(model.params, config, mesh)
     best, labels = reader.all(lambda images: predict(params, images), source, config, mesh)
@@ -181,7 +195,7 @@ def write(result: dict, best, labels, classes, args: Evaluate, picture: bool) ->
     init = Path(args.init)
     out = Path(args.out) if args.out else (init if init.is_dir() else init.parent) / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
-    put(out / "evaluation.json", json.dumps({"options": dataclasses.asdict(args)} | result, indent=2) + "\n")
+    write_atomically(out / "evaluation.json", json.dumps({"options": dataclasses.asdict(args)} | result, indent=2) + "\n")
     if not picture:
         return f"{out / 'evaluation.json'}"
     matrix = scores.confusion(best[:, 0], labels, len(classes))

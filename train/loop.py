@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from train import distributed
 from train.checkpoint import Checkpoints, abstract
 from train.data import EvalBatches, TrainBatches
-from train.data.device import on_mesh, to_unit
+from train.data.device import on_mesh
 from train.feed import Feed
-from train.job import place
+from train.job import differing, place
 from train.metrics import Recorder, Silence
 from train.signals import Stop, Watchdog, check_interrupt
 from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
@@ -189,7 +189,7 @@ class _Loop:
                     return None
                 if batch is None:
                     return total
-                sums = self.eval_fn(params, to_unit(batch["image"]), batch["label"], batch["weight"])
+                sums = self.eval_fn(params, batch["image"], batch["label"], batch["weight"])
                 total = {key: total[key] + float(sums[key]) for key in total}
                 self.watchdog.beat(f"evaluating after step {self.now.step}")
 
@@ -209,7 +209,7 @@ class _Loop:
         self.state = make()
         if self.checkpoints.begun():
             self.state, extra = self.checkpoints.restore(None, abstract(self.state))
-            if other := [key for key, value in run.identity.items() if extra["config"].get(key) != value]:
+            if other := differing(run.identity, extra["config"]):
                 raise ValueError(f"{directory} is another run's ({', '.join(other)} differ): choose another --out")
             run.batches.set_state(extra["loader"])
             self.loader = extra["loader"]
@@ -244,7 +244,7 @@ class _Loop:
     def step(self, batch) -> dict:
         check_interrupt()
         self.watchdog.beat(f"taking step {self.now.step + 1}")
-        self.state, metrics = self.step_fn(self.state, to_unit(batch["image"]), batch["label"])
+        self.state, metrics = self.step_fn(self.state, batch["image"], batch["label"])
         self.now.step += 1
         self.unseen.append((self.now.step, metrics))
         in_flight = 0 if self.simulated else 1

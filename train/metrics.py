@@ -5,7 +5,6 @@ they were measured, `val_accuracy` in [0, 1] and `val_loss`, whatever the caller
 finite is null.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -13,9 +12,12 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 from typing import SupportsFloat
 
 from etils import epath
+
+from train.files import write_atomically, write_picture
 
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -44,7 +46,7 @@ class Recorder:
                 (self._bucket / RECORDS).copy(os.path.join(self.directory, RECORDS))
         self.path = os.path.join(self.directory, RECORDS)
         for name in os.listdir(self.directory):  # what a killed run was about to put in place
-            if name.startswith((f"{RECORDS}.", f"{CURVES}.")) and name.endswith(".tmp"):
+            if name in (f"{RECORDS}.tmp", f"{CURVES}.tmp"):
                 os.unlink(os.path.join(self.directory, name))
         _drop_after(self.path, step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
@@ -79,8 +81,11 @@ class Recorder:
         self.publish()
 
     def publish(self) -> None:
-        """Copies what there is to the bucket, where the run lives in one."""
+        """What there is onto the disk, or to the bucket where the run lives in one: before a checkpoint is written, whose step the
+        records then reach."""
         if self._bucket is None:
+            if not self._file.closed:
+                os.fsync(self._file.fileno())
             return
         for name in (RECORDS, CURVES):
             if os.path.exists(os.path.join(self.directory, name)):
@@ -153,7 +158,6 @@ def draw(records: list[dict], path) -> None:
     The file appears whole or not at all. OSError where it cannot be written.
     """
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # says so when it first builds its cache of fonts
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -188,8 +192,7 @@ def draw(records: list[dict], path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with _replacing(path) as file:
-        FigureCanvasAgg(figure).print_png(file)
+    write_picture(figure, Path(path))
 
 
 def _smooth(values: list[float]) -> list[float]:
@@ -207,23 +210,4 @@ def _number(value):
 def _drop_after(path, step: int) -> None:
     if os.path.exists(path):
         kept = [record for record in read(path) if record["step"] <= step]
-        with _replacing(path) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    """A binary file beside `path` that takes its place when all is written; on any error `path` stays as it was."""
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    with tempfile.NamedTemporaryFile(dir=folder or ".", prefix=f"{name}.", suffix=".tmp", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.name)
-            raise
+        write_atomically(Path(path), "".join(json.dumps(record) + "\n" for record in kept))

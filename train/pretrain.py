@@ -21,16 +21,16 @@ from typing import Any, Literal
 
 from train import distributed, job, options, recipes
 from train.job import check_claim, end, guard, locked, say, stopped
-from train.options import TrainOptions, check_numbers
+from train.options import ImageOptions, check_numbers, resolve_images
 from train.signals import Stop, interruptible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(TrainOptions):
+class Pretrain(ImageOptions):
     """Pre-train a Vision Transformer. Whatever is not given comes from the recipe (paper Table 3)."""
 
     model: str | None = None
-    """ViT-{Nano,Ti,S,B,L,H}/PATCH. Default: ViT-Nano/4 for the digits, ViT-B/16 otherwise."""
+    """ViT-{Nano,Ti,S,B,L,H}/PATCH. Default: ViT-Nano/4 for the digits, ViT-S/16 for plain, ViT-B/16 otherwise."""
     data: str = "digits"
     """digits, digits:0-4, folder:PATH, tar:PATTERN, arrayrecord:PATTERN, tfds:NAME, parquet:PATTERN, cifar:PATH."""
     train_split: str = "train"
@@ -38,7 +38,8 @@ class Pretrain(TrainOptions):
     val_split: str = "val"
     """Part to validate on: val, test, train[99%:]."""
     recipe: str | None = None
-    """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep. Default: digits or imagenet."""
+    """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep; plain, plain-300ep: a later
+    baseline. Default: digits or imagenet."""
     out: str | None = None
     """Directory of the run. Default: runs/ and a name made from the configuration."""
     config: str | None = None
@@ -54,7 +55,10 @@ class Pretrain(TrainOptions):
     """Images of one update, over all devices."""
 
     image_size: int | None = None
-    pool: Literal["token", "gap"] = "token"
+    pool: Literal["token", "gap"] | None = None
+    """What the head reads: the class token, or the mean of the patches. Default: the recipe's."""
+    position: str | None = None
+    """Position embedding: 1d (learned), sincos2d. Default: the recipe's."""
     representation_size: int | None = None
     """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper."""
     dropout: float | None = None
@@ -70,16 +74,12 @@ class Pretrain(TrainOptions):
     """Bound of the global gradient norm; 0 for none."""
     first_moment: Literal["float32", "bfloat16"] | None = None
     loss: Literal["softmax", "sigmoid"] | None = None
+    head_bias: float | None = None
+    """What the classifier's bias starts at. Default: with the sigmoid the recipe's (-10 for jft and imagenet21k), else 0."""
     label_smoothing: float | None = None
     polyak: float = 0.0
     """Decay of the parameters' running average, which is then what is validated; 0 for none."""
 
-    mixup: float = 0.0
-    """Strength of MixUp, shares being drawn from Beta(a, a); 0 for none."""
-    augment: Literal["inception", "digits", "none"] | None = None
-    """Default: what suits the data."""
-    preprocess: Literal["resize", "center"] = "resize"
-    """Of validation images: resized to the square, or shorter side and central crop."""
     subset: int | None = None
     """Train on this many images, drawn at random."""
     subset_seed: int = 0
@@ -100,11 +100,11 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     Raises ValueError for unknown names and values that do not fit together.
     """
     from train.data import absolute
-    from vitcore.config import variant
+    from vitcore import variant
 
     digits = args.data.partition(":")[0] == "digits"
-    model = ("ViT-Nano/4" if digits else "ViT-B/16") if args.model is None else args.model
     name = ("digits" if digits else "imagenet") if args.recipe is None else args.recipe
+    model = (recipes.default_model("digits" if digits else name)) if args.model is None else args.model
     variant(model, image_size=_patch(model))  # an unknown model is the first thing to say
     recipe = recipes.recipe(name, model)
 
@@ -120,14 +120,15 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         raise ValueError(f"--polyak {args.polyak}: a decay in [0, 1) is required")
     batch = given(args.batch_size, recipe.batch_size)
     epochs = given(args.epochs, recipe.epochs)
-    steps = given(args.steps, max(1, epochs * (args.subset or examples) // batch))
+    steps = given(args.steps, recipes.steps_of(epochs, args.subset or examples, batch))
     every = max(1, steps // 20)
     # a run shorter than its recipe's warm-up keeps the warm-up's share of a tenth
     warmup = given(args.warmup_steps, recipe.warmup_steps if recipe.warmup_steps < steps else steps // 10)
     rate = given(args.learning_rate, recipe.base_lr)
     form = given(args.weight_decay_form, recipe.weight_decay_form)
-    # Table 3's decay is adamw's, multiplied by the rate; the independent form's value of the same strength has the peak rate in it
-    weight_decay = given(args.weight_decay, recipe.weight_decay * (rate if form == "independent" else 1.0))
+    # in the other form than the recipe's: adamw's decay is multiplied by the rate, the independent form's has the peak rate in it
+    other = {"independent": rate, "adamw": 1 / rate if rate else 1.0}[form] if form != recipe.weight_decay_form else 1.0
+    weight_decay = given(args.weight_decay, recipe.weight_decay * other)
     loss = given(args.loss, recipe.loss)
     smoothing = given(args.label_smoothing, recipe.label_smoothing if loss == recipe.loss else 0.0)
     checked = dataclasses.replace(  # the recipe's own checks, on what the command line made of it
@@ -152,6 +153,8 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         image_size=checked.image_size,
         representation_size=given(args.representation_size, variant(model, image_size=_patch(model)).width),
         dropout=checked.dropout,
+        pool=given(args.pool, recipe.pool),
+        position=given(args.position, recipe.position),
         learning_rate=rate,
         warmup_steps=warmup,
         decay=given(args.decay, recipe.decay),
@@ -160,7 +163,9 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         clip_norm=checked.clip_norm or 0.0,
         first_moment=given(args.first_moment, recipe.first_moment),
         loss=loss,
+        head_bias=given(args.head_bias, recipe.first_bias(loss)),
         label_smoothing=smoothing,
+        **resolve_images(args, recipe),
         log_every=given(args.log_every, max(1, min(50, steps // 100))),
         eval_every=given(args.eval_every, every),
         checkpoint_every=given(args.checkpoint_every, every),
@@ -200,6 +205,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
 
     from train.build import check_fit, make_run, step_options
     from train.data import check_classes, open_source
+    from train.data.identity import seen
     from train.loop import train
     from vitcore.ops import BY_NAME
 
@@ -216,10 +222,10 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     check_fit(full, config, mesh, full.model)
     rate, tx = _optimizer(full)
     out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss)
-    distributed.agree(configuration=who, code=distributed.code_hash())
+    distributed.agree(configuration=who, code=distributed.code_hash(), images=seen(source, held_out))
     spec = make_run(
         full, out, who, dataclasses.asdict(full), sources=(source, held_out), config=config, mesh=mesh,
-        data=dict(subset=full.subset, subset_seed=full.subset_seed, mixup=full.mixup),
+        data=dict(subset=full.subset, subset_seed=full.subset_seed),
         tx=tx, learning_rate=rate, options=how, early_stop=full.early_stop, **_fewshot(full, config, mesh, source, held_out, how),
     )  # fmt: skip
     if distributed.rank() == 0:
@@ -239,7 +245,7 @@ def _fewshot(full, config, mesh, source, held_out, how) -> dict[str, Any]:
     from train.fewshot import probe
 
     measure = probe(
-        config, mesh, source, held_out, preprocess=full.preprocess, threads=full.threads, decoder=full.decoder,
+        config, mesh, source, held_out, antialias=full.antialias, threads=full.threads, decoder=full.decoder,
         ops=how.ops, dtype=how.dtype,
     )  # fmt: skip
     return {
@@ -263,7 +269,7 @@ def _report(result, out) -> None:
 
 def _model(full, *, classes: int, channels: int):
     """The ViTConfig of resolved options."""
-    from vitcore.config import variant
+    from vitcore import variant
 
     return variant(
         full.model,
@@ -274,7 +280,8 @@ def _model(full, *, classes: int, channels: int):
         dropout=full.dropout,
         gelu=full.gelu,
         channels=channels,
-        head_bias=recipes.recipe(full.recipe, full.model).head_bias if full.loss == "sigmoid" else 0.0,
+        head_bias=full.head_bias,
+        **({} if full.position == "1d" else {"position": full.position}),
     )
 
 

@@ -28,6 +28,9 @@ class Ops(NamedTuple):
     unrolled: of "forward", "train" (a training step) and "remat" (one that rematerialises its blocks) those whose blocks are not
     one loop, compiled once, but compiled one after the other: what waits for the backward pass then stays where it was made, and
     is given up when it is done with, where a loop copies it to and from arrays with a layer axis.
+    keeps: the checkpoint policy of a block whose weights were gathered over a mesh and are gathered again for the backward pass: it
+    says yes to what these ops keep where no checkpoint stands around them. None says yes to everything but gathered weights, which
+    suits ops that choose behind a `custom_vjp` what they keep, and those that leave the choice to differentiation.
     """
 
     patch_embed: Callable
@@ -36,6 +39,7 @@ class Ops(NamedTuple):
     layer_norm: Callable
     multiple: int = 1
     unrolled: tuple[str, ...] = ()
+    keeps: Callable | None = None
 
 
 FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's settings
@@ -76,6 +80,7 @@ GPU = Ops(
     layer_norm.layer_norm,
     multiple=attention_gpu.TOKENS,
     unrolled=("forward", "train"),
+    keeps=attention_gpu.keeps,
 )
 # The kernels, compiled for the TPU that is present. Forward, a loop costs them nothing, and needs less memory.
 FUSED = _kernels(_on_the_tpu)._replace(unrolled=("train", "remat"))

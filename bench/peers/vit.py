@@ -29,11 +29,12 @@ _EPS = 1e-6
 def shapes(config: ViTConfig) -> dict[str, Any]:
     """The parameters as float32 shapes: a dict a layer, attention kernels [D, N, H] and [N, H, D].
 
-    ValueError for what the release has not: a tanh layer before the head, mean pooling.
+    ValueError for any other model than the release's plain one with a class token.
     """
     c, d, n = config, config.width, config.num_heads
-    if c.representation_size is not None or c.pool != "token":
-        raise ValueError("the peer is a plain ViT with a class token: without representation_size or pool='gap'")
+    plain = (c.stem, c.representation_size, c.pool, c.position, c.block, c.gelu)
+    if plain != (None, None, "token", "1d", "encoder", "tanh"):
+        raise ValueError(f"the peer is a plain ViT with a class token; got {config}: compare another model with our reference")
     h = d // n
 
     def p(*shape):

@@ -8,6 +8,7 @@ The same as `reference.py` but for what goes through memory:
   computed again.
 - Keys and values take no bias, and so no pass over them: a key's shifts all logits of a query alike, which softmax undoes, and a
   value's goes through the output projection as it is, since probabilities sum to one. It is added there, b_v @ w_out.
+- What is kept has a name (KEPT): a checkpoint around a whole block overrules those in here, and keeps the same by it (`keeps`).
 - Tokens are the rows of matrices [B * T, D]. Left three-dimensional, XLA puts T before B where it likes, and transposes in between.
 """
 
@@ -17,8 +18,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
+from kernels.attention.reference import AttentionWeights
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import STATISTICS, layer_norm
 
@@ -26,6 +29,19 @@ TOKENS = 2  # cuDNN's backward pass takes even numbers of tokens only: an odd on
 
 # Keeps the inputs of a function for its backward pass and, from within, a few numbers a row.
 again = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(STATISTICS))
+
+KEPT = "kept by the GPU ops"  # products that the backward pass reads: q, k, v, the heads' output and the hidden layer's
+
+
+def keeps(prim, *_, **params) -> bool:
+    """Checkpoint policy of a block of these ops: what they keep for the backward pass when no checkpoint stands around them.
+
+    A policy applies to all that is inside, also to the inputs of checkpoints inside, so it has to name those. cuDNN's forward pass
+    is known by its primitive: its statistics of a row have no name, and without them it would run a second time.
+    """
+    if prim.name == "name":
+        return params["name"] in (STATISTICS, KEPT)
+    return prim.name.startswith("dot_product_attention_fwd")
 
 
 @jax.custom_vjp
@@ -47,45 +63,49 @@ def product(x, w):
     return _product(*vary_alike(x, w))
 
 
-def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, dropout=None, share=1.0, tokens=None):
+def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, residual_scale=1.0, tokens=None):
     """As `reference.attention_half`: the same arguments, the same result to rounding.
 
     tokens: how many of x's T are tokens, by default all. The rows behind them are padding: no token sees them, and what is returned
     there is finite and means nothing. An odd T is padded here, which costs copies of q, k, v and the result.
     """
+    norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     b, t, d = x.shape
     tokens = tokens or t
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if t % TOKENS:
         padded = jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))
-        options = {"num_heads": num_heads, "dropout": dropout, "share": share, "tokens": tokens}
-        return attention_half(padded, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, **options)[:, :t]
+        options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens}
+        return attention_half(padded, weights, **options)[:, :t]
 
     @again
     def project(x, norm_scale, norm_bias, w_qkv, b_q):
         z = layer_norm(x, norm_scale, norm_bias)
         # apart, or XLA makes one product of two, copies them out of its result, and their gradients into one for the backward pass
         q, k, v = (product(z, w) for z, w in zip(lax.optimization_barrier((z, z, z)), w_qkv, strict=True))
-        return (q.astype(wide) + b_q).astype(x.dtype), k, v
+        return checkpoint_name(((q.astype(wide) + b_q).astype(x.dtype), k, v), KEPT)
 
     @again
     def close(x, o, w_out, b_v, b_out):
-        bias = share * b_out + jnp.matmul(b_v, w_out, precision=lax.Precision.HIGHEST)
+        bias = residual_scale * b_out + jnp.matmul(b_v, w_out, precision=lax.Precision.HIGHEST)
         y = product(o, w_out).astype(wide) + bias
-        return rounded(share * x.astype(wide) + dropped(y, t, dropout, drop.ATTENTION_OUT, tokens), x.dtype)
+        return rounded(residual_scale * x.astype(wide) + dropped(y, t, dropout, drop.ATTENTION_OUT, tokens), x.dtype)
 
     x = x.reshape(b * t, d)
     q, k, v = (a.reshape(b, t, num_heads, -1) for a in project(x, norm_scale, norm_bias, w_qkv, b_qkv[0]))
     # every query is a real one, so that each row of the result is finite; what is padding is no key
     lengths = None if tokens == t else (jnp.full(b, t, jnp.int32), jnp.full(b, tokens, jnp.int32))
+    by = implementation(q.dtype, q.shape[-1])
     o = jax.nn.dot_product_attention(
         q,
         k,
         v,
         query_seq_lengths=lengths and lengths[0],
         key_value_seq_lengths=lengths and lengths[1],
-        implementation=implementation(q.dtype, q.shape[-1]),
+        implementation=by,
     )
+    if by != "cudnn":  # whose output is kept with its statistics: named besides, it would be kept twice
+        o = checkpoint_name(o, KEPT)
     return close(x, o.reshape(b * t, -1), w_out, b_qkv[2], b_out).reshape(b, t, d)
 
 

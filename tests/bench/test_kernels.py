@@ -42,6 +42,7 @@ def test_what_only_the_compiler_can_answer_wants_a_target():
         Kernels(whole="ViT-B/16")
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_cycles_and_errors_of_everybody_on_a_target(capsys):
     rows = run(Kernels(target=("v5e",), op=("attention",), batch=2, peers=True, errors=True))

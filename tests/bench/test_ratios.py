@@ -1,6 +1,7 @@
 """The table of ratios: extrapolation from two depths, the better of two peers, errors in their row."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,9 @@ class Fake:
         return Report(name="", target="v3", lines=lines, xla_cycles=2 * total, kernels=(Kernel(name="k", trips=1, cycles=0),))
 
 
+FAKE: Any = Fake()
+
+
 def test_two_depths_give_a_third():
     assert extrapolated(1200, 1300, (2, 3), 12) == 2200
     assert extrapolated(1200, 1400, (2, 4), 12) == 2200
@@ -30,7 +34,7 @@ def test_two_depths_give_a_third():
 
 @pytest.mark.parametrize("depths", [(), (2, 3)])
 def test_the_peer_is_the_better_of_the_two(depths):
-    found = row(Fake(), Ratios(depths=depths, reference=True, batch=1), "v3", "ViT-B/16", "forward")
+    found = row(FAKE, Ratios(depths=depths, reference=True, batch=1), "v3", "ViT-B/16", "forward")
     assert (found["ours"], found["flax"], found["reference"]) == (2200, 2560, 2800)
     assert found["peer"] == "flax"
     assert found["ratio"] == pytest.approx(2560 / 2200)
@@ -39,7 +43,7 @@ def test_the_peer_is_the_better_of_the_two(depths):
 
 
 def test_what_does_not_compile_stands_in_its_row():
-    found = row(Fake(), Ratios(), "v3", "ViT-L/16", "train")
+    found = row(FAKE, Ratios(), "v3", "ViT-L/16", "train")
     assert "RESOURCE_EXHAUSTED" in line(found)
 
 

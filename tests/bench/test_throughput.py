@@ -332,6 +332,7 @@ def test_the_same_program_from_other_code_is_cached_too(tmp_path, monkeypatch):
         assert compiler.compile(program).cached
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_the_largest_batch_compiles_and_one_more_does_not(tmp_path):
     """Forward: a compilation takes seconds, of a training step half a minute. docs/throughput.md shows it for one."""
@@ -343,6 +344,7 @@ def test_the_largest_batch_compiles_and_one_more_does_not(tmp_path):
     assert r["largest_bytes"] < 15.5 * 2**30
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_mesh_says_whether_it_fits_and_what_it_sends(tmp_path, capsys):
     options: dict[str, Any] = dict(

@@ -22,9 +22,10 @@ from tests.train.test_data_forms import environment_of, jpeg, write_folder
 from train.data import dedup, eval_batches, open_source, train_batches
 from train.data import inspect as inspecting
 from train.data import pack as packing
-from train.data.device import on_mesh, to_unit
+from train.data.device import on_mesh
 from train.data.job import run_job
 from train.feed import Feed
+from vitcore.pixels import to_unit
 
 
 @pytest.fixture(autouse=True)

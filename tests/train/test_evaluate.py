@@ -85,11 +85,13 @@ def test_images_are_brought_to_size_as_asked(tmp_path):
     mesh, _ = meshes.make(MeshShape(1, 1))
     source = open_source(f"folder:{tmp_path}", "val")
     light = {}
-    for name in ("resize", "center"):
-        means, _ = Reader(batch_size=1, preprocess=name).all(lambda x: x.mean((1, 2, 3)), source, CONFIG, mesh)
-        light[name] = float(means[0])
-    assert light["resize"] == pytest.approx(-1 / 3, abs=0.05)
-    assert light["center"] < -0.8
+    for name, antialias in (("resize", False), ("resize", True), ("resize-center", True), ("center", False)):
+        reader = Reader(batch_size=1, preprocess=name, antialias=antialias)
+        light[name, antialias] = float(reader.all(lambda x: x.mean((1, 2, 3)), source, CONFIG, mesh)[0][0])
+    assert light["resize", False] == pytest.approx(-1 / 4, abs=0.01)  # three of eight columns, which see a pixel each
+    assert light["resize", True] == pytest.approx(-1 / 3, abs=0.01)
+    assert light["resize-center", True] == pytest.approx(2 * (1 / 3) / (8 / 9) - 1, abs=0.02)  # 8 of 9 columns, from the left
+    assert light["center", False] < -0.8
 
 
 def test_of_fewer_classes_than_five_all_are_given():

@@ -163,6 +163,7 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     assert given("--clip-norm", 2).options.clip_norm == 2
     assert given("--loss", "sigmoid").options.loss == "sigmoid"
     assert given("--label-smoothing", 0.2).options.label_smoothing == 0.2
+    assert [given(*o).config.head_bias for o in ([], ["--head-bias", -3])] == [0.0, -3.0]
     assert given("--seed", 3).options.seed == 3
     assert given("--dtype", "bfloat16").options.dtype == "bfloat16"
     assert given("--ops", "interpret").options.ops is vitcore.INTERPRET
@@ -413,6 +414,7 @@ def test_mesh_is_parsed():
 # --- the default run, as the README has it ----------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_default_run_reads_digits_on_8x4(tmp_path):

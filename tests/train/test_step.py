@@ -1,5 +1,6 @@
 """The training step on meshes: the same numbers on every mesh, and no collective in the program that the design does not name."""
 
+import math
 import os
 import re
 import subprocess
@@ -15,11 +16,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kernels.device import DEVICES
+from kernels.launch import Launch
 from train.losses import softmax_cross_entropy
 from train.optim import optimizer, schedule
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
-from vitcore import ViTConfig, apply, apply_on, init, partition_specs, variant
+from vitcore import GPU, REFERENCE, ViTConfig, apply, apply_on, init, partition_specs, variant
+from vitcore.context import Context
 from vitcore.model import forward
+from vitcore.ops import fused
+from vitcore.sharding import MeshShape
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 ROOT = Path(__file__).parents[2]
@@ -127,6 +133,31 @@ def test_evaluation_weighs_every_image_once():
     np.testing.assert_allclose(sums["loss"], softmax_cross_entropy(logits, np.asarray(labels)[:19]).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bytes_become_floats_inside_the_step(accumulate):
+    """The same loss, update and sums for bytes as for the floats that they stand for."""
+    mesh = mesh_of(2, 2)
+    tx = optimizer(schedule(base_lr=1e-2, total_steps=100), base_lr=1e-2)
+    options = StepOptions(accumulate=accumulate)
+    start = make_init(CONFIG, mesh, tx, options)
+    step, evaluate = make_train_step(CONFIG, mesh, tx, options), make_eval_step(CONFIG, mesh, options)
+    place = NamedSharding(mesh, P("data"))
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 8, 8, 1), np.uint8)
+    floats = (pixels.astype(np.float64) * 2 / 255 - 1).astype(np.float32)
+    labels, weights = jax.device_put((np.arange(16) % 10, np.ones(16, np.float32)), place)
+    found = []
+    for images in (pixels, floats):
+        images, state = jax.device_put(images, place), start(jax.random.key(3))
+        state.params["head"]["kernel"] += 0.1
+        sums = evaluate(state.params, images, labels, weights)
+        state, metrics = step(state, images, labels)
+        found.append((sums, metrics, state.params))
+        lowered = step.lower(state, images, labels).as_text()
+        assert ("ui8" in lowered) == (images.dtype == np.uint8)
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_apply_on_a_users_mesh():
     mesh = jax.make_mesh((2, 4), ("data", "model"))  # as a user writes it: explicit axes
     config = ViTConfig(image_size=8, patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=3, dropout=0.2)
@@ -201,34 +232,42 @@ def test_evaluation_gathers_weights_only():
     assert {kind for kind, _ in found} == {"all-gather", "all-reduce"}
 
 
-def test_gathered_weights_are_not_kept_for_the_backward_pass():
-    """Without remat every activation is kept, but not L whole layers of weights: the residuals of the scan show none."""
-    mesh = mesh_of(2, 1)
-    specs = partition_specs(CONFIG, mesh)
-    from vitcore.sharding import MeshShape
+def kept(ops, data: int, dropout: float, remat=0) -> list[tuple[int, ...]]:
+    """Shapes of what the scan over the blocks keeps for the backward pass, on a mesh of `data` devices, two images on each."""
+    config = ViTConfig(**{**vars(CONFIG), "dropout": dropout})
+    mesh = mesh_of(data, 1)
+    specs = partition_specs(config, mesh)
 
     def loss(params, images):
-        return jnp.square(forward(params, images, CONFIG, mesh=MeshShape.of(mesh))).sum()[None]
+        key = jax.random.key(0) if dropout else None
+        context = Context(ops=ops._replace(unrolled=()), mesh=MeshShape.of(mesh), dropout_key=key, remat=remat)
+        return jax.lax.psum(jnp.square(forward(params, images, config, context)).sum(), "data")
 
-    def gradient(params, images):
-        return jax.grad(lambda p: jax.lax.psum(loss(p, images)[0], "data"))(params)
-
-    params = jax.eval_shape(partial(init, config=CONFIG), jax.random.key(0))
-    images = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
-    jaxpr = jax.make_jaxpr(jax.shard_map(gradient, mesh=mesh, in_specs=(specs, P("data")), out_specs=specs))(params, images)
-    scans = [eqn for eqn in walk(jaxpr.jaxpr) if eqn.primitive.name == "scan" and eqn.params["length"] == CONFIG.depth]
+    params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((2 * data, 8, 8, 1), jnp.float32)
+    jaxpr = jax.make_jaxpr(jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(specs, P("data")), out_specs=specs))(params, images)
+    steps = config.depth // max(remat, 1)
+    scans = [eqn for eqn in jaxpr.eqns[0].params["jaxpr"].eqns if eqn.primitive.name == "scan" and eqn.params["length"] == steps]
     assert len(scans) == 2
-    stacked = {tuple(var.aval.shape) for var in scans[0].outvars}
+    return [tuple(var.aval.shape) for var in scans[0].outvars[scans[0].params["num_carry"] :]]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("ops", [REFERENCE, GPU, fused(Launch(device=DEVICES["v3"]))], ids=["reference", "gpu", "kernels"])
+def test_a_mesh_keeps_no_more_for_the_backward_pass_than_one_device(ops, dropout):
+    """Without remat the ops choose which activations are kept, and a mesh keeps the same, and not L whole layers of weights. The
+    checkpoint that drops the weights once kept every intermediate inside the GPU ops, four times the memory."""
     layers, d, f = CONFIG.depth, CONFIG.width, CONFIG.mlp_dim
-    assert not stacked & {(layers, 3, d, d), (layers, d, d), (layers, d, f), (layers, f, d)}
-    assert (layers, 2, 5, f) in stacked or (layers, 2, 5, d) in stacked  # and that activations are
+    alone, on_mesh = kept(ops, 1, dropout), kept(ops, 2, dropout)
+    weights = {(layers, 3, d, d), (layers, d, d), (layers, d, f), (layers, f, d)}
+    assert not weights & set(on_mesh)
+    activations = [math.prod(shape) for shape in on_mesh]
+    assert max(activations) >= layers * 2 * 5 * d  # the blocks' inputs at least are there
+    assert sum(activations) <= 1.1 * sum(math.prod(shape) for shape in alone if shape not in weights)
 
 
-def walk(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for item in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(item, "jaxpr", item)
-                if hasattr(inner, "eqns"):
-                    yield from walk(inner)
+def test_blocks_made_again_in_parts_keep_their_groups_input_alone_on_a_mesh(monkeypatch):
+    """Where a group of blocks takes the batch in parts, the checkpoint that drops its gathered weights must not keep what the parts
+    make again: two images here, a part each, keep one input a group."""
+    monkeypatch.setattr("vitcore.layers.PART", 5)
+    assert kept(GPU, 2, 0.0, remat=2) == [(CONFIG.depth // 2, 2, 6, CONFIG.width)]

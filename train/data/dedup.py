@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from train.data import open_source
 from train.data.job import run_job
-from train.data.source import BadImage, DataError, Source
+from train.data.source import BadImage, DataError, Source, said
+from train.files import write_atomically
 
 TILE = 160
 CHUNK = 256  # images that a process hashes at a time
@@ -94,7 +95,7 @@ def run(args: Dedup) -> None:
         "removed": [pair["name"] for pair in found],
         "pairs": found,
     }
-    (out / "removed.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_atomically(out / "removed.json", json.dumps(report, indent=1) + "\n")
     against = ", ".join(f"{test.name} ({len(test):,})" for test in tests)
     print(f"{source.name}: {len(found):,} of {len(source):,} images are within {args.distance} bits of one in {against}")
     if bad:
@@ -190,7 +191,7 @@ def draw(source: Source, tests: list[Source], pairs: list[tuple[dict, int, int]]
     for k, (pair, number, other) in enumerate(pairs):
         x, y = k % columns * width, k // columns * height
         label = f"{pair['distance']} bits: {os.path.basename(pair['name'])} | {os.path.basename(pair['like'])}"
-        text.text((x + 2, y + 2), label[:52], fill="black")
+        text.text((x + 2, y + 2), said(label)[:52], fill="black")
         for place, image in ((x, source[pair["index"]].image), (x + TILE + 2, tests[number][other].image)):
             picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).convert("RGB")
             picture.thumbnail((TILE, TILE)) if max(picture.size) > TILE else None
