@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.conftest import misplaced
+
 ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom: kernels <- vitcore <- train, and bench on top.
 LAYERS = {
@@ -102,12 +104,8 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
     return {frozenset(other for other in way if module in ways[other]) for module, way in ways.items() if module in way}
 
 
-# Those that are still there; nothing is added here, and what is cut is taken out.
-CIRCLES = {
-    frozenset({"bench.peers", "bench.trial"}),
-    frozenset({"train.data.decode", "train.data.source"}),
-    frozenset({"train.finetune", "train.sweep"}),
-}
+# What is still there; nothing is added here, and what is cut is taken out.
+CIRCLES = {frozenset({"bench.peers", "bench.trial"})}
 
 
 def test_no_module_imports_itself_by_way_of_others():
@@ -282,3 +280,21 @@ def test_no_skips_turns_a_skip_into_a_failure(tmp_path, options, status, skip):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     assert ("--no-skips: 1 skipped" in done.stdout) == bool(options)
+
+
+MARKS = {"slow ci": True, "faults clock": True, "faults slow clock": True, "ci": False, "slow ci faults": False, "clock": False}
+
+
+@pytest.mark.parametrize(("marks", "right"), MARKS.items())
+def test_a_marker_that_would_be_overlooked_is_known(marks, right):
+    """Of the tests beside the fast ones CI runs `ci and not faults and not peers`, and of faults and peers those not slow."""
+    assert (misplaced(set(marks.split())) == "") == right
+
+
+def test_a_marker_that_would_be_overlooked_is_refused(tmp_path):
+    (tmp_path / "test_marks.py").write_text("import pytest\n@pytest.mark.ci\ndef test_x():\n    pass\n")
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert "test_marks.py::test_x: ci means that CI runs a slow test" in done.stderr

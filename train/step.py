@@ -22,6 +22,7 @@ from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
 from vitcore.config import ViTConfig
 from vitcore.context import Context
 from vitcore.model import forward, init
+from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops, for_training
 from vitcore.pixels import to_unit
 from vitcore.sharding import AXES, MeshShape, partition_specs
@@ -40,8 +41,8 @@ class TrainState(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
     """How a step is taken. accumulate: parts the batch is worked through in, one update for all. clip_norm: bound of the global
-    gradient norm, None for none. polyak: decay of the parameters' average, 0 for none. seed: of the dropout masks. The rest: as in
-    `vitcore.apply` and `train.recipes`."""
+    gradient norm, None for none. polyak: decay of the parameters' average, 0 for none. seed: of the dropout masks. pixels: what the
+    model wants. The rest: as in `vitcore.apply` and `train.recipes`."""
 
     ops: Ops | None = None
     dtype: Any = jnp.float32
@@ -52,6 +53,7 @@ class StepOptions:
     clip_norm: float | None = None
     polyak: float = 0.0
     seed: int = 0
+    pixels: Pixels = HALF
 
     def losses(self, logits, labels):
         """[B] float32. labels: int32 [B], or [B, V], or with MixUp (label [B], other label [B], share of the first [B])."""
@@ -110,7 +112,7 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
             dropout_key=key,
             first_example=first_example,
         )
-        logits = forward(params, to_unit(images), config, context)
+        logits = forward(params, to_unit(images, options.pixels), config, context)
         scale = 1.0 / (images.shape[0] * options.accumulate * shape.data)
         return lax.psum(options.losses(logits, labels).sum() * scale, "data")
 
@@ -160,7 +162,7 @@ def make_eval_step(config: ViTConfig, mesh: Mesh, options: StepOptions):
     context = Context(ops=options.ops, dtype=options.dtype, mesh=MeshShape.of(mesh))
 
     def step(params, images, labels, weights):
-        logits = forward(params, to_unit(images), config, context)
+        logits = forward(params, to_unit(images, options.pixels), config, context)
         correct = (
             logits.argmax(-1) == labels
             if labels.ndim == 1

@@ -120,7 +120,7 @@ def places(args: Vtab) -> dict[str, dict[str, str]]:
 
 def run(args: Vtab, stop=None) -> dict | None:
     """All tasks that are not done; what vtab.json holds, or None where it was asked to stop."""
-    from train.finetune import Finetune, dev_splits, fine_tune, prepare
+    from train.tuning import Finetune, dev_splits, fine_tune, prepare
 
     check_init(args.init)
     check_numbers(args)
@@ -142,8 +142,8 @@ def run(args: Vtab, stop=None) -> dict | None:
             at = where[task]
             base = dict(
                 init=args.init, data=at["data"], split=at["train"], test_split=at["test"], recipe="vtab", steps=args.steps,
-                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu, head_bias=args.head_bias,
-                seed=args.seed, **{name: getattr(args, name) for name in TRAIN_OPTIONS},
+                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu,
+                head_bias=args.head_bias, seed=args.seed, **{name: getattr(args, name) for name in TRAIN_OPTIONS},
             )  # fmt: skip
             return Finetune(**(base | changes))  # pyright: ignore[reportArgumentType]
 
@@ -151,8 +151,8 @@ def run(args: Vtab, stop=None) -> dict | None:
             """One run, unless it is done; False where it was asked to stop."""
             if key in result[kind].get(task, {}):
                 return True
-            full, bench = prepare(finetune, stop)
-            found = fine_tune(full, out / kind / task / key, bench)
+            full, session = prepare(finetune, stop)
+            found = fine_tune(full, out / kind / task / key, session)
             if stopped(found, out, f" in {kind}/{task}"):
                 return False
             result[kind].setdefault(task, {})[key] = {

@@ -14,7 +14,9 @@ import vitcore
 from train import finetune, pretrain
 from train import sweep as sweeps
 from train.data import open_source
+from train.optim import sgd
 from train.pretrained import open_pretrained
+from train.tuning import dev_splits
 from vitcore.posemb import fit
 
 assert len(jax.devices()) == 8
@@ -186,7 +188,7 @@ def test_momentum_in_bfloat16_is_worked_on_in_float32():
     params = {"kernel": np.full(3, 1.0, np.float32)}
     updates = {}
     for dtype in ("float32", "bfloat16"):
-        tx = finetune.sgd(lambda step: 1.0, momentum=0.9, dtype=dtype)
+        tx = sgd(lambda step: 1.0, momentum=0.9, dtype=dtype)
         state = tx.init(params)
         for i in range(3):
             u, state = tx.update({"kernel": np.full(3, 1 / (3 + i), np.float32)}, state, params)
@@ -219,6 +221,11 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     assert given("--gelu", "erf").config.gelu == "erf"
     assert given("--image-size", 16).config.image_size == 16
     assert given("--label-smoothing", 0.2).options.label_smoothing == 0.2
+    assert plain.config_json["weight_decay"] is plain.config_json["layer_decay"] is None
+    decays = given("--optimizer", "adamw", "--weight-decay", 0.1, "--layer-decay", 0.7).config_json
+    assert (decays["weight_decay"], decays["layer_decay"]) == (0.1, 0.7)
+    mixed = next(given("--cutmix", 1.0).batches)
+    assert mixed["share"].shape == mixed["other_label"].shape == (16,)
     assert given("--polyak", 0.9).options.polyak == 0.9
     assert given("--clip-norm", 0).options.clip_norm is None
     assert given("--accumulate", 2).options.accumulate == 2
@@ -248,7 +255,7 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
 
 def test_dev_and_train_share_no_image_and_are_all_of_it():
     for split, share in (("train", 0.02), ("train[classes=5-9]", 0.1), ("train", 0.01)):
-        parts = [open_source("digits", s) for s in finetune.dev_splits(split, share)]
+        parts = [open_source("digits", s) for s in dev_splits(split, share)]
         names = [[s.example_name(i) for i in range(len(s))] for s in parts]
         everything = open_source("digits", split)
         assert not set(names[0]) & set(names[1])

@@ -49,7 +49,8 @@ def test_every_row_of_table_3(row):
                 assert (r.b1, r.b2) == (0.9, 0.999)
                 assert r.clip_norm == (1.0 if data == "imagenet" else None)
                 assert r.examples == EXAMPLES[data]
-                assert r.steps == int(count) * EXAMPLES[data] // 4096 > r.warmup_steps
+                assert r.steps == round(int(count) * EXAMPLES[data] / 4096) > r.warmup_steps
+                assert (r.crop, r.antialias, r.randaugment, r.mixup, r.mixup_share) == ("tensorflow", False, (0, 0), 0.0, "batch")
 
 
 def test_the_table_holds_the_paper_s_rows_and_no_others():
@@ -143,9 +144,10 @@ def test_a_changed_recipe_is_checked_again(change):
         dataclasses.replace(recipe("imagenet", "ViT-B/16"), **change)
 
 
-def test_steps_are_whole_batches_and_at_least_one():
+def test_steps_are_the_nearest_whole_batches_and_at_least_one():
     r = Recipe(name="x", examples=10, epochs=3, base_lr=1.0, decay="cosine", weight_decay=0.0, dropout=0.0, batch_size=4)
-    assert r.steps == 7
+    assert r.steps == 8  # 7.5, and 8 is even
+    assert dataclasses.replace(r, examples=9).steps == 7  # 6.75, which is 6 whole batches
     assert dataclasses.replace(r, batch_size=100).steps == 1
 
 
