@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vitcore.collectives import gather, layer_specs, recompute_gathers, sum_over_model, vary, vary_like
+from vitcore.collectives import gather, layer_specs, recompute_gathers, sum_over_model, varies_over_model, vary, vary_like
 from vitcore.context import Context, Layer
 
 PART = 24576  # tokens of a part of the batch, where several blocks are made again: few, and the kernels' grids still long
@@ -42,10 +42,17 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         if at_block:
             table = at_block(p, w, config)
             x = (x + jnp.pad(table, ((0, extra), (0, 0)))).astype(x.dtype)
-        return config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens)), x
+        y = config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens))
+        if mesh and varies_over_model(y):
+            raise ValueError(
+                f"block={config.block!r} returns tokens that differ along the model axis: it must end in `sum_over_model`, and "
+                "name the leaves that it uses behind that in `Block.outside`"
+            )
+        return y, x
 
     # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
-    layers = vary(blocks, mesh, specs), keys
+    outside = (*config.entries.block.outside, *(leaf.path for leaf in config.entries.position.block_leaves(config)))
+    layers = vary(blocks, mesh, specs, outside), keys
     scan = _unrolled if ("remat" if remat else "forward") in ops.unrolled else lax.scan
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
     if remat > 1:
