@@ -51,7 +51,8 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         return y, x
 
     # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
-    outside = (*config.entries.block.outside, *(leaf.path for leaf in config.entries.position.block_leaves(config)))
+    added = config.entries.position.block_leaves(config) if at_block else ()
+    outside = (*config.entries.block.outside, *(leaf.path for leaf in added))
     layers = vary(blocks, mesh, specs, outside), keys
     scan = _unrolled if ("remat" if remat else "forward") in ops.unrolled else lax.scan
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
