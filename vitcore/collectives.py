@@ -46,7 +46,8 @@ def _axes(entry) -> tuple[str, ...]:
 def gather(params, specs, mesh: MeshShape | None, dtype):
     """Parameters ready for use: matrices whole over "data" and in `dtype`, vectors float32 and varying over "data".
 
-    With nothing to gather, matrices stay float32: the ops round what they need, and no layer's copy is kept for the backward pass.
+    Where there is nothing to gather, matrices stay float32: the ops round them, and no rounded copy of a layer is saved for the
+    backward pass.
     """
     if mesh is None:
         return params
@@ -80,7 +81,8 @@ MIDDLE = "tokens between the halves of a block"
 
 
 def recompute_gathers(keeps):
-    """Checkpoint policy of a block: keep what its ops keep (`Ops.keeps`) but no gathered weights, which would be L whole layers."""
+    """Checkpoint policy of a block: save what its ops save (`Ops.keeps`), but not the gathered weights, which would be L layers of
+    weights on every device."""
 
     def policy(prim, *avals, **params):
         if prim is lax.all_gather_p:
