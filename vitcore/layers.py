@@ -167,7 +167,8 @@ def _rematerialised(block, x, row, layers, every: int, specs, context: Context, 
     """`scan` over the blocks that keeps the input of every n-th block for the backward pass, which computes the others again.
 
     The backward pass takes a part of the batch at a time, so that the inputs of the blocks in between exist for one part only. A
-    weight's gradients are summed over the parts in float32. block: (x, row, weights, key) -> x. Raises ValueError where n does not divide the depth.
+    weight's gradients are summed over the parts in float32. block: (x, row, weights, key) -> x. Raises ValueError where n does
+    not divide the depth.
     """
     mesh, dtype = context.mesh, context.dtype
     depth, tokens = jax.tree.leaves(layers)[0].shape[0], x.shape[1]
