@@ -10,7 +10,7 @@ everything between in float32.
 
 The grid of both kernels is (row tiles, hidden tiles), rows outermost. Where VMEM holds both weights (v5 and later) they stay in it
 and HBM sees each array once; elsewhere hidden tiles of them are streamed, and in the backward pass so are the sums dW1 and dW2, by
-hand. How x is cut: `tiling.py`; the backward kernel: `backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
+hand. How x is cut: `plan.py`; the backward kernel: `backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
 
 from dataclasses import dataclass
@@ -28,10 +28,9 @@ from kernels import parts
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.mlp import backward, forward
+from kernels.mlp.plan import Plan, Shape, Tiling, cost
+from kernels.mlp.plan import plan as choose
 from kernels.mlp.reference import MLPWeights
-from kernels.mlp.tiling import Shape, Tiling, cost, tiles, vmem_limit
-
-CHUNK_ROWS = 24576  # tokens at a time through the backward kernel where it takes copies of x and dy without padded rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,7 @@ class _Spec:
     gelu: str
     rate: float
     residual_scale: float
+    plan: Plan
 
 
 def _shape(x, w_in) -> Shape:
@@ -78,8 +78,7 @@ def _specs(t: Tiling, shape: Shape):
 
 def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
     shape = _shape(x, w_in)
-    device = spec.launch.device
-    t = tiles(shape, device).forward
+    t = spec.plan.forward
     view, hidden_tiles = t.view(shape), t.grid(shape)[1]
     in_specs, out_spec = forward.specs(t, shape)
     operands = _weights(spec, x, w_in, w_out)
@@ -93,7 +92,7 @@ def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
         out_shapes=[((*view, shape.d), x.dtype)],
         semantics=("parallel", "arbitrary"),
         cost=cost(shape, t, backward=False),
-        vmem_bytes=vmem_limit(shape, device, t, backward=False),
+        needs=t.needs,
         scratch=forward.scratch(t, shape.d, operands[0].dtype),
         prefetch=1,
     )(
@@ -114,8 +113,7 @@ def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
 def _backward(spec: _Spec, saved, dy):
     scalars, x, *weights = saved
 
-    copies = tiles(_shape(x, weights[2]), spec.launch.device).backward.flat and x.shape[1] % SUBLANES
-    n = parts.count(x, CHUNK_ROWS) if copies else 1
+    n = x.shape[0] // (spec.plan.backward_images or x.shape[0])
 
     def step(first, dy):
         if n == 1:
@@ -133,7 +131,7 @@ def _backward(spec: _Spec, saved, dy):
 def _backward_part(spec: _Spec, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out):
     """(dx, the gradients of the parameters in float32)."""
     shape = _shape(x, w_in)
-    t = tiles(shape, spec.launch.device).backward
+    t = spec.plan.backward
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
     rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
     if not t.resident:  # half the VMEM for a stall of some percent, once a row tile: the rows it makes room for are worth more
@@ -164,7 +162,7 @@ def _backward_part(spec: _Spec, scalars, x, dy, scale, bias, w_in, b_in, w_out, 
         ],
         semantics=("arbitrary", "arbitrary"),
         cost=cost(shape, t, backward=True),
-        vmem_bytes=vmem_limit(shape, spec.launch.device, t, backward=True),
+        needs=t.needs,
         scratch=backward.scratch(t, d, hidden_tiles, operands[0].dtype),
         prefetch=1,
         aliases={2: 0},  # a row tile of dy is read before that of dx is written
@@ -206,11 +204,11 @@ def _check(x, weights: MLPWeights, gelu, dropout) -> None:
         raise ValueError(f"dropout.rate is {dropout.rate}; it must be in [0, 1)")
 
 
-def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, launch: Launch):
+def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, launch: Launch, plan: Plan | None = None):
     """The MLP half of a block, as `reference.mlp_half` (shapes and meaning there), in one kernel forward and one backward.
 
-    launch: where the kernels run. Differentiable in every array. ValueError for input the op does not take; NotImplementedError for
-    widths that no tiling fits on the device.
+    launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses. Differentiable in x and
+    all weights. ValueError for input the op does not take; NotImplementedError for widths that no tiling fits on the device.
     """
     _check(x, weights, gelu, dropout)
     rate = 0.0 if dropout is None else float(dropout.rate)
@@ -218,7 +216,8 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
     if dropout is not None and rate:
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
-    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale))
+    plan = plan or choose(_shape(x, weights.in_kernel), launch.device)
+    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), plan=plan)
     arrays = vary_alike(scalars, x, *weights)
     y: Any = _mlp_half(spec, *arrays)  # Any: pyright cannot see through custom_vjp
     return y
