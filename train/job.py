@@ -14,20 +14,19 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import fsspec
 import jax
 from etils import epath
 
 from train import distributed
+from train.files import make_directory, write_atomically
 from train.signals import Stop
 
 
@@ -142,6 +141,25 @@ def place(out) -> epath.Path:
     return epath.Path(os.fspath(out))
 
 
+# Options that came after runs had been made, and what those runs did: a run without them in its config.json had these values.
+BEFORE: dict = {
+    "head_bias": 0.0, "antialias": True, "crop": "torchvision", "randaugment": [0, 0], "cutmix": 0.0, "mixup_share": "row",
+    "position": "1d", "erase": 0.0, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
+}  # fmt: skip
+
+NAMED = {"mixup"}  # of these, what pre-training has always named its directories by
+
+
+def differing(identity: dict, held: dict) -> list[str]:
+    """The options in which a run whose config.json is `held` is another than this one."""
+    return [key for key, value in identity.items() if (held[key] != value if key in held else not _as_before(key, value))]
+
+
+def _as_before(key: str, value) -> bool:
+    """Whether a value is what runs did before there was that option; None where it has no effect."""
+    return value is None or (key in BEFORE and BEFORE[key] == value)
+
+
 def identity(args, placement: frozenset[str]) -> dict:
     """What makes a run of resolved options the run it is, and no other: all but `placement`, JSON-able."""
     return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k not in placement}))
@@ -151,7 +169,8 @@ def directory(out: str | None, name: str, identity: dict) -> epath.Path:
     """Where a run lives: --out, or runs/NAME-HASH, the same for the same identity."""
     if out is not None:
         return place(out)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    named = {key: value for key, value in identity.items() if key in NAMED or not (key in BEFORE and _as_before(key, value))}
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     return place("runs") / f"{name}-{digest}".replace("/", "_")
 
 
@@ -170,9 +189,9 @@ def check_claim(out: epath.Path, identity: dict) -> None:
                 raise ValueError("no object")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
-        other = [key for key in identity if held.get(key) != identity[key]]
+        other = differing(identity, held)
         if other:
-            what = ", ".join(f"{key} {held.get(key)} there, {identity[key]} now" for key in other[:3])
+            what = ", ".join(f"{key} {held.get(key, BEFORE.get(key))} there, {identity[key]} now" for key in other[:3])
             raise ValueError(
                 f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it"
             )
@@ -183,27 +202,8 @@ def check_claim(out: epath.Path, identity: dict) -> None:
 def claim(out: epath.Path, identity: dict, config: dict) -> None:
     """Makes the run's directory and puts config.json there, whole or not at all. Raises as `check_claim`, and OSError."""
     check_claim(out, identity)
-    out.mkdir(parents=True, exist_ok=True)
-    put(out / "config.json", json.dumps(config | {"out": str(out)}, indent=2) + "\n")
-
-
-def put(path: epath.Path | Path, content: str | bytes) -> None:
-    """A file's new content, whole or not at all; local or gs://."""
-    partial = path.parent / f"{path.name}.tmp"
-    if isinstance(content, str):
-        partial.write_text(content)
-    else:
-        partial.write_bytes(content)
-    partial.replace(path)
-
-
-def put_picture(figure, path: epath.Path | Path) -> None:
-    """A matplotlib figure as a PNG, as `put`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    put(path, png.getvalue())
+    make_directory(out)
+    write_atomically(out / "config.json", json.dumps(config | {"out": str(out)}, indent=2) + "\n")
 
 
 @contextlib.contextmanager

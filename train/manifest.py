@@ -11,6 +11,7 @@ blake2b reads 0.9 and SHA-256 1.4. Paths are etils' epath: local or gs://.
 """
 
 import asyncio
+import errno
 import json
 import os
 import zlib
@@ -20,8 +21,11 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from train import files
+
 MANIFEST = "MANIFEST.json"
 _CHUNK = 2**23  # bytes read at a time, by each thread
+_DAMAGE = {errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # what a disk or a file system has lost
 _THREADS = 8  # a bucket answers many readers faster than one
 
 
@@ -37,7 +41,8 @@ def write(directory) -> None:
 def faults(directory) -> list[str]:
     """What is wrong with a directory, by its manifest: one short text for each file, none if all is well.
 
-    Every byte is read. Files that the manifest does not know are no fault: nothing reads them.
+    Every byte is read. Files that the manifest does not know are no fault: nothing reads them. A file that this process may not
+    read, or cannot read now, is no fault either: that raises OSError.
     """
     directory = epath.Path(directory)
     try:
@@ -47,7 +52,11 @@ def faults(directory) -> list[str]:
             raise ValueError("no list of files")
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        return [f"{MANIFEST} cannot be read ({error.strerror})"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST} is damaged ({type(error).__name__})"]
 
     def fault(name):
@@ -56,7 +65,9 @@ def faults(directory) -> list[str]:
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror or type(error).__name__})"
+            if error.errno not in _DAMAGE:
+                raise
+            return f"{name} cannot be read ({error.strerror})"
         if size != expected[name][0]:
             return f"{name} has {'more' if size > expected[name][0] else size} bytes, {expected[name][0]} were written"
         return None if crc == expected[name][1] else f"{name} is not what was written (checksum)"
@@ -103,6 +114,9 @@ class _Measured(ocp.handlers.CheckpointableHandler):
             await written
             if jax.process_index() == 0:
                 await asyncio.to_thread(write, directory.path)
+            elif "://" not in str(directory.path):
+                # what is still in this host's memory, process 0 cannot sync
+                await asyncio.to_thread(files.sync_tree, directory.path)
 
         return then()
 

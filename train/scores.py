@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from train.job import put_picture
+from train.files import write_picture
 
 
 def top(best: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
@@ -153,4 +153,4 @@ def draw(matrix: np.ndarray, classes: tuple[str, ...], path: Path, title: str) -
     right.set(ylim=(0, 1), xlabel="class, the hardest first", title="Accuracy of each class")
     right.legend(frameon=False)
     right.spines[["top", "right"]].set_visible(False)
-    put_picture(figure, path)
+    write_picture(figure, path)

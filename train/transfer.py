@@ -22,7 +22,8 @@ from etils import epath
 
 from train import distributed, recipes
 from train import mesh as meshes
-from train.job import JobOptions, end, guard, place, put, put_picture, say
+from train.files import write_atomically, write_picture
+from train.job import JobOptions, end, guard, place, say
 from train.options import parse
 
 MODEL = "ViT-Nano/4"
@@ -96,7 +97,7 @@ def run(args: Transfer, stop=None) -> dict | None:
     assert isinstance(summary, dict)
     result = {"fewshot": shots, "finetune": {key: summary[key] for key in ("rate", "mean", "std", "final")}}
     if distributed.rank() == 0:
-        put(out / "transfer.json", json.dumps(result, indent=2) + "\n")
+        write_atomically(out / "transfer.json", json.dumps(result, indent=2) + "\n")
         draw(result, out / "transfer.png")
     for line in (*describe(result), out / "transfer.png"):
         say(str(line))
@@ -107,8 +108,8 @@ def few_shots(args: Transfer, init: str) -> dict:
     """{"features", "representation" or "pixels": {shots: [accuracies, one a draw]}, "blocks": {block: accuracy of five shots on
     the dev split}}."""
     from train import fewshot
-    from train.finetune import dev_splits
-    from vitcore.config import variant
+    from train.tuning import dev_splits
+    from vitcore import variant
 
     train, dev = dev_splits("train", recipes.DIGITS_FINETUNE.dev_share)
     common: dict[str, Any] = dict(data=UNSEEN, seeds=args.draws, mesh=args.mesh)
@@ -169,7 +170,7 @@ def draw(result: dict, path: epath.Path) -> None:
     axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    put_picture(figure, path)
+    write_picture(figure, path)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ class _Spec:
     gelu: str
     rate: float
     residual_scale: float
-    plan: Plan
 
 
 def _shape(x, w_in) -> Shape:
@@ -76,9 +75,9 @@ def _specs(t: Tiling, shape: Shape):
     )
 
 
-def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
+def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
     shape = _shape(x, w_in)
-    t = spec.plan.forward
+    t = plan.forward
     view, hidden_tiles = t.view(shape), t.grid(shape)[1]
     in_specs, out_spec = forward.specs(t, shape)
     operands = _weights(spec, x, w_in, w_out)
@@ -110,16 +109,15 @@ def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
     return y, (scalars, checkpoint_name(x, "mlp_half_in"), scale, bias, w_in, b_in, w_out, b_out)
 
 
-def _backward(spec: _Spec, saved, dy):
+def _backward(spec: _Spec, plan: Plan, saved, dy):
     scalars, x, *weights = saved
-
-    n = x.shape[0] // (spec.plan.backward_images or x.shape[0])
+    n = x.shape[0] // (plan.backward_images or x.shape[0])
 
     def step(first, dy):
         if n == 1:
-            return _backward_part(spec, scalars, x, dy, *weights)
+            return _backward_part(spec, plan.backward, scalars, x, dy, *weights)
         part, g = (lax.dynamic_slice_in_dim(a, first, x.shape[0] // n) for a in (x, dy))
-        dx, sums = _backward_part(spec, scalars.at[2].add(first * x.shape[1]), part, g, *weights)
+        dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * x.shape[1]), part, g, *weights)
         return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
 
     dx, sums = parts.backward(step, n, x, dy)
@@ -128,10 +126,9 @@ def _backward(spec: _Spec, saved, dy):
     return None, dx, *(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
 
 
-def _backward_part(spec: _Spec, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out):
+def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out):
     """(dx, the gradients of the parameters in float32)."""
     shape = _shape(x, w_in)
-    t = spec.plan.backward
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
     rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
     if not t.resident:  # half the VMEM for a stall of some percent, once a row tile: the rows it makes room for are worth more
@@ -179,9 +176,9 @@ def _backward_part(spec: _Spec, scalars, x, dy, scale, bias, w_in, b_in, w_out, 
     return dx.reshape(x.shape), (dscale.sum(0), dbias.sum(0), dw_in, db_in.reshape(f), dw_out, db_out.sum(0))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlp_half(spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
-    return _forward(spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mlp_half(spec, plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
+    return _forward(spec, plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out)[0]
 
 
 _mlp_half.defvjp(_forward, _backward)
@@ -217,7 +214,7 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
     plan = plan or choose(_shape(x, weights.in_kernel), launch.device)
-    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), plan=plan)
+    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale))
     arrays = vary_alike(scalars, x, *weights)
-    y: Any = _mlp_half(spec, *arrays)  # Any: pyright cannot see through custom_vjp
+    y: Any = _mlp_half(spec, plan, *arrays)  # Any: pyright cannot see through custom_vjp
     return y

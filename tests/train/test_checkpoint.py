@@ -262,7 +262,7 @@ def test_files_that_cannot_be_read_are_one_line_and_nothing_else(tmp_path):
         """
         import os, shutil, sys
         from jax.sharding import NamedSharding, PartitionSpec
-        import train.checkpoint
+        import train.saved
         from train.checkpoint import CheckpointError, Checkpoints, abstract
         split = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
         state = {name: jax.device_put(jax.random.normal(jax.random.key(0), (512, 512)), split) for name in "abc"}
@@ -280,7 +280,7 @@ def test_files_that_cannot_be_read_are_one_line_and_nothing_else(tmp_path):
                 except CheckpointError as error:
                     print(error)
             attempt()
-            train.checkpoint._damage = lambda path: None  # as if a disk failed after its files were verified
+            train.saved._verify = lambda path: None  # as if a disk failed after its files were verified
             attempt()
             shutil.rmtree(sys.argv[1] + "/1/state")
             attempt()

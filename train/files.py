@@ -1,0 +1,80 @@
+"""Files that survive a loss of power: what is written is on the disk, under its name, before anything is built on it.
+
+A file's bytes are on the disk after an fsync of the file, its name after an fsync of the directory that holds it; a rename is one
+moment for whoever reads, and is on the disk after an fsync of the directory. On gs:// an object is there when its upload returns.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import stat
+from pathlib import Path
+
+from etils import epath
+
+
+def sync(path: str | os.PathLike) -> None:
+    """A file's bytes, or a directory's names, onto the disk. OSError where the disk fails; a file system that cannot sync a
+    directory is left alone."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: str | os.PathLike) -> None:
+    """Every file and every directory below a local directory, and itself, onto the disk."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            if stat.S_ISREG(os.lstat(os.path.join(folder, name)).st_mode):
+                sync(os.path.join(folder, name))
+        sync(folder)
+
+
+def make_directory(path: epath.Path | Path) -> None:
+    """A directory and what it lies in, where they are missing; local ones are on the disk on return. OSError."""
+    if "://" in str(path):
+        return path.mkdir(parents=True, exist_ok=True)
+    path = Path(os.path.abspath(path))
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync(made.parent)
+
+
+def write_atomically(path: epath.Path | Path, content: str | bytes) -> None:
+    """A file's new content, whole or not at all, also after a loss of power; local or gs://. Modes follow the umask; a symbolic
+    link at `path` gives way to the file. OSError."""
+    data = content.encode() if isinstance(content, str) else content
+    if "://" in str(path):
+        path.write_bytes(data)  # an object appears when it is whole
+        return
+    partial = path.parent / f"{path.name}.tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(partial)  # left by a process that was killed, or put there: what a link points to is not ours to write
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+    sync(path.parent)
+
+
+def write_picture(figure, path: epath.Path | Path) -> None:
+    """A matplotlib figure as a PNG, as `write_atomically`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    write_atomically(path, png.getvalue())
