@@ -106,5 +106,7 @@ def make_run(
         step_timeout=full.step_timeout,
         bad_steps=full.bad_steps,
         checkpoint_wait=full.checkpoint_wait,
+        tensorboard=full.tensorboard,
+        profile=full.profile,
         **own,
     )

@@ -45,8 +45,14 @@ class Reader:
     decoder: str = "pillow"
     pixels: Pixels = HALF
 
-    def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray]]:
-        """Yields (fn(images) without padding, labels), batch after batch; fn gets bytes and returns a tree of arrays [B, ...]."""
+    def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+        """Yields (fn(images), labels, places in the source) of the images that can be read, batch after batch; fn gets bytes and
+        returns a tree of arrays [B, ...]. Raises ValueError for a model of images that are not square."""
+        if config.image_shape[0] != config.image_shape[1]:
+            raise ValueError(
+                f"the model takes images of {config.image_shape[0]} x {config.image_shape[1]} pixels, images are read as squares: "
+                "give --image-size, to which its position embedding is fitted"
+            )
         size = meshes.whole_rows(min(self.batch_size, len(source)), mesh)
         whole = jax.jit(lambda *arrays: arrays, out_shardings=NamedSharding(mesh, P()))
         batches = eval_batches(
@@ -54,17 +60,28 @@ class Reader:
             preprocess=self.preprocess, how=How(antialias=self.antialias), shard=meshes.data_shard(mesh), threads=self.threads,
             decoder=self.decoder, pixels="uint8",
         )  # fmt: skip
+        start = 0
         with Feed(batches, on_mesh(mesh)) as feed:
             while (batch := feed.next()) is not None:
                 images = batch["image"] if self.pixels == HALF else _wanted(batch["image"], self.pixels)
                 found, labels, weights = whole(fn(images), batch["label"], batch["weight"])
                 real = np.asarray(weights) > 0
-                yield jax.tree.map(lambda a, real=real: np.asarray(a)[real], found), np.asarray(labels)[real]
+                yield (
+                    jax.tree.map(lambda a, real=real: np.asarray(a)[real], found),
+                    np.asarray(labels)[real],
+                    start + real.nonzero()[0],
+                )
+                start += len(real)
 
-    def all(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> tuple[Any, np.ndarray]:
-        """`rows` in one: the tree of arrays [len(source), ...], labels [len(source)]."""
-        found, labels = zip(*self.rows(fn, source, config, mesh), strict=True)
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *found), np.concatenate(labels)
+    def all(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> tuple[Any, np.ndarray, np.ndarray]:
+        """`rows` in one: the tree of arrays [K, ...], labels [K], places [K] of the K images that can be read, in order.
+
+        Raises ValueError where that is none.
+        """
+        found, labels, places = zip(*self.rows(fn, source, config, mesh), strict=True)
+        if not sum(map(len, labels)):
+            raise ValueError(f"not one image of {source.name} can be read: mend the files, or name another set")
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found), np.concatenate(labels), np.concatenate(places)
 
 
 def put_params(params, config: ViTConfig, mesh: Mesh):
@@ -106,13 +123,16 @@ def make_features(
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")))
 
 
-def make_predict(config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32, best: int = 5):
+def make_predict(config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32, best: int = 5, scored=False):
     """A compiled function (params, images as in `make_features`) -> int32 [B, best]: the classes of the largest logits, largest
-    first, split over "data". Of equal logits the lower class comes first. best is cut to the number of classes."""
+    first, split over "data". Of equal logits the lower class comes first. best is cut to the number of classes. scored: their
+    probabilities too, a pair (classes, float32 [B, best] by softmax)."""
     context = Context(ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
 
     def local(params, images):
-        return jax.lax.top_k(forward(params, to_unit(images), config, context), min(best, config.num_classes))[1]
+        logits = forward(params, to_unit(images), config, context)
+        values, classes = jax.lax.top_k(logits, min(best, config.num_classes))
+        return (classes, jnp.exp(values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))) if scored else classes
 
     specs = partition_specs(config, mesh)
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")))
