@@ -298,7 +298,6 @@ def _model(full, *, classes: int, channels: int):
         gelu=full.gelu,
         channels=channels,
         head_bias=full.head_bias,
-        **({} if full.position == "1d" else {"position": full.position}),
     )
 
 
