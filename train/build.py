@@ -1,11 +1,13 @@
 """From resolved options to what the loop takes: what pre-training and fine-tuning share."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches, train_batches
 from train.job import claim
@@ -37,6 +39,18 @@ def step_options(full, ops: Ops, **own) -> StepOptions:
     )  # fmt: skip
 
 
+# What each process may choose for itself: where it stands in the job, and how its host decodes images
+_OWN = {"config", "distributed", "threads", "workers"}
+
+
+def _agree(full, out, sources) -> None:
+    """Raises ValueError where the processes of a job differ in an option or in their data: some would wait for others for ever."""
+    options = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(full).items() if name not in _OWN}
+    kinds = zip(("training images", "held-out images"), sources, strict=True)
+    data = {f"their {kind}": [source.name, len(source), list(source.classes)] for kind, source in kinds}
+    distributed.agree(**options | {"--out": str(out)} | data)
+
+
 def make_run(
     full, out, identity: dict, described: dict, *, sources: tuple[Source, Source], config: ViTConfig, mesh: Mesh,
     data: dict[str, Any] | None = None, **own,
@@ -47,6 +61,7 @@ def make_run(
     arguments of `train_batches`, and own: fields of `Run`, that only one of the jobs has.
     """
     source, held_out = sources
+    _agree(full, out, sources)
     images: dict[str, Any] = dict(
         image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh),
         decoder=full.decoder, pixels="uint8", bad_share=full.bad_share,

@@ -22,6 +22,7 @@ from train import distributed, scores
 from train.files import write_atomically
 from train.job import end, guard, say
 from train.options import MeshOptions, check_init, check_numbers, parse
+from train.signals import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +77,11 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
 
     def work(stop):
-        run(parse(Evaluate, "train.evaluate", words))
+        args = parse(Evaluate, "train.evaluate", words)
+        with Watchdog(args.step_timeout):
+            run(args)
 
-    return guard("train.evaluate", work)
+    return guard("train.evaluate", work, saves=False)
 
 
 def run(args: Evaluate) -> dict:
@@ -119,7 +122,7 @@ def run(args: Evaluate) -> dict:
     predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype))
     params = put_params(model.params, config, mesh)
     best, labels = reader.all(lambda images: predict(params, images), source, config, mesh)
-    result = measure(best, labels, source.classes, config.num_classes, wanted, mapped)
+    result = {"model": model.about} | measure(best, labels, source.classes, config.num_classes, wanted, mapped)
     if distributed.rank() == 0:
         say(f"{model.about} on {source.name}; {where}; {len(labels)} images")
         for line in describe(result):

@@ -283,7 +283,9 @@ def run(args: Finetune, stop: Stop | None = None):
 
     full, bench = prepare(args, stop)
     out = directory(full)
-    distributed.agree(configuration=identity(full), code=distributed.code_hash())
+    distributed.agree(
+        configuration=identity(full), code=distributed.code_hash(), versions=distributed.versions(), model=bench.pretrained.about
+    )
     say(f"{bench.pretrained.about} on {full.data}, {full.split}; {bench.where}; recipe {full.recipe}; {out}")
     if full.sweep:
         return sweep(full, out, bench)

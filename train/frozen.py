@@ -16,10 +16,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches
 from train.data.device import on_mesh, to_unit
 from train.feed import Feed
+from train.meeting import Told
+from train.signals import asked, beat
 from train.step import shardings
 from vitcore.config import ViTConfig
 from vitcore.model import encode, forward, represent
@@ -40,13 +43,20 @@ class Reader:
     def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray]]:
         """Yields (fn(images) without padding, labels), batch after batch; fn returns a tree of arrays [B, ...]."""
         size = meshes.whole_rows(min(self.batch_size, len(source)), mesh)
+        stopping = distributed.AnyProcess(mesh)
         whole = jax.jit(lambda *arrays: arrays, out_shardings=NamedSharding(mesh, P()))
         batches = eval_batches(
             source, image_size=config.image_shape[0], channels=config.channels, batch_size=size,
             preprocess=self.preprocess, shard=meshes.data_shard(mesh), threads=self.threads, decoder=self.decoder, pixels="uint8",
         )  # fmt: skip
         with Feed(batches, on_mesh(mesh)) as feed:
-            while (batch := feed.next()) is not None:
+            while True:
+                batch = feed.next(asked)
+                if stopping(asked()):
+                    raise Told("asked to stop in a measurement")
+                if batch is None:
+                    return
+                beat(f"measuring on {source.name}")
                 found, labels, weights = whole(fn(to_unit(batch["image"])), batch["label"], batch["weight"])
                 real = np.asarray(weights) > 0
                 yield jax.tree.map(lambda a, real=real: np.asarray(a)[real], found), np.asarray(labels)[real]

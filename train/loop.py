@@ -24,6 +24,7 @@ from train.data import EvalBatches, TrainBatches
 from train.data.device import on_mesh, to_unit
 from train.feed import Feed
 from train.job import place
+from train.meeting import Told
 from train.metrics import Recorder, Silence
 from train.signals import Stop, Watchdog, check_interrupt
 from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
@@ -188,6 +189,8 @@ class _Loop:
                 if self.asked():
                     return None
                 if batch is None:
+                    if not total["count"]:
+                        raise ValueError("no image of the validation set can be read: mend the files, or name another set")
                     return total
                 sums = self.eval_fn(params, to_unit(batch["image"]), batch["label"], batch["weight"])
                 total = {key: total[key] + float(sums[key]) for key in total}
@@ -203,6 +206,7 @@ class _Loop:
         if self.first and fresh:
             run.claim()
         distributed.broadcast(None)  # nobody writes before the claim stands
+        distributed.check_shared(run.directory)
         self.checkpoints = stack.enter_context(Checkpoints(directory, keep=run.keep, every=run.keep_every, say=self.say))
         self.watchdog.beat("restoring")
         make = run.start or (lambda: make_init(run.config, run.mesh, run.tx, run.options)(jax.random.key(run.options.seed)))
@@ -253,27 +257,38 @@ class _Loop:
         self.settle(in_flight)
         return metrics
 
-    def finish_step(self, record: dict, rate: float, *, due: bool) -> None:
-        """The evaluation of a step, where it is due, and its record. A signal in between leaves both to the continuation."""
+    def finish_step(self, record: dict, rate: float) -> None:
+        """The measurements of a step, where they are due, and its record. A signal in between leaves all to the continuation."""
         run, now = self.spec, self.now
-        if due:
+        scores, measured = None, {}
+        if self.evaluates(now.step):
             scores = self.evaluate()
-            if scores is None:
-                now.due = record
-                return
-            now.scores, now.due = scores, None
+        if run.probe_every and now.step % run.probe_every == 0 and not self.stopping:
+            try:
+                measured = run.probe(self.state)
+            except Told:
+                self.stopping = True
+        if self.stopping and (self.evaluates(now.step) or (run.probe_every and now.step % run.probe_every == 0)):
+            now.due = record
+            return
+        now.due = None
+        if scores is not None:
+            now.scores = scores
             accuracy, loss = scores["correct"] / scores["count"], scores["loss"] / scores["count"]
             now.best = now.best.after(accuracy, now.step)
             record |= {"val_accuracy": accuracy, "val_loss": loss}
         if record:
-            if run.probe_every and now.step % run.probe_every == 0:
-                record |= run.probe(self.state)
+            record |= measured
             if now.skipped:
                 record["skipped"] = now.skipped
             # the schedule counts the updates before this step; a skipped step is none, but had a rate
             lr = np.asarray(run.learning_rate(now.step - 1 - now.skipped + (now.in_a_row > 0))).item()
             self.recorder.write(now.step, **record, learning_rate=lr, images_per_second=rate * run.batch_size)
             self.recorder.progress(now.step, loss=record.get("loss"), images_per_second=rate * run.batch_size)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation comes after a step."""
+        return step % self.spec.eval_every == 0 or step == self.spec.total_steps
 
     @property
     def waited_enough(self) -> bool:
@@ -290,7 +305,7 @@ class _Loop:
         self.recorder = self.stack.enter_context(recorder)
         since, whole = _Clock(), _Clock()  # time since the last line, and without the first step
         if now.due is not None:
-            self.finish_step(dict(now.due), 0.0, due=True)
+            self.finish_step(dict(now.due), 0.0)
         while now.step < run.total_steps and not self.waited_enough and not self.stopping:
             tick = time.perf_counter()
             self.watchdog.beat(f"waiting for the batch of step {now.step + 1}")
@@ -304,7 +319,7 @@ class _Loop:
             metrics = self.step(batch)
             last = now.step == run.total_steps
             log = now.step % run.log_every == 0
-            due = now.step % run.eval_every == 0 or last
+            due = self.evaluates(now.step)
             probe = run.probe_every and now.step % run.probe_every == 0
             record = {}
             if log or due or probe:
@@ -313,7 +328,7 @@ class _Loop:
             taken = time.perf_counter() - tick
             since = since.after(taken)
             whole = whole if now.step == self.started + 1 else whole.after(taken)  # the first step compiles
-            self.finish_step(record, since.rate, due=due)
+            self.finish_step(record, since.rate)
             since = _Clock() if record else since
             self.checkpoints.check()
             if now.in_a_row >= run.bad_steps:

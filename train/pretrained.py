@@ -56,12 +56,15 @@ def open_pretrained(
         grid = config.grid
         params = weight_tree.read(path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation)
         about = f"{path} ({style.naming} naming)"
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    bad = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not np.isfinite(leaf).all()]
+    if bad:
+        raise WeightError(f"{path}: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)} holds NaN or infinity: no model to go on from")
     return Pretrained(dataclasses.replace(new, gelu=gelu or new.gelu), params, about)
 
 
 def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
     """Configuration and parameters of a run's checkpoint."""
-    from train.saved import SavedSteps
 
     run, step = path.rstrip("/"), None
     if os.path.basename(run).isdigit() and not os.path.exists(os.path.join(run, "config.json")):
@@ -85,6 +88,8 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
         raise WeightError(f"{run}/config.json is not that of a run ({type(error).__name__}: {error}): restore it") from error
     if not os.path.isdir(os.path.join(run, "checkpoints")):
         raise WeightError(f"{run} has no checkpoints yet: train it first")
+    from train.saved import SavedSteps  # it takes seconds, which a file of weights need not wait for
+
     passed: list[str] = []
     saved = SavedSteps(os.path.join(run, "checkpoints"), say=passed.append)
     try:
