@@ -11,21 +11,23 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 VENV ?= .venv
 MESH ?= 8x4
 ARGS ?=
+PYTHON_GPU ?= python3
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help pretrain transfer test test-all test-faults test-peers lint format hooks clean
+.PHONY: help pretrain transfer test test-all test-faults test-faults-beside test-faults-alone test-peers test-gpu lint format hooks clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make pretrain      train a small ViT on handwritten digits over a mesh of $(MESH); again: resume   (ARGS=\"--help\" lists the options)"
 	@echo "make transfer      pre-train on the digits 0 to 4, transfer to 5 to 9: fine-tuning and few shots, with a picture"
 	@echo "make test          the fast tests                                                     (ARGS=\"-k attention\" picks some)"
-	@echo "make test-all      all tests but those that want other libraries of the field"
+	@echo "make test-all      all tests there are, for hours: every op at every shape compiled, every count, against other libraries"
 	@echo "make test-faults   runs that are killed, damaged and starved"
+	@echo "make test-gpu      what must hold on a GPU, on the cards of this machine               (PYTHON_GPU=python3: no environment is made)"
 	@echo "make test-peers    against torch's ViTs, timm's and transformers', which it installs"
 	@echo "make lint          ruff, pyright; changes nothing"
 	@echo "make format        ruff's formatter and safe fixes"
@@ -39,16 +41,34 @@ transfer: $(VENV)/.run
 	$(BIN)/python -m train.transfer $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not faults and not peers" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not faults and not peers and not gpu" $(ARGS)
 
-test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not peers" $(ARGS)
+# Everything there is. Each part runs whatever became of those before it, and one that failed fails the whole.
+test-all: $(VENV)/.peers
+	@failed=0; for tests in "not faults and not clock and not gpu" "faults and not clock" "clock"; do \
+		beside="-n $(WORKERS) --dist loadfile"; [ "$$tests" != clock ] || beside=; \
+		echo "+ pytest $$beside -m '$$tests' $(ARGS)"; \
+		$(BIN)/python -m pytest $$beside -m "$$tests" $(ARGS) || [ $$? -eq 5 ] || failed=1; \
+	done; exit $$failed
 
-test-faults: $(VENV)/.test
-	$(BIN)/python -m pytest -m "faults and not slow" $(ARGS)
+# First what runs beside each other, then what watches the clock and wants the machine for itself.
+test-faults:
+	@$(MAKE) --no-print-directory test-faults-beside
+	@$(MAKE) --no-print-directory test-faults-alone
+
+# Exit code 5: ARGS left no test of this part.
+test-faults-beside: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "faults and not clock and not slow" $(ARGS) || [ $$? -eq 5 ]
+
+test-faults-alone: $(VENV)/.test
+	$(BIN)/python -m pytest -m "faults and clock and not slow" $(ARGS) || [ $$? -eq 5 ]
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -m peers $(ARGS)
+	$(BIN)/python -m pytest -m "peers and not slow" $(ARGS)
+
+# With the machine's own Python, which has the jax that fits its driver (it wants pytest, pytest-timeout and hypothesis beside).
+test-gpu:
+	VITCORE_TEST_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON_GPU) -m pytest $(ARGS) tests/gpu tests/kernels/test_gpu.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

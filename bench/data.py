@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from train.data import AUGMENTATIONS, DataError, open_source, train_batches
+from train.data.augment import AUTHORS
 from train.data.decode import DECODERS, check_decoder
 from train.data.job import run_job
 from train.data.sampling import uniforms
@@ -118,13 +119,14 @@ def other_forms(root: Path, sources: tuple[str, ...]) -> dict[str, str]:
 
 def bare(source: Any, decoder: str, threads: int, batch_size: int) -> Callable[[int], None]:
     """A function that does the work of so many images, in plain threads, each image by itself: what no pipeline can do without."""
-    apply, draws = AUGMENTATIONS["inception"].apply, uniforms(0, np.zeros(4096), np.arange(4096), AUGMENTATIONS["inception"].draws)
+    inception = AUGMENTATIONS["inception"]
+    draws = uniforms(0, np.zeros(4096), np.arange(4096), inception.draws(AUTHORS))
 
     def work(first: int, count: int) -> None:
         for start in range(first, first + count, batch_size):
             rows = [(start + k) % len(source) for k in range(batch_size)]
             some = [DECODERS[decoder](source.encoded(i)[0], "") for i in rows]
-            apply(some, draws[np.array(rows) % 4096], SIDE, 3, np.uint8)
+            inception.apply(some, draws[np.array(rows) % 4096], SIDE, 3, np.uint8)
 
     def run(count: int) -> None:
         share = count // threads

@@ -2,10 +2,11 @@
 
 Each is called as builder(devices, **arguments) with the devices of the topology, and returns (function, shapes of its arguments).
 `kernels` says whose code it is: True ours, False the references as XLA compiles them; of attention alone also a name of
-`bench.rivals`.
+`bench.peers.attention`, of whole models on one core `bench.peers.FLAX`.
 """
 
 import importlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,21 @@ import numpy as np
 import optax
 from jax.experimental.layout import Format, Layout
 
-from bench import rivals, shapes
+from bench import shapes
+from bench.peers import FLAX, vit
+from bench.peers import attention as peers
+from kernels.attention.reference import AttentionWeights
 from kernels.device import from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
+from kernels.mlp.reference import MLPWeights
 from train.step import StepOptions, make_train_step, state_specs
 from train.step import shardings as shardings_of
 from vitcore import ViTConfig, apply_on, partition_specs, variant
+from vitcore.context import Context
 from vitcore.model import forward, init
 from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, REFERENCE, Ops
+from vitcore.pixels import to_unit
 
 S = jax.ShapeDtypeStruct
 
@@ -60,21 +67,23 @@ def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | Non
         kernel = p(c.patch_size, c.patch_size, c.channels, d)
         return partial(fn, dropout=dropout), (images, kernel, p(d), p(d), p(c.tokens, d))
     if op == "attention_half":
-        return partial(fn, num_heads=c.num_heads, dropout=dropout), (x, p(d), p(d), p(3, d, d), p(3, d), p(d, d), p(d))
+        half = partial(fn, num_heads=c.num_heads, dropout=dropout)
+        return (lambda x, *w: half(x, AttentionWeights(*w))), (x, p(d), p(d), p(3, d, d), p(3, d), p(d, d), p(d))
     if op == "mlp_half":
-        return partial(fn, dropout=dropout), (x, p(d), p(d), p(d, f), p(f), p(f, d), p(d))
+        half = partial(fn, dropout=dropout)
+        return (lambda x, *w: half(x, MLPWeights(*w))), (x, p(d), p(d), p(d, f), p(f), p(f, d), p(d))
     return fn, (x, p(d), p(d))
 
 
 def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool | str, rate: float):
-    """An op for `device`: ours, the reference, or (attention between the projections alone) one of `bench.rivals` by its name."""
+    """An op for `device`: ours, the reference, or (attention between the projections alone) a peer by its name."""
     name = kernels if isinstance(kernels, str) else "ours" if kernels else "reference"
     launch = launch_for(device) if name == "ours" else None
     if op != "attention":
         return op_of(op, config, batch, dtype, launch=launch, rate=rate, ops=REFERENCE if launch else BY_NAME[name])
     t, n = config.tokens, config.num_heads
-    one = rivals.rival(name, tokens=t, heads=n, launch=launch)
-    return one.fn, rivals.shapes(one, batch, t, n, config.width // n, dtype)
+    one = peers.peer(name, tokens=t, heads=n, launch=launch)
+    return one.fn, peers.shapes(one, batch, t, n, config.width // n, dtype)
 
 
 def one_op(devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, rate=0.0):
@@ -101,28 +110,36 @@ def op_alone(devices, **asked):
     return jax.jit(fn, in_shardings=best, out_shardings=best), arguments
 
 
-def _config(model: str, image_size: int | None) -> ViTConfig:
-    return variant(model, num_classes=1000, **({} if image_size is None else {"image_size": image_size}))
+def _config(model: str, image_size: int | None, depth: int | None = None) -> ViTConfig:
+    changes = {"image_size": image_size, "depth": depth}
+    return variant(model, num_classes=1000, **{name: value for name, value in changes.items() if value is not None})
 
 
-def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None):
-    """The logits of a whole model, parameters float32, on one core."""
-    config = _config(model, image_size)
-    ops = ops_for(devices[0], kernels=kernels)
+def _bytes(config: ViTConfig, batch: int, sharding=None):
+    """Images as jobs have them."""
+    return S((batch, *config.image_shape, config.channels), jnp.uint8, sharding=sharding)
+
+
+def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None, depth=None):
+    """The logits of a whole model for bytes, as jobs have their images; parameters float32, on one core."""
+    config = _config(model, image_size, depth)
+    if kernels == FLAX:
+        return (lambda p, x: vit.forward(p, to_unit(x), jnp.dtype(dtype))), (vit.shapes(config), _bytes(config, batch))
+    context = Context(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
-    images = S((batch, *config.image_shape, config.channels), dtype)
-    return (lambda p, x: forward(p, x, config, ops=ops, dtype=jnp.dtype(dtype))), (params, images)
+    return (lambda p, x: forward(p, to_unit(x), config, context)), (params, _bytes(config, batch))
 
 
 def mesh_forward(devices, *, model, batch, data=1, axis=1, dtype="bfloat16", kernels=True, image_size=None):
-    """The logits of a whole model on a mesh of data x axis cores; `batch` is the global batch."""
+    """The logits of a whole model for bytes on a mesh of data x axis cores; `batch` is the global batch."""
     config = _config(model, image_size)
     mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     params = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), params, shardings_of(mesh, partition_specs(config, mesh)))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    images = S((batch, *config.image_shape, config.channels), jnp.dtype(dtype), sharding=split)
-    return apply_on(mesh, config, ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype)), (params, images)
+    images = _bytes(config, batch, split)
+    run = apply_on(mesh, config, ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
+    return (lambda p, x: run(p, to_unit(x))), (params, images)
 
 
 def train_step(
@@ -137,12 +154,22 @@ def train_step(
     remat=False,
     accumulate=1,
     image_size=None,
+    depth=None,
     dropout=0.0,
 ):
-    """The training step of `train.step` with Adam on a mesh of data x axis cores; `batch` is the global batch."""
-    config = _config(model, image_size)
-    if dropout:
-        config = variant(model, num_classes=1000, dropout=dropout, **({} if image_size is None else {"image_size": image_size}))
+    """The training step of `train.step`, fed bytes as the loop feeds it, with Adam on a mesh of data x axis cores; `batch` is the
+    global batch."""
+    config = replace(_config(model, image_size, depth), dropout=dropout)
+    if kernels == FLAX:
+        if (data, axis, remat, accumulate, dropout) != (1, 1, 0, 1, 0.0):
+            raise ValueError("the peer's step runs on one core, without rematerialisation, accumulation and dropout")
+        tx, params = vit.optimizer(), vit.shapes(config)
+        state = params, jax.eval_shape(tx.init, params)
+
+        def step(params, state, images, labels):
+            return vit.step(params, state, to_unit(images), labels, tx=tx, dtype=jnp.dtype(dtype))
+
+        return jax.jit(step, donate_argnums=(0, 1)), (*state, _bytes(config, batch), S((batch,), jnp.int32))
     mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
     tx = optax.adam(1e-3)
     options = StepOptions(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), remat=remat, accumulate=accumulate)
@@ -151,6 +178,6 @@ def train_step(
     state: Any = specs._replace(step=S((), jnp.int32), params=params, opt_state=jax.eval_shape(tx.init, params), average=None)
     state = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), state, shardings_of(mesh, specs))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    images = S((batch, *config.image_shape, config.channels), jnp.dtype(dtype), sharding=split)
+    images = _bytes(config, batch, split)
     labels = S((batch,), jnp.int32, sharding=split)
     return make_train_step(config, mesh, tx, options), (state, images, labels)

@@ -3,14 +3,16 @@
     reports = compile_programs("v3", [Program(build="bench.programs:patch_embed", arguments={"shape": "B/16"})], cycles=True)
 
 libtpu, the TPU compiler, runs on any Linux machine (`pip install 'vitcore[tpu-compiler]'`). Its failed CHECKs abort the
-process, so this module compiles in a subprocess (`bench.compiler_child`), and in a fresh one after an abort. Reports are cached
-by the program's lowered text, the versions of jax and libtpu and the code that counts. What comes back for a program is a
-`Report`: bytes a core, the kernels in it, collectives, cycles; or the compiler's message in one line.
+process, so this module compiles in a subprocess (`bench.compiler_child`), and in a fresh one after an abort. Where a folder is
+given, or named by $VITCORE_COMPILE_CACHE, reports are cached by the program's lowered text, kernels included and line numbers not,
+the versions of jax and libtpu, the topology, the options and the code that counts. What comes back for a program is a `Report`:
+bytes a core, the kernels in it, collectives, cycles; or the compiler's message in one line.
 
 Cycles are COMPILER ESTIMATES, never measurements. Three sources, each named in the report:
-- "cost model": XLA's own `estimated_cycles` of its operations, times the trips of the loops around them (`bench.hlo`);
-- "schedule": a Mosaic kernel's VLIW bundles, followed through its loops, with its DMAs at the
-  HBM bandwidth (`bench.llo`); all generations;
+- "schedule": the VLIW bundles of an operation, kernel or XLA fusion, followed through its loops, with its MXUs and its DMAs at the
+  HBM bandwidth (`bench.llo`); all generations. The one count of `bench.yardstick`, and what `Report.cycles` adds up;
+- "cost model": XLA's own `estimated_cycles` of its operations, times the trips of the loops around them (`bench.hlo`): a second
+  opinion on XLA's operations, up to four times too high for elementwise ones;
 - "profile": the compiler's static profile of a kernel (v5e, v5p, v6e, 7x). Its memory and time grow with the
   cycles: profile a few images.
 
@@ -37,6 +39,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench import yardstick
+
 # Two by two chips of each generation: the smallest topology libtpu builds, of which one core is used.
 TOPOLOGIES = {
     "v2": "v2:2x2",
@@ -49,6 +53,7 @@ TOPOLOGIES = {
 }
 PROFILED = ("v5e", "v5p", "v6e", "7x")
 MARK = "@@vitcore-report "
+CACHE = "VITCORE_COMPILE_CACHE"  # names a folder of reports for whoever gives none
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_PLATFORMS": "cpu",
@@ -103,6 +108,7 @@ class Report:
     temporary_bytes: int = 0
     live_bytes: int = 0  # the most that live at one time, by the compiler's own assignment of buffers
     kernels: tuple[Kernel, ...] = ()
+    lines: tuple[yardstick.Line, ...] = ()  # every operation by the one count, where cycles were asked for
     xla_cycles: int = 0  # cost model, all operations times their trips
     xla_top: tuple[tuple[str, int, int, str], ...] = ()  # costliest operations: name, cycles of one, trips, source
     collectives: dict[str, int] = field(default_factory=dict)  # opcode -> number in the program, times trips
@@ -117,25 +123,33 @@ class Report:
 
     @property
     def cycles(self) -> int:
-        """Cycles of the whole program: XLA's operations and the kernels. ValueError where a kernel was not counted."""
+        """Cycles of the whole program by the yardstick. ValueError where a kernel, or nothing at all, was counted."""
         for kernel in self.kernels:
             if kernel.cycles is None:
                 raise ValueError(
                     f"{self.name}: kernel {kernel.name} has no cycles: {kernel.error or 'compiled without cycles=True'}"
                 )
+        if not self.lines:
+            raise ValueError(f"{self.name}: no operation has cycles: compiled without cycles=True")
+        return yardstick.total(self.lines)
+
+    @property
+    def model_cycles(self) -> int:
+        """As tools counted that knew no schedule of XLA's: its operations by its cost model, kernels by their schedules."""
         return self.xla_cycles + sum((k.cycles or 0) * k.trips for k in self.kernels)
 
 
 class Cache:
     """Reports on disk, by the program's lowered text and all else that decides what the compiler says and how it is counted.
 
-    folder: where. request: target, topology and whole_vmem. A report with cycles also answers who asked for none.
+    folder: where. request: target, topology and whole_vmem. A report with cycles also answers who asked for none. A file holds the
+    digest of a report and the report, and is put in place whole; one that is damaged is no answer, and the next report replaces it.
     """
 
     def __init__(self, folder: Path, request: dict):
         self.folder = folder
-        asked = [request["target"], request["topology"], request.get("whole_vmem", False)]
-        parts = [*asked, _version("jax"), _version("libtpu"), _sources(_COUNTING)]
+        asked = [request["target"], request["topology"], request.get("whole_vmem", False), os.environ.get("XLA_FLAGS", "")]
+        parts = [*asked, *map(_version, ("jax", "jaxlib", "libtpu", "optax")), _sources(_COUNTING)]
         self.machine = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _file(self, digest: str, cycles: bool) -> Path:
@@ -144,15 +158,17 @@ class Cache:
 
     def load(self, digest: str, cycles: bool) -> Report | None:
         for file in (self._file(digest, True), *(() if cycles else (self._file(digest, False),))):
-            with contextlib.suppress(OSError, ValueError, TypeError):  # a damaged or foreign file is no answer
-                return replace(from_json(json.loads(file.read_text())), cached=True)
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                stated, text = file.read_text().split("\n", 1)
+                if stated == hashlib.sha256(text.encode()).hexdigest():
+                    return replace(from_json(json.loads(text)), cached=True)
         return None
 
     def save(self, digest: str, cycles: bool, report: Report) -> None:
-        file = self._file(digest, cycles)
+        text, file = json.dumps(asdict(report)), self._file(digest, cycles)
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(asdict(report)))
+        part = file.with_suffix(f".{os.getpid()}.part")  # another process may be writing the same report
+        part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         os.replace(part, file)
 
 
@@ -162,8 +178,15 @@ def default_cache() -> Path:
 
 
 # What decides how a program is counted, and what decides which program a builder makes; folders with all that is in them.
-_COUNTING = ("bench/hlo.py", "bench/llo.py", "bench/compiler_child.py", "kernels/device.py")
-_BUILDING = ("kernels", "vitcore", "train", "bench/programs.py", "bench/shapes.py", "bench/rivals.py")
+_COUNTING = (
+    "bench/hlo.py",
+    "bench/llo.py",
+    "bench/bundles.py",
+    "bench/yardstick.py",
+    "bench/compiler_child.py",
+    "kernels/device.py",
+)
+_BUILDING = ("kernels", "vitcore", "train", "bench/programs.py", "bench/shapes.py", "bench/peers")
 
 
 def _version(package: str) -> str:
@@ -192,8 +215,9 @@ class Compiler:
             report = compiler.compile(Program(build="bench.programs:whole_forward", arguments={...}), cycles=True)
 
     target: "v2" "v3" "v4" "v5e" "v5p" "v6e" "7x". topology: libtpu's name of a larger slice, e.g. "v3:4x4" (32 cores). text:
-    keep the compiled text. seconds, gigabytes: limits on one compilation. cache: directory of reports, None for none. whole_vmem:
-    kernels may take all of their core's VMEM, and not only what they need. ValueError: unknown target. CompilerMissing: no libtpu.
+    keep the compiled text. seconds, gigabytes: limits on one compilation. cache: directory of reports; None for that of
+    $VITCORE_COMPILE_CACHE, or none. whole_vmem: kernels may take all of their core's VMEM, and not only what they need.
+    ValueError: unknown target. CompilerMissing: no libtpu.
     """
 
     def __init__(
@@ -213,6 +237,8 @@ class Compiler:
             raise CompilerMissing(
                 "libtpu not installed, so nothing can be compiled for a TPU here: pip install 'vitcore[tpu-compiler]'"
             )
+        if cache is None and os.environ.get(CACHE):
+            cache = Path(os.environ[CACHE]).expanduser().absolute()
         self.request = {
             "target": target,
             "topology": topology or TOPOLOGIES[target],
@@ -407,7 +433,8 @@ def _crash(errors: str, code: int | None) -> str:
 def from_json(record: dict) -> Report:
     kernels = tuple(Kernel(**k) for k in record.pop("kernels"))
     top = tuple(tuple(x) for x in record.pop("xla_top"))
-    return Report(**record, kernels=kernels, xla_top=top)
+    lines = tuple(yardstick.Line(**line) for line in record.pop("lines"))
+    return Report(**record, kernels=kernels, lines=lines, xla_top=top)
 
 
 # ---- the static profile
@@ -459,16 +486,13 @@ def describe(report: Report) -> str:
     if report.error:
         return f"{report.target} {report.name}: {report.error}"
     lines = [f"{report.target} {report.name}: {report.peak_bytes / 2**20:.1f} MiB a core, compiled in {report.seconds:.1f} s"]
-    lines.append(f"  XLA operations {report.xla_cycles:,} cycles (compiler estimate, cost model)")
-    lines += [f"    {cycles:>12,} x {trips:<4} {name} {source}" for name, cycles, trips, source in report.xla_top]
+    if report.lines:
+        lines.append(yardstick.table(report.lines))
+        lines.append(f"  XLA operations by their cost model: {report.xla_cycles:,} cycles")
     for kernel in report.kernels:
-        counted = "not counted" if kernel.cycles is None else f"{kernel.cycles:,} cycles (compiler estimate, {kernel.source})"
-        lines.append(f"  kernel {kernel.name} x {kernel.trips}: {counted}{' ' + kernel.error if kernel.error else ''}")
-        if kernel.schedule:
-            count = dict(kernel.schedule)
-            units = "  ".join(f"{unit} {share:.0%}" for unit, share in count.pop("units").items())
-            lines.append("    schedule: " + "  ".join(f"{key} {value:,}" for key, value in count.items()))
-            lines.append("    slots in use: " + units)
+        if kernel.source == "profile" or kernel.error:
+            counted = "not counted" if kernel.cycles is None else f"{kernel.cycles:,} cycles (compiler estimate, {kernel.source})"
+            lines.append(f"  kernel {kernel.name} x {kernel.trips}: {counted} {kernel.error}".rstrip())
     if report.collectives:
         lines.append(f"  collectives {report.collectives}")
     return "\n".join(lines)
@@ -481,11 +505,11 @@ def _main(arguments: list[str]) -> int:
     if len(words) not in (2, 3):
         print(usage, file=sys.stderr)
         return 2
-    program = Program(build=words[1], arguments=json.loads(words[2]) if len(words) == 3 else {})
     try:
+        program = Program(build=words[1], arguments=json.loads(words[2]) if len(words) == 3 else {})
         report = compile_programs(words[0], [program], cycles=True, profile=profile)[0]
     except (ValueError, CompilerMissing) as error:
-        print(error, file=sys.stderr)
+        print(f"bench.tpu_compiler: {error}", file=sys.stderr)
         return 2
     print(describe(report))
     return 1 if report.error else 0

@@ -38,7 +38,21 @@ def pytest_addoption(parser):
     parser.addoption("--one-each", action="store_true", help="of every test the first of its parameters only")
 
 
+def misplaced(markers: set[str]) -> str:
+    """Why a test with these markers would run in no part of CI, or in the wrong one; empty where it does not."""
+    if "ci" in markers and "slow" not in markers:
+        return "ci means that CI runs a slow test; this one is not marked slow"
+    if "ci" in markers and markers & {"faults", "peers"}:
+        return "CI runs the faults and the peers that are not slow; ci says nothing of them"
+    if "clock" in markers and "faults" not in markers:
+        return "clock parts the faults in those beside others and those alone; this one is not marked faults"
+    return ""
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if why := misplaced({mark.name for mark in item.iter_markers()}):
+            raise pytest.UsageError(f"{item.nodeid}: {why}")
     if config.getoption("--one-each"):
         first: dict[str, pytest.Item] = {}
         for item in items:

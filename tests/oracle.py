@@ -52,6 +52,11 @@ def check(ours: Callable, plain: Callable, args: Sequence, *, names: Sequence[st
     assert not wrong, "; ".join(wrong)
 
 
+def flat(op: Callable, record: Callable) -> Callable:
+    """An op over (x, weights) as a function of x and each weight, as `check` wants it. record: the NamedTuple of the weights."""
+    return lambda x, *weights, **options: op(x, record(*weights), **options)
+
+
 def kernels_in(fn: Callable, *args) -> list[str]:
     """Names of the Pallas kernels that `fn(*args)` runs, in the order of the jaxpr, those inside scans and branches included."""
 

@@ -8,11 +8,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.conftest import misplaced
 
 ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom: kernels <- vitcore <- train, and bench on top.
@@ -60,6 +63,82 @@ def test_imports_go_one_way(path):
 def test_the_import_rule_sees_every_form_of_import():
     source = "import numpy\nfrom . import x\ndef f():\n    import train.step as s\n    from bench.plots import draw\n"
     assert imported(source, "kernels") == {"numpy", "kernels", "train", "bench"}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def modules_imported(source: str, module: str, known: Set[str], *, package: bool = False) -> set[str]:
+    """The modules among `known` that this one imports, anywhere in it; package: it is an `__init__`.
+
+    That a module's import runs the `__init__` of the packages around it does not count: no module can help it.
+    """
+    around = module.split(".") if package else module.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & known
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                [*around[: len(around) - node.level + 1], *([node.module] if node.module else [])] if node.level else [node.module]
+            )
+            origin = ".".join(filter(None, base))
+            for alias in node.names:
+                name = f"{origin}.{alias.name}"
+                found |= {name if name in known else origin} & known
+    return found - {module}
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The sets of modules each of which imports, by way of others, itself: the graph's strongly connected parts of two or more."""
+
+    def reached(start: str) -> frozenset[str]:
+        seen, rest = set(), [start]
+        while rest:
+            rest += (new := graph[rest.pop()] - seen)
+            seen |= new
+        return frozenset(seen)
+
+    ways = {module: reached(module) for module in graph}
+    return {frozenset(other for other in way if module in ways[other]) for module, way in ways.items() if module in way}
+
+
+# What is still there; nothing is added here, and what is cut is taken out.
+CIRCLES = {frozenset({"bench.peers", "bench.trial"})}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside functions count: they hide a circle, they do not cut it."""
+    known = {module_of(path): path for path in SOURCES}
+    graph = {
+        module: modules_imported(path.read_text(), module, known.keys(), package=path.name == "__init__.py")
+        for module, path in known.items()
+    }
+    found = circles(graph)
+    new = [
+        f"{' and '.join(sorted(circle))}: "
+        + ", ".join(f"{a} imports {b}" for a in sorted(circle) for b in sorted(graph[a] & circle))
+        for circle in found - CIRCLES
+    ]
+    assert not new, "modules that import each other; what both need belongs in a third:\n" + "\n".join(new)
+    gone = [sorted(circle) for circle in CIRCLES - found]
+    assert not gone, f"cut, so that CIRCLES must name them no more: {gone}"
+
+
+def test_a_circle_is_seen_in_every_form_of_import():
+    known = {"a", "a.x", "a.y", "a.z", "b"}
+    sources = {
+        "a": "",
+        "a.x": "from a import y",
+        "a.y": "def f():\n    from .z import g\n",
+        "a.z": "import a.x as x",
+        "b": "import numpy\nfrom a import x\nfrom b import c",
+    }
+    graph = {module: modules_imported(source, module, known, package=module == "a") for module, source in sources.items()}
+    assert graph == {"a": set(), "a.x": {"a.y"}, "a.y": {"a.z"}, "a.z": {"a.x"}, "b": {"a.x"}}
+    assert circles(graph) == {frozenset({"a.x", "a.y", "a.z"})}
+    assert modules_imported("from . import x\nfrom .y import g", "a", known, package=True) == {"a.x", "a.y"}
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if not re.match(r"_[^_]", path.name)], ids=relative)
@@ -110,6 +189,52 @@ def requirements() -> list[Requirement]:
     return [requirement for requirement in every if requirement.name != PROJECT["name"]]
 
 
+# What is imported under another name than its distribution's.
+DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
+# timm is installed beside the extra `peers`, without its dependency torchvision, and a stand-in is imported for that.
+BESIDE = {"timm", "torchvision"}
+
+
+def outside(source: str) -> tuple[set[str], set[str]]:
+    """(needed to import the module, wanted somewhere in it): the distributions that it imports."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    tree = ast.parse(source)
+    within = {inner for node in ast.walk(tree) if isinstance(node, functions) for inner in ast.walk(node)}
+    always: set[str] = set()
+    anywhere: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = {(node.module or "").split(".")[0]}
+        else:
+            continue
+        names -= {*sys.stdlib_module_names, *LAYERS}
+        found = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in names}
+        anywhere |= found
+        always |= set() if node in within else found
+    return always, anywhere
+
+
+def test_what_is_imported_is_declared():
+    """What a module needs to be imported is a dependency; what a function asks for may be of an extra."""
+    needed = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    declared = {canonicalize_name(requirement.name) for requirement in requirements()} | BESIDE
+    problems = []
+    for path in SOURCES:
+        always, anywhere = outside(path.read_text())
+        problems += [f"{relative(path)}: {name} is no dependency" for name in sorted(always - needed)]
+        problems += [f"{relative(path)}: {name} is declared nowhere" for name in sorted(anywhere - declared)]
+    assert not problems, "pyproject.toml:\n" + "\n".join(problems)
+
+
+def test_the_rule_on_imports_tells_functions_from_modules():
+    source = (
+        "import os, PIL.Image\nfrom . import x\ntry:\n    import jax\nfinally:\n    pass\ndef f():\n    from orbax.a import b\n"
+    )
+    assert outside(source) == ({"pillow", "jax"}, {"pillow", "jax", "orbax-checkpoint"})
+
+
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_every_dependency_has_one_pin_that_fits(python):
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
@@ -155,3 +280,21 @@ def test_no_skips_turns_a_skip_into_a_failure(tmp_path, options, status, skip):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     assert ("--no-skips: 1 skipped" in done.stdout) == bool(options)
+
+
+MARKS = {"slow ci": True, "faults clock": True, "faults slow clock": True, "ci": False, "slow ci faults": False, "clock": False}
+
+
+@pytest.mark.parametrize(("marks", "right"), MARKS.items())
+def test_a_marker_that_would_be_overlooked_is_known(marks, right):
+    """Of the tests beside the fast ones CI runs `ci and not faults and not peers`, and of faults and peers those not slow."""
+    assert (misplaced(set(marks.split())) == "") == right
+
+
+def test_a_marker_that_would_be_overlooked_is_refused(tmp_path):
+    (tmp_path / "test_marks.py").write_text("import pytest\n@pytest.mark.ci\ndef test_x():\n    pass\n")
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert "test_marks.py::test_x: ci means that CI runs a slow test" in done.stderr

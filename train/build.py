@@ -1,6 +1,8 @@
 """From resolved options to what the loop takes: what pre-training and fine-tuning share."""
 
+import contextlib
 import dataclasses
+import json
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,8 @@ from jax.sharding import Mesh
 from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches, train_batches
-from train.job import claim
+from train.data import identity as identity_of_data
+from train.job import claim, say
 from train.loop import Run
 from train.step import StepOptions
 from vitcore.config import ViTConfig
@@ -21,12 +24,16 @@ from vitcore.sharding import MeshShape, check_mesh
 def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
     """Raises ValueError where the model, the batch and the mesh of resolved options do not fit. name: of the model, for people."""
     check_mesh(config, MeshShape.of(mesh))
+    if getattr(config, "pool", "") == "none":
+        raise ValueError(f"{name} has pool 'none', a representation for each token: classes of images want one, e.g. --pool gap")
     parts = mesh.shape["data"] * full.accumulate
     if full.batch_size % parts:
         raise ValueError(
             f"--batch-size {full.batch_size} is not divisible by the data axis of {mesh.shape['data']} "
             f"times --accumulate {full.accumulate}: use a multiple of {parts}"
         )
+    if full.remat and full.remat_every > 1 and not isinstance(config, ViTConfig):
+        raise ValueError(f"--remat-every {full.remat_every}: {name} is made again unit by unit, use 1")
     if full.remat and config.depth % full.remat_every:
         raise ValueError(f"--remat-every {full.remat_every}: {name} has {config.depth} blocks, a divisor of that is required")
 
@@ -51,6 +58,28 @@ def _agree(full, out, sources) -> None:
     distributed.agree(**options | {"--out": str(out)} | data)
 
 
+def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool) -> tuple[tuple[Source, Source], dict]:
+    """The sources as the run in `out` goes on with them, and what it is to keep of them. Every process of a job calls it.
+
+    Raises ValueError where the run, if there is one, has seen other classes or images, unless `accept`; OSError.
+    """
+    config, here = out / "config.json", True
+    held = None
+    if distributed.rank() == 0 and config.exists():
+        with contextlib.suppress(ValueError):  # damaged: `check_claim` says so
+            held = json.loads(config.read_text())
+        here = isinstance(held, dict) and all(held.get(key) == value for key, value in identity.items())
+    held, here = distributed.broadcast([held.get(identity_of_data.KEY, {}) if here and held else None, here])
+    if held is None or not here:  # a new run; or another one's, which `check_claim` refuses
+        return sources, identity_of_data.seen(*sources)
+    sources, data_seen, lines = identity_of_data.continued(
+        identity_of_data.check(held or None), *sources, where=str(out), accept=accept
+    )  # fmt: skip
+    for line in lines:
+        say(line)
+    return sources, data_seen
+
+
 def make_run(
     full, out, identity: dict, described: dict, *, sources: tuple[Source, Source], config: ViTConfig, mesh: Mesh,
     data: dict[str, Any] | None = None, **own,
@@ -60,22 +89,24 @@ def make_run(
     identity, described: what a continuation must share, and the whole of config.json. sources: to train on, to measure on. data:
     arguments of `train_batches`, and own: fields of `Run`, that only one of the jobs has.
     """
-    source, held_out = sources
     _agree(full, out, sources)
+    (source, held_out), data_seen = _known(out, identity, sources, accept=full.accept_data)
+    described = described | {identity_of_data.KEY: data_seen, "accept_data": False}  # the answer to one question, once
     images: dict[str, Any] = dict(
         image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh),
         decoder=full.decoder, pixels="uint8", bad_share=full.bad_share,
     )  # fmt: skip
     batches = train_batches(
-        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, workers=full.workers, **images, **data or {}
-    )
+        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, workers=full.workers, how=full.how,
+        mixup=full.mixup, cutmix=full.cutmix, mixup_share=full.mixup_share or "batch", **images, **data or {},
+    )  # fmt: skip
     size = meshes.whole_rows(min(full.batch_size // full.accumulate, len(held_out)), mesh)
     return Run(
         directory=out,
         config=config,
         mesh=mesh,
         batches=batches,
-        validation=lambda: eval_batches(held_out, batch_size=size, preprocess=full.preprocess, **images),
+        validation=lambda: eval_batches(held_out, batch_size=size, preprocess=full.preprocess, how=full.how, **images),
         batch_size=full.batch_size,
         total_steps=full.steps,
         log_every=full.log_every,
@@ -89,5 +120,7 @@ def make_run(
         step_timeout=full.step_timeout,
         bad_steps=full.bad_steps,
         checkpoint_wait=full.checkpoint_wait,
+        tensorboard=full.tensorboard,
+        profile=full.profile,
         **own,
     )

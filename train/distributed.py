@@ -30,6 +30,7 @@ from jax._src import clusters, distributed  # the store and the detection have n
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import vitcore
 from train import meeting
 from train.signals import Stop, asked
 
@@ -259,10 +260,10 @@ def gather(value) -> list:
 def code_hash() -> str:
     """Of every source file of this package and those it stands on."""
     digest = hashlib.sha256()
-    root = Path(__file__).resolve().parents[1]
-    for package in ("kernels", "vitcore", "train"):
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    root, library = Path(__file__).resolve().parents[1], Path(vitcore.__file__).resolve().parent
+    for package in (root / "kernels", library, root / "train"):  # an installed library has the other two in it
+        for path in sorted(package.rglob("*.py")):
+            digest.update(str(path.relative_to(root.parent)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -9,7 +9,10 @@ top-1 and top-5 by its class map instead (and its red border of one pixel is cut
 accuracy of every class, and which were taken for which) and confusion.png. What counts and what does not: `train/scores.py`.
 """
 
+import csv
 import dataclasses
+import importlib.util
+import io
 import json
 import sys
 from dataclasses import dataclass, field
@@ -21,12 +24,12 @@ import numpy as np
 from train import distributed, scores
 from train.files import write_atomically
 from train.job import end, guard, say
-from train.options import MeshOptions, check_init, check_numbers, parse
+from train.options import InitOptions, MeshOptions, check_init, check_numbers, parse
 from train.signals import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(MeshOptions):
+class Evaluate(InitOptions, MeshOptions):
     """Top-1 and top-5 accuracy of a model, ReaL, ObjectNet, and every class."""
 
     init: str = ""
@@ -40,9 +43,17 @@ class Evaluate(MeshOptions):
     reads."""
     image_size: int | None = None
     """Default: the model's; the position embedding is fitted to it."""
-    preprocess: Literal["resize", "center"] = "resize"
+    preprocess: Literal["resize", "resize-center", "center"] = "resize"
+    """resize: to the square. resize-center: to a larger square, and its middle. center: the shorter side to 256/224 of the square,
+    averaging, and the middle."""
+    antialias: bool | None = None
+    """Whether shrinking averages over pixels. Default: as a run was trained; no for a file."""
     gelu: Literal["tanh", "erf"] | None = None
     batch_size: int = 256
+    predictions: str | None = None
+    """A .csv or .parquet for what was made of each image: its name, its class, the five likeliest and their probabilities."""
+    accept_data: bool = False
+    """Take labels by number though the class names are not those that the model was trained for."""
     out: str | None = None
     """Directory for evaluation.json and confusion.png. Default: evaluation/ in the run, or beside the file."""
 
@@ -88,13 +99,14 @@ def run(args: Evaluate) -> dict:
     """Measures, prints, writes. What evaluation.json holds."""
     import jax.numpy as jnp
 
-    from train.data import open_source
+    from train.data import by_names, open_source
     from train.frozen import Reader, make_predict, put_params
     from train.pretrained import open_pretrained
     from vitcore.sharding import MeshShape, check_mesh
 
     check_init(args.init)
     check_numbers(args)
+    check_predictions(args.predictions)
     if args.real and args.objectnet:
         raise ValueError("--real and --objectnet belong to different images: give one of them")
     args.join()
@@ -103,7 +115,7 @@ def run(args: Evaluate) -> dict:
     source: Any = open_source(args.data, args.split)
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu)
+    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu, **args.told)
     config = model.config
     check_mesh(config, MeshShape.of(mesh))
     if mapped is None and config.num_classes != len(source.classes):
@@ -111,6 +123,10 @@ def run(args: Evaluate) -> dict:
             f"the model has {config.num_classes} classes, {source.name} has {len(source.classes)}: evaluate it on the classes it "
             "was trained for"
         )
+    if mapped is None:
+        source, line = by_names(source, model.classes, model.about, accept=args.accept_data)
+        if line:
+            say(line)
     if mapped is not None:
         if config.num_classes != 1000:
             raise ValueError(f"the model has {config.num_classes} classes: --objectnet requires ImageNet's 1000")
@@ -118,16 +134,25 @@ def run(args: Evaluate) -> dict:
     names = [source.example_name(i) for i in range(len(source))] if real is not None else []
     wanted = None if real is None else scores.real_labels(real, names, config.num_classes)
 
-    reader = Reader(batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder)
-    predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype))
+    reader = Reader(
+        batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder, pixels=model.pixels,
+        antialias=model.antialias if args.antialias is None else args.antialias,
+    )  # fmt: skip
+    predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), scored=True)
     params = put_params(model.params, config, mesh)
-    best, labels = reader.all(lambda images: predict(params, images), source, config, mesh)
+    (best, scored), labels, places = reader.all(lambda images: predict(params, images), source, config, mesh)
+    wanted = None if wanted is None else [wanted[i] for i in places]
     result = {"model": model.about} | measure(best, labels, source.classes, config.num_classes, wanted, mapped)
     if distributed.rank() == 0:
-        say(f"{model.about} on {source.name}; {where}; {len(labels)} images")
+        lost = f" of {len(source)}; the others cannot be read" if len(labels) < len(source) else ""
+        say(f"{model.about} on {source.name}; {where}; {len(labels)} images{lost}")
         for line in describe(result):
             say(line)
         say(write(result, best, labels, source.classes, args, mapped is None))
+        if args.predictions:
+            files = [source.example_name(int(i)) for i in places]
+            known = source.classes if config.num_classes == len(source.classes) else None
+            say(write_predictions(args.predictions, files, labels, best, scored, source.classes, known))
     return result
 
 
@@ -191,6 +216,45 @@ def write(result: dict, best, labels, classes, args: Evaluate, picture: bool) ->
     matrix = scores.confusion(best[:, 0], labels, len(classes))
     scores.draw(matrix, classes, out / "confusion.png", f"{init.name} on {args.data}, {args.split}")
     return f"{out / 'evaluation.json'}, {out / 'confusion.png'}"
+
+
+def check_predictions(path: str | None) -> None:
+    """Raises ValueError where --predictions cannot be written, before anything is computed."""
+    if path is None:
+        return
+    if Path(path).suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--predictions {path}: a name that ends in .csv or .parquet is required")
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--predictions {path}: {Path(path).absolute().parent} is no directory: make it, or name another")
+    if Path(path).suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"--predictions {path}: .parquet needs pyarrow: pip install 'vitcore[parquet]', or write a .csv")
+
+
+def write_predictions(path: str, files: list[str], labels, best, scored, classes, known) -> str:
+    """A row for each image, to a .csv or .parquet, whole or not at all; says where.
+
+    Columns: name, label, and top1, score1, top2, ... classes by their names where the model's are the source's (`known`), else by
+    number.
+    """
+    rows: dict[str, list] = {"name": files, "label": [classes[i] for i in labels.tolist()]}
+    for k in range(best.shape[1]):
+        rows[f"top{k + 1}"] = [known[i] if known else i for i in best[:, k].tolist()]
+        rows[f"score{k + 1}"] = scored[:, k].tolist()
+    if path.endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(rows), sink)
+        content: Any = sink.getvalue().to_pybytes()
+    else:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(rows)
+        writer.writerows(zip(*rows.values(), strict=True))
+        content = text.getvalue()
+    write_atomically(Path(path), content)
+    return f"{path}: {len(files)} predictions"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train.job import end, guard
-from train.options import MeshOptions, check_numbers, parse
+from train.options import InitOptions, MeshOptions, check_numbers, parse
 from train.signals import Watchdog
 
 BIAS = 100.0
@@ -100,8 +100,9 @@ class Protocol:
             raise ValueError(f"shots={self.shots}, seeds={self.seeds}, l2={self.l2}: positive numbers are required")
 
 
-def measure(read: Callable[[Any], np.ndarray], train, test, protocol: Protocol) -> dict[int, list[float]]:
-    """{shots: the accuracy of each draw}. read: a source's features [len(source), F], in its order. train, test: sources.
+def measure(read: Callable[[Any], tuple[np.ndarray, np.ndarray]], train, test, protocol: Protocol) -> dict[int, list[float]]:
+    """{shots: the accuracy of each draw}. read: a source's features [K, F] and the places of the K images that can be read, in its
+    order; the others are left out. train, test: sources.
 
     Only the images that are drawn are read of the training source.
     """
@@ -111,9 +112,11 @@ def measure(read: Callable[[Any], np.ndarray], train, test, protocol: Protocol) 
     draws = {(k, s): draw(labels, k, train.classes, s) for k in protocol.shots for s in range(protocol.seeds)}
     used = np.unique(np.concatenate(list(draws.values())))
     few = Selected(source=train, name=f"{train.name} (few shots)", indices=used, classes=train.classes)
-    x, x_test, test_labels = read(few), read(test), np.asarray(test.labels())
+    (x, there), (x_test, tested) = read(few), read(test)
+    used, test_labels = used[there], np.asarray(test.labels())[tested]
     out: dict[int, list[float]] = {}
     for (k, _), chosen in draws.items():
+        chosen = chosen[np.isin(chosen, used)]
         rows = np.searchsorted(used, chosen)
         one = accuracy(
             x[rows], labels[chosen], x_test, test_labels, len(train.classes),
@@ -123,15 +126,21 @@ def measure(read: Callable[[Any], np.ndarray], train, test, protocol: Protocol) 
     return out
 
 
+def usual_preprocess(source) -> str:
+    """As the authors' later code has it: 256 x 256, whatever the shape, and the middle 224; the digits as they are."""
+    return "resize" if source.augment == "digits" else "resize-center"
+
+
 def probe(
-    config, mesh, train, test, *, protocol: Protocol | None = None, batch_size: int = 256, preprocess: str = "resize",
-    threads: int | None = None, decoder: str = "pillow", ops=None, dtype=None,
+    config, mesh, train, test, *, protocol: Protocol | None = None, batch_size: int = 256, preprocess: str | None = None,
+    antialias: bool = False, threads: int | None = None, decoder: str = "pillow", ops=None, dtype=None,
     read: Literal["pre-logits", "representation"] = "pre-logits",
 ) -> Callable[[Any], dict[str, float]]:  # fmt: skip
     """A function of parameters on `mesh` -> {"fewshot_5": accuracy, ...}: the measurement that pre-training takes as it goes.
 
     config: of the parameters. train, test: sources with the same classes. The compiled function is made once. Every process of a
-    job calls it. Raises ValueError at once where a class has too few images.
+    job calls it. preprocess: None for what `python -m train.fewshot` takes: the two give the same number. Raises ValueError at once
+    where a class has too few images.
     """
     import jax.numpy as jnp
 
@@ -141,10 +150,16 @@ def probe(
     for k in protocol.shots:
         draw(np.asarray(train.labels()), k, train.classes, 0)
     features = make_features(config, mesh, ops=ops, dtype=dtype or jnp.float32, read=read)
-    reader = Reader(batch_size=batch_size, preprocess=preprocess, threads=threads, decoder=decoder)
+    reader = Reader(
+        batch_size=batch_size,
+        preprocess=preprocess or usual_preprocess(train),
+        antialias=antialias,
+        threads=threads,
+        decoder=decoder,
+    )
 
     def run(params) -> dict[str, float]:
-        found = measure(lambda s: reader.all(lambda images: features(params, images), s, config, mesh)[0], train, test, protocol)
+        found = measure(lambda s: reader.all(lambda images: features(params, images), s, config, mesh)[::2], train, test, protocol)
         return {f"fewshot_{k}": float(np.mean(values)) for k, values in found.items()}
 
     return run
@@ -154,7 +169,7 @@ def probe(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fewshot(MeshOptions):
+class Fewshot(InitOptions, MeshOptions):
     """Few-shot accuracy of a frozen model: closed-form ridge regression from its features."""
 
     init: str | None = None
@@ -177,8 +192,11 @@ class Fewshot(MeshOptions):
     """Of --features tokens: behind which block, from 1; 0 for the last."""
     image_size: int | None = None
     """Default: the model's; the position embedding is fitted to it."""
-    preprocess: Literal["resize", "center"] | None = None
-    """Default: centre crop (256 to 224), but direct resize for the digits."""
+    preprocess: Literal["resize", "resize-center", "center"] | None = None
+    """resize-center: to 256/224 of the square, and the middle. center: the shorter side so, averaging, and the middle. Default:
+    resize-center, but resize for the digits."""
+    antialias: bool | None = None
+    """Whether shrinking averages over pixels. Default: as a run was trained; no for a file."""
     gelu: Literal["tanh", "erf"] | None = None
     batch_size: int = 256
     out: str | None = None
@@ -199,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: Fewshot) -> dict[int, list[float]]:
     """Measures and prints; {shots: accuracies}."""
+    import jax
     import jax.numpy as jnp
 
     from train import distributed
@@ -207,6 +226,8 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     from train.frozen import Reader, make_features, put_params
     from train.pretrained import open_pretrained
     from vitcore.config import ViTConfig
+    from vitcore.normalisation import HALF
+    from vitcore.pixels import to_unit
 
     check_numbers(args)
     args.join()
@@ -216,27 +237,34 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     train, test = open_source(args.data, args.train_split), open_source(args.data, args.test_split)
     check_classes(train, test)
     mesh, where = args.make_mesh()
-    preprocess = args.preprocess or ("resize" if train.augment == "digits" else "center")
-    reader = Reader(batch_size=args.batch_size, preprocess=preprocess, threads=args.threads, decoder=args.decoder)
-    channels = train[0].image.shape[2]
+    preprocess, antialias = args.preprocess or usual_preprocess(train), bool(args.antialias)
+    pixels = HALF
+    channels = train[0].image.shape[2] if train.decoded else 3
     if args.features == "pixels":
         side = args.image_size or train[0].image.shape[0]
         config = ViTConfig(image_size=side, patch_size=side, width=1, depth=1, mlp_dim=1, num_heads=1, channels=channels)
         about = "the pixels"
 
+        @jax.jit
         def features(images):
-            return images.reshape(images.shape[0], -1)
+            return to_unit(images).reshape(images.shape[0], -1)
     else:
-        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu)
+        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about
+        pixels = model.pixels
         params = put_params(model.params, config, mesh)
+        antialias = model.antialias if args.antialias is None else args.antialias
         ops = args.choose_ops(mesh, where)
         function = make_features(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), read=args.features, block=args.block)
 
         def features(images):
             return function(params, images)
 
-    found = measure(lambda source: reader.all(features, source, config, mesh)[0], train, test, protocol)
+    reader = Reader(
+        batch_size=args.batch_size, preprocess=preprocess, antialias=antialias, threads=args.threads, decoder=args.decoder,
+        pixels=pixels,
+    )  # fmt: skip
+    found = measure(lambda source: reader.all(features, source, config, mesh)[::2], train, test, protocol)
     if distributed.rank() == 0:
         print(f"{about}; {where}; {len(test)} images of {len(test.classes)} classes, {protocol.seeds} draws")
         for k, values in found.items():

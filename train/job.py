@@ -166,12 +166,33 @@ def place(out) -> epath.Path:
     scheme, colon, _ = os.fspath(out).partition("://")
     if colon and scheme != "gs":
         raise ValueError(f"--out {out}: a local path or gs://BUCKET/PATH is required")
+    if set(os.path.abspath(os.fspath(out))) & set("[*?"):
+        raise ValueError(f"--out {out}: a path without [, * and ? is required, of which checkpoints would be lost")
     if colon:
         try:
             fsspec.get_filesystem_class("gs")
         except ImportError:
             raise ValueError(f"--out {out}: gs:// needs gcsfs and google-cloud-storage: pip install 'vitcore[gcs]'") from None
     return epath.Path(os.fspath(out))
+
+
+# Options that came after runs had been made, and what those runs did: a run without them in its config.json had these values.
+BEFORE: dict = {
+    "head_bias": 0.0, "antialias": True, "crop": "torchvision", "randaugment": [0, 0], "cutmix": 0.0, "mixup_share": "row",
+    "position": "1d", "erase": 0.0, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
+}  # fmt: skip
+
+NAMED = {"mixup"}  # of these, what pre-training has always named its directories by
+
+
+def differing(identity: dict, held: dict) -> list[str]:
+    """The options in which a run whose config.json is `held` is another than this one."""
+    return [key for key, value in identity.items() if (held[key] != value if key in held else not _as_before(key, value))]
+
+
+def _as_before(key: str, value) -> bool:
+    """Whether a value is what runs did before there was that option; None where it has no effect."""
+    return value is None or (key in BEFORE and BEFORE[key] == value)
 
 
 def identity(args, placement: frozenset[str]) -> dict:
@@ -183,7 +204,8 @@ def directory(out: str | None, name: str, identity: dict) -> epath.Path:
     """Where a run lives: --out, or runs/NAME-HASH, the same for the same identity."""
     if out is not None:
         return place(out)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    named = {key: value for key, value in identity.items() if key in NAMED or not (key in BEFORE and _as_before(key, value))}
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     return place("runs") / f"{name}-{digest}".replace("/", "_")
 
 
@@ -202,9 +224,9 @@ def check_claim(out: epath.Path, identity: dict) -> None:
                 raise ValueError("no object")
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
-        other = [key for key in identity if held.get(key) != identity[key]]
+        other = differing(identity, held)
         if other:
-            what = ", ".join(f"{key} {held.get(key)} there, {identity[key]} now" for key in other[:3])
+            what = ", ".join(f"{key} {held.get(key, BEFORE.get(key))} there, {identity[key]} now" for key in other[:3])
             raise ValueError(
                 f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it"
             )

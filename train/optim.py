@@ -77,34 +77,80 @@ def optimizer(
         raise ValueError(f"weight_decay={weight_decay}, base_lr={base_lr}: required are a decay >= 0, a rate > 0")
     rate = weight_decay if weight_decay_form == "adamw" else weight_decay / base_lr
     return optax.chain(
-        _first_moment_in(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), jnp.dtype(first_moment)),
+        _kept_in(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), "mu", jnp.dtype(first_moment)),
         _decay_kernels(rate),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def sgd(learning_rate: optax.Schedule, *, momentum: float = 0.9) -> optax.GradientTransformation:
-    """m = momentum m + g; w -= lr_t m: the paper's fine-tuning (Table 4), without weight decay. State as in `optimizer`."""
-    return optax.chain(optax.trace(decay=momentum), optax.scale_by_learning_rate(learning_rate))
+def sgd(
+    learning_rate: optax.Schedule, *, momentum: float = 0.9, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> optax.GradientTransformation:
+    """m = momentum m + g; w -= lr_t m: the paper's fine-tuning (Table 4), without weight decay. State as in `optimizer`.
+
+    dtype: what m is kept in between steps; the update itself uses the float32 value.
+    """
+    trace = _kept_in(optax.trace(decay=momentum), "trace", jnp.dtype(dtype))
+    return optax.chain(trace, optax.scale_by_learning_rate(learning_rate))
 
 
-def _first_moment_in(adam: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-    """Adam whose m is kept in a dtype and worked on in float32.
+def adamw(
+    learning_rate: optax.Schedule,
+    *,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    depth: int,
+    mu_dtype: Literal["float32", "bfloat16"] = "float32",
+) -> optax.GradientTransformation:
+    """AdamW with a learning rate that falls from the head down: fine-tuning as of BEiT, MAE and DeiT-III.
+
+        w -= lr_t s (u + wd w)      s = layer_decay^(depth + 1 - l)
+
+    l: 0 for the embedding, 1 ... depth for the blocks, whose leaves are stacked on a leading axis, depth + 1 for the last norm and
+    the head. u: Adam's update; wd of kernels only. State as in `optimizer`. Raises ValueError for a share outside (0, 1].
+    """
+    if not 0 < layer_decay <= 1 or weight_decay < 0:
+        raise ValueError(f"layer_decay={layer_decay}, weight_decay={weight_decay}: a share in (0, 1] and 0 or more are required")
+    return optax.chain(
+        _kept_in(optax.scale_by_adam(), "mu", jnp.dtype(mu_dtype)),
+        _decay_kernels(weight_decay),
+        _scale_layers(layer_decay, depth),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _scale_layers(share: float, depth: int) -> optax.GradientTransformation:
+    def scale(path, update):
+        part = path[0].key
+        if part == "blocks":
+            rates = share ** jnp.arange(depth, 0, -1, dtype=update.dtype)
+            return update * rates.reshape(-1, *(1,) * (update.ndim - 1))
+        return update * share ** (depth + 1) if part == "patch_embed" or part == "stem" else update
+
+    def update(updates, params=None):
+        del params
+        return jax.tree_util.tree_map_with_path(scale, updates)
+
+    return optax.identity() if share == 1 else optax.stateless(update)
+
+
+def _kept_in(optimizer: optax.GradientTransformation, field: str, dtype) -> optax.GradientTransformation:
+    """An optimizer one part of whose state is kept in a dtype and worked on in float32.
 
     Not scale_by_adam(mu_dtype=): that one multiplies b1 by m in bfloat16, where 0.9 is 0.8984, and is off by several times the
     rounding of m itself.
     """
     if dtype == jnp.float32:
-        return adam
+        return optimizer
 
     def kept(state, dtype):
-        return state._replace(mu=optax.tree.cast(state.mu, dtype))
+        return state._replace(**{field: optax.tree.cast(getattr(state, field), dtype)})
 
     def update(updates, state, params=None):
-        updates, state = adam.update(updates, kept(state, jnp.float32), params)
+        updates, state = optimizer.update(updates, kept(state, jnp.float32), params)
         return updates, kept(state, dtype)
 
-    return optax.GradientTransformation(lambda params: kept(adam.init(params), dtype), update)
+    return optax.GradientTransformation(lambda params: kept(optimizer.init(params), dtype), update)
 
 
 def _decay_kernels(rate: float) -> optax.GradientTransformation:

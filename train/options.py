@@ -11,15 +11,20 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from jax.sharding import Mesh
 
 from train import distributed
 from train import mesh as meshes
-from train.job import JobOptions
+from train.job import BEFORE, JobOptions
+from train.metrics import need_tensorboard
+from vitcore.normalisation import pixels
 from vitcore.ops import BY_NAME, Ops
 from vitcore.ops import resolve as resolve_ops
+
+if TYPE_CHECKING:
+    from train.data.augment import How
 
 Options = TypeVar("Options")
 
@@ -77,10 +82,80 @@ class TrainOptions(MeshOptions):
     """Steps between validations. Default: about twenty in a run."""
     checkpoint_every: int | None = None
     """Steps between checkpoints. Default: as validations."""
+    accept_data: bool = False
+    """Go on with a run though the classes or images are not those that it has seen. The run keeps what it saw before."""
     keep: int = 2
     """Newest checkpoints that stay."""
     keep_every: int | None = None
     """Checkpoints of steps that are multiples of this stay as well."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run's tensorboard/ as well; wants the extra [tensorboard]."""
+    profile: tuple[int, int] | None = None
+    """Trace from one step to another with JAX's profiler, 20 25, into the run's profile/: opens in Perfetto and in XProf."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(TrainOptions):
+    """What jobs that train by a recipe have besides: what is done to the images. None: as the recipe has it."""
+
+    augment: Literal["inception", "digits", "none"] | None = None
+    """inception: a crop, resized, and a flip. Default: what suits the data."""
+    crop: Literal["tensorflow", "torchvision"] | None = None
+    """The rule of the inception crop: the authors', which takes smaller parts, or that of torchvision."""
+    antialias: bool | None = None
+    """Whether shrinking an image averages over its pixels. The authors interpolate between the four nearest: no."""
+    randaugment: tuple[int, int] | None = None
+    """Changes of every image, and their magnitude: 2 10. 0 0 for none."""
+    mixup: float | None = None
+    """Strength of MixUp, shares being drawn from Beta(a, a); 0 for none."""
+    cutmix: float | None = None
+    """Strength of CutMix, likewise; with both, one of the two is drawn each time."""
+    mixup_share: Literal["batch", "row"] | None = None
+    """Whether all images of a batch are mixed in one share, as the authors have it, or each in its own."""
+    erase: float | None = None
+    """Share of the images of which a box is replaced by noise (random erasing); 0 for none."""
+    preprocess: Literal["resize", "resize-center", "center"] | None = None
+    """Of images that are measured. resize: to the square. resize-center: to 256/224 of it, and the middle. center: the shorter side
+    to 256/224 of it, averaging, and the middle."""
+
+    @property
+    def how(self) -> "How":
+        """Of resolved options, as the loader takes it."""
+        from train.data.augment import How
+
+        randaugment = self.randaugment if self.randaugment and self.randaugment[0] else None
+        return How(antialias=bool(self.antialias), crop=self.crop or "tensorflow", randaugment=randaugment, erase=self.erase or 0.0)
+
+
+def _kind(augment: str | None, data: str) -> str:
+    return augment or ("digits" if data.partition(":")[0] == "digits" else "inception")
+
+
+def resolve_images(args: "ImageOptions", recipe) -> dict:
+    """The fields of ImageOptions with every open value filled in from a recipe's of the same names; None where there is nothing to
+    choose. Raises ValueError where they do not fit together."""
+
+    def given(name: str):
+        return getattr(recipe, name) if getattr(args, name) is None else getattr(args, name)
+
+    found = {
+        name: given(name) for name in ("crop", "antialias", "randaugment", "mixup", "cutmix", "mixup_share", "erase", "preprocess")
+    }
+    if min(found["mixup"], found["cutmix"]) < 0:
+        raise ValueError(f"--mixup {found['mixup']}, --cutmix {found['cutmix']}: strengths of 0 or more are required")
+    if not 0 <= found["erase"] <= 1:
+        raise ValueError(f"--erase {found['erase']}: a share in [0, 1] is required")
+    layers, magnitude = found["randaugment"]
+    if min(layers, magnitude) < 0:
+        raise ValueError(f"--randaugment {layers} {magnitude}: two numbers of 0 or more are required")
+    kind = _kind(args.augment, getattr(args, "data", ""))
+    if kind != "inception":
+        if args.crop is not None or (layers and args.randaugment is not None) or args.erase:
+            raise ValueError(f"--crop, --randaugment and --erase belong to --augment inception, and this is {kind}: leave them out")
+        found["crop"], found["randaugment"], found["erase"] = None, (0, 0), 0.0
+    if not found["mixup"] and not found["cutmix"]:
+        found["mixup_share"] = None
+    return found
 
 
 TRAIN_OPTIONS = tuple(field.name for field in dataclasses.fields(TrainOptions))
@@ -109,8 +184,41 @@ def check_numbers(args, *, positive: str = "", natural: str = "") -> None:
     for option, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{option.replace('_', '-')} {value}: a finite number is required")
+    if getattr(args, "tensorboard", False):
+        need_tensorboard()
+    if (steps := getattr(args, "profile", None)) is not None and not 1 <= steps[0] <= steps[1]:
+        raise ValueError(f"--profile {steps[0]} {steps[1]}: a first and a last step are required, from 1")
     if not 0 <= (share := getattr(args, "bad_share", 0)) <= 1:
         raise ValueError(f"--bad-share {share}: a share in [0, 1] is required")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions:
+    """What a job that starts from a file of weights is told where the file does not say it."""
+
+    heads: int | None = None
+    """Heads of the model in --init, where the file does not say."""
+    init_pool: Literal["gap", "first"] | None = None
+    """How the model in --init makes one vector of its tokens, where the file has no class token and does not say."""
+    init_position: Literal["sincos2d", "none"] | None = None
+    """The fixed position embedding of the model in --init, or none, where the file holds no embedding and does not say."""
+    mean: tuple[float, ...] = ()
+    """Of the pixels that the model in --init wants, values in [0, 1]: 0.485 0.456 0.406. Default: as the file says, or 0.5."""
+    std: tuple[float, ...] = ()
+    """Deviation of the pixels, likewise: 0.229 0.224 0.225. Default: likewise, or 0.5."""
+
+    @property
+    def told(self) -> dict:
+        """The arguments of `open_pretrained`. Raises ValueError for what is out of range."""
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"--heads {self.heads}: a positive number is required")
+        if bool(self.mean) != bool(self.std):
+            raise ValueError("--mean and --std belong together: give both")
+        wanted = pixels(self.mean, self.std) if self.mean else None
+        return {"heads": self.heads, "pool": self.init_pool, "position": self.init_position, "pixels": wanted}
+
+
+INIT_OPTIONS = tuple(field.name for field in dataclasses.fields(InitOptions))
 
 
 def check_init(init: str | None) -> None:
@@ -156,16 +264,22 @@ def as_options(cls, program: str, path: str) -> list[str]:
         values = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    if isinstance(values, dict):
+        values.pop("data_seen", None)  # what a run knows of its images, not an option
+        before = {key: value for key, value in BEFORE.items() if key in known}  # a run of before there was such an option
+        if _kind(values.get("augment"), str(values.get("data"))) != "inception":
+            before.pop("crop", None)
+        values = before | values
     if isinstance(values, dict) and "init" in values:
         values.pop("vit", None)  # what a fine-tuned model is, for who opens it: made from the rest
-    if not isinstance(values, dict) or (unknown := set(values) - known):
+    if not isinstance(values, dict) or (unknown := set(values) - set(known)):
         what = f"has no option {', '.join(sorted(unknown))}" if isinstance(values, dict) else "holds no options"
         raise ValueError(f"--config {path}: {program} {what}: give the config.json of a run")
     words = []
     for key, value in values.items():
         option = key.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and isinstance(known[key].default, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, list):
             words += [f"--{option}", *map(str, value)] if value else []

@@ -21,16 +21,16 @@ from typing import Any, Literal
 
 from train import distributed, job, options, recipes
 from train.job import check_claim, end, guard, locked, say, stopped
-from train.options import TrainOptions, check_numbers
+from train.options import ImageOptions, check_numbers, resolve_images
 from train.signals import Stop, interruptible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(TrainOptions):
+class Pretrain(ImageOptions):
     """Pre-train a Vision Transformer. Whatever is not given comes from the recipe (paper Table 3)."""
 
     model: str | None = None
-    """ViT-{Nano,Ti,S,B,L,H}/PATCH. Default: ViT-Nano/4 for the digits, ViT-B/16 otherwise."""
+    """ViT-{Nano,Ti,S,B,L,H}/PATCH. Default: ViT-Nano/4 for the digits, ViT-S/16 for plain, ViT-B/16 otherwise."""
     data: str = "digits"
     """digits, digits:0-4, folder:PATH, tar:PATTERN, arrayrecord:PATTERN, tfds:NAME, parquet:PATTERN, cifar:PATH."""
     train_split: str = "train"
@@ -38,7 +38,8 @@ class Pretrain(TrainOptions):
     val_split: str = "val"
     """Part to validate on: val, test, train[99%:]."""
     recipe: str | None = None
-    """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep. Default: digits or imagenet."""
+    """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep; plain, plain-300ep: a later
+    baseline. Default: digits or imagenet."""
     out: str | None = None
     """Directory of the run. Default: runs/ and a name made from the configuration."""
     config: str | None = None
@@ -54,9 +55,15 @@ class Pretrain(TrainOptions):
     """Images of one update, over all devices."""
 
     image_size: int | None = None
-    pool: Literal["token", "gap"] = "token"
+    pool: Literal["token", "gap", "map", "first"] | None = None
+    """How tokens become one vector: class token, mean, attention pooling, or the first patch. Default: the recipe's or the
+    model's own."""
+    position: Literal[
+        "1d", "1d-layers", "1d-shared", "2d", "2d-layers", "2d-shared", "relative", "sincos2d", "none"
+    ] | None = None  # fmt: skip
+    """Position embedding (paper Table 8): at the stem, in each layer, or one table for all layers. Default: the recipe's or 1d."""
     representation_size: int | None = None
-    """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper."""
+    """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper; of a ResNet none."""
     dropout: float | None = None
     gelu: Literal["tanh", "erf"] = "tanh"
 
@@ -70,16 +77,12 @@ class Pretrain(TrainOptions):
     """Bound of the global gradient norm; 0 for none."""
     first_moment: Literal["float32", "bfloat16"] | None = None
     loss: Literal["softmax", "sigmoid"] | None = None
+    head_bias: float | None = None
+    """What the classifier's bias starts at. Default: with the sigmoid the recipe's (-10 for jft and imagenet21k), else 0."""
     label_smoothing: float | None = None
     polyak: float = 0.0
     """Decay of the parameters' running average, which is then what is validated; 0 for none."""
 
-    mixup: float = 0.0
-    """Strength of MixUp, shares being drawn from Beta(a, a); 0 for none."""
-    augment: Literal["inception", "digits", "none"] | None = None
-    """Default: what suits the data."""
-    preprocess: Literal["resize", "center"] = "resize"
-    """Of validation images: resized to the square, or shorter side and central crop."""
     subset: int | None = None
     """Train on this many images, drawn at random."""
     subset_seed: int = 0
@@ -100,13 +103,17 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     Raises ValueError for unknown names and values that do not fit together.
     """
     from train.data import absolute
-    from vitcore.config import variant
+    from vitcore import families, variant
 
     digits = args.data.partition(":")[0] == "digits"
-    model = ("ViT-Nano/4" if digits else "ViT-B/16") if args.model is None else args.model
     name = ("digits" if digits else "imagenet") if args.recipe is None else args.recipe
-    variant(model, image_size=_patch(model))  # an unknown model is the first thing to say
+    model = (recipes.default_model("digits" if digits else name)) if args.model is None else args.model
+    shown = variant(model, image_size=_some_size(model))  # an unknown model is the first thing to say
     recipe = recipes.recipe(name, model)
+    has = families.fields_of(model)
+    for field in ("pool", "position", "dropout"):
+        if getattr(args, field) and field not in has:
+            raise ValueError(f"--{field} {getattr(args, field)}: {model} is a ResNet, which has no {field}: leave it out")
 
     def given(value, default):
         return default if value is None else value
@@ -120,19 +127,20 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         raise ValueError(f"--polyak {args.polyak}: a decay in [0, 1) is required")
     batch = given(args.batch_size, recipe.batch_size)
     epochs = given(args.epochs, recipe.epochs)
-    steps = given(args.steps, max(1, epochs * (args.subset or examples) // batch))
+    steps = given(args.steps, recipes.steps_of(epochs, args.subset or examples, batch))
     every = max(1, steps // 20)
     # a run shorter than its recipe's warm-up keeps the warm-up's share of a tenth
     warmup = given(args.warmup_steps, recipe.warmup_steps if recipe.warmup_steps < steps else steps // 10)
     rate = given(args.learning_rate, recipe.base_lr)
     form = given(args.weight_decay_form, recipe.weight_decay_form)
-    # Table 3's decay is adamw's, multiplied by the rate; the independent form's value of the same strength has the peak rate in it
-    weight_decay = given(args.weight_decay, recipe.weight_decay * (rate if form == "independent" else 1.0))
+    # in the other form than the recipe's: adamw's decay is multiplied by the rate, the independent form's has the peak rate in it
+    other = {"independent": rate, "adamw": 1 / rate if rate else 1.0}[form] if form != recipe.weight_decay_form else 1.0
+    weight_decay = given(args.weight_decay, recipe.weight_decay * other)
     loss = given(args.loss, recipe.loss)
     smoothing = given(args.label_smoothing, recipe.label_smoothing if loss == recipe.loss else 0.0)
     checked = dataclasses.replace(  # the recipe's own checks, on what the command line made of it
         recipe,
-        dropout=given(args.dropout, recipe.dropout),
+        dropout=given(args.dropout, recipe.dropout if "dropout" in has else 0.0),
         clip_norm=given(args.clip_norm, recipe.clip_norm) or None,
         label_smoothing=smoothing,
         loss=loss,
@@ -150,8 +158,10 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         epochs=None,
         batch_size=batch,
         image_size=checked.image_size,
-        representation_size=given(args.representation_size, variant(model, image_size=_patch(model)).width),
+        representation_size=given(args.representation_size, shown.width if "width" in has else 0),
         dropout=checked.dropout,
+        pool=given(args.pool, _own(shown, "pool", recipe.pool)),
+        position=given(args.position, _own(shown, "position", recipe.position)),
         learning_rate=rate,
         warmup_steps=warmup,
         decay=given(args.decay, recipe.decay),
@@ -160,17 +170,25 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         clip_norm=checked.clip_norm or 0.0,
         first_moment=given(args.first_moment, recipe.first_moment),
         loss=loss,
+        head_bias=given(args.head_bias, recipe.first_bias(loss)),
         label_smoothing=smoothing,
+        **resolve_images(args, recipe),
         log_every=given(args.log_every, max(1, min(50, steps // 100))),
         eval_every=given(args.eval_every, every),
         checkpoint_every=given(args.checkpoint_every, every),
     )
 
 
-def _patch(model: str) -> int:
-    """Some image side that a model of this name accepts: its patch."""
+def _own(shown, field: str, asked: str) -> str | None:
+    """A recipe's pool or position embedding; the model's own where the recipe has the usual one, or None."""
+    usual = {"pool": "token", "position": "1d"}[field]
+    return getattr(shown, field, None) if asked == usual else asked if hasattr(shown, field) else None
+
+
+def _some_size(model: str) -> int:
+    """Some image side that a model of this name accepts: two of what its name divides it by, or what a ResNet divides it by."""
     tail = model.rpartition("/")[2]
-    return int(tail) if tail.isdigit() and int(tail) else 16
+    return 2 * int(tail) if tail.isdigit() and int(tail) else 32
 
 
 def identity(args: Pretrain) -> dict:
@@ -200,7 +218,9 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
 
     from train.build import check_fit, make_run, step_options
     from train.data import check_classes, open_source
+    from train.data.identity import seen
     from train.loop import train
+    from vitcore import families
     from vitcore.ops import BY_NAME
 
     source, held_out = open_source(args.data, args.train_split), open_source(args.data, args.val_split)
@@ -216,15 +236,17 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     check_fit(full, config, mesh, full.model)
     rate, tx = _optimizer(full)
     out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss)
-    distributed.agree(code=distributed.code_hash(), versions=distributed.versions())
+    distributed.agree(code=distributed.code_hash(), versions=distributed.versions(), images=seen(source, held_out))
     spec = make_run(
         full, out, who, dataclasses.asdict(full), sources=(source, held_out), config=config, mesh=mesh,
-        data=dict(subset=full.subset, subset_seed=full.subset_seed, mixup=full.mixup),
+        data=dict(subset=full.subset, subset_seed=full.subset_seed),
         tx=tx, learning_rate=rate, options=how, early_stop=full.early_stop, **_fewshot(full, config, mesh, source, held_out, how),
     )  # fmt: skip
     if distributed.rank() == 0:
         check_claim(out, who)
     named = next(name for name, known in BY_NAME.items() if known is ops)
+    if apart := families.family_of(config).by_xla(config):
+        named += f" ({' and '.join(apart)} by XLA)"
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes")
     say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
     with locked(out):
@@ -239,7 +261,7 @@ def _fewshot(full, config, mesh, source, held_out, how) -> dict[str, Any]:
     from train.fewshot import probe
 
     measure = probe(
-        config, mesh, source, held_out, preprocess=full.preprocess, threads=full.threads, decoder=full.decoder,
+        config, mesh, source, held_out, antialias=full.antialias, threads=full.threads, decoder=full.decoder,
         ops=how.ops, dtype=how.dtype,
     )  # fmt: skip
     return {
@@ -262,19 +284,21 @@ def _report(result, out) -> None:
 
 
 def _model(full, *, classes: int, channels: int):
-    """The ViTConfig of resolved options."""
-    from vitcore.config import variant
+    """The configuration of resolved options."""
+    from vitcore import families
 
-    return variant(
+    return families.named(
         full.model,
         image_size=full.image_size,
         num_classes=classes,
         representation_size=full.representation_size or None,
         pool=full.pool,
+        position=full.position,
         dropout=full.dropout,
         gelu=full.gelu,
         channels=channels,
-        head_bias=recipes.recipe(full.recipe, full.model).head_bias if full.loss == "sigmoid" else 0.0,
+        head_bias=full.head_bias,
+        **({} if full.position == "1d" else {"position": full.position}),
     )
 
 

@@ -9,18 +9,28 @@ import jax
 import numpy as np
 
 from train import mesh as meshes
-from vitcore import weight_tree
-from vitcore.config import ViTConfig, variant
-from vitcore.posemb import fit
+from train.data import identity
+from train.job import BEFORE
+from vitcore import ViTConfig, families, weight_about, weight_tree
+from vitcore.normalisation import HALF, Pixels
+from vitcore.normalisation import pixels as read_pixels
+from vitcore.normalisation import said as pixels_said
 from vitcore.weight_tree import WeightError
 
 
 class Pretrained(NamedTuple):
-    """config: of the parameters. params: the tree of `vitcore.init` in host memory (numpy, float32). about: where from."""
+    """config: of the parameters. params: the tree of `vitcore.init` in host memory (numpy, float32). about: where from. antialias:
+    whether a run's images were averaged when they were shrunk; False of a file, as the authors have it. classes: the names of what
+    the head tells apart, None where nothing says. pixels: what the model wants. data: what a run, or a file of ours, says of the
+    images behind it (`train.data.identity`)."""
 
     config: ViTConfig
     params: dict
     about: str
+    antialias: bool = False
+    classes: tuple[str, ...] | None = None
+    pixels: Pixels = HALF
+    data: dict | None = None
 
 
 def open_pretrained(
@@ -28,43 +38,58 @@ def open_pretrained(
     *,
     image_size: int | None = None,
     num_classes: int | None = None,
+    head_bias: float = 0.0,
     gelu: Literal["tanh", "erf"] | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
+    heads: int | None = None,
+    pool: str | None = None,
+    position: str | None = None,
+    pixels: Pixels | None = None,
 ) -> Pretrained:
     """The model at `path`, its position embedding fitted to image_size (default: the one it has).
 
     path: a file of weights, a run's directory (its newest good checkpoint is taken; where the run keeps a Polyak average, that),
     or a run's directory/STEP. num_classes: the whole pre-training head, its hidden layer too, gives way to a linear one that starts
-    at zero; None keeps the head. gelu: what the file cannot say; default: tanh for the release and our runs, erf for timm's and
-    transformers' naming. Raises ValueError in one line for whatever is wrong with what is there; OSError.
+    at zero, its bias at head_bias; None keeps the head. gelu, heads, pool, position, pixels: what the file does not say. Default of
+    gelu: tanh for the release, erf for timm's and transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in
+    one line for whatever is wrong with what is there; OSError.
     """
     if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
-        config, params, about = _from_run(path)
+        config, params, about, held = _from_run(path)
+        antialias = bool(held.get("antialias", BEFORE["antialias"]))
+        seen = identity.check(held.get(identity.KEY))
+        classes = None if seen is None else tuple(seen["classes"])
+        wanted = pixels or (read_pixels(held["mean"], held["std"]) if held.get("mean") else HALF)
         size = config.image_shape if image_size is None else (image_size, image_size)
         new = dataclasses.replace(config, image_size=size[0] if size[0] == size[1] else size)
-        patch = params["patch_embed"]
-        slots = int(config.pool == "token")
-        patch["position"] = fit(patch["position"], grid=config.grid, to=new.grid, class_slots=slots, method=interpolation)
+        params = families.fitted(params, config, new, method=interpolation)
         if num_classes is not None:
-            new = dataclasses.replace(new, num_classes=num_classes, representation_size=None, head_bias=0.0)
+            new = dataclasses.replace(new, num_classes=num_classes, representation_size=None, head_bias=head_bias)
             params.pop("pre_logits", None)
-            params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": np.zeros(num_classes, np.float32)}
+            bias = np.full(num_classes, head_bias, np.float32)
+            params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": bias}
     else:
-        style, config, _ = weight_tree.describe(path)
-        head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None)
+        antialias = False
+        style, config, _ = weight_tree.describe(path, heads=heads, pool=pool, position=position)
+        told = weight_tree.about(path)
+        classes, seen = told.classes, told.data
+        wanted, words = weight_about.pixels_of(path, told, style.naming)
+        head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None, head_bias=head_bias)
         new = dataclasses.replace(config, image_size=config.image_size if image_size is None else image_size, **head)
         grid = config.grid
         params = weight_tree.read(path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation)
-        about = f"{path} ({style.naming} naming)"
+        wanted, words = (wanted, words) if pixels is None else (pixels, f"pixels {pixels_said(pixels)}")
+        about = f"{path} ({style.naming} naming; {words})"
     leaves = jax.tree_util.tree_leaves_with_path(params)
     bad = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not np.isfinite(leaf).all()]
     if bad:
         raise WeightError(f"{path}: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)} holds NaN or infinity: no model to go on from")
-    return Pretrained(dataclasses.replace(new, gelu=gelu or new.gelu), params, about)
+    classes = classes if num_classes is None else None
+    return Pretrained(families.changed(new, gelu=gelu), params, about, antialias, classes, wanted, seen)
 
 
-def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
-    """Configuration and parameters of a run's checkpoint."""
+def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
+    """Configuration and parameters of a run's checkpoint, where they are from, and the run's config.json."""
 
     run, step = path.rstrip("/"), None
     if os.path.basename(run).isdigit() and not os.path.exists(os.path.join(run, "config.json")):
@@ -75,11 +100,11 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
         with open(os.path.join(run, "config.json")) as file:
             held = json.load(file)
         if "vit" in held:  # a fine-tuned model need not have a name
-            config = ViTConfig(**held["vit"])
+            config = families.restored(held["vit"])
         else:
-            config = variant(
+            config = families.named(
                 held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
-                representation_size=held.get("representation_size") or None,
+                position=held.get("position"), representation_size=held.get("representation_size") or None,
             )  # fmt: skip
     except OSError as error:
         wanted = "a run's directory with config.json and checkpoints/, an .npz or a .safetensors is required"
@@ -98,11 +123,13 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str]:
         raise WeightError(str(error)) from error
     params = state["average"] if state.get("average") else state["params"]
     params = jax.tree.map(np.asarray, params)
+    first = params["stem"]["root"]["conv"] if "stem" in params else params["patch_embed"]
     config = dataclasses.replace(
-        config, num_classes=params["head"]["bias"].shape[0], channels=params["patch_embed"]["kernel"].shape[2]
+        config, num_classes=params["head"]["bias"].shape[0], channels=first["kernel"].shape[2]
     )  # fmt: skip
     what = ", Polyak average" if state.get("average") else ""
-    return config, params, f"{run}, step {step} ({saved.digest(step)}){what}{''.join(f' ({text})' for text in passed)}"
+    about = f"{run}, step {step} ({saved.digest(step)}){what}{''.join(f' ({text})' for text in passed)}"
+    return config, params, about, held
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,7 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     meshes.prepare(None)
     try:
         found = open_pretrained(args.run)
-        weight_tree.save(args.file, found.params, found.config, naming=args.naming)
+        weight_tree.save(
+            args.file, found.params, found.config, naming=args.naming, classes=found.classes, pixels=found.pixels, data=found.data
+        )  # fmt: skip
         print(f"{args.file}: {found.about}")
     except (ValueError, OSError) as error:
         print(f"train.pretrained: error: {str(error).splitlines()[0]}", file=sys.stderr)

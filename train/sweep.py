@@ -17,24 +17,21 @@ import numpy as np
 from train import distributed, recipes
 from train.files import write_atomically, write_picture
 from train.job import claim, locked, say, stopped
+from train.tuning import dev_splits, fine_tune, identity
 
 
 def dev_run(args):
     """Resolved options of a run that trains on all but the dev share of its split, and is measured on that share."""
-    from train.finetune import dev_splits
-
     split, dev = dev_splits(args.split, recipes.finetune_recipe(args.recipe).dev_share)
     return dataclasses.replace(args, split=split, test_split=dev, dev=False, sweep=False, learning_rates=(), runs=1)
 
 
-def sweep(args, out, bench, *, extra: dict | None = None) -> dict | None:
+def sweep(args, out, session, *, extra: dict | None = None) -> dict | None:
     """Does what is left of a sweep in `out`; None where it was asked to stop.
 
     Returns {"dev": {rate: run}, "rate": the best, "final": {seed: run}, "mean", "std"}, a run being {"accuracy", "correct",
     "count"}. Of equal rates the smallest is taken; one rate is not tried first. extra: kept in sweep.json besides.
     """
-    from train.finetune import fine_tune, identity
-
     first = distributed.rank() == 0
     with locked(out):
         held = _held(out) if first else None
@@ -47,7 +44,7 @@ def sweep(args, out, bench, *, extra: dict | None = None) -> dict | None:
             """One run, unless it is done; False where it was asked to stop."""
             if key in summary[kind]:
                 return True
-            result = fine_tune(options, out / kind / folder, bench)
+            result = fine_tune(options, out / kind / folder, session)
             if stopped(result, out, f" in {kind}/{folder}"):
                 return False
             summary[kind][key] = {"accuracy": result.accuracy, "correct": result.correct, "count": result.count}

@@ -108,8 +108,8 @@ def few_shots(args: Transfer, init: str) -> dict:
     """{"features", "representation" or "pixels": {shots: [accuracies, one a draw]}, "blocks": {block: accuracy of five shots on
     the dev split}}."""
     from train import fewshot
-    from train.finetune import dev_splits
-    from vitcore.config import variant
+    from train.tuning import dev_splits
+    from vitcore import variant
 
     train, dev = dev_splits("train", recipes.DIGITS_FINETUNE.dev_share)
     common: dict[str, Any] = dict(data=UNSEEN, seeds=args.draws, mesh=args.mesh)

@@ -79,6 +79,8 @@ class Vtab(TrainOptions):
     augment: Literal["inception", "digits", "none"] = "none"
     """The same for all: a flip or a crop would change the answer of the structured tasks."""
     gelu: Literal["tanh", "erf"] | None = None
+    head_bias: float = 0.0
+    """What the new heads' biases start at."""
     seed: int = 0
     out: str | None = None
     """Default: runs/vtab-INIT-HASH."""
@@ -118,7 +120,7 @@ def places(args: Vtab) -> dict[str, dict[str, str]]:
 
 def run(args: Vtab, stop=None) -> dict | None:
     """All tasks that are not done; what vtab.json holds, or None where it was asked to stop."""
-    from train.finetune import Finetune, dev_splits, fine_tune, prepare
+    from train.tuning import Finetune, dev_splits, fine_tune, prepare
 
     check_init(args.init)
     check_numbers(args)
@@ -140,8 +142,8 @@ def run(args: Vtab, stop=None) -> dict | None:
             at = where[task]
             base = dict(
                 init=args.init, data=at["data"], split=at["train"], test_split=at["test"], recipe="vtab", steps=args.steps,
-                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu, seed=args.seed,
-                **{name: getattr(args, name) for name in TRAIN_OPTIONS},
+                batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu,
+                head_bias=args.head_bias, seed=args.seed, **{name: getattr(args, name) for name in TRAIN_OPTIONS},
             )  # fmt: skip
             return Finetune(**(base | changes))  # pyright: ignore[reportArgumentType]
 
@@ -149,8 +151,8 @@ def run(args: Vtab, stop=None) -> dict | None:
             """One run, unless it is done; False where it was asked to stop."""
             if key in result[kind].get(task, {}):
                 return True
-            full, bench = prepare(finetune, stop)
-            found = fine_tune(full, out / kind / task / key, bench)
+            full, session = prepare(finetune, stop)
+            found = fine_tune(full, out / kind / task / key, session)
             if stopped(found, out, f" in {kind}/{task}"):
                 return False
             result[kind].setdefault(task, {})[key] = {
@@ -194,7 +196,7 @@ def directory(args: Vtab):
 
 def identity(args: Vtab) -> dict:
     """What makes the results what they are: not which tasks, where it runs, or how many seeds have been asked for."""
-    names = "init data sources learning_rates examples steps batch_size image_size augment gelu dtype seed"
+    names = "init data sources learning_rates examples steps batch_size image_size augment gelu head_bias dtype seed"
     return json.loads(json.dumps({name: getattr(args, name) for name in names.split()}))
 
 

@@ -28,18 +28,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitcore import weight_about
 from vitcore.config import ViTConfig
+from vitcore.families import changed
 from vitcore.model import apply
+from vitcore.normalisation import HALF, Pixels, normalise, said
+from vitcore.normalisation import pixels as read_pixels
 from vitcore.ops import REFERENCE
-from vitcore.weight_tree import describe, read
+from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS
+from vitcore.weight_tree import about, describe, read
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+# Endings of other forms, which a name should not promise.
+OTHERS = {
+    ".onnx": "ONNX", ".tflite": "TFLite", ".pt": "PyTorch", ".pth": "PyTorch", ".pb": "TensorFlow", ".mlmodel": "Core ML",
+    ".npz": "weights (python -m vitcore.weights convert does)", ".safetensors": "weights (python -m vitcore.weights convert does)",
+}  # fmt: skip
 
 
-def export(params, config: ViTConfig, *, batch: int | None = None, dtype=jnp.float32, platforms=PLATFORMS) -> bytearray:
+def export(
+    params, config: ViTConfig, *, batch: int | None = None, dtype=jnp.float32, platforms=PLATFORMS, pixels: Pixels = HALF
+) -> bytearray:
     """The serialized function images [B, Y, X, C] float32 -> logits [B, V] float32, with these parameters inside.
 
-    batch: B, or None for any. dtype: of activations and matmul operands. platforms: that it can be compiled for. Raises ValueError
+    batch: B, or None for any. dtype: of activations and matmul operands. platforms: that it can be compiled for. pixels: what the
+    model wants; the exported function takes [-1, 1] and makes that of it. Raises ValueError
     where flatbuffers is missing or a value is out of range.
     """
     from jax import export as jax_export
@@ -52,7 +65,7 @@ def export(params, config: ViTConfig, *, batch: int | None = None, dtype=jnp.flo
     params = jax.tree.map(jnp.asarray, params)
 
     def model(images):
-        return apply(params, images, config, ops=REFERENCE, dtype=dtype)
+        return apply(params, normalise(images, pixels), config, ops=REFERENCE, dtype=dtype)
 
     return jax_export.export(jax.jit(model), platforms=platforms)(images).serialize()
 
@@ -89,8 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="the only batch size; default: any")
     parser.add_argument("--image-size", type=int, help="default: the model's; the position embedding is fitted to it")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--gelu", choices=["tanh", "erf"], help="default: tanh for .npz, erf for .safetensors")
-    parser.add_argument("--heads", type=int, help="number of heads, where the file does not say and the width is unusual")
+    parser.add_argument("--gelu", choices=["tanh", "erf"], help="default: as the file says; else tanh for .npz, erf for others")
+    parser.add_argument("--heads", type=int, help="number of heads, where the file does not say and the model is unusual")
+    parser.add_argument("--mean", type=float, nargs="+", help="of the pixels that the model wants, where the file does not say")
+    parser.add_argument("--std", type=float, nargs="+", help="deviation of the pixels, likewise")
+    parser.add_argument("--pool", choices=OPEN_POOLS, help="of a file without class token, which does not say it")
+    parser.add_argument("--position", choices=OPEN_POSITIONS, help="of a file without position embedding, which does not say it")
     parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
     args = parser.parse_args(argv)
     try:
@@ -107,18 +124,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(args) -> str:
-    _, config, _ = describe(args.source, heads=args.heads)
+    if (suffix := os.path.splitext(args.target)[1].lower()) in OTHERS:
+        raise ValueError(f"{args.target}: StableHLO is what is written, not {OTHERS[suffix]}: give a name like vit.stablehlo")
+    style, config, _ = describe(args.source, heads=args.heads, pool=args.pool, position=args.position)
+    wanted, words = weight_about.pixels_of(args.source, about(args.source), style.naming)
+    if args.mean or args.std:
+        wanted = read_pixels(args.mean or (), args.std or ())
+        words = f"pixels {said(wanted)}"
     grid = config.grid
-    config = dataclasses.replace(config, image_size=args.image_size or config.image_size, gelu=args.gelu or config.gelu)
+    config = dataclasses.replace(config, image_size=args.image_size or config.image_size)
+    params = read(args.source, config, grid=grid)
     data = export(
-        read(args.source, config, grid=grid), config, batch=args.batch, dtype=jnp.dtype(args.dtype), platforms=tuple(args.platforms)
-    )
+        params, changed(config, gelu=args.gelu), batch=args.batch, dtype=jnp.dtype(args.dtype),
+        platforms=tuple(args.platforms), pixels=wanted,
+    )  # fmt: skip
     partial = f"{args.target}.tmp"
     with open(partial, "wb") as file:
         file.write(data)
     os.replace(partial, args.target)
     shape = [args.batch or "B", *config.image_shape, config.channels]
-    return f"{args.target}: {len(data):,} bytes; images {shape} -> logits [B, {config.num_classes}]; {', '.join(args.platforms)}"
+    where = ", ".join(args.platforms)
+    return f"{args.target}: {len(data):,} bytes; images {shape} -> logits [B, {config.num_classes}]; {where}; {words}"
 
 
 def _attempt(path: str, batch: int | None) -> str:

@@ -5,10 +5,13 @@ out by the bytes that are there, and an array is only read when the caller, who 
 Opening reads headers alone, and at most `MOST_HEADER` bytes of those.
 """
 
+import base64
 import contextlib
 import io
+import json
 import math
 import os
+import stat
 import struct
 import tempfile
 import zipfile
@@ -22,6 +25,7 @@ import numpy as np
 MOST_HEADER = 2**22  # bytes of a zip's directory or a safetensors header: ViT-H with its optimizer takes a tenth of that
 _MOST_NPY_HEADER = 10_000  # bytes, as numpy's own bound
 _CHUNK = 2**20
+_COMMENT = b"vitcore:"
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _SAFETENSORS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": _BF16}
 
@@ -41,6 +45,11 @@ class Stored(NamedTuple):
 def kind(path) -> str:
     """ "npz" or "safetensors", by the name of the file. WeightError for any other."""
     suffix = os.path.splitext(os.fspath(path))[1]
+    if suffix not in (".npz", ".safetensors") and os.path.isfile(os.path.join(path, "config.json")):
+        raise WeightError(
+            f"{path} is the directory of a run: python -m train.pretrained {path} FILE.safetensors makes a file of its weights, "
+            "with a name that ends in .npz or .safetensors"
+        )
     if suffix not in (".npz", ".safetensors"):
         raise WeightError(f"{path}: a name that ends in .npz or .safetensors is required, which says what the file is")
     return suffix[1:]
@@ -53,32 +62,53 @@ def opened(path) -> Iterator[dict[str, Stored]]:
     Raises WeightError for whatever is wrong with the file's form, the caller's reads included; OSError where it cannot be opened.
     """
     path = os.fspath(path)
+    form = kind(path)
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for, a device read, for ever
+        raise WeightError(f"{path} is no regular file: give an .npz or .safetensors")
     try:
-        with (_npz if kind(path) == "npz" else _safetensors)(path) as arrays:
+        with (_npz if form == "npz" else _safetensors)(path) as arrays:
             yield arrays
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
         raise WeightError(f"{path} is cut short or damaged ({_line(error)}): get it again") from error
 
 
 def metadata(path) -> dict[str, str]:
-    """What a .safetensors says of itself; nothing for an .npz. To be called on a file that `opened` has accepted."""
+    """What a file says of itself: its metadata, or the comment of an .npz of ours. For a file that `opened` has accepted."""
+    path = os.fspath(path)
     if kind(path) == "npz":
-        return {}
+        with zipfile.ZipFile(path) as archive:
+            comment = archive.comment
+        if not comment.startswith(_COMMENT):
+            return {}
+        try:
+            packed = base64.b64decode(comment[len(_COMMENT) :])
+            told = json.loads(zlib.decompressobj().decompress(packed, MOST_HEADER))
+            return {str(key): str(value) for key, value in told.items()}
+        except (ValueError, AttributeError) as error:
+            raise WeightError(f"{path}: what it says of its model is damaged ({_line(error)}): get it again") from error
     from safetensors import safe_open
 
-    with safe_open(os.fspath(path), "np") as file:
+    with safe_open(path, "np") as file:
         return dict(file.metadata() or {})
 
 
 def write(path, arrays: dict[str, np.ndarray], about: dict[str, str] | None = None) -> None:
     """Writes arrays, which appear under `path` whole or not at all. bfloat16 goes into an .npz as raw pairs of bytes, as the
-    releases have it. about: a .safetensors' metadata."""
+    releases have it. about: what `metadata` gives back. ValueError where that is more than an .npz's comment holds."""
     path = os.fspath(path)
     form = kind(path)
+    comment = _COMMENT + base64.b64encode(zlib.compress(json.dumps(about or {}).encode(), 9))
+    if form == "npz" and len(comment) > zipfile.ZIP_MAX_COMMENT:
+        raise WeightError(f"{path}: the class names do not fit into an .npz: write a .safetensors, or leave them out")
     with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".", delete=False) as file:
         try:
             if form == "npz":
                 np.savez(file, allow_pickle=False, **{k: a.view("V2") if a.dtype == _BF16 else a for k, a in arrays.items()})
+                file.close()
+                if about:
+                    with zipfile.ZipFile(file.name, "a") as archive:
+                        archive.comment = comment
             else:
                 from safetensors.numpy import save_file
 
@@ -123,6 +153,8 @@ def _check_directory(path: str) -> None:
         if end < 0 or len(tail) < end + 22:
             raise zipfile.BadZipFile("it has no directory at its end")
         directory = struct.unpack_from("<I", tail, end + 12)[0]
+        if len(tail) < end + 22 + struct.unpack_from("<H", tail, end + 20)[0]:
+            raise zipfile.BadZipFile("its last bytes are missing")
         if tail[end - 20 : end - 16] == b"PK\6\7":  # a zip64's directory is described elsewhere
             file.seek(min(size, struct.unpack_from("<Q", tail, end - 20 + 8)[0]))
             record = file.read(56)
@@ -169,9 +201,11 @@ def _npy(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) 
                 position += len(chunk)
         if position != into.size:
             raise EOFError(f"{name} ends early")
-        return (out.T if fortran else out).view(_BF16 if raw_pairs else dtype)
+        found = (out.T if fortran else out).view(_BF16 if raw_pairs else dtype)
+        return found if found.dtype.isnative else found.astype(native)  # big-endian
 
-    return Stored(shape, _BF16 if raw_pairs else dtype, read)
+    native = _BF16 if raw_pairs else dtype.newbyteorder("=")
+    return Stored(shape, native, read)
 
 
 # --- .safetensors -----------------------------------------------------------------------------------------------------------

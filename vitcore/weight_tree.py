@@ -6,23 +6,30 @@
 
 Which naming a file has is seen from its names (`weight_names`); that it is what it claims to be is checked before memory is taken
 (`weight_files`), and no array is read whose shape is not the model's. What is stored as bfloat16 or float16 becomes float32
-exactly. The release computes GELU by tanh, timm and transformers exactly: a config says which (`gelu`), a file of weights cannot.
+exactly. The release computes GELU by tanh, timm and transformers exactly. Files of ours say which, and all else of their model
+(`weight_about`); of others the config says it (`gelu`).
 """
 
+import dataclasses
 import math
 import os
 import re
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from vitcore import posemb, weight_files
+from vitcore import posemb, weight_about, weight_files
 from vitcore.config import ViTConfig
+from vitcore.families import leaves as leaves_of
+from vitcore.families import restored
+from vitcore.normalisation import HALF, Pixels
+from vitcore.parameters import flat, nested
+from vitcore.resnet_models import ResNetConfig
 from vitcore.weight_files import Stored, WeightError
-from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, shapes, style_of
+from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, nameless, shapes, style_of, written
 
 MOST_PATCHES = 2**16  # of a position embedding that is to be fitted: a side of 4096 pixels in patches of 16
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float64))
@@ -30,26 +37,37 @@ _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float
 
 def load(
     path,
-    config: ViTConfig,
+    config: ViTConfig | ResNetConfig | None = None,
     *,
     new_head: bool = False,
+    allow_nonfinite: bool = False,
     grid: tuple[int, int] | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
 ):
-    """Parameters for `config` from a file: a nested dict of float32 arrays, as `vitcore.init` makes.
+    """Parameters for `config` from a file: a nested dict of float32 arrays, as `vitcore.init` makes. Without a config: (parameters,
+    the configuration of the file's model).
 
     path: .npz in any of the release's layouts, or .safetensors in timm's or transformers' naming. new_head: leave the file's head
     and pre-logits layer alone, whatever they are; the head is zeros (its bias config.head_bias), and the config must have no
     pre-logits layer. grid: (rows, columns) of the file's position embedding, needed where it is not square.
-    interpolation: how the position embedding is fitted to config.grid (`vitcore.posemb`).
-    Raises ValueError, one line, that names every missing, extra and misshapen entry, or what is wrong with the file; OSError.
+    interpolation: how the position embedding is fitted to config.grid (`vitcore.posemb`). allow_nonfinite: take arrays with NaN or
+    infinities. Raises ValueError, one line, that names every missing, extra and misshapen entry, what the file says of its model
+    and the config says otherwise, or what is wrong with the file; OSError.
     """
     import jax
 
-    return jax.tree.map(jnp.asarray, read(path, config, new_head=new_head, grid=grid, interpolation=interpolation))
+    alone = config is None
+    if config is None:
+        _, config, _ = describe(path, grid=grid)
+        grid = config.grid
+    found = read(
+        path, config, new_head=new_head, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
+    )  # fmt: skip
+    params = jax.tree.map(jnp.asarray, found)
+    return (params, config) if alone else params
 
 
-def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpolation="corners"):
+def read(path, config, *, new_head: bool = False, grid=None, interpolation="corners", allow_nonfinite: bool = False):
     """`load` as numpy arrays, in host memory: for a caller who places them on a mesh."""
     path = os.fspath(path)
     if new_head and config.representation_size is not None:
@@ -60,29 +78,52 @@ def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpol
     with weight_files.opened(path) as arrays:
         style = _style(path, arrays)
         wanted = entries(config, style)
+        if lost := nameless(config, style):
+            raise WeightError(f"{path}: files of {style.naming} naming have no name for this config's {', '.join(lost)}")
         if new_head:
             dropped = {e.name for e in wanted if e.path[0] == "head"} | {n for n in arrays if _is_head(n, style)}
             wanted = tuple(e for e in wanted if e.name not in dropped)
             arrays = {name: a for name, a in arrays.items() if name not in dropped}
+        about = weight_about.read(path, weight_files.metadata(path))
         _check(path, arrays, wanted, style, config)
+        _agrees(path, about, config)
         leaves = {leaf: np.empty(shape, np.float32) for leaf, shape in shapes(config).items()}
         if new_head:
-            leaves["head", "kernel"][:] = 0
-            leaves["head", "bias"][:] = config.head_bias
+            leaves |= {leaf.path: np.array(leaf.initial(None, leaf.shape)) for leaf in leaves_of(config) if leaf.path[0] == "head"}
         for entry in wanted:
             array = _as_float32(arrays[entry.name].read())
+            if not (allow_nonfinite or np.isfinite(array).all()):
+                count = int(array.size - np.isfinite(array).sum())
+                raise WeightError(
+                    f"{path}: {count:,} of the {array.size:,} numbers of {entry.name} are NaN or infinite: get another file, or "
+                    "take them with allow_nonfinite=True"
+                )
             if entry.path == POSITION:
                 leaves[POSITION][:] = _position(path, array, config, style, grid, interpolation)
             else:
                 entry.into(leaves[entry.path], array)
-    return _nested(leaves)
+    return nested(leaves)
 
 
-def save(path, params, config: ViTConfig, *, naming: Naming | None = None, dtype: str = "float32") -> None:
+def _agrees(path: str, about: weight_about.About, config) -> None:
+    """Raise where a file of ours says of its model what no array shows, and the config says otherwise."""
+    told = about.config or {}
+    other = [name for name in ("num_heads", "gelu", "pool") if name in told and told[name] != getattr(config, name, told[name])]
+    if other:
+        said = ", ".join(f"{name}={told[name]!r}, not {getattr(config, name)!r}" for name in other)
+        raise WeightError(f"{path} is of a model with {said}: give the config it was saved with, or change that of the result")
+
+
+def save(
+    path, params, config: ViTConfig | ResNetConfig, *, naming: Naming | None = None, dtype: str = "float32",
+    classes=None, pixels: Pixels = HALF, data=None,
+) -> None:  # fmt: skip
     """Writes parameters, whole or not at all: .npz in the release's layout, or .safetensors.
 
     naming: of a .safetensors: "timm" (default) or "transformers"; an .npz is "release". dtype: float32, or bfloat16, which rounds.
-    Reading the file back gives the same bits. Raises ValueError where params are not the config's; OSError.
+    The file says all of the config, and classes (names, of the head's classes in order), pixels (what the model wants) and data
+    (what it was trained on, JSON-able), which `about` gives back. Reading the file back gives the same bits. Raises ValueError
+    where params are not the config's; OSError.
     """
     form = weight_files.kind(path)
     naming = naming or ("release" if form == "npz" else "timm")
@@ -90,42 +131,69 @@ def save(path, params, config: ViTConfig, *, naming: Naming | None = None, dtype
         raise ValueError(f"naming={naming!r} for {path}: an .npz is 'release', a .safetensors 'timm' or 'transformers'")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: 'float32' or 'bfloat16' is required")
-    flat = _flat(params)
-    if (have := {leaf: a.shape for leaf, a in flat.items()}) != shapes(config):
+    arrays_of = {leaf: np.asarray(a, np.float32) for leaf, a in flat(params).items()}
+    if (have := {leaf: a.shape for leaf, a in arrays_of.items()}) != shapes(config):
         wrong = sorted(leaf for leaf in have.keys() | shapes(config).keys() if have.get(leaf) != shapes(config).get(leaf))
         names = ", ".join("/".join(leaf) for leaf in wrong)
         raise ValueError(f"the parameters are not this config's: {names} differ: give the config they were made with")
-    style = Style(naming=naming, prefix="vit." if naming == "transformers" else "")
+    style = written(config, naming)
+    if lost := nameless(config, style):
+        raise ValueError(f"files of {naming} naming have no name for this config's {', '.join(lost)}: keep the run's checkpoint")
     kept = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
-    arrays = {e.name: e.to_file(flat[e.path]).astype(kept) for e in entries(config, style)}
-    about = {"format": "pt", "vitcore.grid": f"{config.grid[0]}x{config.grid[1]}", "vitcore.num_heads": str(config.num_heads)}
+    arrays = {e.name: e.to_file(arrays_of[e.path]).astype(kept) for e in entries(config, style)}
+    about = {"format": "pt", weight_about.KEY: weight_about.text_of(config, classes=classes, wanted=pixels, data=data)}
     weight_files.write(path, arrays, about)
 
 
-def describe(path, *, heads: int | None = None, grid: tuple[int, int] | None = None) -> tuple[Style, ViTConfig, dict[str, Stored]]:
+def describe(
+    path, *, heads: int | None = None, grid: tuple[int, int] | None = None, pool: str | None = None, position: str | None = None
+) -> tuple[Style, Any, dict[str, Stored]]:
     """A file's style, the configuration of its model, and its arrays (names, shapes, dtypes; not to be read). From headers alone.
 
-    heads, grid: as in `weight_names.infer`, where the file does not say. Raises ValueError in one line; OSError.
+    heads, grid, pool, position: as in `weight_names.infer`, where the file does not say. Raises ValueError in one line; OSError.
     """
     path = os.fspath(path)
     with weight_files.opened(path) as arrays:
-        style, about = _style(path, arrays), weight_files.metadata(path)
-        if heads is None and re.fullmatch(r"\d{1,4}", about.get("vitcore.num_heads", "")):
-            heads = int(about["vitcore.num_heads"])
+        style, told = _style(path, arrays), weight_about.read(path, weight_files.metadata(path))
         try:
-            found = infer({n: a.shape for n, a in arrays.items()}, style, heads=heads, grid=grid or _grid_of(path, about))
+            if told.config is not None:
+                found = restored(told.config)
+                if heads not in (None, told.heads):
+                    raise ValueError(f"the file says {told.heads} heads, not {heads}")
+                _check(path, arrays, entries(found, style), style, found)
+            else:
+                said = grid or _grid_of(path, weight_files.metadata(path))
+                found = infer(
+                    {n: a.shape for n, a in arrays.items()}, style, heads=heads or told.heads, grid=said, pool=pool,
+                    position=position,
+                )  # fmt: skip
+                if style.naming != "release" and told.gelu is not None and isinstance(found, ViTConfig):
+                    found = dataclasses.replace(found, gelu=told.gelu)  # pyright: ignore[reportArgumentType]
+        except WeightError:
+            raise
         except ValueError as error:
             raise WeightError(f"{path}: {error}") from error
         return style, found, dict(arrays)
 
 
-def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=None) -> ViTConfig:
-    """Reads one file, writes another; the configuration of the model. heads, grid: where the source does not say."""
-    _, config, arrays = describe(source, heads=heads, grid=grid)
+def about(path) -> weight_about.About:
+    """What a file says of its model beside the arrays. Raises ValueError in one line; OSError."""
+    path = os.fspath(path)
+    with weight_files.opened(path):
+        return weight_about.read(path, weight_files.metadata(path))
+
+
+def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=None, pool=None, position=None):
+    """Reads one file, writes another; the model's configuration. heads, grid, pool, position: where the source does not say."""
+    _, config, arrays = describe(source, heads=heads, grid=grid, pool=pool, position=position)
     claimed, there = sum(4 * math.prod(a.shape) for a in arrays.values()), os.path.getsize(source)
     if claimed > 64 * there + 2**20:  # a model's shapes are not known beforehand here; weights hardly shrink when packed
         raise WeightError(f"{source} claims {claimed:,} bytes of arrays in {there:,} bytes of file: no weights are that empty")
-    save(target, read(source, config, grid=grid or config.grid), config, naming=naming, dtype=dtype)
+    told = about(source)
+    save(
+        target, read(source, config, grid=grid or config.grid), config, naming=naming, dtype=dtype,
+        classes=told.classes, pixels=told.pixels or HALF, data=told.data,
+    )  # fmt: skip
     return config
 
 
@@ -134,6 +202,10 @@ def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=No
 
 def _style(path: str, names) -> Style:
     style = style_of(names)
+    if any("MixerBlock_" in name for name in names):
+        raise WeightError(
+            f"{path} holds an MLP-Mixer (MixerBlock_0 ...), which is no model of vitcore: it has ViTs, hybrids and ResNets"
+        )
     if style is None:
         some = ", ".join(sorted(names)[:3]) or "nothing"
         raise WeightError(f"{path} holds no Vision Transformer as the release, timm or transformers name it, but {some}, ...")
@@ -153,7 +225,7 @@ def _is_other(name: str, style: Style) -> bool:
     )  # fmt: skip
 
 
-def _fits(entry: Entry, array: Stored, config: ViTConfig) -> bool:
+def _fits(entry: Entry, array: Stored, config) -> bool:
     if entry.path == POSITION:
         patches = math.prod(array.shape[:2])
         return len(array.shape) == 3 and array.shape[2] == config.width and array.shape[0] == 1 and 1 <= patches <= MOST_PATCHES
@@ -165,7 +237,7 @@ def _squeezed(shape) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 
-def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], style: Style, config: ViTConfig) -> None:
+def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], style: Style, config) -> None:
     """Raise one line that names every entry that is missing, extra, misshapen or of no float type."""
     need = {entry.name: entry for entry in wanted}
     missing = [name for name in need if name not in arrays]
@@ -182,19 +254,22 @@ def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], s
         parts.append(f"misshapen {_list(said)}")
     if untyped:
         said = [f"{name} {arrays[name].dtype}" for name in untyped]
-        parts.append(f"no floats in {_list(said)}")
+        parts.append(f"no floats in {_list(said)} (float16, bfloat16, float32 and float64 are read: convert them)")
     if parts:
-        raise WeightError(f"{path} is not this config's model: {'; '.join(parts)}{_hint(arrays, style, misshapen, need)}")
+        raise WeightError(f"{path} is not this config's model: {'; '.join(parts)}{_hint(arrays, style, misshapen, need, config)}")
 
 
-def _hint(arrays, style, misshapen, need) -> str:
+def _hint(arrays, style, misshapen, need, config) -> str:
     heads = [name for name in misshapen if need[name].path[0] == "head"]
     if heads and len(heads) == len(misshapen):
         return ": new_head=True replaces the head by zeros"
     try:
-        c = infer({name: a.shape for name, a in arrays.items()}, style)
+        open_ = {"pool": getattr(config, "pool", None), "position": getattr(config, "position", None)}
+        c = infer({name: a.shape for name, a in arrays.items()}, style, **open_)
     except ValueError:
         return ""
+    if isinstance(c, ResNetConfig):
+        return f": the file's model is a ResNet, {c.stem}, num_classes={c.num_classes}"
     hidden = f", representation_size={c.representation_size}" if c.representation_size else ""
     return (
         f": the file's model has patch_size={c.patch_size}, width={c.width}, depth={c.depth}, mlp_dim={c.mlp_dim}, "
@@ -234,14 +309,14 @@ def _shape(shape) -> str:
 # --- position embedding, trees ----------------------------------------------------------------------------------------------
 
 
-def _position(path: str, array: np.ndarray, config: ViTConfig, style: Style, grid, interpolation) -> np.ndarray:
+def _position(path: str, array: np.ndarray, config, style: Style, grid, interpolation) -> np.ndarray:
     """The file's [1, T', D] as our [T, D]: the class slot put in or taken out, the patches fitted to the config's grid."""
     table = array.reshape(-1, config.width)
-    ours = int(config.pool == "token")
+    ours = config.class_tokens
     theirs = 0 if style.top_position else ours
     patches = len(table) - theirs
     square = math.isqrt(max(patches, 0)) ** 2 == patches and patches > 0
-    said = grid or _grid_of(path, weight_files.metadata(path))
+    said = grid or _grid_of(path, weight_files.metadata(path)) or _own_grid(path)
     if said is None and patches == config.grid[0] * config.grid[1] and (not square or config.grid[0] == config.grid[1]):
         said = config.grid
     if said is None and (not square or patches == config.grid[0] * config.grid[1]):
@@ -260,21 +335,10 @@ def _grid_of(path: str, about: Mapping[str, str]) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def _own_grid(path: str) -> tuple[int, int] | None:
+    told = weight_about.read(path, weight_files.metadata(path)).config
+    return None if told is None else ViTConfig(**told).grid
+
+
 def _as_float32(array: np.ndarray) -> np.ndarray:
     return array if array.dtype == np.float32 else array.astype(np.float32)
-
-
-def _flat(tree, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], np.ndarray]:
-    if not isinstance(tree, Mapping):
-        return {path: np.asarray(tree, np.float32)}
-    return {leaf: a for key, inner in tree.items() for leaf, a in _flat(inner, (*path, key)).items()}
-
-
-def _nested(leaves):
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        inner = tree
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = leaf
-    return tree

@@ -42,7 +42,9 @@ def fits(shape: tuple[int, int, int, int], heads: int, device: Device, dtype) ->
     return weights + blocks + scratch + temporaries <= device.vmem_bytes
 
 
-def forward(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, width, rate, share, launch: Launch):
+def forward(
+    scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, width, rate, residual_scale, launch: Launch
+):
     """The half block of x [B, T, D]; weights as operands, vectors as rows. scalars: dropout key and first row."""
     b, t, d = x.shape
     n_lanes = w_out.shape[0]
@@ -70,11 +72,11 @@ def forward(scalars, x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, nu
             attend(run, q, k, v, t=t, factor=factor, dtype=dtype)
 
         for part in parts(d):
-            z[:, part] = product(q[...], w_out[:, part], dtype) + share * b_out[:, part]
+            z[:, part] = product(q[...], w_out[:, part], dtype) + residual_scale * b_out[:, part]
         for a, n in rows.pieces(t, PIECE):
             row = pl.program_id(0) * t + rows.token(a, n, dtype)
             y = undrop(z[a : a + n], scalars, row, rate)
-            out[0, a : a + n] = rows.narrow(share * rows.widen(x[0, a : a + n]) + y, dtype)
+            out[0, a : a + n] = rows.narrow(residual_scale * rows.widen(x[0, a : a + n]) + y, dtype)
 
     def whole(*block):
         return pl.BlockSpec(block, lambda i, _: (0,) * len(block), pipeline_mode=pl.Buffered(1))

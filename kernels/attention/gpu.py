@@ -21,6 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
+from kernels.attention.reference import AttentionWeights
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import STATISTICS, layer_norm
 
@@ -62,19 +63,20 @@ def product(x, w):
     return _product(*vary_alike(x, w))
 
 
-def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, dropout=None, share=1.0, tokens=None):
+def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, residual_scale=1.0, tokens=None):
     """As `reference.attention_half`: the same arguments, the same result to rounding.
 
     tokens: how many of x's T are tokens, by default all. The rows behind them are padding: no token sees them, and what is returned
     there is finite and means nothing. An odd T is padded here, which costs copies of q, k, v and the result.
     """
+    norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     b, t, d = x.shape
     tokens = tokens or t
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if t % TOKENS:
         padded = jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))
-        options = {"num_heads": num_heads, "dropout": dropout, "share": share, "tokens": tokens}
-        return attention_half(padded, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, **options)[:, :t]
+        options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens}
+        return attention_half(padded, weights, **options)[:, :t]
 
     @again
     def project(x, norm_scale, norm_bias, w_qkv, b_q):
@@ -85,9 +87,9 @@ def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_
 
     @again
     def close(x, o, w_out, b_v, b_out):
-        bias = share * b_out + jnp.matmul(b_v, w_out, precision=lax.Precision.HIGHEST)
+        bias = residual_scale * b_out + jnp.matmul(b_v, w_out, precision=lax.Precision.HIGHEST)
         y = product(o, w_out).astype(wide) + bias
-        return rounded(share * x.astype(wide) + dropped(y, t, dropout, drop.ATTENTION_OUT, tokens), x.dtype)
+        return rounded(residual_scale * x.astype(wide) + dropped(y, t, dropout, drop.ATTENTION_OUT, tokens), x.dtype)
 
     x = x.reshape(b * t, d)
     q, k, v = (a.reshape(b, t, num_heads, -1) for a in project(x, norm_scale, norm_bias, w_qkv, b_qkv[0]))

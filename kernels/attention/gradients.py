@@ -34,7 +34,7 @@ def input_gradient(scalars, x, norm_scale, dqkv, dy, w, static: Static):
                 sums = [sums[0] + (dz * xhat).sum(0, keepdims=True), sums[1] + dz.sum(0, keepdims=True)]
                 dz = dz * scale_ref[...]
                 dz = dz - dz.mean(-1, keepdims=True) - xhat * (dz * xhat).mean(-1, keepdims=True)
-                dx_ref[i] = (static.share * dy_ref[i].astype(F32) + inverse * dz).astype(dx_ref.dtype)
+                dx_ref[i] = (static.residual_scale * dy_ref[i].astype(F32) + inverse * dz).astype(dx_ref.dtype)
             sums_ref[0] = jnp.concatenate(sums)
 
         if s.resident:
@@ -89,7 +89,7 @@ def output_weights(scalars, o, dy, static: Static):
 
         for i in range(s.images):
             g = s.drop(s.load(dy_ref, i), scalars_ref, i, pl.program_id(1) * s.columns)
-            db_ref[...] += static.share * g.sum(0, keepdims=True)
+            db_ref[...] += static.residual_scale * g.sum(0, keepdims=True)
             a = narrow(s.load(o_ref, i), dy.dtype, s.device)
             _accumulate(s, dw_ref, (), a, narrow(g, dy.dtype, s.device))
 

@@ -163,9 +163,9 @@ def output(scalars, o, x, w, bias, static: Static, into=None):
     def kernel(scalars_ref, o_ref, x_ref, w_ref, b_ref, *refs):
         out_ref = refs[-1]
         for i in range(s.images):
-            y = dot(o_ref[i], w_ref[...], s.device) + static.share * b_ref[...]
+            y = dot(o_ref[i], w_ref[...], s.device) + static.residual_scale * b_ref[...]
             y = s.drop(y, scalars_ref, i, pl.program_id(3) * s.columns)
-            out_ref[i] = (static.share * x_ref[i].astype(F32) + y).astype(out_ref.dtype)
+            out_ref[i] = (static.residual_scale * x_ref[i].astype(F32) + y).astype(out_ref.dtype)
 
     rest = [] if into is None else [into]
     return s(

@@ -1,5 +1,7 @@
 """The attention half of a block, paper Eq. 2 and appendix A: the specification of the op, and the path without kernels."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -7,15 +9,28 @@ from kernels import dropout as drop
 from kernels.layer_norm.reference import layer_norm
 
 
-def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, dropout=None, share=1.0):
-    """share * x + dropout(MSA(LN(x)) @ w_out + share * b_out), the sum over the devices of a model axis still to be taken.
+class AttentionWeights(NamedTuple):
+    """Parameters of the attention half on one device, which holds N of the model's heads of width H. All float32 in a model."""
 
-    x [B, T, D] float32 or bfloat16; norm_scale, norm_bias [D]; w_qkv [3, D, N*H], b_qkv [3, N*H], w_out [N*H, D], b_out [D];
-    N = num_heads is the number of heads on this device. share = 1 / (devices of the model axis): the sum of what the devices
-    return is then the whole half block, residual and bias counted once, and since they drop the same elements, dropout too.
+    norm_scale: jax.Array  # [D]
+    norm_bias: jax.Array  # [D]
+    qkv_kernel: jax.Array  # [3, D, N*H]: queries, keys, values
+    qkv_bias: jax.Array  # [3, N*H]
+    out_kernel: jax.Array  # [N*H, D]
+    out_bias: jax.Array  # [D]
+
+
+def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, residual_scale=1.0, tokens=None):
+    """residual_scale * x + dropout(MSA(LN(x)) @ out_kernel + residual_scale * out_bias): the attention half of a block.
+
+    x [B, T, D] float32 or bfloat16; num_heads: N, the heads on this device. residual_scale: 1 / (devices of the model axis), by
+    which residual and output bias are multiplied: the sum over those devices of what each returns, which the caller takes, is then
+    the whole half block, with residual and bias counted once; and dropout too, since the devices drop the same elements.
+    tokens: how many of x's T rows are tokens, by default all; the rows behind them are padding that no token attends to.
     Accumulates in float32; the softmax is float32; probabilities and projections are rounded to x's dtype.
     Returns [B, T, D] in x's dtype.
     """
+    norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     b, t, _ = x.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
     w_qkv, w_out = w_qkv.astype(x.dtype), w_out.astype(x.dtype)
@@ -23,7 +38,9 @@ def attention_half(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_
     qkv = jnp.einsum("btd,cdk->cbtk", z, w_qkv, preferred_element_type=wide) + b_qkv[:, None, None]
     q, k, v = qkv.astype(x.dtype).reshape(3, b, t, num_heads, -1)
     logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+    if tokens is not None:
+        logits = jnp.where(jnp.arange(t) < tokens, logits, -jnp.inf)
     probs = jax.nn.softmax(logits).astype(x.dtype)
     o = jnp.einsum("bnts,bsnh->btnh", probs, v, preferred_element_type=wide).astype(x.dtype)
-    y = jnp.einsum("btk,kd->btd", o.reshape(b, t, -1), w_out, preferred_element_type=wide) + share * b_out
-    return (share * x.astype(wide) + drop.apply(y, dropout, drop.ATTENTION_OUT)).astype(x.dtype)
+    y = jnp.einsum("btk,kd->btd", o.reshape(b, t, -1), w_out, preferred_element_type=wide) + residual_scale * b_out
+    return (residual_scale * x.astype(wide) + drop.apply(y, dropout, drop.ATTENTION_OUT, tokens=tokens)).astype(x.dtype)

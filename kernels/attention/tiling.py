@@ -28,7 +28,7 @@ class Static:
     num_heads: int
     width: int  # of a head, H; the arrays may hold more lanes a head, the rest zero
     rate: float
-    share: float
+    residual_scale: float
     launch: Launch
 
 

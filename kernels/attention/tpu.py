@@ -34,6 +34,7 @@ from kernels import parts
 from kernels.attention import core, fused, wide, wide_core
 from kernels.attention.gradients import input_gradient, output_weights, projection_weights
 from kernels.attention.projections import output, output_gradient, project
+from kernels.attention.reference import AttentionWeights
 from kernels.attention.tiling import Static
 from kernels.device import Device
 from kernels.launch import Launch, vary_alike
@@ -63,7 +64,7 @@ def _forward(scalars, x, weights, static: Static, b: int | None = None, into=Non
             num_heads=static.num_heads,
             width=static.width,
             rate=static.rate,
-            share=static.share,
+            residual_scale=static.residual_scale,
             launch=static.launch,
         )
     qkv = project(scalars, x, norm_scale, norm_bias, _operand(w_qkv, x.dtype, device), b_qkv, b or x.shape[0], static)
@@ -98,8 +99,10 @@ def _backward_wide(scalars, x, weights, dy, b: int, static: Static):
     dw_out, db_out = gradients(flat(o), flat(g), name="attention_output_weights")
     dw_qkv, db_qkv = zip(*(gradients(flat(z), a, name="attention_projection_weights") for a in dqkv), strict=True)
     dz = multiply(dqkv, w_qkv.swapaxes(1, 2), name="attention_input_gradient")
-    dx, dscale, dbias = wide.finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, share=static.share, launch=launch)
-    return dx, (dscale[None], dbias[None], jnp.stack(dw_qkv), jnp.stack(db_qkv), dw_out, static.share * db_out)
+    dx, dscale, dbias = wide.finish(
+        scalars, x, dy, dz.reshape(b, padded, d), norm_scale, residual_scale=static.residual_scale, launch=launch
+    )
+    return dx, (dscale[None], dbias[None], jnp.stack(dw_qkv), jnp.stack(db_qkv), dw_out, static.residual_scale * db_out)
 
 
 def _is_fused(x, k: int, static: Static) -> bool:
@@ -162,15 +165,14 @@ def _half_backward(static: Static, residuals, dy):
 _half.defvjp(_half_forward, _half_backward)
 
 
-def attention_half(
-    x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, *, num_heads, dropout=None, share=1.0, launch: Launch
-) -> Any:
-    """share * x + dropout(MSA(LN(x)) @ w_out + share * b_out) -> [B, T, D]; arguments and meaning as in `reference.py`.
+def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, residual_scale=1.0, launch: Launch) -> Any:
+    """The attention half of a block -> [B, T, D], as `reference.attention_half` (arguments and meaning there).
 
     launch: from `kernels.launch`. Differentiable in all arrays; saves x and the weights only. ValueError for shapes or dtypes that
     do not fit together; NotImplementedError for a shape that no tiles fit.
     """
-    _check(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, num_heads)
+    _check(x, weights, num_heads)
+    norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     rate = 0.0 if dropout is None else float(dropout.rate)
     key, row = (0, 0) if dropout is None or rate == 0.0 else (drop.site_key(dropout.key, drop.ATTENTION_OUT), dropout.row)
     scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (key, row, 0)])
@@ -178,7 +180,7 @@ def attention_half(
     lanes = core.head_lanes((*x.shape[:2], num_heads, width), launch.device, x.dtype)
     w_qkv, b_qkv, w_out = (_widen(w, axis, width, lanes) for w, axis in ((w_qkv, 2), (b_qkv, 1), (w_out, 0)))
     arrays = x, norm_scale[None], norm_bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
-    static = Static(num_heads=num_heads, width=width, rate=rate, share=float(share), launch=launch)
+    static = Static(num_heads=num_heads, width=width, rate=rate, residual_scale=float(residual_scale), launch=launch)
     return _half(*vary_alike(scalars, *arrays), static)
 
 
@@ -191,14 +193,13 @@ def _widen(w, axis: int, width: int, lanes: int):
     return jnp.pad(heads, pads).reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
 
 
-def _check(x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, num_heads):
+def _check(x, weights: AttentionWeights, num_heads: int) -> None:
     if x.ndim != 3 or min(x.shape) < 1 or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"attention_half: x is {x.dtype}{list(x.shape)}; required float32 or bfloat16 [B, T, D]")
-    d, k = x.shape[2], w_out.shape[0] if w_out.ndim else 0
+    d, k = x.shape[2], weights.out_kernel.shape[0] if weights.out_kernel.ndim else 0
     if num_heads < 1 or k == 0 or k % num_heads:
-        raise ValueError(f"attention_half: w_out has {k} rows; required N*H for num_heads = {num_heads}")
-    arrays = {"norm_scale": norm_scale, "norm_bias": norm_bias, "w_qkv": w_qkv, "b_qkv": b_qkv, "w_out": w_out, "b_out": b_out}
-    required = {"norm_scale": (d,), "norm_bias": (d,), "w_qkv": (3, d, k), "b_qkv": (3, k), "w_out": (k, d), "b_out": (d,)}
-    for name, array in arrays.items():
-        if array.shape != required[name]:
-            raise ValueError(f"attention_half: {name} has shape {array.shape}; required {required[name]} beside x {x.shape}")
+        raise ValueError(f"attention_half: out_kernel has {k} rows; required N*H for num_heads = {num_heads}")
+    required = (d,), (d,), (3, d, k), (3, k), (k, d), (d,)
+    for name, array, shape in zip(weights._fields, weights, required, strict=True):
+        if array.shape != shape:
+            raise ValueError(f"attention_half: {name} has shape {array.shape}; required {shape} beside x {x.shape}")

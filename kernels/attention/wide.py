@@ -98,7 +98,7 @@ def prepare(scalars, x, dy, norm_scale, norm_bias, b: int, *, rate: float, launc
     )(scalars, x, dy, norm_scale, norm_bias)
 
 
-def finish(scalars, x, dy, dz, norm_scale, *, share: float, launch: Launch):
+def finish(scalars, x, dy, dz, norm_scale, *, residual_scale: float, launch: Launch):
     """dx in the place of dy [B, T, D], for the images of dz [b, R, D], and those of norm_scale and norm_bias [D] float32."""
     b, (_, t, d) = dz.shape[0], x.shape
     image, wide, vector = _images(t, d)
@@ -110,7 +110,7 @@ def finish(scalars, x, dy, dz, norm_scale, *, share: float, launch: Launch):
             u = dz[0, a : a + n]
             of_scale, of_bias = of_scale + (u * normal).sum(0, keepdims=True), of_bias + u.sum(0, keepdims=True)
             back = normalise_back(u * scale[...], normal, inverse)
-            dx[0, a : a + n] = rows.narrow(share * rows.widen(dy[0, a : a + n]) + back, x.dtype)
+            dx[0, a : a + n] = rows.narrow(residual_scale * rows.widen(dy[0, a : a + n]) + back, x.dtype)
         sums[0] = jnp.concatenate([of_scale, of_bias])
 
     dx, sums = call(

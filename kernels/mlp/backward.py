@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.body import from_float32, to_float32
 from kernels.device import LANES
 from kernels.layer_norm.tpu import normalise, normalise_back
 from kernels.mlp.body import (
@@ -29,9 +30,7 @@ from kernels.mlp.body import (
     iota,
     keep,
     loop,
-    narrowed,
     sum_by_tile,
-    widened,
 )
 from kernels.mlp.tiling import Tiling, round_up
 
@@ -132,7 +131,7 @@ def kernel(
     sums = Sums((dw_in, dw_out), (slots_in, slots_out), semaphores, t, i, j)
 
     def natural(b, r, n):
-        return normalise(jnp.where(block.valid(b, r, n), widened(x[b, pl.ds(r, n)], t.by_words), 0.0))
+        return normalise(jnp.where(block.valid(b, r, n), to_float32(x[b, pl.ds(r, n)], t.by_words), 0.0))
 
     def lay(target, b, r, n, value):
         if nat is None:
@@ -163,10 +162,10 @@ def kernel(
             lay(zt, b, r, n, by_tile(lambda v: v * scale[...] + bias[...], normal))
 
         def lay_g(b, r, n):
-            g = jnp.where(block.valid(b, r, n), widened(dy[b, pl.ds(r, n)], t.by_words), 0.0)
+            g = jnp.where(block.valid(b, r, n), to_float32(dy[b, pl.ds(r, n)], t.by_words), 0.0)
             if spec.rate:
                 g = jnp.where(keep(scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), g * keep_scale, 0.0)
-            db_out[...] += spec.share * sum_by_tile(g)
+            db_out[...] += spec.residual_scale * sum_by_tile(g)
             lay(gt, b, r, n, g)
 
         for_pieces(t, lay_z)
@@ -213,9 +212,9 @@ def kernel(
             dz = dzt[:, rows].T if nat is None else nat[rows]
             dscale[...] += sum_by_tile(dz * normal)
             dbias[...] += sum_by_tile(dz)
-            found = spec.share * widened(dy[b, pl.ds(r, n)], t.by_words)
+            found = spec.residual_scale * to_float32(dy[b, pl.ds(r, n)], t.by_words)
             found = found + normalise_back(by_tile(lambda v: v * scale[...], dz), normal, rsd)
-            dx[b, pl.ds(r, n)] = narrowed(found, dx.dtype, t.by_words)
+            dx[b, pl.ds(r, n)] = from_float32(found, dx.dtype, t.by_words)
 
         for_pieces(t, finish)
 

@@ -5,13 +5,12 @@ import math
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dropout as drop
+from kernels.body import unpacked_row
 from kernels.device import LANES, SUBLANES
 from kernels.mlp.tiling import Tiling
 
-_UPPER = -65536  # the upper half of a word
 PIECE = 128  # rows normalised or transposed at a time: one square of the transpose unit
 
 
@@ -70,36 +69,6 @@ def sum_by_tile(rows):
     return total + jnp.where(first, jnp.sum(rows[whole:], axis=0, keepdims=True), 0.0)
 
 
-def widened(rows, by_words: bool):
-    """rows [n, K] as float32. by_words: bfloat16 rows in the order of `widened_row`, n a multiple of 16.
-
-    A register of bfloat16 holds two rows in each of its words. Taking words apart and putting them together by integer arithmetic
-    leaves even rows in one register and odd ones in the next; v2 and v3 would put them in order through memory, in regions of code
-    that nothing is scheduled across.
-    """
-    if not by_words:
-        return rows.astype(jnp.float32)
-    words = pltpu.bitcast(rows, jnp.int32).reshape(-1, 1, SUBLANES, rows.shape[1])
-    both = jnp.concatenate([words << 16, words & _UPPER], axis=1)
-    return lax.bitcast_convert_type(both, jnp.float32).reshape(rows.shape)
-
-
-def narrowed(rows, dtype, by_words: bool):
-    """The reverse of `widened`: float32 rows to dtype, rounded to nearest even."""
-    if not by_words:
-        return rows.astype(dtype)
-    bits = lax.bitcast_convert_type(rows, jnp.int32)
-    bits = bits + (0x7FFF + (lax.shift_right_logical(bits, 16) & 1))
-    bits = jnp.where(rows == rows, bits, 0x7FC00000).reshape(-1, 2, SUBLANES, rows.shape[1])
-    words = lax.shift_right_logical(bits[:, 0], 16) | (bits[:, 1] & _UPPER)
-    return pltpu.bitcast(words.reshape(-1, rows.shape[1]), jnp.bfloat16)
-
-
-def widened_row(p, by_words: bool):
-    """int32: which row stands at place p after `widened`: of 16 rows the even ones, then the odd ones."""
-    return (p & -16) + 2 * (p & 7) + (lax.shift_right_logical(p, 3) & 1) if by_words else p
-
-
 def loop(count, stride, body):
     """body(first) for first = 0, stride, 2 stride ...: a loop, so that the registers of one turn are free for the next."""
     if count == 1:
@@ -133,7 +102,7 @@ class Block:
         self.image, self.row = lax.div(i, parts) * t.images, lax.rem(i, parts) * t.rows
 
     def _place(self, n):
-        return widened_row(iota(n, 0), self.t.by_words)
+        return unpacked_row(iota(n, 0), self.t.by_words)
 
     def valid(self, image, r, n):
         """bool [n, 1]: which of a piece's rows exist. The others hold anything at all, NaN included."""
@@ -145,7 +114,7 @@ class Block:
 
     def all_global_rows(self, n, axis, first=0):
         """The same for n rows of the block as they lie in VMEM, one stride per image, from `first` on; in the padding anything."""
-        p = widened_row(first + iota(n, axis), self.t.by_words)
+        p = unpacked_row(first + iota(n, axis), self.t.by_words)
         image = sum(((p >= k * self.t.stride).astype(jnp.int32) for k in range(1, self.t.images)), jnp.zeros_like(p))
         return self.image * self.rows + self.row + p + image * (self.rows - self.t.stride)
 

@@ -12,9 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.body import from_float32, to_float32
 from kernels.device import SUBLANES
 from kernels.layer_norm.tpu import normalise
-from kernels.mlp.body import Block, by_tile, dot, gelu, hidden_columns, hidden_rows, iota, keep, loop, narrowed, widened
+from kernels.mlp.body import Block, by_tile, dot, gelu, hidden_columns, hidden_rows, iota, keep, loop
 from kernels.mlp.tiling import Shape, Tiling
 
 # Twice the code of a taller tile takes minutes to compile (1,664 rows on v5e), and there a pass is a smaller part of the whole.
@@ -59,7 +60,7 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
     def _():
         def begin(first):
             rows = pl.ds(first, size)
-            normal, _ = normalise(widened(flat_x.rows(first, size), t.by_words))
+            normal, _ = normalise(to_float32(flat_x.rows(first, size), t.by_words))
             z[rows] = by_tile(lambda n: n * scale[...] + bias[...], normal).astype(z.dtype)
 
         loop(t.height // size, size, begin)
@@ -75,10 +76,12 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
 
     def finish(first, out):
         n = out.shape[0]
-        out = by_tile(lambda a: a + spec.share * b_out[...], out)
+        out = by_tile(lambda a: a + spec.residual_scale * b_out[...], out)
         if spec.rate:
             out = jnp.where(keep(scalars, 1, block.all_global_rows(n, 0, first), iota(d, 1), spec.rate), out * scaled, 0.0)
-        flat_y.store(first, narrowed(spec.share * widened(flat_x.rows(first, n), t.by_words) + out, y.dtype, t.by_words))
+        flat_y.store(
+            first, from_float32(spec.residual_scale * to_float32(flat_x.rows(first, n), t.by_words) + out, y.dtype, t.by_words)
+        )
 
     last = j + 1 == hidden_tiles
     if t.height > FUSED_ROWS:

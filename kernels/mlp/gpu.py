@@ -13,10 +13,12 @@ from kernels import dropout as drop
 from kernels.attention.gpu import KEPT, again, dropped, product, rounded
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import layer_norm
+from kernels.mlp.reference import MLPWeights
 
 
-def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh", dropout=None, share=1.0, tokens=None):
+def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, tokens=None):
     """As `reference.mlp_half`: the same arguments, the same result to rounding. tokens: as in the attention half."""
+    norm_scale, norm_bias, w_in, b_in, w_out, b_out = weights
     b, t, d = x.shape
     tokens = tokens or t
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -29,8 +31,8 @@ def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh",
     def close(x, a, b_in, w_out, b_out):
         h = _gelu(_plus(wide, *vary_alike(a, b_in)), gelu)
         h = dropped(h, t, dropout, drop.MLP_HIDDEN, tokens, 0 if dropout is None else dropout.column).astype(x.dtype)
-        y = product(h, w_out).astype(wide) + share * b_out
-        return rounded(share * x.astype(wide) + dropped(y, t, dropout, drop.MLP_OUT, tokens), x.dtype)
+        y = product(h, w_out).astype(wide) + residual_scale * b_out
+        return rounded(residual_scale * x.astype(wide) + dropped(y, t, dropout, drop.MLP_OUT, tokens), x.dtype)
 
     x = x.reshape(b * t, d)
     return close(x, project(x, norm_scale, norm_bias, w_in), b_in, w_out, b_out).reshape(b, t, d)

@@ -1,5 +1,7 @@
 """The MLP half of a block, paper Eq. 3 and appendix A: the specification of the op, and the path without kernels."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -7,19 +9,32 @@ from kernels import dropout as drop
 from kernels.layer_norm.reference import layer_norm
 
 
-def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh", dropout=None, share=1.0):
-    """share * x + dropout(dropout(GELU(LN(x) @ w_in + b_in)) @ w_out + share * b_out), summed over a model axis by the caller.
+class MLPWeights(NamedTuple):
+    """Parameters of the MLP half on one device, which holds F of the model's hidden values. All float32 in a model."""
 
-    x [B, T, D] float32 or bfloat16; norm_scale, norm_bias [D]; w_in [D, F], b_in [F], w_out [F, D], b_out [D]; F is this
-    device's part of the hidden width, whose first global column is dropout.column. share: as in the attention half.
+    norm_scale: jax.Array  # [D]
+    norm_bias: jax.Array  # [D]
+    in_kernel: jax.Array  # [D, F]
+    in_bias: jax.Array  # [F]
+    out_kernel: jax.Array  # [F, D]
+    out_bias: jax.Array  # [D]
+
+
+def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, tokens=None):
+    """residual_scale * x + dropout(dropout(GELU(LN(x) @ in_kernel + in_bias)) @ out_kernel + residual_scale * out_bias).
+
+    x [B, T, D] float32 or bfloat16. F is this device's part of the hidden width, whose first global column is dropout.column.
+    residual_scale, tokens: as in the attention half; the caller sums the result over the devices of a model axis.
     gelu: "tanh" (the release) or "erf" (exact). Accumulates in float32; hidden values are rounded to x's dtype.
     Returns [B, T, D] in x's dtype.
     """
+    norm_scale, norm_bias, w_in, b_in, w_out, b_out = weights
     wide = jnp.promote_types(x.dtype, jnp.float32)
     w_in, w_out = w_in.astype(x.dtype), w_out.astype(x.dtype)
     z = layer_norm(x, norm_scale, norm_bias)
     a = jnp.einsum("btd,df->btf", z, w_in, preferred_element_type=wide) + b_in
     h = jax.nn.gelu(a, approximate=gelu == "tanh")
-    h = drop.apply(h, dropout, drop.MLP_HIDDEN, column=0 if dropout is None else dropout.column).astype(x.dtype)
-    y = jnp.einsum("btf,fd->btd", h, w_out, preferred_element_type=wide) + share * b_out
-    return (share * x.astype(wide) + drop.apply(y, dropout, drop.MLP_OUT)).astype(x.dtype)
+    column = 0 if dropout is None else dropout.column
+    h = drop.apply(h, dropout, drop.MLP_HIDDEN, column, tokens=tokens).astype(x.dtype)
+    y = jnp.einsum("btf,fd->btd", h, w_out, preferred_element_type=wide) + residual_scale * b_out
+    return (residual_scale * x.astype(wide) + drop.apply(y, dropout, drop.MLP_OUT, tokens=tokens)).astype(x.dtype)

@@ -46,7 +46,7 @@ class Tiling:
     """Of one kernel. A grid step takes `rows` rows of each of `images` images and `hidden` of the F hidden values.
 
     flat: x is taken as one image of B*T rows. stride: from one image to the next in VMEM, rows rounded up to whole register tiles.
-    by_words: bfloat16 rows are taken apart and put together by integer arithmetic (`body.widened`); the height is a multiple of 16.
+    by_words: bfloat16 rows are unpacked and packed by integer arithmetic (`kernels/body.py`); the height is a multiple of 16.
     resident: the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
     """
 

@@ -28,6 +28,7 @@ from kernels import parts
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.mlp import backward, forward
+from kernels.mlp.reference import MLPWeights
 from kernels.mlp.tiling import Shape, Tiling, cost, tiles, vmem_limit
 
 CHUNK_ROWS = 24576  # tokens at a time through the backward kernel where it takes copies of x and dy without padded rows
@@ -40,7 +41,7 @@ class _Spec:
     launch: Launch
     gelu: str
     rate: float
-    share: float
+    residual_scale: float
 
 
 def _shape(x, w_in) -> Shape:
@@ -188,36 +189,36 @@ def _mlp_half(spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
 _mlp_half.defvjp(_forward, _backward)
 
 
-def _check(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, gelu, dropout):
+def _check(x, weights: MLPWeights, gelu, dropout) -> None:
     if x.ndim != 3 or x.size == 0:
         raise ValueError(f"x has shape {x.shape}; mlp_half needs [B, T, D] with at least one row")
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"x is {x.dtype}; the kernel takes float32 or bfloat16: cast it, or use the reference")
-    d, f = x.shape[-1], w_in.shape[-1]
-    needed = {"norm_scale": (d,), "norm_bias": (d,), "w_in": (d, f), "b_in": (f,), "w_out": (f, d), "b_out": (d,)}
-    given = dict(zip(needed, (norm_scale, norm_bias, w_in, b_in, w_out, b_out), strict=True))
-    for name, a in given.items():
-        if a.shape != needed[name]:
-            raise ValueError(f"{name} has shape {a.shape}; x of shape {x.shape} and w_in of shape {w_in.shape} need {needed[name]}")
+    d, f = x.shape[-1], weights.in_kernel.shape[-1]
+    required = (d,), (d,), (d, f), (f,), (f, d), (d,)
+    for name, array, shape in zip(weights._fields, weights, required, strict=True):
+        if array.shape != shape:
+            given = f"x of shape {x.shape} and in_kernel of shape {weights.in_kernel.shape}"
+            raise ValueError(f"mlp_half: {name} has shape {array.shape}; {given} need {shape}")
     if gelu not in ("tanh", "erf"):
         raise ValueError(f"gelu={gelu!r}; known: 'tanh', 'erf'")
     if dropout is not None and not 0.0 <= dropout.rate < 1.0:
         raise ValueError(f"dropout.rate is {dropout.rate}; it must be in [0, 1)")
 
 
-def mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gelu="tanh", dropout=None, share=1.0, launch: Launch):
+def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, launch: Launch):
     """The MLP half of a block, as `reference.mlp_half` (shapes and meaning there), in one kernel forward and one backward.
 
     launch: where the kernels run. Differentiable in every array. ValueError for input the op does not take; NotImplementedError for
     widths that no tiling fits on the device.
     """
-    _check(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, gelu, dropout)
+    _check(x, weights, gelu, dropout)
     rate = 0.0 if dropout is None else float(dropout.rate)
     scalars = jnp.zeros(4, jnp.int32)
     if dropout is not None and rate:
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
-    spec = _Spec(launch=launch, gelu=gelu, rate=rate, share=float(share))
-    arrays = vary_alike(scalars, x, norm_scale, norm_bias, w_in, b_in, w_out, b_out)
+    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale))
+    arrays = vary_alike(scalars, x, *weights)
     y: Any = _mlp_half(spec, *arrays)  # Any: pyright cannot see through custom_vjp
     return y

@@ -33,7 +33,9 @@ BAD = [
     (dict(target=("v3",), mesh="8"), "--mesh 8: two positive sizes DATAxMODEL are required"),
     (dict(target=("v3",), mesh="1x5", models=("ViT-B/16",)), "num_heads=12 is not divisible by the model axis"),
     (dict(target=("v3",), mesh="4x2", models=("ViT-B/16",), batch_sizes=(6,)), "--batch-sizes 6 is not divisible by the data axis"),
-    (dict(target=("v3",), peer=("timm",)), "--peer runs on a device and --target compiles for none"),
+    (dict(target=("v3",), peer=("timm",)), "--peer timm runs on a device and --target compiles for none: use --peer flax"),
+    (dict(peer=("flax",)), "--peer flax is compiled for a TPU: name a --target"),
+    (dict(target=("v3",), peer=("flax",), remat=True), "--peer trains without rematerialisation"),
     (dict(target=("v3",), ops=("gpu",)), "--ops gpu runs on a GPU and --target compiles for a TPU"),
     (dict(slice="4x4"), "--slice belongs to --target"),
     (dict(step=0), "--step 0: a positive number is required"),
@@ -330,6 +332,7 @@ def test_the_same_program_from_other_code_is_cached_too(tmp_path, monkeypatch):
         assert compiler.compile(program).cached
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_the_largest_batch_compiles_and_one_more_does_not(tmp_path):
     """Forward: a compilation takes seconds, of a training step half a minute. docs/throughput.md shows it for one."""
@@ -341,6 +344,7 @@ def test_the_largest_batch_compiles_and_one_more_does_not(tmp_path):
     assert r["largest_bytes"] < 15.5 * 2**30
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_mesh_says_whether_it_fits_and_what_it_sends(tmp_path, capsys):
     options: dict[str, Any] = dict(

@@ -1,17 +1,22 @@
 """Every op, forward and backward, compiles for every TPU generation, and what it compiles to holds our kernels.
 
-The compiler runs in a subprocess of its own for each generation. In the fast tests every generation takes every op at ViT-B/16,
-and v3 and v5e the largest and the least regular shapes too; the whole product of shapes and generations, and training steps on
-32 cores, are slow tests.
+The compiler runs in a subprocess of its own for each generation. The fast tests take every op at ViT-B/16 on v3 and v5e; CI adds
+the programs that stand for the whole grid of shapes and dtypes (`tests.kernels.grid`) and a training step on 32 cores;
+`make test-all` compiles the grid whole, and the training steps of the larger models.
 """
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
 
 import pytest
 
 from bench.shapes import SHAPES
 from bench.tpu_compiler import TOPOLOGIES, Program, Report, compile_programs
+from kernels.device import DEVICES, MiB
+from kernels.launch import Launch
+from tests.kernels import grid
+from tests.kernels.grid import FAST, GRID, IRREGULAR, Case
 from vitcore.ops import FUNCTIONS
 
 # How the kernels of an op are called, and what marks one that only a backward pass has.
@@ -23,20 +28,7 @@ PREFIX = {
     "layer_norm": "layer_norm",
 }
 BACKWARD = ("backward", "gradient")
-BATCH = 2  # kernels go image by image: more images are more grid steps, not another program
-SECONDS = 240
-
-
-def both(op: str, shape: str, batch: int = BATCH, **arguments) -> Program:
-    """An op's forward and backward pass as one program."""
-    arguments = {"op": op, "shape": shape, "batch": batch, "backward": True, **arguments}
-    label = " ".join(str(v) for k, v in arguments.items() if k not in ("batch", "backward"))
-    return Program(build="bench.programs:one_op", arguments=arguments, name=label)
-
-
-def rate_of(op: str) -> float:
-    """With dropout, where an op has it."""
-    return 0.0 if op == "layer_norm" else 0.1
+SECONDS = 600
 
 
 def missing(op: str, report: Report) -> list[str]:
@@ -46,79 +38,123 @@ def missing(op: str, report: Report) -> list[str]:
     return ["forward"] * (not names - backward) + ["backward"] * (not backward)
 
 
-def assert_kernels(programs: list[Program], reports: list[Report]) -> None:
-    """Asserts that each program compiled, and holds kernels of its op for the forward and for the backward pass."""
+def compiled(cases: Iterable[Case]) -> dict[Case, Report]:
+    """Reports on these programs, a compiler process a generation, two at a time: one alone leaves a core of two idle."""
+    by_target: dict[str, list[Case]] = {}
+    for case in cases:
+        by_target.setdefault(case.target, []).append(case)
+
+    def compile_all(target: str) -> list[Report]:
+        return compile_programs(target, [case.program() for case in by_target[target]], seconds=SECONDS)
+
+    longest_first = sorted(by_target, key=lambda target: -sum(case.cost() for case in by_target[target]))
+    with ThreadPoolExecutor(2) as pool:
+        reports = zip(longest_first, pool.map(compile_all, longest_first), strict=True)
+        return {case: report for target, found in reports for case, report in zip(by_target[target], found, strict=True)}
+
+
+def assert_kernels(reports: dict[Case, Report]) -> None:
+    """Asserts that each program compiled, and holds the kernels that were written down for it, forward and backward ones.
+
+    The gradient of an image is written down and not in the program, where nobody asks for it.
+    """
+    assert reports
     problems = []
-    for program, report in zip(programs, reports, strict=True):
+    for case, report in reports.items():
+        found = {kernel.kernel for kernel in report.kernels}
+        written = {kernel.name for kernel in grid.kernels_of(case)}
         if report.error:
-            problems.append(f"{report.name}: {report.error[:400]}")
-        elif passes := missing(program.arguments["op"], report):
-            problems.append(f"{report.name}: no {' and '.join(passes)} kernel among {[k.kernel for k in report.kernels]}")
-    assert not problems, f"{reports[0].target}:\n" + "\n".join(problems)
+            problems.append(f"{case.target} {report.name}: {report.error[:400]}")
+        elif passes := missing(case.op, report):
+            problems.append(f"{case.target} {report.name}: no {' and '.join(passes)} kernel among {sorted(found)}")
+        elif not {name for name in written if case.image or "image" not in name} <= found <= written:
+            problems.append(f"{case.target} {report.name}: kernels {sorted(found)} where {sorted(written)} were written down")
+    assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("target", TOPOLOGIES)
+@pytest.mark.parametrize("target", grid.FIRST_TARGETS)
 def test_every_op_compiles(target):
-    programs = [both(op, "B/16@224", rate=rate_of(op)) for op in FUNCTIONS]  # attention alone is in its half block
-    assert_kernels(programs, compile_programs(target, programs, seconds=SECONDS))
-
-
-@pytest.mark.parametrize(
-    ("target", "program"),
-    [
-        ("v3", both("patch_embed", "H/14@518", rate=0.1)),
-        ("v3", both("attention_half", "H/14@224", rate=0.1)),
-        ("v3", both("attention_half", "H/14@126", batch=64)),  # short images, several a grid step
-        ("v3", both("attention_half", "B/32@64", batch=64)),  # 5 tokens, less than a register
-        ("v3", both("mlp_half", "H/14@518", rate=0.1)),
-        ("v3", both("layer_norm", "L/16@384", dtype="float32")),
-        ("v5e", both("patch_embed", "L/16@512", dtype="float32", image=True)),
-    ],
-    ids=lambda x: x if isinstance(x, str) else x.name.replace(" ", "-"),
-)
-def test_large_and_irregular_shapes_compile(target, program):
-    assert_kernels([program], compile_programs(target, [program], seconds=SECONDS))
+    assert_kernels(compiled(case for case in FAST if case.target == target))
 
 
 def test_the_gradient_of_the_image_costs_nothing_where_nobody_asks():
-    with_, without = (both("patch_embed", "B/16@224", image=image) for image in (True, False))
-    asked, not_asked = compile_programs("v5e", [with_, without], seconds=SECONDS)
+    cases = [Case("v5e", "patch_embed", "B/16@224", image=image) for image in (True, False)]
+    asked, not_asked = compiled(cases).values()
     assert "patch_embed_image_backward" in {k.kernel for k in asked.kernels}
     assert {k.kernel for k in not_asked.kernels} == {"patch_embed", "patch_embed_backward"}
 
 
-def at_every_shape() -> list[Program]:
-    """Attention alone is in its half block, which may pad the heads where alone it does not fit."""
-    rest = [shape for shape in SHAPES if shape != "B/16@224"]  # which the fast tests compile in bfloat16
-    programs = [both(op, shape, rate=rate_of(op)) for shape in rest for op in FUNCTIONS]
-    return programs + [both(op, "B/16@224", dtype="float32") for op in FUNCTIONS]
+# ---- the grid, and what stands for it
 
 
 @pytest.fixture(scope="module")
-def every_report() -> dict[str, list[Report]]:
-    """Reports on `at_every_shape()`, one compiler process a generation, two at a time: one alone leaves a core of two idle."""
-    compile_all = partial(compile_programs, programs=at_every_shape(), seconds=600)
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TOPOLOGIES, pool.map(compile_all, TOPOLOGIES), strict=True))
+def chosen() -> tuple[Case, ...]:
+    return grid.representatives()
+
+
+def test_what_is_compiled_stands_for_the_whole_grid(chosen):
+    """Each kernel in each of its forms, and each op in each dtype and formulation on each generation."""
+    held = frozenset().union(*map(grid.keys_of, (*FAST, *chosen)))
+    assert len(GRID) == len(set(GRID)) == len(TOPOLOGIES) * len(FUNCTIONS) * (len(SHAPES) + 1)
+    for case in GRID:
+        assert grid.keys_of(case) <= held, f"nothing that CI compiles stands for {case}"
+    assert {(c.target, c.op, c.dtype) for c in (*FAST, *chosen)} == {(c.target, c.op, c.dtype) for c in GRID}
+    assert len(chosen) + len(FAST) < len(GRID) / 2, "the keys tell too much apart"
+
+
+def test_another_decision_is_another_key(monkeypatch, chosen):
+    """Less VMEM, so that the tilings decide otherwise; and a body made with another yes or no, which nothing stands for."""
+    held = frozenset().union(*map(grid.keys_of, (*FAST, *chosen)))
+    again, device = grid.kernels_of.__wrapped__, DEVICES["v5e"]
+
+    def keys(case: Case, launch: Launch):
+        monkeypatch.setattr(grid.programs, "launch_for", lambda _: launch)
+        return grid.keys_of(case, again)
+
+    for op in ("attention_half", "mlp_half", "patch_embed"):
+        case = Case("v5e", op, "L/16@384")
+        assert keys(case, Launch(device=device)) == grid.keys_of(case) <= held
+        assert keys(case, Launch(device=replace(device, vmem_bytes=12 * MiB))) != grid.keys_of(case)
+        assert not keys(case, Launch(device=device, interpret=True)) <= held
+
+
+@pytest.fixture(scope="module")
+def representatives(chosen) -> dict[Case, Report]:
+    return compiled((*chosen, *IRREGULAR))
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("target", TOPOLOGIES)
+def test_the_representatives_compile(target, representatives):
+    assert_kernels({case: report for case, report in representatives.items() if case.target == target})
+
+
+@pytest.fixture(scope="module")
+def rest(chosen) -> dict[Case, Report]:
+    """The grid without what the tests above compile."""
+    return compiled(case for case in GRID if case not in FAST and case not in chosen)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("target", TOPOLOGIES)
-def test_every_op_at_every_shape(target, shape, every_report):
-    pairs = [pair for pair in zip(at_every_shape(), every_report[target], strict=True) if pair[0].arguments["shape"] == shape]
-    assert len(pairs) == len(FUNCTIONS)
-    assert_kernels(*map(list, zip(*pairs, strict=True)))
+def test_the_rest_of_the_grid_compiles(target, rest):
+    assert_kernels({case: report for case, report in rest.items() if case.target == target})
 
 
 # model, mesh (data, model), parts of the global batch of 4096, blocks rematerialised
-STEPS = [("ViT-B/16", (8, 4), 1, False), ("ViT-L/16", (8, 4), 1, True), ("ViT-H/14", (8, 4), 2, True)]
+STEPS = [
+    pytest.param("ViT-B/16", (8, 4), 1, False, marks=pytest.mark.ci, id="ViT-B/16"),
+    pytest.param("ViT-L/16", (8, 4), 1, True, id="ViT-L/16"),
+    pytest.param("ViT-H/14", (8, 4), 2, True, id="ViT-H/14"),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("model", "mesh", "parts", "remat"), STEPS, ids=[s[0] for s in STEPS])
+@pytest.mark.parametrize(("model", "mesh", "parts", "remat"), STEPS)
 def test_the_training_step_compiles_on_32_cores(model, mesh, parts, remat):
     arguments = {
         "model": model,

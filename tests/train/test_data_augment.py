@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from train.data import AUGMENTATIONS, PREPROCESSES, digits
-from train.data.augment import ATTEMPTS, CENTER_SHARE, DIGIT_DEGREES, DIGIT_SCALE, DIGIT_SHIFT, crop_boxes
+from train.data.augment import AUTHORS, CENTER_SHARE, DIGIT_DEGREES, DIGIT_SCALE, DIGIT_SHIFT, How
+from train.data.crops import CROPS
 from train.data.sampling import AUGMENT, SUBSET, epoch_order, philox4x32, random_subset, uniforms
 
 RNG = np.random.default_rng(0)
@@ -19,8 +20,8 @@ def noise(y, x, c=3):
     return RNG.integers(0, 256, (y, x, c), np.uint8)
 
 
-def draws_of(name, count, seed=0, epoch=0):
-    return uniforms(seed, np.full(count, epoch), np.arange(count), AUGMENTATIONS[name].draws)
+def draws_of(name, count, seed=0, epoch=0, how=AUTHORS):
+    return uniforms(seed, np.full(count, epoch), np.arange(count), AUGMENTATIONS[name].draws(how))
 
 
 # --- the randomness ---------------------------------------------------------------------------------------------------------
@@ -163,70 +164,77 @@ def test_colour_becomes_its_luma():
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-# --- the inception crop -----------------------------------------------------------------------------------------------------
+# --- the inception crop, resized; the crop's rules are in test_data_crops -----------------------------------------------------
 
 
-def boxes_of(y, x, count, seed=0):
-    draws = uniforms(seed, np.zeros(count), np.arange(count), 2 * ATTEMPTS + 2)
-    return crop_boxes(np.full(count, y), np.full(count, x), draws)
+def bilinear(image, box, size):
+    """tf.image.resize without antialiasing, of a box of the image, in float64: half-pixel centres, edges repeated."""
+    image = np.asarray(image, np.float64)
+    for axis, (start, end) in enumerate(((box[1], box[3]), (box[0], box[2]))):
+        place = start + (np.arange(size) + 0.5) * (end - start) / size - 0.5
+        below = np.floor(place).astype(int)
+        share = (place - below).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        last = image.shape[axis] - 1
+        a, b = (image.take(np.clip(below + step, 0, last), axis=axis) for step in (0, 1))
+        image = a * (1 - share) + b * share
+    return image
 
 
-@given(y=st.integers(1, 600), x=st.integers(1, 600), seed=st.integers(0, 100))
-def test_crops_lie_inside_the_image(y, x, seed):
-    top, left, h, w = boxes_of(y, x, 64, seed).T
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (h >= 1).all()
-    assert (w >= 1).all()
-    assert (top + h <= y).all()
-    assert (left + w <= x).all()
+def assert_nearest(found, expected):
+    """found are the levels nearest to expected; half-way between two either will do."""
+    levels = np.rint((found + 1) * 127.5)
+    np.testing.assert_allclose((found + 1) * 127.5, levels, atol=1e-4)
+    assert abs(levels - expected).max() < 0.5 + 1e-4
 
 
-def test_crop_statistics_on_a_photograph():
-    y, x = 375, 500
-    top, left, h, w = boxes_of(y, x, 20000).T
-    area, aspect = h * w / (y * x), w / h
-    assert area.min() > 0.049
-    assert area.max() <= 1
-    assert aspect.min() > 0.97 * 3 / 4
-    assert aspect.max() < 1.03 * 4 / 3
-    # Where every aspect fits, areas are uniform: up to w <= 500 at 4/3 and h <= 375 at 3/4, so up to 0.56 of this image.
-    small = area[area < 0.55]
-    histogram = np.histogram(small, bins=10, range=(0.05, 0.55))[0] / len(small)
-    assert abs(histogram - 0.1).max() < 0.015
-    assert abs(np.log(aspect[area < 0.55]).mean()) < 0.01
-    assert 0.4 < area.mean() < 0.52
-    # Anywhere: of the room there is, uniform.
-    for start, extent, side in ((top, h, y), (left, w, x)):
-        roomy = side - extent > 50
-        share = (start / np.maximum(side - extent, 1))[roomy]
-        assert abs(share.mean() - 0.5) < 0.01
-        assert abs(share.std() - math.sqrt(1 / 12)) < 0.01
+SHAPES = [(30, 40), (16, 16), (7, 90), (200, 11), (5, 4), (600, 700)]
 
 
-def test_crops_reach_both_edges():
-    top, left, h, w = boxes_of(4, 4, 20000).T
-    for start, extent in ((top, h), (left, w)):
-        places = np.bincount(start[extent == 2], minlength=3) / (extent == 2).sum()
-        assert abs(places - 1 / 3).max() < 0.03
+@pytest.mark.parametrize(("y", "x"), SHAPES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resize_is_tensorflows_bilinear(y, x, channels):
+    image = noise(y, x, channels)
+    assert_nearest(PREPROCESSES["resize"]([image], 16, channels)[0], bilinear(image, (0, 0, x, y), 16))
 
 
-@pytest.mark.parametrize(("y", "x", "expected"), [(1000, 10, (493, 0, 13, 10)), (10, 1000, (0, 493, 10, 13)), (1, 1, (0, 0, 1, 1))])
-def test_where_no_crop_fits_the_centre_is_taken(y, x, expected):
-    found = boxes_of(y, x, 50)
-    assert (found == expected).all()
+@pytest.mark.parametrize(("y", "x"), SHAPES)
+def test_resize_center_is_squashed_to_256_of_which_the_middle_224(y, x):
+    """Against the two steps one after the other."""
+    image = noise(y, x)
+    two = bilinear(image, (0, 0, x, y), 256)[16:240, 16:240]
+    assert_nearest(PREPROCESSES["resize-center"]([image], 224, 3)[0], two)
 
 
-def test_inception_is_its_crop_resized_and_flipped():
+def test_antialiasing_is_pillows_by_name():
+    image = noise(60, 80)
+    expected = np.asarray(Image.fromarray(image).resize((12, 12), Image.Resampling.BILINEAR)) / 127.5 - 1
+    how = How(antialias=True)
+    np.testing.assert_allclose(PREPROCESSES["resize"]([image], 12, 3, how=how)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(AUGMENTATIONS["none"].apply([image], draws_of("none", 1), 12, 3, how=how)[0], expected, atol=1e-6)
+    assert abs(PREPROCESSES["resize"]([image], 12, 3)[0] - expected).max() > 0.3
+    large = np.asarray(Image.fromarray(image).resize((14, 14), Image.Resampling.BILINEAR))[1:13, 1:13] / 127.5 - 1
+    found = PREPROCESSES["resize-center"]([image], 12, 3, how=how)[0]
+    assert abs(found - large).mean() < abs(PREPROCESSES["resize-center"]([image], 12, 3)[0] - large).mean() / 5
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("antialias", [False, True])
+def test_inception_is_its_crop_resized_and_flipped(crop, antialias):
+    how, rule = How(crop=crop, antialias=antialias), CROPS[crop]
     images = [noise(30, 40) for _ in range(32)]
-    draws = draws_of("inception", 32)
-    out = AUGMENTATIONS["inception"].apply(images, draws, 16, 3)
-    boxes = crop_boxes(np.full(32, 30), np.full(32, 40), draws[:, :-1])
-    flips = draws[:, -1] < 0.5
+    draws = draws_of("inception", 32, how=how)
+    out = AUGMENTATIONS["inception"].apply(images, draws, 16, 3, how=how)
+    boxes = rule.boxes(np.full(32, 30), np.full(32, 40), draws[:, : rule.draws])
+    flips = draws[:, rule.draws] < 0.5
     assert 8 < flips.sum() < 24
     for image, (t, left, h, w), flip, found in zip(images, boxes, flips, out, strict=True):
-        crop = np.asarray(Image.fromarray(image[t : t + h, left : left + w]).resize((16, 16), Image.Resampling.BILINEAR))
-        np.testing.assert_allclose(found, (crop[:, ::-1] if flip else crop) / 127.5 - 1, atol=1e-6)
+        part = image[t : t + h, left : left + w]
+        straight = found[:, ::-1] if flip else found
+        if antialias:
+            resized = np.asarray(Image.fromarray(part).resize((16, 16), Image.Resampling.BILINEAR))
+            np.testing.assert_allclose(straight, resized / 127.5 - 1, atol=1e-6)
+        else:
+            assert_nearest(straight, bilinear(part, (0, 0, w, h), 16))
 
 
 def test_one_half_is_flipped():
@@ -295,12 +303,6 @@ def test_digits_refuse_images_of_several_shapes():
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------------
-
-
-def test_resize_takes_the_whole_image():
-    image = noise(30, 60)
-    expected = np.asarray(Image.fromarray(image).resize((12, 12), Image.Resampling.BILINEAR))
-    np.testing.assert_allclose(PREPROCESSES["resize"]([image], 12, 3)[0], expected / 127.5 - 1, atol=1e-6)
 
 
 @pytest.mark.parametrize(("y", "x"), [(256, 256), (256, 400), (512, 300)])

@@ -15,8 +15,8 @@ from sklearn.datasets import load_sample_images
 
 from tests.train.test_data_forms import environment_of, jpeg, write_folder, write_parquet, write_tar
 from train.data import DataError, eval_batches, open_source, train_batches
-from train.data.augment import mixup, mixup_shares
 from train.data.decode import MAX_BYTES, decode_bytes, decode_fast, decode_pillow, read_file
+from train.data.mix import Mix, cutmix_boxes, mixed, mixup, mixup_shares
 from train.data.sampling import replacements
 from train.data.source import BadImage
 
@@ -297,6 +297,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_workers_change_nothing_either(damaged, tmp_path):
     """0, 1 and 3 workers in 1, 2 and 4 processes: one order, from the middle of an epoch on, bad images and MixUp included."""
@@ -410,14 +411,21 @@ def test_shares_follow_the_beta_distribution(strength):
 
 def test_mixup_in_a_run(damaged):
     source = open_source(f"tar:{damaged / 'tar'}", "train")
-    plain, mixed = stream(source)[0], stream(source, mixup=0.8)[0]
-    for a, b in zip(plain, mixed, strict=True):
+    plain, rows = stream(source)[0], stream(source, mixup=0.8, mixup_share="row")[0]
+    for a, b in zip(plain, rows, strict=True):
         np.testing.assert_array_equal(a["label"], b["label"])
         np.testing.assert_array_equal(b["other_label"], b["label"].reshape(-1, 2)[:, ::-1].reshape(-1))
         share = b["share"][:, None, None, None]
         partner = a["image"].reshape(-1, 2, 16, 16, 3)[:, ::-1].reshape(a["image"].shape)
         np.testing.assert_allclose(b["image"], share * a["image"] + (1 - share) * partner, atol=1e-6)
-    assert len({float(s) for b in mixed for s in b["share"]}) == 48, "each row has a share of its own"
+    assert len({float(s) for b in rows for s in b["share"]}) == 48, "each row has a share of its own"
+    batches = stream(source, mixup=0.8)[0]
+    assert all(len(set(b["share"].tolist())) == 1 for b in batches), "one share a batch, as the authors have it"
+    assert len({b["share"][0].item() for b in batches}) == len(batches)
+    parts = [stream(source, mixup=0.8, shard=(i, 2))[0] for i in range(2)]
+    for whole, *halves in zip(batches, *parts, strict=True):
+        np.testing.assert_array_equal(whole["image"], np.concatenate([half["image"] for half in halves]))
+        np.testing.assert_array_equal(whole["share"], np.concatenate([half["share"] for half in halves]))
     (odd,) = stream(source, count=1, batch_size=30, mixup=0.8)[0]  # 15 would be the largest group that divides it
     np.testing.assert_array_equal(odd["other_label"], odd["label"].reshape(-1, 2)[:, ::-1].reshape(-1))
     assert "share" not in plain[0]
@@ -425,6 +433,36 @@ def test_mixup_in_a_run(damaged):
         stream(source, batch_size=12, shard=(0, 4), mixup=0.5)
     with pytest.raises(ValueError, match="mixup -1"):
         stream(source, mixup=-1.0)
+    with pytest.raises(ValueError, match="unknown share of MixUp 'image'; the known ones are batch, row"):
+        stream(source, mixup=1.0, mixup_share="image")
+
+
+def test_cutmix_takes_a_box_of_the_neighbour_and_as_much_of_its_label():
+    images = np.stack([np.full((20, 30, 1), value, np.uint8) for value in (0, 1, 2, 3)] * 50)
+    draws = np.random.default_rng(0).random((200, 4))
+    found, other, share = mixed(images.copy(), np.arange(200), draws, Mix(cutmix=1.0))
+    assert (other.reshape(-1, 2) == np.arange(200).reshape(-1, 2)[:, ::-1]).all()
+    foreign = (found != images).reshape(200, -1)
+    np.testing.assert_allclose(1 - foreign.mean(1), share, atol=1e-6)
+    assert set(np.unique(found[0])) <= {0, 1}
+    assert share.std() > 0.15
+    assert (foreign.reshape(-1, 20, 30)[:, 0, 0].mean(), foreign.reshape(-1, 20, 30)[:, 10, 15].mean()) < (0.3, 0.9)
+    boxes = cutmix_boxes(np.random.default_rng(1).random((20_000, 3)), 1.0, (100, 200))
+    inside = (boxes[:, 0] > 0) & (boxes[:, 1] > 0) & (boxes[:, 2] < 100) & (boxes[:, 3] < 200)
+    height, width = (boxes[:, 2] - boxes[:, 0])[inside], (boxes[:, 3] - boxes[:, 1])[inside]
+    assert abs(width - 2 * height).max() <= 3, "the box has the image's shape"
+    # uncut, its area is uniform: of boxes up to a tenth of the image nearly none is cut off
+    assert abs((height * width < 2000).mean() * inside.mean() - 0.1) < 0.04
+
+
+def test_with_both_one_of_the_two_is_drawn():
+    images = np.stack([np.full((8, 8, 1), value, np.float32) for value in (0, 1)] * 400)
+    draws = np.random.default_rng(0).random((800, 4))
+    found, _, share = mixed(images.copy(), np.zeros(800, np.int32), draws, Mix(mixup=1.0, cutmix=1.0))
+    blended = np.array([len(set(np.unique(image)) - {0, 1}) > 0 for image in found])
+    assert 0.4 < blended.mean() < 0.6
+    assert (share[blended] >= 0.5).all()
+    assert share[~blended].min() < 0.5
 
 
 def test_decoders_are_checked(damaged, monkeypatch):

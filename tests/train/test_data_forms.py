@@ -22,6 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from train.data import DataError, absolute, check_classes, open_source, train_batches
+from train.data import tar as tar_source
 from train.data.pack import Pack, pack
 from train.data.sampling import replacements
 
@@ -517,6 +518,10 @@ def test_a_tar_is_never_extracted_and_its_names_are_no_paths(tmp_path):
     assert {*tmp_path.rglob("*")} == before
     assert not (tmp_path.parent / "escape.jpg").exists()
     assert not Path("/absolute.jpg").exists()
+    kinds = {what: count for what, (count, _) in source.left_out.found.items()}  # type: ignore[attr-defined]
+    assert kinds == {
+        "link members": 1, "hard links to what is not before them": 1, "device members": 1, "labels without an image": 3,
+    }  # fmt: skip
 
 
 def test_a_member_that_claims_to_be_huge_costs_nothing(tmp_path):
@@ -559,7 +564,10 @@ def test_labels_of_the_wrong_type_in_parquet(root, tmp_path, kind):
         ({"pixels": pa.array([1]), "label": pa.array([1])}, "has the columns pixels (int64), label (int64); an image column"),
         ({"image": pa.array(["x"]), "label": pa.array([1])}, "the column image of"),
         ({"image": pa.array([b"x"]), "label": pa.array([None], pa.int64())}, "1 rows without a value"),
-        ({"image": pa.array([b"x"]), "label": pa.array([-1])}, "has a label -1 with 0 classes; use a split that is labelled"),
+        (
+            {"image": pa.array([b"x"]), "label": pa.array([-1])},
+            "has a label -1, 0 to 2147483646 are required; use a split that is labelled",
+        ),
     ],
 )
 def test_parquet_of_another_layout(tmp_path, columns, words):
@@ -644,24 +652,29 @@ def test_a_missing_extra_is_one_line(root, monkeypatch, name, module):
 # --- the kept index ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_index_is_kept_and_made_anew_when_the_data_change(root, tmp_path, monkeypatch):
-    from train.data import folder as module
-
+def test_a_changed_set_is_noticed_though_every_time_says_the_same(root, tmp_path, monkeypatch):
+    """Copies keep times (rsync -a, tar -x): what tells is the names, the sizes and the time at which the file system did it."""
     place = tmp_path / "folder"
     shutil.copytree(root / "folder", place)
-    scanned = []
-    listing = module._images
-    monkeypatch.setattr(module, "_images", lambda path: scanned.append(path) or listing(path))
-    for expected in (3, 0):
-        scanned.clear()
-        assert len(open_source(f"folder:{place}", "train")) == 27
-        assert len(scanned) == expected
+    assert len(open_source(f"folder:{place}", "train")) == 27
+    held = os.stat(place / "train" / "china")
     (place / "train" / "china" / "new.jpg").write_bytes((place / "train" / "china" / "0.jpg").read_bytes())
+    os.utime(place / "train" / "china", ns=(held.st_atime_ns, held.st_mtime_ns))
     assert len(open_source(f"folder:{place}", "train")) == 28
-    assert len(scanned) == 3
-    shutil.rmtree(place / "train" / "digit")
-    shutil.rmtree(place / "val" / "digit")
-    assert open_source(f"folder:{place}", "train").classes == ("china", "flower")
+
+    shard, built = tmp_path / "train-0.tar", []
+    monkeypatch.setattr(tar_source, "_images", lambda *args, of=tar_source._images: built.append(args[0]) or of(*args))
+    picture = jpeg(Image.new("RGB", (8, 8)))
+    tar_of(shard, ("0.jpg", picture), ("0.cls", b"1"))
+    for _ in range(2):
+        assert open_source(f"tar:{tmp_path}", "train").labels().tolist() == [1]
+    assert len(built) == 1  # the second time from what was kept
+    held = os.stat(shard)
+    tar_of(tmp_path / "new", ("0.jpg", picture), ("0.cls", b"2"))
+    shard.write_bytes((tmp_path / "new").read_bytes())
+    os.utime(shard, ns=(held.st_atime_ns, held.st_mtime_ns))
+    assert os.stat(shard).st_size == held.st_size
+    assert open_source(f"tar:{tmp_path}", "train").labels().tolist() == [2]
 
 
 def test_a_damaged_or_unwritable_cache_costs_time_only(root, tmp_path, monkeypatch, caplog):

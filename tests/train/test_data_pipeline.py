@@ -212,6 +212,7 @@ def test_workers_do_not_change_the_batches(jpegs, tmp_path):
     assert len({rest for _, rest in lines}) == 1
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_failure_in_a_worker_is_the_callers_one_line(jpegs, tmp_path):
     shutil.copytree(jpegs, tmp_path / "set")

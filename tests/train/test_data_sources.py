@@ -326,7 +326,7 @@ def test_empty_folders(tmp_path, folder):
         file.unlink()
     with pytest.raises(DataError) as error:
         open_source(f"folder:{folder}", "val")
-    one_line(error, folder / "val" / "class1", "no .jpg, .jpeg or .png files")
+    one_line(error, folder / "val" / "class1", "no .jpg, .jpeg, .jpe, .jfif, .png, .webp, .gif or .bmp files")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

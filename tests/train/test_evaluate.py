@@ -50,7 +50,7 @@ def test_every_image_once_in_order_on_any_mesh(params, truth, shape, batch):
     mesh, _ = meshes.make(MeshShape(*shape))
     predict = make_predict(CONFIG, mesh)
     placed = put_params(params, CONFIG, mesh)
-    best, found = Reader(batch_size=batch).all(lambda x: predict(placed, x), open_source("digits", "val"), CONFIG, mesh)
+    best, found, _ = Reader(batch_size=batch).all(lambda x: predict(placed, x), open_source("digits", "val"), CONFIG, mesh)
     np.testing.assert_array_equal(found, labels)  # 355 images: no batch and no mesh divides them
     assert best.shape == (355, 5)
     differ = (best != np.argsort(-logits, kind="stable")[:, :5]).any(1)
@@ -85,11 +85,13 @@ def test_images_are_brought_to_size_as_asked(tmp_path):
     mesh, _ = meshes.make(MeshShape(1, 1))
     source = open_source(f"folder:{tmp_path}", "val")
     light = {}
-    for name in ("resize", "center"):
-        means, _ = Reader(batch_size=1, preprocess=name).all(lambda x: x.mean((1, 2, 3)), source, CONFIG, mesh)
-        light[name] = float(means[0])
-    assert light["resize"] == pytest.approx(-1 / 3, abs=0.05)
-    assert light["center"] < -0.8
+    for name, antialias in (("resize", False), ("resize", True), ("resize-center", True), ("center", False)):
+        reader = Reader(batch_size=1, preprocess=name, antialias=antialias)
+        light[name, antialias] = float(reader.all(lambda x: x.mean((1, 2, 3)), source, CONFIG, mesh)[0][0])
+    assert light["resize", False] == pytest.approx(-1 / 4, abs=0.01)  # three of eight columns, which see a pixel each
+    assert light["resize", True] == pytest.approx(-1 / 3, abs=0.01)
+    assert light["resize-center", True] == pytest.approx(2 * (1 / 3) / (8 / 9) - 1, abs=0.02)  # 8 of 9 columns, from the left
+    assert light["center", False] < -0.8
 
 
 def test_of_fewer_classes_than_five_all_are_given():
@@ -131,6 +133,32 @@ def test_the_job_prints_and_writes(file, truth, tmp_path, capsys, mesh):
     picture = np.asarray(Image.open(tmp_path / "e" / "confusion.png").convert("RGB"))
     assert picture.shape[1] > 1000
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+
+def test_predictions_of_every_image_as_a_table(file, truth, tmp_path, capsys):
+    import pyarrow.parquet as pq
+
+    logits, labels = truth
+    argv = ["--init", str(file), "--mesh", "2x1", "--batch-size", "64", "--out", str(tmp_path / "e"), "--predictions"]
+    assert evaluate.main([*argv, str(tmp_path / "p.csv")]) == evaluate.main([*argv, str(tmp_path / "p.parquet")]) == 0
+    assert f"{tmp_path / 'p.csv'}: 355 predictions" in capsys.readouterr().out
+    lines = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
+    assert lines[0] == ["name", "label", *(f"{what}{k}" for k in range(1, 6) for what in ("top", "score"))]
+    source = open_source("digits", "val")
+    assert [line[0] for line in lines[1:]] == [source.example_name(i) for i in range(355)]
+    assert [line[1] for line in lines[1:]] == [source.classes[i] for i in labels]
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    odds /= odds.sum(1, keepdims=True)
+    scores = np.array([[float(line[3 + 2 * k]) for k in range(5)] for line in lines[1:]])
+    np.testing.assert_allclose(scores, -np.sort(-odds)[:, :5], atol=1e-4)
+    assert np.mean([line[2] == source.classes[i] for line, i in zip(lines[1:], logits.argmax(1), strict=True)]) > 0.99
+    table = pq.read_table(tmp_path / "p.parquet").to_pydict()
+    assert list(table) == lines[0]
+    assert table["top1"] == [line[2] for line in lines[1:]]
+    np.testing.assert_allclose(table["score2"], scores[:, 1], rtol=1e-6)
+    for name, words in (("p.txt", ".csv or .parquet is required"), ("no/p.csv", "is no directory")):
+        assert evaluate.main([*argv, str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_top_and_confusion_by_hand():

@@ -181,6 +181,7 @@ def test_sigterm_ends_it_with_a_checkpoint_wherever_it_comes(tmp_path, cache, pl
         assert "val_loss" not in json.dumps(records(tmp_path / "run"))
 
 
+@pytest.mark.clock
 def test_a_second_sigterm_ends_it_at_once(tmp_path, cache):
     """While the first is still being obeyed, here behind a step that never ends."""
     job = start(tmp_path, *ENDLESS, "--out", tmp_path / "run", faults=["hang@2", "say-compile@2"], cache=cache)
@@ -650,6 +651,7 @@ def test_so_many_bad_steps_in_a_row_end_the_run_with_a_checkpoint_and_a_reason(t
 
 
 @pytest.mark.parametrize("how", ["time.sleep(1000)", "ctypes.PyDLL(None).sleep(1000)"], ids=["waiting", "holding the lock"])
+@pytest.mark.clock
 def test_a_hang_prints_every_stack_and_ends(how):
     """Also where the thread that hangs holds the interpreter's lock, so that no Python code can run."""
     code = f"""

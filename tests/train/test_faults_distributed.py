@@ -53,6 +53,7 @@ def test_two_processes_write_one_log_and_the_numbers_of_one(whole, tmp_path, cac
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.clock
 def test_a_rank_killed_in_mid_commit(tmp_path, whole, cache, rank):
     """That step is never offered; the other rank ends, not with 0, within heartbeat + 5 s; the job resumes, and is the unbroken
     run."""
@@ -73,6 +74,7 @@ def test_a_rank_killed_in_mid_commit(tmp_path, whole, cache, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.clock
 def test_an_exception_on_one_rank_ends_the_job_in_seconds(tmp_path, cache, rank):
     options = [*RUN, "--steps", "100000", "--checkpoint-every", "100", "--heartbeat-timeout", "100", "--out", tmp_path / "run"]
     jobs = start_two(tmp_path, *options, faults=[f"raise@7:{rank}"], cache=cache)
@@ -85,6 +87,7 @@ def test_an_exception_on_one_rank_ends_the_job_in_seconds(tmp_path, cache, rank)
     assert f"ends because process {rank}: error: RuntimeError: a fault that was put here" in jobs[1 - rank].stderr
 
 
+@pytest.mark.clock
 def test_a_hung_rank_ends_the_job_with_every_stack(tmp_path, cache):
     """Both print their stacks: the one that hangs, and the one that waits for it in a collective."""
     limit = 8  # from the sixth step on: compiling may take longer than that on a busy machine

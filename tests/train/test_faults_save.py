@@ -11,7 +11,7 @@ import pytest
 
 from tests.train.fault_jobs import ROOT, environment
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.faults, pytest.mark.clock, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_a_save_blocks_a_fraction_of_a_step(tmp_path):

@@ -14,7 +14,9 @@ import vitcore
 from train import finetune, pretrain
 from train import sweep as sweeps
 from train.data import open_source
+from train.optim import sgd
 from train.pretrained import open_pretrained
+from train.tuning import dev_splits
 from vitcore.posemb import fit
 
 assert len(jax.devices()) == 8
@@ -137,6 +139,7 @@ def test_how_images_are_read_is_not_what_is_computed(weights, tmp_path, monkeypa
     assert "resuming at step 6" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_larger_image_and_a_pretraining_run_as_the_start(tmp_path):
     pre = [str(a) for a in (*TINY, "--data", "digits:0-4", "--model", "ViT-Nano/4", "--recipe", "digits", "--polyak", "0.5",
@@ -185,7 +188,7 @@ def test_momentum_in_bfloat16_is_worked_on_in_float32():
     params = {"kernel": np.full(3, 1.0, np.float32)}
     updates = {}
     for dtype in ("float32", "bfloat16"):
-        tx = finetune.sgd(lambda step: 1.0, momentum=0.9, dtype=dtype)
+        tx = sgd(lambda step: 1.0, momentum=0.9, dtype=dtype)
         state = tx.init(params)
         for i in range(3):
             u, state = tx.update({"kernel": np.full(3, 1 / (3 + i), np.float32)}, state, params)
@@ -218,6 +221,11 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     assert given("--gelu", "erf").config.gelu == "erf"
     assert given("--image-size", 16).config.image_size == 16
     assert given("--label-smoothing", 0.2).options.label_smoothing == 0.2
+    assert plain.config_json["weight_decay"] is plain.config_json["layer_decay"] is None
+    decays = given("--optimizer", "adamw", "--weight-decay", 0.1, "--layer-decay", 0.7).config_json
+    assert (decays["weight_decay"], decays["layer_decay"]) == (0.1, 0.7)
+    mixed = next(given("--cutmix", 1.0).batches)
+    assert mixed["share"].shape == mixed["other_label"].shape == (16,)
     assert given("--polyak", 0.9).options.polyak == 0.9
     assert given("--clip-norm", 0).options.clip_norm is None
     assert given("--accumulate", 2).options.accumulate == 2
@@ -240,11 +248,14 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     assert np.abs(position[0] - position[1]).max() > 1e-3
     traces = [jax.tree.leaves(given("--momentum-dtype", d).start().opt_state)[0].dtype for d in ("float32", "bfloat16")]
     assert traces == ["float32", "bfloat16"]
+    head = given("--head-bias", -2.5).start().params["head"]
+    assert (np.asarray(head["bias"]) == -2.5).all()
+    assert not np.asarray(head["kernel"]).any()
 
 
 def test_dev_and_train_share_no_image_and_are_all_of_it():
     for split, share in (("train", 0.02), ("train[classes=5-9]", 0.1), ("train", 0.01)):
-        parts = [open_source("digits", s) for s in finetune.dev_splits(split, share)]
+        parts = [open_source("digits", s) for s in dev_splits(split, share)]
         names = [[s.example_name(i) for i in range(len(s))] for s in parts]
         everything = open_source("digits", split)
         assert not set(names[0]) & set(names[1])
@@ -257,6 +268,7 @@ def test_dev_and_train_share_no_image_and_are_all_of_it():
 SWEEP = ["--sweep", "--learning-rates", "0.001", "0.1", "--runs", "2"]
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_sweep_chooses_and_is_taken_up_where_it_was_left(weights, tmp_path, monkeypatch, capsys):
     """Killed in the middle of its second run, between checkpoints: the first run is not done again, the second loses one step."""

@@ -11,7 +11,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from train.optim import optimizer, schedule, sgd
+from train import pretrain, tuning
+from train.optim import adamw, optimizer, schedule, sgd
+from train.step import StepOptions, make_init, make_train_step
+from vitcore.config import variant
 
 BASE, TOTAL, WARMUP = 3e-3, 40, 8
 
@@ -202,3 +205,120 @@ def test_decay_without_parameters_is_refused():
     tx = optimizer(optax.constant_schedule(1.0), base_lr=1.0, weight_decay=0.1)
     with pytest.raises(ValueError, match="params=None"):
         tx.update(tree(0), tx.init(tree(0)))
+
+
+# --- 20 steps of the jobs' own optimizers in the train step ------------------------------------------------------------------
+
+STEPS, WARM, PEAK, DEPTH = 20, 5, 0.03, 2
+
+
+def pretraining(recipe, **options):
+    """Resolved options of a job, its optimizer and its step's options."""
+    full = pretrain.resolve(
+        pretrain.Pretrain(recipe=recipe, model="ViT-B/16", data="folder:x", steps=STEPS, warmup_steps=WARM, dropout=0.0, **options),
+        examples=10**6,
+    )
+    step = StepOptions(loss=full.loss, clip_norm=full.clip_norm or None, label_smoothing=full.label_smoothing)
+    return full, pretrain._optimizer(full)[1], step
+
+
+def fine_tuning(recipe, **more):
+    """As `pretraining`, of train.finetune."""
+    options = tuning.Finetune(
+        init="x.npz", data="folder:x", recipe=recipe, steps=STEPS, warmup_steps=WARM, learning_rate=PEAK, **more
+    )
+    full: Any = tuning.resolve(options)
+    tx = tuning.make_optimizer(full, depth=DEPTH)[1]
+    return full, tx, StepOptions(clip_norm=full.clip_norm or None, label_smoothing=full.label_smoothing)
+
+
+def rate_of(t, peak, decay):
+    p = max(0.0, (t - WARM) / (STEPS - WARM))
+    lr = 1e-5 + (peak - 1e-5) * (1 - p) if decay == "linear" else peak * (1 + math.cos(math.pi * p)) / 2
+    return lr * min(1.0, t / WARM)
+
+
+def adam64(peak, decay, weight_decay, factor=1.0):
+    """(name, parameter, its gradients) -> the parameter after them, in float64, by Adam with AdamW's decay of the kernels."""
+
+    def run(name, w, gradients):
+        m = v = np.zeros_like(w)
+        for t, g in enumerate(gradients):
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            u = (m / (1 - 0.9 ** (t + 1))) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-8)
+            w = w - factor * rate_of(t, peak, decay) * (u + (weight_decay * w if name.endswith("['kernel']") else 0))
+        return w
+
+    return run
+
+
+def layers64(share, weight_decay):
+    """As `adam64`, with a rate that falls from the head down; blocks are stacked."""
+
+    def run(name, w, gradients):
+        if name.startswith("['blocks']"):
+            parts = (
+                adam64(PEAK, "cosine", weight_decay, share ** (DEPTH - i))(name, w[i], [g[i] for g in gradients])
+                for i in range(DEPTH)
+            )
+            return np.stack(list(parts))
+        factor = share ** (DEPTH + 1) if name.startswith("['patch_embed']") else 1.0
+        return adam64(PEAK, "cosine", weight_decay, factor)(name, w, gradients)
+
+    return run
+
+
+def momentum64(name, w, gradients):
+    m = np.zeros_like(w)
+    for t, g in enumerate(gradients):
+        m = 0.9 * m + g
+        w = w - rate_of(t, PEAK, "cosine") * m
+    return w
+
+
+@pytest.mark.parametrize(
+    ("job", "expected", "clip"),
+    [
+        (partial(pretraining, "imagenet"), adam64(3e-3, "cosine", 0.3), 1.0),
+        (partial(pretraining, "imagenet", loss="sigmoid"), adam64(3e-3, "cosine", 0.3), 1.0),
+        (partial(pretraining, "jft"), adam64(8e-4, "linear", 0.1), None),
+        (partial(pretraining, "imagenet21k"), adam64(1e-3, "linear", 0.03), None),
+        (partial(fine_tuning, "cifar10"), momentum64, 1.0),
+        (partial(fine_tuning, "mae-b"), layers64(0.65, 0.05), None),
+        (partial(fine_tuning, "pets", optimizer="adamw", layer_decay=0.5), layers64(0.5, 0.0), 1.0),
+    ],
+    ids=["imagenet", "imagenet, sigmoid", "jft", "imagenet21k", "fine-tuning", "mae", "adamw"],
+)
+def test_twenty_steps_of_a_job_are_those_of_a_float64_optimizer(job, expected, clip):
+    """The step's parameters against a float64 optimizer that gets the step's own gradients: within 1e-6 after 20 updates."""
+    full, tx, options = job()
+    config = variant("ViT-Nano/4", image_size=8, num_classes=5, channels=1, head_bias=full.head_bias, depth=DEPTH)
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    seen = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
+    watched = optax.chain(seen, tx)
+    state = make_init(config, mesh, watched, options)(jax.random.key(0))
+    step = make_train_step(config, mesh, watched, options)
+    start, gradients = jax.tree.map(np.asarray, state.params), []
+    for t in range(STEPS):
+        images = jax.random.uniform(jax.random.key(t), (8, 8, 8, 1), minval=-1, maxval=1)
+        state, metrics = step(state, images, jnp.arange(8) % 5)
+        gradients.append(jax.tree.map(lambda g: np.asarray(g, np.float64), state.opt_state[0]))
+        norm = math.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradients[-1])))
+        whole = float(metrics["gradient_norm"])
+        assert norm == pytest.approx(whole if clip is None else min(clip, whole), rel=1e-5)
+    for path, w in jax.tree_util.tree_leaves_with_path(start):
+        name = jax.tree_util.keystr(path)
+        series = [dict(jax.tree_util.tree_leaves_with_path(g))[path] for g in gradients]
+        found = dict(jax.tree_util.tree_leaves_with_path(state.params))[path]
+        wanted = expected(name, np.asarray(w, np.float64), series)
+        off = abs(np.asarray(found, np.float64) - wanted) / np.maximum(
+            1, abs(wanted)
+        )  # at 10, where a head's bias is, float32 has 1e-6
+        assert off.max() < 1e-6, name
+        assert abs(wanted - w).max() > 1e-4, f"{name} has moved"
+
+
+@pytest.mark.parametrize("change", [{"layer_decay": 0.0}, {"layer_decay": 1.1}, {"weight_decay": -1.0}], ids=str)
+def test_what_makes_no_adamw_is_refused(change):
+    with pytest.raises(ValueError, match="are required"):
+        adamw(optax.constant_schedule(1.0), **{"weight_decay": 0.0, "depth": 2, **change})

@@ -1,10 +1,17 @@
 """The recipes against Table 3 of the paper, typed in again from its text."""
 
 import dataclasses
+import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import vitcore
+from train import pretrain
 from train.recipes import TABLE_3, TABLE_4, Recipe, finetune_recipe, names, recipe
+from train.step import StepOptions
 
 # Models, data set, epochs, base LR, LR decay, weight decay, dropout: the thirteen rows as printed.
 PAPER = """
@@ -42,7 +49,8 @@ def test_every_row_of_table_3(row):
                 assert (r.b1, r.b2) == (0.9, 0.999)
                 assert r.clip_norm == (1.0 if data == "imagenet" else None)
                 assert r.examples == EXAMPLES[data]
-                assert r.steps == int(count) * EXAMPLES[data] // 4096 > r.warmup_steps
+                assert r.steps == round(int(count) * EXAMPLES[data] / 4096) > r.warmup_steps
+                assert (r.crop, r.antialias, r.randaugment, r.mixup, r.mixup_share) == ("tensorflow", False, (0, 0), 0.0, "batch")
 
 
 def test_the_table_holds_the_paper_s_rows_and_no_others():
@@ -70,8 +78,33 @@ def test_digits_is_for_any_model():
 
 def test_multi_label_data_take_the_sigmoid():
     assert recipe("imagenet21k", "ViT-B/16").loss == recipe("jft", "ViT-B/16").loss == "sigmoid"
-    assert recipe("imagenet21k", "ViT-B/16").head_bias == -10.0
     assert recipe("imagenet", "ViT-B/16").loss == "softmax"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "classes", "bias", "loss"),
+    [
+        ("jft", {}, 18_291, -10.0, 18_291 * math.log1p(math.exp(-10)) + 10),  # 10.8
+        ("imagenet21k", {}, 21_843, -10.0, 21_843 * math.log1p(math.exp(-10)) + 10),
+        ("imagenet", {"loss": "sigmoid"}, 1000, -6.9, 1000 * math.log1p(math.exp(-6.9)) + 6.9),
+        ("imagenet", {}, 1000, 0.0, math.log(1000)),
+        ("jft", {"loss": "softmax"}, 18_291, 0.0, math.log(18_291)),
+        ("jft", {"head_bias": 0.0}, 18_291, 0.0, 18_291 * math.log(2)),  # 12,678: what a run does not recover from
+        ("imagenet", {"head_bias": -1.0}, 1000, -1.0, math.log(1000)),
+    ],
+    ids=str,
+)
+def test_the_first_loss_of_a_recipe(name, options, classes, bias, loss):
+    """Of the model that the job makes of a recipe, made small, with as many classes as the data set has."""
+    full = pretrain.resolve(pretrain.Pretrain(recipe=name, model="ViT-B/16", data="folder:x", **options), examples=10**6)
+    assert full.head_bias == bias
+    whole = pretrain._model(full, classes=classes, channels=3)
+    config = dataclasses.replace(whole, depth=1, width=8, mlp_dim=8, num_heads=1, representation_size=8, image_size=32)
+    params = vitcore.init(jax.random.key(0), config)
+    images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3), minval=-1, maxval=1)
+    first = StepOptions(loss=full.loss).losses(vitcore.apply(params, images, config), jnp.array([0, 7, 99, classes - 1]))
+    np.testing.assert_allclose(first, loss, rtol=1e-4)
+    assert (abs(loss - 10.8) < 0.1) == (name == "jft" and not options)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +144,10 @@ def test_a_changed_recipe_is_checked_again(change):
         dataclasses.replace(recipe("imagenet", "ViT-B/16"), **change)
 
 
-def test_steps_are_whole_batches_and_at_least_one():
+def test_steps_are_the_nearest_whole_batches_and_at_least_one():
     r = Recipe(name="x", examples=10, epochs=3, base_lr=1.0, decay="cosine", weight_decay=0.0, dropout=0.0, batch_size=4)
-    assert r.steps == 7
+    assert r.steps == 8  # 7.5, and 8 is even
+    assert dataclasses.replace(r, examples=9).steps == 7  # 6.75, which is 6 whole batches
     assert dataclasses.replace(r, batch_size=100).steps == 1
 
 

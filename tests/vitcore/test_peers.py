@@ -136,8 +136,17 @@ def timm_model(timm, config, **more):
     ).eval()  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [224, 384])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("small", 224),
+        ("small", 384),
+        ("ViT-B/16", 224),
+        ("ViT-L/32", 384),
+        pytest.param("ViT-B/16", 384, marks=pytest.mark.slow),
+        pytest.param("ViT-L/32", 224, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_are_those_of_transformers_and_timm(tmp_path, torch, timm, name, size):
     """The same random weights under each library's names: through files at 224 pixels, in memory at 384."""
     from safetensors.torch import load_file

@@ -5,10 +5,10 @@
         batch = next(batches)              # {"image": float32 [B, Y, X, C] in [-1, 1], "label": int32 [B]}
         saved = batches.get_state()        # {"global_next_index": 4096}
 
-Sources: `digits`; `folder:PATH` of PATH/train/CLASS/*.jpg; `tar:PATTERN`, WebDataset shards; `arrayrecord:PATTERN`, what
-train.data.pack writes; `tfds:NAME`, what TensorFlow Datasets prepared; `parquet:PATTERN`, as the Hugging Face hub has them;
-`cifar:PATH`, the binary version. In a PATTERN {split} stands for the name of the split, as in tar:DATA/imagenet-{split}-*.tar; a
-folder is a pattern, too.
+Sources: `digits`; `folder:PATH` of PATH/train/CLASS/*.jpg (.png, .webp, ...); `tar:PATTERN`, WebDataset shards;
+`arrayrecord:PATTERN`, what train.data.pack writes; `tfds:NAME`, what TensorFlow Datasets prepared; `parquet:PATTERN`, as the
+Hugging Face hub has them; `cifar:PATH`, the binary version. In a PATTERN {split} stands for the name of the split, as in
+tar:DATA/imagenet-{split}-*.tar; a folder is a pattern, too.
 
 A part of a split is written behind its name, in brackets that apply from left to right (`train/data/select.py`):
 
@@ -24,14 +24,18 @@ A new source is one small file with an `open_...(rest, split)` function and one 
 """
 
 import importlib
+import logging
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 from train.data.augment import AUGMENTATIONS, PREPROCESSES
 from train.data.pipeline import EvalBatches, TrainBatches, eval_batches, train_batches
-from train.data.select import check_classes, parse_split, select
-from train.data.source import BadImage, DataError, Example, Source
+from train.data.select import by_names, check_classes, parse_split, select
+from train.data.source import BadImage, DataError, Example, Source, said
+
+log = logging.getLogger("train.data")
 
 __all__ = [
     "AUGMENTATIONS",
@@ -44,6 +48,7 @@ __all__ = [
     "Source",
     "TrainBatches",
     "absolute",
+    "by_names",
     "check_classes",
     "eval_batches",
     "open_source",
@@ -95,7 +100,15 @@ def open_source(spec: str, split: str) -> Source:
     if scheme not in SOURCES:
         known = ", ".join(known.usage for known in SOURCES.values())
         raise DataError(f"unknown data source {spec!r}; the known ones are {known}")
-    return select(SOURCES[scheme].open(rest, name), parts)
+    source = SOURCES[scheme].open(rest, name)
+    if left_out := getattr(source, "left_out", None):
+        _say_once(f"{source.name}: {left_out.line()}; python -m train.data.inspect names them")
+    return select(source, parts)
+
+
+@lru_cache(maxsize=256)  # a job opens a set several times
+def _say_once(line: str) -> None:
+    log.warning("%s", said(line))
 
 
 def absolute(spec: str) -> str:

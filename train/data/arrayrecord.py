@@ -2,8 +2,11 @@
 
 A record is msgpack {"image": the image file's bytes, "label": int, "name": str}. Beside the shards of a split lie SPLIT.json, with
 the class names and the number of records, bytes and SHA-256 of each shard, and SPLIT.labels, every label as int32, little-endian.
+SPLIT.json has the SHA-256 of the labels and of itself, too, which are compared at each opening; those of the shards by
+train.data.inspect. A record carries checksums of its own.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -12,8 +15,10 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module  # type: ignore[attr-defined]
 
+from train.data.encoded import EncodedSource
+from train.data.files import open_regular, read_text
 from train.data.index import Opened, shards
-from train.data.source import BadImage, DataError, Encoded, EncodedSource, some
+from train.data.source import BadImage, DataError, Encoded, some
 
 FORMAT = 1
 LABELS = np.dtype("<i4")
@@ -23,6 +28,7 @@ _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 def open_reader(path: str) -> "array_record_module.ArrayRecordReader":
     """Raises DataError."""
     try:
+        open_regular(path).close()  # the reader would wait for a pipe
         reader = array_record_module.ArrayRecordReader(path, _RANDOM_ACCESS)
         if reader.ok():
             return reader
@@ -34,7 +40,8 @@ def open_reader(path: str) -> "array_record_module.ArrayRecordReader":
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayRecord(EncodedSource):
-    """One split. ends: int64 [shards], the number of records up to the end of each. targets: int32 [K], the labels."""
+    """One split. ends: int64 [shards], the number of records up to the end of each. targets: int32 [K], the labels.
+    sums: of the shards, SHA-256."""
 
     name: str
     classes: tuple[str, ...] = field(repr=False)
@@ -43,6 +50,7 @@ class ArrayRecord(EncodedSource):
     ends: np.ndarray = field(repr=False)
     targets: np.ndarray = field(repr=False)
     readers: Opened = field(repr=False)
+    sums: tuple[str, ...] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -52,12 +60,18 @@ class ArrayRecord(EncodedSource):
         place = index - (int(self.ends[shard - 1]) if shard else 0)
         try:
             (record,) = self.readers[self.paths[shard]].read([place])
-            return msgpack.unpackb(record)
+            found = msgpack.unpackb(record, unicode_errors="surrogateescape")
         except DataError:
             raise
         except Exception as error:  # a flipped bit: the checksum of its chunk, or msgpack
             reason = " ".join(str(error).split())[:200]
             raise BadImage(f"cannot read record {place} of {self.paths[shard]}: {reason}; restore the shard") from error
+        if found["label"] != self.targets[index]:
+            raise DataError(
+                f"record {place} of {self.paths[shard]} has the label {found['label']}, the labels beside it say "
+                f"{self.targets[index]}: they are not of one set; restore them, or pack again"
+            )
+        return found
 
     def encoded(self, index: int) -> Encoded:
         record = self._record(index)
@@ -65,6 +79,10 @@ class ArrayRecord(EncodedSource):
 
     def labels(self) -> np.ndarray:
         return self.targets
+
+    def contents(self):
+        yield from (one.encode() for one in self.sums)
+        yield self.targets
 
     def example_name(self, index: int) -> str:
         return self._record(index)["name"]
@@ -97,7 +115,11 @@ def open_arrayrecord(rest: str, split: str) -> ArrayRecord:
     total, at = sum(counts), path.removesuffix(".json") + ".labels"
     if not os.path.exists(at) or os.path.getsize(at) != total * LABELS.itemsize:
         raise DataError(f"{at} is missing or not of the {total} records that {path} counts; pack again")
-    targets = np.fromfile(at, LABELS).astype(np.int32)
+    with open_regular(at) as file:
+        data = file.read()
+    if manifest.get("labels_sha256") not in (None, hashlib.sha256(data).hexdigest()):
+        raise DataError(f"{at} is not what was packed (SHA-256 differs); restore it, or pack again")
+    targets = np.frombuffer(data, LABELS).astype(np.int32)
     if total and not 0 <= targets.min() <= targets.max() < len(manifest["classes"]):
         raise DataError(f"{at} has labels outside of the {len(manifest['classes'])} classes of {path}; pack again")
     return ArrayRecord(
@@ -108,18 +130,26 @@ def open_arrayrecord(rest: str, split: str) -> ArrayRecord:
         ends=np.cumsum(counts, dtype=np.int64),
         targets=targets,
         readers=Opened(open_reader),
+        sums=tuple(shard["sha256"] for shard in manifest["shards"]),
     )
 
 
 def read_manifest(path: str) -> dict | None:
     """SPLIT.json, or None where there is none. Raises DataError for one that is damaged or of another format."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        if manifest["format"] == FORMAT and {"classes", "augment", "shards"} <= manifest.keys():
-            return manifest
-        raise ValueError(f"format {manifest['format']}")
-    except FileNotFoundError:
+    if (text := read_text(path, "the manifest")) is None:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    try:
+        manifest = json.loads(text)
+        if manifest["format"] != FORMAT or not {"classes", "augment", "shards"} <= manifest.keys():
+            raise ValueError(f"format {manifest['format']}")
+        if manifest.get("sha256") not in (None, checksum(manifest)):
+            raise ValueError("SHA-256 differs")
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged or of another version ({error}); restore it, or pack the set again") from error
+
+
+def checksum(manifest: dict) -> str:
+    """SHA-256 of all that a manifest says, but for itself."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -1,28 +1,60 @@
-"""From images to the batch that a model sees: augmentation for training, preprocessing for evaluation, MixUp.
+"""From images to the batch that a model sees: augmentation for training, preprocessing for evaluation.
 
 An augmentation is a pure function of the images and of their rows of draws (see `sampling.uniforms`), so what happens to an
 example depends on (seed, epoch, index) and on nothing around it. Values end in [-1, 1] (ViT paper, B.1), or stay uint8, a quarter
-of the memory, for `device.to_unit` to bring there on the accelerator. Resizing is Pillow's bilinear filter, which widens its
-support when it shrinks (anti-aliased; the paper's own release does not widen it).
+of the memory, for `vitcore.pixels.to_unit` to bring there on the accelerator.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from train.data.crops import CROPS
 from train.data.decode import Picture
+from train.data.erase import DRAWS as ERASE_DRAWS
+from train.data.erase import erase
+from train.data.randaugment import DRAWS as CHANGE_DRAWS
+from train.data.randaugment import randaugment
+from train.data.resample import bilinear
 
 Images = Sequence[Picture]  # uint8 [Y, X, C] each, of any sizes, C 1 or 3; or Pillow's own, of mode L or RGB
 
 
-class Augmentation(NamedTuple):
-    """apply(images, draws [B, self.draws], size, channels, dtype=float32) -> [B, size, size, channels]: float32 in [-1, 1], or
-    uint8 where dtype is that and `exact`, the result being whole numbers from 0 to 255."""
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How images are cut, resized and changed, where there is a choice. The defaults are the authors'.
 
-    draws: int
+    antialias: whether shrinking averages all the pixels that fall on one (Pillow's widened filter), or interpolates between the
+    four nearest (TensorFlow's resize, which the authors take). crop: the rule of the inception crop, see `crops`.
+    randaugment: (layers, magnitude), see `randaugment`; None for none. erase: share of the images that get a box of noise.
+    """
+
+    antialias: bool = False
+    crop: Literal["tensorflow", "torchvision"] = "tensorflow"
+    randaugment: tuple[int, int] | None = None
+    erase: float = 0.0
+
+    def __post_init__(self):
+        if self.crop not in CROPS:
+            raise ValueError(f"unknown rule of the crop {self.crop!r}; the known ones are {', '.join(CROPS)}")
+        if self.randaugment is not None and (len(self.randaugment) != 2 or min(self.randaugment) < 0):
+            raise ValueError(f"randaugment {self.randaugment}: two numbers of 0 or more are required, layers and magnitude")
+        if not 0 <= self.erase <= 1:
+            raise ValueError(f"erase {self.erase}: a share in [0, 1] is required")
+
+
+AUTHORS = How()
+
+
+class Augmentation(NamedTuple):
+    """apply(images, draws [B, self.draws(how)], size, channels, dtype=float32, how=How()) -> [B, size, size, channels]: float32 in
+    [-1, 1], or uint8 where dtype is that and `exact`, the result being whole numbers from 0 to 255."""
+
+    draws: Callable[[How], int]
     exact: bool
     apply: Callable[..., np.ndarray]
 
@@ -30,69 +62,78 @@ class Augmentation(NamedTuple):
 # --- evaluation -------------------------------------------------------------------------------------------------------------
 
 
-def resize(images: Images, size: int, channels: int, dtype: Any = np.float32) -> np.ndarray:
+def resize(images: Images, size: int, channels: int, dtype: Any = np.float32, how: How = AUTHORS) -> np.ndarray:
     """Each image resized directly to the square, as the paper's release does. As Augmentation.apply."""
     shapes = {image.shape if isinstance(image, np.ndarray) else None for image in images}
     if shapes in ({(size, size, channels)}, {(size, size, 1)}):
         stack = np.stack([np.asarray(image) for image in images])  # the digits: the same pixels as below, eight times cheaper
         return _channels(stack if dtype == np.uint8 else _to_unit(stack), channels)
-    return _resample(images, [None] * len(images), size, channels, dtype)
+    return _resample(images, [None] * len(images), size, channels, dtype, antialias=how.antialias)
 
 
-CENTER_SHARE = 224 / 256  # shorter side to 256, the middle 224: the share of the shorter side that stays
+CENTER_SHARE = 224 / 256  # the share of the (shorter) side that stays
 
 
-def center(images: Images, size: int, channels: int, dtype: Any = np.float32) -> np.ndarray:
-    """Shorter side to size * 256/224, then the central square, in one resampling. As `resize`."""
+def resize_center(images: Images, size: int, channels: int, dtype: Any = np.float32, how: How = AUTHORS) -> np.ndarray:
+    """Resized to a square of side size * 256/224, whatever the shape was, of which the middle: the authors' few-shot evaluation.
+    In one resampling. As `resize`."""
+    large = round(size / CENTER_SHARE)
+    start = (large - size) // 2
+    shares = start / large, (start + size) / large
+    boxes = [(x * shares[0], y * shares[0], x * shares[1], y * shares[1]) for y, x in map(sides, images)]
+    return _resample(images, boxes, size, channels, dtype, antialias=how.antialias)
+
+
+def center(images: Images, size: int, channels: int, dtype: Any = np.float32, how: How = AUTHORS) -> np.ndarray:
+    """Shorter side to size * 256/224, the shape kept, then the central square, in one resampling, which averages whatever `how`
+    says: so do the authors' later evaluations that keep the shape (resize by area). As `resize`."""
+    del how
     boxes = []
     for image in images:
         y, x = sides(image)
         side = min(y, x) * CENTER_SHARE
         boxes.append(((x - side) / 2, (y - side) / 2, (x + side) / 2, (y + side) / 2))
-    return _resample(images, boxes, size, channels, dtype)
+    return _resample(images, boxes, size, channels, dtype, antialias=True)
 
 
-PREPROCESSES = {"resize": resize, "center": center}
+PREPROCESSES = {"resize": resize, "resize-center": resize_center, "center": center}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------------
 
-AREA = (0.05, 1.0)
-ASPECT = (3 / 4, 4 / 3)
-ATTEMPTS = 10
 
-
-def crop_boxes(heights: np.ndarray, widths: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """The inception crop (Szegedy et al., 2014): int [B, 4] of (top, left, height, width), inside each image.
-
-    Area uniform in 5-100 % of the image, aspect ratio log-uniform in 3/4-4/3, the first of ten attempts that fits, anywhere
-    uniformly. Where none fits (images far from square) the largest centred crop within the aspects is taken.
-
-    Args:
-        heights, widths: int [B]. draws: float [B, 2 * ATTEMPTS + 2].
-    """
-    y, x = heights[:, None], widths[:, None]
-    area = (AREA[0] + (AREA[1] - AREA[0]) * draws[:, :ATTEMPTS]) * y * x
-    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
-    aspect = np.exp(low + (high - low) * draws[:, ATTEMPTS : 2 * ATTEMPTS])
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (w >= 1) & (h >= 1) & (w <= x) & (h <= y)
-    first = fits.argmax(axis=1)[:, None]
-    found = fits.any(axis=1)
-    w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]
-    w = np.where(found, w, np.maximum(1, np.minimum(widths, np.rint(heights * ASPECT[1]))))
-    h = np.where(found, h, np.maximum(1, np.minimum(heights, np.rint(widths / ASPECT[0]))))
-    top = np.where(found, np.floor(draws[:, -2] * (heights - h + 1)), (heights - h) // 2)
-    left = np.where(found, np.floor(draws[:, -1] * (widths - w + 1)), (widths - w) // 2)
-    return np.stack([top, left, h, w], axis=1).astype(np.int64)
-
-
-def inception(images: Images, draws: np.ndarray, size: int, channels: int, dtype: Any = np.float32) -> np.ndarray:
-    """Inception crop, bilinear to the square, horizontal flip of one half: the paper's augmentation (B.1)."""
+def inception(
+    images: Images, draws: np.ndarray, size: int, channels: int, dtype: Any = np.float32, how: How = AUTHORS
+) -> np.ndarray:  # fmt: skip
+    """Inception crop, bilinear to the square, horizontal flip of one half: the paper's augmentation (B.1); then RandAugment and
+    random erasing, where `how` has them."""
+    rule = CROPS[how.crop]
     shapes = np.array([sides(image) for image in images])
-    boxes = crop_boxes(shapes[:, 0], shapes[:, 1], draws[:, :-1])
+    boxes = rule.boxes(shapes[:, 0], shapes[:, 1], draws[:, : rule.draws])
     crops = [_crop(image, box) for image, box in zip(images, boxes.tolist(), strict=True)]
-    return _resample(crops, [None] * len(crops), size, channels, dtype, flips=draws[:, -1] < 0.5)
+    rest = draws[:, rule.draws :]
+    return _resample(
+        crops, [None] * len(crops), size, channels, dtype, antialias=how.antialias, flips=rest[:, 0] < 0.5,
+        change=lambda i, small: _changed(small, rest[i, 1:], how),
+    )  # fmt: skip
+
+
+def _changed(small: np.ndarray, draws: np.ndarray, how: How) -> np.ndarray:
+    """What `how` asks for beyond the crop and the flip; draws: of one image."""
+    if how.randaugment is not None:
+        picture = Image.fromarray(small[:, :, 0] if small.shape[2] == 1 else small)
+        small = _pixels(randaugment(picture, draws[: CHANGE_DRAWS * how.randaugment[0]], *how.randaugment))
+    if how.erase:
+        small = erase(small, draws[-ERASE_DRAWS:], how.erase)
+    return small
+
+
+def _inception_draws(how: How) -> int:
+    return CROPS[how.crop].draws + 1 + _change_draws(how)
+
+
+def _change_draws(how: How) -> int:
+    return (0 if how.randaugment is None else CHANGE_DRAWS * how.randaugment[0]) + ERASE_DRAWS * bool(how.erase)
 
 
 # An MLP (256, 128) after 1200 batches of 128, two seeds, on the held-out fifth: 97.9 % without augmentation, 98.3 % with half
@@ -102,12 +143,14 @@ DIGIT_SCALE = 1.1
 DIGIT_DEGREES = 10.0
 
 
-def digits(images: Images, draws: np.ndarray, size: int, channels: int, dtype: Any = np.float32) -> np.ndarray:
+def digits(
+    images: Images, draws: np.ndarray, size: int, channels: int, dtype: Any = np.float32, how: How = AUTHORS
+) -> np.ndarray:  # fmt: skip
     """A small rotation, scaling and shift; never a flip, which makes other figures of some digits. Black comes in at the edges.
 
     The whole batch is one bilinear gather, so the images must have one shape.
     """
-    del dtype  # between pixels and between their values: float32 always
+    del dtype, how  # between pixels and between their values: float32 always
     if len({sides(image) for image in images}) > 1:
         found = sorted({sides(image) for image in images})
         raise ValueError(f"the augmentation 'digits' takes images of one shape, got {found[0]} and {found[1]}; use 'inception'")
@@ -134,42 +177,19 @@ def digits(images: Images, draws: np.ndarray, size: int, channels: int, dtype: A
     return _channels(_to_unit(pixels), channels)
 
 
-def none(images: Images, draws: np.ndarray, size: int, channels: int, dtype: Any = np.float32) -> np.ndarray:
+def none(
+    images: Images, draws: np.ndarray, size: int, channels: int, dtype: Any = np.float32, how: How = AUTHORS
+) -> np.ndarray:  # fmt: skip
     """No augmentation: the image resized to the square, as in evaluation."""
     del draws
-    return resize(images, size, channels, dtype)
+    return resize(images, size, channels, dtype, how)
 
 
 AUGMENTATIONS = {
-    "inception": Augmentation(draws=2 * ATTEMPTS + 3, exact=True, apply=inception),
-    "digits": Augmentation(draws=4, exact=False, apply=digits),
-    "none": Augmentation(draws=0, exact=True, apply=none),
+    "inception": Augmentation(draws=_inception_draws, exact=True, apply=inception),
+    "digits": Augmentation(draws=lambda how: 4, exact=False, apply=digits),
+    "none": Augmentation(draws=lambda how: 0, exact=True, apply=none),
 }
-
-
-# --- MixUp ------------------------------------------------------------------------------------------------------------------
-
-
-def mixup_shares(draws: np.ndarray, strength: float) -> np.ndarray:
-    """float32 [B] in [0.5, 1]: the share a row keeps, max(l, 1 - l) with l the `draws`-quantile of Beta(strength, strength)."""
-    from scipy.special import betaincinv
-
-    share = betaincinv(strength, strength, draws).astype(np.float32)
-    return np.maximum(share, 1 - share)
-
-
-def mixup(images: np.ndarray, labels: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row mixed with its neighbour: 0 with 1, 2 with 3, ... (Zhang et al., 2018). The neighbour is as random as the order is.
-
-    images: [B, Y, X, C], B even, uint8 (rounded again, by 1/2 at most) or float32; overwritten. shares: float32 [B].
-    Returns images, and labels of the neighbours [B]. The target of row i is shares[i] of its own label and the rest of that.
-    """
-    for i in range(0, len(images), 2):  # pair by pair, in the cache
-        a, b = images[i].astype(np.float32), images[i + 1].astype(np.float32)
-        for row, own, other in ((i, a, b), (i + 1, b, a)):
-            mixed = shares[row] * own + (1 - shares[row]) * other
-            images[row] = np.rint(mixed) if images.dtype == np.uint8 else mixed
-    return images, labels.reshape(-1, 2)[:, ::-1].reshape(-1)
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------------
@@ -201,27 +221,40 @@ def _channels(batch: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _resample(
-    images: Images, boxes: Sequence, size: int, channels: int, dtype: Any = np.float32, flips: np.ndarray | None = None
-) -> np.ndarray:
+    images: Images, boxes: Sequence, size: int, channels: int, dtype: Any = np.float32, *, antialias: bool,
+    flips: np.ndarray | None = None, change: Callable[[int, np.ndarray], np.ndarray] = lambda i, small: small,
+) -> np.ndarray:  # fmt: skip
     """Each image's box (left, upper, right, lower; None: all of it) resized to the square. uint8, or float32 in [-1, 1].
 
     Image by image to the end, so that the floats are written while the pixels are in the cache: a sixth of the time of
-    converting the batch at once (224 px).
+    converting the batch at once (224 px). change: what else is done to the bytes of image i.
     """
     out = np.empty((len(images), size, size, channels), dtype)
     for i, (image, box) in enumerate(zip(images, boxes, strict=True)):
         picture = image
-        if isinstance(picture, np.ndarray):
+        if isinstance(picture, np.ndarray) and (antialias or picture.shape[2] > channels):
             picture = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
-        if channels == 1 and picture.mode != "L":
+        if channels == 1 and isinstance(picture, Image.Image) and picture.mode != "L":
             picture = picture.convert("L")
-        picture = picture.resize((size, size), Image.Resampling.BILINEAR, box)
+        small = _resized(picture, size, box, antialias=antialias)
         if flips is not None and flips[i]:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        small = np.asarray(picture)
-        small = small if small.ndim == 3 else small[..., None]
+            small = small[:, ::-1]
+        small = change(i, small)
         if dtype == np.uint8:
             out[i] = small
         else:
             _to_unit(small, out[i])
     return out
+
+
+def _resized(picture: Picture, size: int, box: tuple | None, *, antialias: bool) -> np.ndarray:
+    """The box resized to the square, bilinear; uint8 [size, size, C]."""
+    if antialias and isinstance(picture, Image.Image):
+        return _pixels(picture.resize((size, size), Image.Resampling.BILINEAR, box))
+    return bilinear(_pixels(picture), box, size)
+
+
+def _pixels(picture: Picture) -> np.ndarray:
+    """uint8 [Y, X, C]."""
+    pixels = np.asarray(picture)
+    return pixels if pixels.ndim == 3 else pixels[..., None]

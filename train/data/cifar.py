@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from train.data.files import open_regular, read_text
 from train.data.source import DataError, Example
 
 PIXELS = 3 * 32 * 32
@@ -36,6 +37,9 @@ class Cifar:
     def labels(self) -> np.ndarray:
         return self.targets
 
+    def contents(self):
+        return self.targets, self.images
+
     def example_name(self, index: int) -> str:
         return f"{self.name}/{index}"
 
@@ -50,7 +54,7 @@ def open_cifar(rest: str, split: str) -> Cifar:
     pattern = (
         ("train.bin" if hundred else "data_batch_*.bin") if split == "train" else ("test.bin" if hundred else "test_batch.bin")
     )
-    files = sorted(glob.glob(os.path.join(rest, pattern)))
+    files = sorted(glob.glob(os.path.join(glob.escape(rest), pattern)))
     if not files:
         raise DataError(f"no file fits {os.path.join(rest, pattern)}; cifar:PATH needs the .bin files of the binary version")
     if split == "train" and not hundred and len(files) != 5:
@@ -63,7 +67,8 @@ def open_cifar(rest: str, split: str) -> Cifar:
             raise DataError(
                 f"{file} has {size:,} bytes, no multiple of the {record} of a record; it is cut short or of another version"
             )
-        parts.append(np.fromfile(file, np.uint8).reshape(-1, record))
+        with open_regular(file) as opened:
+            parts.append(np.fromfile(opened, np.uint8).reshape(-1, record))
     rows = np.concatenate(parts)
     targets = rows[:, labels - 1].astype(np.int32)
     classes = _classes(os.path.join(rest, "fine_label_names.txt" if hundred else "batches.meta.txt"), 100 if hundred else 10)
@@ -77,10 +82,9 @@ def open_cifar(rest: str, split: str) -> Cifar:
 
 def _classes(path: str, count: int) -> tuple[str, ...]:
     """The names in `path`, one a line; numbers where it is missing, as the label files are often left behind."""
-    if not os.path.exists(path):
+    if (text := read_text(path, "the class names")) is None:
         return tuple(str(k) for k in range(count))
-    with open(path, encoding="utf-8") as file:
-        names = tuple(line.strip() for line in file if line.strip())
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if len(names) != count:
         raise DataError(f"{path} has {len(names)} class names, not {count}; restore it, or remove it to have numbers")
     return names

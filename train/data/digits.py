@@ -36,6 +36,9 @@ class Digits:
     def labels(self) -> np.ndarray:
         return self.targets
 
+    def contents(self):
+        return self.targets, self.numbers, self.images
+
     def example_name(self, index: int) -> str:
         return f"digits/{self.numbers[index]}"
 

@@ -1,30 +1,36 @@
-"""Class folders of images: PATH/train/<class>/*.jpg|jpeg|png and PATH/val/<class>/...; the sorted class names are the labels.
+"""Class folders of images: PATH/train/<class>/*.jpg ... and PATH/val/<class>/...; the class names, sorted, are the labels.
 
-What files there are is listed once and kept (`index.kept`); the list is made anew when a folder's modification time says that
-a file came or went. From then on opening a million files takes a look at each class folder and one read of some 30 MB.
+Folders named by numbers are sorted by number, so that label 10 is folder 10. What files there are, with their sizes, is listed
+at each opening, many folders at a time: a folder's time of change does not tell (a copy keeps it), and a list of a million files
+takes seconds. What is no image by its name, hidden files and folders within a class are left out, counted and said.
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from train.data.decode import read_file
-from train.data.index import Names, kept
-from train.data.source import DataError, Encoded, EncodedSource, some
+from train.data.decode import EXTENSIONS, read_file
+from train.data.encoded import EncodedSource
+from train.data.index import Names
+from train.data.source import DataError, Encoded, LeftOut, some
 
-EXTENSIONS = (".jpg", ".jpeg", ".png")
+THREADS = 16  # that list folders: on a network each waits
+_KINDS = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]} files"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(EncodedSource):
-    """One split of a folder. files: file names, class after class. targets: int32 [K], the labels."""
+    """One split of a folder. files: file names, class after class. sizes: int64 [K], bytes. targets: int32 [K], the labels."""
 
     name: str
     root: str
     classes: tuple[str, ...] = field(repr=False)
     files: Names = field(repr=False)
+    sizes: np.ndarray = field(repr=False)
     targets: np.ndarray = field(repr=False)
+    left_out: LeftOut = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -39,32 +45,31 @@ class Folder(EncodedSource):
     def example_name(self, index: int) -> str:
         return os.path.join(self.root, self.classes[self.targets[index]], self.files[index])
 
+    def contents(self):
+        return self.files.block, self.files.ends, self.sizes, self.targets
+
 
 def open_folder(rest: str, split: str) -> Folder:
     """The images below `rest`/`split`. Raises DataError for a missing or empty folder, and for classes that train/ has not."""
     if not rest:
         raise DataError("the source 'folder' needs a path; write 'folder:PATH' with PATH/train/<class>/ and PATH/val/<class>/")
     root = os.path.join(rest, split)
-    classes = _classes(root)
+    left_out = LeftOut()
+    classes = _classes(root, left_out)
     for known in ("train", "val"):  # a set with train/ alone is cut by ranges; where both are there, they must agree
         other = os.path.join(rest, known)
         if known != split and (known == "train" or os.path.isdir(other)):
-            _same(rest, {split: classes, known: _classes(other)})
-    folders = [os.path.join(root, c) for c in classes]
-    made_from = [[c, os.stat(folder).st_mtime_ns] for c, folder in zip(classes, folders, strict=True)]
-
-    def build():
-        found = [_images(folder) for folder in folders]
-        names = Names.of(name for one in found for name in one)
-        return {"block": names.block, "ends": names.ends, "counts": np.array([len(one) for one in found])}
-
-    index = kept(f"folder {os.path.abspath(root)}", made_from, build)
+            _same(rest, {split: classes, known: _classes(other, LeftOut())})
+    with ThreadPoolExecutor(THREADS) as pool:
+        listed = list(pool.map(_images, [os.path.join(root, name) for name in classes]))
     return Folder(
         name=f"folder:{rest}/{split}",
         root=root,
         classes=classes,
-        files=Names(index["block"], index["ends"]),
-        targets=np.repeat(np.arange(len(classes), dtype=np.int32), index["counts"]),
+        files=Names.of(name for names, _, _ in listed for name in names),
+        sizes=np.array([size for _, sizes, _ in listed for size in sizes], np.int64),
+        targets=np.repeat(np.arange(len(classes), dtype=np.int32), [len(names) for names, _, _ in listed]),
+        left_out=sum((one for _, _, one in listed), left_out),
     )
 
 
@@ -77,24 +82,49 @@ def _same(rest: str, classes: dict[str, tuple[str, ...]]) -> None:
         raise DataError(f"the class folders of {rest} differ: {'; '.join(differences)}; both splits need the same classes")
 
 
-def _scan(path: str) -> list[os.DirEntry]:
+def _scan(path: str, left_out: LeftOut) -> list[os.DirEntry]:
+    """What is in a folder but for hidden entries, by name."""
     try:
         with os.scandir(path) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+            found = sorted(entries, key=lambda e: e.name)
     except OSError as error:
-        wanted = "a data folder holds train/<class>/ and val/<class>/ with .jpg, .jpeg or .png files"
+        wanted = f"a data folder holds train/<class>/ and val/<class>/ with {_KINDS}"
         raise DataError(f"cannot read the folder {path}: {error.strerror}; {wanted}") from error
+    for entry in found:
+        if entry.name.startswith("."):
+            left_out.add("hidden", entry.path)
+    return [entry for entry in found if not entry.name.startswith(".")]
 
 
-def _classes(path: str) -> tuple[str, ...]:
-    found = tuple(e.name for e in _scan(path) if e.is_dir())
+def _classes(path: str, left_out: LeftOut) -> tuple[str, ...]:
+    found = []
+    for entry in _scan(path, left_out):
+        if entry.is_dir():
+            found.append(entry.name)
+        else:
+            left_out.add("beside the class folders", entry.path)
     if not found:
-        raise DataError(f"the folder {path} holds no class folders; it needs one per class with .jpg, .jpeg or .png files")
-    return found
+        raise DataError(f"the folder {path} holds no class folders; it needs one per class with {_KINDS}")
+    if all(name.isascii() and name.isdecimal() for name in found):
+        found.sort(key=lambda name: (int(name), name))
+    return tuple(found)
 
 
-def _images(path: str) -> list[str]:
-    found = [e.name for e in _scan(path) if e.name.lower().endswith(EXTENSIONS)]
-    if not found:
-        raise DataError(f"the class folder {path} holds no .jpg, .jpeg or .png files; add some or remove the class")
-    return found
+def _images(path: str) -> tuple[list[str], list[int], LeftOut]:
+    """Names and sizes of the images in a class folder, and what else is there."""
+    names, sizes, left_out = [], [], LeftOut()
+    for entry in _scan(path, left_out):
+        if entry.name.lower().endswith(EXTENSIONS):
+            names.append(entry.name)
+            try:
+                sizes.append(entry.stat().st_size)
+            except OSError:  # a link to nothing: a bad image, once it is read
+                sizes.append(-1)
+        elif entry.is_dir():
+            left_out.add("folders within a class", entry.path)
+        else:
+            left_out.add(os.path.splitext(entry.name)[1].lower() or "without an ending", entry.path)
+    if not names:
+        there = f" but {left_out.line()}" if left_out else ""
+        raise DataError(f"the class folder {path} holds no {_KINDS}{there}; add some or remove the class")
+    return names, sizes, left_out

@@ -25,7 +25,7 @@ from train.data.source import DataError, some
 
 log = logging.getLogger("train.data")
 
-FORMAT = 1  # of kept indices; another number makes them all anew
+FORMAT = 2  # of kept indices; another number makes them all anew
 Arrays = dict[str, np.ndarray]
 
 
@@ -96,8 +96,10 @@ def kept(what: str, made_from: Any, build: Callable[[], Arrays]) -> Arrays:
 def shards(scheme: str, pattern: str, split: str) -> list[str]:
     """The files of a split, sorted. pattern: with {split}, *, ?, [0-9] and {000..123}; a folder means FOLDER/{split}*.
 
-    "val" is also looked for as "validation". A pattern without {split} has the one split "train". Raises DataError where none, or
-    not each of a numbered {000..123}, is there.
+    Folders that are there under the very name that a pattern has are those folders, whatever else *, ?, [ and { mean. "val" is also
+    looked for as "validation". A pattern without {split} has the one split "train". Where the name of a split is followed by *,
+    what has another word behind it (train_extra-0.tar) is another split's. Raises DataError where none, or not each of a
+    numbered {000..123}, is there.
     """
     if not pattern:
         raise DataError(f"the source '{scheme}' needs a pattern; write '{scheme}:PATTERN', e.g. {scheme}:DATA/{{split}}-*")
@@ -109,8 +111,11 @@ def shards(scheme: str, pattern: str, split: str) -> list[str]:
             f"the pattern {pattern} names no splits, so it has 'train' alone, not {split!r}; write {{split}} where they stand"
         )
     names = ("val", "validation") if split == "val" else (split,)
+    open_ended = os.path.basename(pattern).startswith("{split}*")
     for name in names:
-        each = {one: sorted(filter(os.path.isfile, glob.glob(one))) for one in _numbered(pattern.replace("{split}", name))}
+        each = {one: sorted(filter(os.path.isfile, glob.glob(one))) for one in _globs(pattern.replace("{split}", name))}
+        if open_ended:
+            each = {one: _of_split(name, here, pattern) for one, here in each.items()}
         missing = [one for one, here in each.items() if not here]
         if missing and len(missing) < len(each):
             raise DataError(f"of {pattern} the shards {some(missing)} are missing; restore them, or narrow the pattern")
@@ -118,6 +123,35 @@ def shards(scheme: str, pattern: str, split: str) -> list[str]:
             return [path for here in each.values() for path in here]
     where = " or ".join(pattern.replace("{split}", name) for name in names)
     raise DataError(f"no file fits {where}, so {scheme} has no split {split!r} there; correct the pattern or the name of the split")
+
+
+def _globs(pattern: str) -> list[str]:
+    """`pattern` as glob takes it: {08..10} written out, and folders that are there taken by their names."""
+    parts, literal = pattern.split("/"), 0
+    for place in range(1, len(parts)):
+        if not os.path.isdir("/".join(parts[:place]) or "/"):
+            break
+        literal = place
+    folder = glob.escape("/".join(parts[:literal]))
+    return ["/".join([folder, rest] if literal else [rest]) for rest in _numbered("/".join(parts[literal:]))]
+
+
+def _of_split(split: str, paths: list[str], pattern: str) -> list[str]:
+    """Those of `paths`, whose names begin with that of a split, that are the split's. Raises DataError where that is not clear."""
+    words: dict[str, list[str]] = {}
+    for path in paths:
+        rest = os.path.basename(path)[len(split) :].rpartition(".")[0]
+        rest = re.sub(r"[-_.][0-9a-f]{16,}$", "", rest)  # the hub puts a hash behind the number
+        if not re.match(r"[A-Za-z]", rest):
+            words.setdefault(re.sub(r"[-_.\d]+of(?=[-_.]\d)|[-_.\d]", "", rest), []).append(path)
+    if "" in words:
+        if others := sorted(path for word, found in words.items() if word for path in found):
+            log.warning("%s: taken for another split's than %s: %s", pattern, split, some(map(os.path.basename, others)))
+        return words[""]
+    if len(words) > 1:
+        first = some(os.path.basename(found[0]) for found in words.values())
+        raise DataError(f"of {pattern} several sets begin with {split}: {first}; write a pattern that only one of them fits")
+    return next(iter(words.values()), [])
 
 
 def _numbered(pattern: str) -> list[str]:
@@ -130,9 +164,11 @@ def _numbered(pattern: str) -> list[str]:
 
 
 def described(paths: Sequence[str]) -> list[list]:
-    """[path, size, modification time] of each: what a kept index was made from."""
+    """[path, size, times] of each: what a kept index was made from. A copy may keep the time of modification, not the other."""
     try:
-        return [[os.path.abspath(path), (status := os.stat(path)).st_size, status.st_mtime_ns] for path in paths]
+        return [
+            [os.path.abspath(path), (status := os.stat(path)).st_size, status.st_mtime_ns, status.st_ctime_ns] for path in paths
+        ]
     except OSError as error:
         raise DataError(f"cannot read the shard {error.filename}: {error.strerror}; restore it, or narrow the pattern") from error
 

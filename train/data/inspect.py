@@ -8,7 +8,6 @@ row for each of some images: the image whole, as evaluation sees it, and as the 
 """
 
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -25,11 +24,12 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from train.data import AUGMENTATIONS, PREPROCESSES, open_source
-from train.data.augment import Images, sides
+from train.data.arrayrecord import read_manifest
+from train.data.augment import AUTHORS, Images, sides
 from train.data.decode import decode_pillow
 from train.data.job import run_job
 from train.data.sampling import uniforms
-from train.data.source import BadImage, DataError, Source
+from train.data.source import BadImage, DataError, LeftOut, Source, said
 
 TILE = 144  # side of a picture in the sheet, in pixels
 EPOCHS = 6
@@ -52,7 +52,7 @@ class Inspect:
     image_size: int = 224
     augment: Literal["inception", "digits", "none"] | None = None
     """Default: what suits the source."""
-    preprocess: Literal["resize", "center"] = "resize"
+    preprocess: Literal["resize", "resize-center", "center"] = "resize"
     seed: int = 0
     threads: int = min(16, os.cpu_count() or 1)
 
@@ -93,6 +93,11 @@ def describe(source: Source) -> Iterable[str]:
     yield "largest: " + ", ".join(f"{source.classes[k]} {counts[k]:,}" for k in shown)
     if empty := [name for name, n in zip(source.classes, counts, strict=True) if n == 0]:
         yield f"without an image: {len(empty):,} classes, {', '.join(empty[:LISTED])}"
+    left_out = getattr(source, "left_out", LeftOut())
+    if left_out:
+        yield left_out.line()
+    for what, (count, names) in left_out.found.items():
+        yield f"  {what}: {', '.join(names)}{f' and {count - len(names):,} more' if count > len(names) else ''}"
 
 
 def checksums(source: Any) -> Iterable[str]:
@@ -100,7 +105,7 @@ def checksums(source: Any) -> Iterable[str]:
     if not source.name.startswith("arrayrecord:") or not hasattr(source, "paths"):
         return
     folder = Path(source.paths[0]).parent
-    manifest = json.loads((folder / f"{Path(source.paths[0]).name.partition('-')[0]}.json").read_text())
+    manifest = read_manifest(str(folder / f"{Path(source.paths[0]).name.partition('-')[0]}.json")) or {"shards": []}
     for shard in manifest["shards"]:
         with open(folder / shard["file"], "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
@@ -166,14 +171,14 @@ def sheet(source: Source, args: Inspect) -> Image.Image:
         draw.text((column * (TILE + gap) + 2, 2), title, fill="black")
     for row, (index, example) in enumerate(rows):
         top = header + row * (TILE + header + gap)
-        draw.text((2, top), f"{index}: {source.classes[example.label]}, {example.name[-120:]}", fill="black")
+        draw.text((2, top), said(f"{index}: {source.classes[example.label]}, {example.name[-120:]}"), fill="black")
         whole = Image.fromarray(example.image[:, :, 0] if example.image.shape[2] == 1 else example.image).convert("RGB")
         scale = TILE / max(whole.size)
         small = (max(1, round(whole.width * scale)), max(1, round(whole.height * scale)))
         page.paste(whole.resize(small, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC), (0, top + header))
         seen = [preprocess([example.image], args.image_size, 3)]
         for epoch in range(EPOCHS):
-            draws = uniforms(args.seed, np.array([epoch]), np.array([index]), augmentation.draws)
+            draws = uniforms(args.seed, np.array([epoch]), np.array([index]), augmentation.draws(AUTHORS))
             images: Images = [example.image]
             seen.append(augmentation.apply(images, draws, args.image_size, 3))
         for column, image in enumerate(seen, 1):

@@ -15,6 +15,8 @@ from train.signals import TERMINATED, Stop
 
 def run_job(options: type, run: Callable[[Any], None], name: str, argv: list[str] | None = None) -> int:
     """`run(options from argv)`. Returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):

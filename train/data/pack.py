@@ -31,12 +31,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from train.data import absolute, open_source
-from train.data.arrayrecord import FORMAT, LABELS, open_reader, read_manifest
+from train.data.arrayrecord import FORMAT, LABELS, checksum, open_reader, read_manifest
 from train.data.decode import decode_pillow
+from train.data.files import read_text
 from train.data.job import run_job
 from train.data.rows import BAD_FLOOR
 from train.data.source import BadImage, DataError, Source
+from train.files import write_atomically
 
+_ANY_NAME: dict = {"unicode_errors": "surrogateescape"}  # a file's name need not be UTF-8
 _WRITER = "group_size:1,uncompressed"  # a record a chunk, for random access; images are compressed already
 
 
@@ -140,16 +143,18 @@ def pack(source: Source, dst: str, name: str, args: Pack) -> str:
                     f"{bad} of {seen} images of {source.name} cannot be decoded, more than {args.bad_share:.2%}: {last[:300]}"
                 )
     shards = [done[k] for k in range(count)]
-    np.concatenate([shard["labels"] for shard in shards]).astype(LABELS).tofile(folder / f"{name}.labels")
+    labels = np.concatenate([shard["labels"] for shard in shards]).astype(LABELS).tobytes()
+    write_atomically(folder / f"{name}.labels", labels)
     bad = [line for shard in shards for line in shard["bad"]]
-    (folder / f"{name}.bad.txt").write_text("".join(f"{line}\n" for line in bad))
+    write_atomically(folder / f"{name}.bad.txt", "".join(f"{line}\n" for line in bad).encode("utf-8", "surrogateescape"))
     listed = [{key: shard[key] for key in ("file", "count", "bytes", "sha256")} for shard in shards]
     total = sum(shard["count"] for shard in shards)
     if total == 0:
         raise DataError(f"not one image of {source.name} can be decoded: {bad[0]}")
-    partial = manifest_path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps({**identity, "count": total, "bad": len(bad), "shards": listed}, indent=1) + "\n")
-    os.replace(partial, manifest_path)
+    manifest = {
+        **identity, "count": total, "bad": len(bad), "shards": listed, "labels_sha256": hashlib.sha256(labels).hexdigest(),
+    }  # fmt: skip
+    write_atomically(manifest_path, (json.dumps(manifest | {"sha256": checksum(manifest)}, indent=1) + "\n").encode())
     progress.unlink()
     left_out = f", {len(bad)} left out ({name}.bad.txt)" if bad else ""
     went_on = f", {kept} of them from before" if kept else ""
@@ -184,7 +189,7 @@ def write_shard(shard: _Shard) -> dict[str, Any]:
                 bad.append(str(error))
                 continue
             labels.append(label)
-            writer.write(msgpack.packb({"image": data, "label": label, "name": "/".join(name.split("/")[-2:])}))
+            writer.write(msgpack.packb({"image": data, "label": label, "name": "/".join(name.split("/")[-2:])}, **_ANY_NAME))
     finally:
         writer.close()
     if open_reader(partial).num_records() != len(labels):
@@ -237,7 +242,7 @@ def _done(progress: Path, identity: dict, folder: Path) -> dict[int, dict]:
     if not progress.exists() or not progress.stat().st_size:
         return {}
     lines = []
-    for text in progress.read_text(encoding="utf-8").splitlines():
+    for text in (read_text(str(progress), "the journal") or "").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

@@ -1,6 +1,9 @@
 """Image sets as the Hugging Face hub stores them: parquet files with a column of {bytes, path} and one of labels. Extra [parquet].
 
 The columns and class names are those that the files' own metadata name; without such metadata `image` (or `img`) and `label`.
+Of several columns of a kind the one with the usual name counts, else the first. Files that number the same class names differently
+are brought to the numbers of the first.
+
 Parquet is read by row groups, often of a hundred images, and a shuffle wants one of each: what was read last stays, up to CACHE
 bytes in each process, so a small set is read once; a large one is better packed first (`train.data.pack`), as a warning says.
 """
@@ -8,6 +11,7 @@ bytes in each process, so a small set is read once; a large one is better packed
 import contextlib
 import json
 import logging
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -16,12 +20,16 @@ from typing import Any
 import numpy as np
 
 from train.data.decode import check_size
-from train.data.index import described, shards
-from train.data.source import BadImage, DataError, Encoded, EncodedSource
+from train.data.encoded import EncodedSource
+from train.data.files import open_regular
+from train.data.index import Names, described, shards
+from train.data.select import class_difference
+from train.data.source import BadImage, DataError, Encoded
 
 log = logging.getLogger("train.data")
 
 CACHE = 2**29  # bytes of row groups that a process keeps
+IMAGE, LABEL = ("image", "img"), ("label", "labels", "fine_label")  # the usual names of columns
 LARGEST = 2**31  # bytes of one row group: more is refused before it is read
 
 
@@ -63,7 +71,9 @@ class RowGroups:
         pq = _import()
         try:
             # Not one ParquetFile for all: it is not made for several threads, and its footer is read in a millisecond.
-            with pq.ParquetFile(path) as file:
+            # As a dictionary, which is as large as what is stored: an image that a file holds once and names a million times would
+            # be written out a million times otherwise.
+            with open_regular(path) as raw, pq.ParquetFile(raw, read_dictionary=[self._column]) as file:
                 table = file.read_row_group(group, columns=[self._column], use_threads=False)
             column = table.column(0).combine_chunks()
             return column.field("bytes") if str(column.type).startswith("struct") else column
@@ -75,7 +85,8 @@ class RowGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(EncodedSource):
-    """One split. file, group, row: int32 [K], where each example lies. targets: int32 [K], the labels."""
+    """One split. file, group, row: int32 [K], where each example lies. targets: int32 [K], the labels.
+    sizes: int64, bytes of every row group."""
 
     name: str
     classes: tuple[str, ...] = field(repr=False)
@@ -85,6 +96,7 @@ class Parquet(EncodedSource):
     row: np.ndarray = field(repr=False)
     targets: np.ndarray = field(repr=False)
     groups: RowGroups = field(repr=False)
+    sizes: np.ndarray = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -92,16 +104,20 @@ class Parquet(EncodedSource):
     def encoded(self, index: int) -> Encoded:
         name = self.example_name(index)
         value = self.groups.get(int(self.file[index]), int(self.group[index]))[int(self.row[index])]
-        if not value.is_valid:
+        if not value.is_valid or not value.value.is_valid:
             raise BadImage(
                 f"cannot decode the image {name}: the row holds no bytes (a path alone is not followed); repair or remove it"
             )
-        buffer = value.as_buffer()
+        buffer = value.value.as_buffer()
         check_size(buffer.size, name)
         return Encoded(buffer.to_pybytes(), int(self.targets[index]), name)
 
     def labels(self) -> np.ndarray:
         return self.targets
+
+    def contents(self):
+        names = Names.of(os.path.basename(path) for path in self.paths)
+        return names.block, names.ends, self.sizes, self.file, self.group, self.row, self.targets
 
     def example_name(self, index: int) -> str:
         return f"{self.paths[self.file[index]]}#{self.group[index]}.{self.row[index]}"
@@ -113,19 +129,27 @@ def open_parquet(rest: str, split: str) -> Parquet:
     described(paths)
     pq = _import()
     image = label = names = None
+    first = paths[0]
     files, groups, rows, targets, sizes = [], [], [], [], []
     for number, path in enumerate(paths):
         try:
-            with pq.ParquetFile(path) as file:
-                if image is None:
-                    image, label, names = _columns(file.schema_arrow, path)
+            with open_regular(path) as raw, pq.ParquetFile(raw) as file:
+                leaf, label, own = _columns(file.schema_arrow, path)
+                if number == 0:
+                    image, names = leaf, own
+                elif leaf != image:
+                    raise DataError(
+                        f"the images of {path} are in the column {leaf}, those of {first} in {image}; use files of one set"
+                    )
                 metadata = file.metadata
+                if metadata.num_rows > os.fstat(raw.fileno()).st_size:
+                    raise DataError(f"{path} claims {metadata.num_rows:,} rows, more than it has bytes: no images are in there")
                 column = file.read(columns=[label], use_threads=False).column(0)
         except DataError:
             raise
         except Exception as error:  # arrow's and the operating system's
             raise DataError(f"cannot read {path}: {' '.join(str(error).split())[:200]}; restore the file") from error
-        targets.append(_labels(column, label, path))
+        targets.append(_numbered_as(names, own, _labels(column, label, path, own), path, first))
         for g in range(metadata.num_row_groups):
             group = metadata.row_group(g)
             sizes.append(group.total_byte_size)
@@ -140,11 +164,6 @@ def open_parquet(rest: str, split: str) -> Parquet:
     if not len(labels):
         raise DataError(f"the files of parquet:{rest}, split {split!r}, hold no rows")
     classes = names or tuple(str(k) for k in range(int(labels.max()) + 1))
-    if not 0 <= labels.min() <= labels.max() < len(classes):
-        outside = int(labels.min() if labels.min() < 0 else labels.max())
-        raise DataError(
-            f"parquet:{rest}, split {split!r}, has a label {outside} with {len(classes)} classes; use a split that is labelled"
-        )
     if sum(sizes) > CACHE:
         log.warning(
             "%s: in random order an image costs a row group of %.1f MB; python -m train.data.pack makes a form with random access",
@@ -160,6 +179,7 @@ def open_parquet(rest: str, split: str) -> Parquet:
         row=np.concatenate(rows),
         targets=labels,
         groups=RowGroups(paths, str(image)),
+        sizes=np.array(sizes, np.int64),
     )
 
 
@@ -169,12 +189,11 @@ def _columns(schema: Any, path: str) -> tuple[str, str, tuple[str, ...] | None]:
     with contextlib.suppress(ValueError, KeyError, TypeError):  # written by someone else: the usual names then
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
-    image = next((name for name, kind in kinds.items() if kind == "Image"), None)
-    label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), None)
-    names = tuple(features[label]["names"]) if label and "names" in features[label] else None
+    image = _usual([name for name, kind in kinds.items() if kind == "Image"], IMAGE)
+    label = _usual([name for name, kind in kinds.items() if kind == "ClassLabel"], LABEL)
     have = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    image = image or next((name for name in ("image", "img") if name in schema.names), None)
-    label = label or next((name for name in ("label", "labels", "fine_label") if name in schema.names), None)
+    image = image or next((name for name in IMAGE if name in schema.names), None)
+    label = label or next((name for name in LABEL if name in schema.names), None)
     if image is None or label is None or not {image, label} <= {*schema.names}:
         raise DataError(
             f"{path} has the columns {have}; an image column of {{bytes, path}} and an integer column label are required"
@@ -183,17 +202,39 @@ def _columns(schema: Any, path: str) -> tuple[str, str, tuple[str, ...] | None]:
     leaf = image if str(kind) in ("binary", "large_binary") else f"{image}.bytes"
     if leaf != image and not (str(kind).startswith("struct") and kind.get_field_index("bytes") >= 0):
         raise DataError(f"the column {image} of {path} is {kind}; binary, or a struct with bytes, is required")
-    return leaf, label, names
+    names = features.get(label, {}).get("names") if kinds.get(label) == "ClassLabel" else None
+    return leaf, label, tuple(map(str, names)) if isinstance(names, list) else None
 
 
-def _labels(column: Any, label: str | None, path: str) -> np.ndarray:
+def _usual(names: list[str], usual: tuple[str, ...]) -> str | None:
+    return next((name for name in usual if name in names), names[0] if names else None)
+
+
+def _numbered_as(names, own, labels: np.ndarray, path: str, first: str) -> np.ndarray:
+    """`labels` of a file whose classes are `own` as numbers of `names`, those of the first file. Raises DataError."""
+    if own == names:
+        return labels
+    if own is None or names is None or sorted(own) != sorted(names) or len(set(own)) < len(own):
+        how = class_difference((first, names or ()), (path, own or ()))
+        raise DataError(f"{path} has other classes than {first}: {how}; use files of one set")
+    number = {name: k for k, name in enumerate(names)}
+    return np.array([number[name] for name in own], np.int32)[labels]
+
+
+def _labels(column: Any, label: str | None, path: str, names: tuple[str, ...] | None) -> np.ndarray:
     import pyarrow.types
 
     if not pyarrow.types.is_integer(column.type):
         raise DataError(f"the column {label} of {path} is {column.type}; integers are required, as ClassLabel stores them")
     if column.null_count:
         raise DataError(f"the column {label} of {path} has {column.null_count} rows without a value; every image needs its label")
-    return column.to_numpy().astype(np.int32)
+    values, most = column.to_numpy(), len(names) if names else 2**31 - 1
+    if len(values) and not (int(values.min()) >= 0 and int(values.max()) < most):
+        outside = int(values.min()) if int(values.min()) < 0 else int(values.max())
+        raise DataError(
+            f"the column {label} of {path} has a label {outside}, 0 to {most - 1} are required; use a split that is labelled"
+        )
+    return values.astype(np.int32)
 
 
 def _import() -> Any:

@@ -26,8 +26,9 @@ import grain.experimental
 import numpy as np
 from absl import flags
 
-from train.data.augment import AUGMENTATIONS, PREPROCESSES
+from train.data.augment import AUGMENTATIONS, AUTHORS, PREPROCESSES, How
 from train.data.decode import check_decoder
+from train.data.mix import Mix
 from train.data.rows import BAD, BadImages, Batch, EvalRows, TrainRows
 from train.data.sampling import random_subset
 from train.data.source import DataError, Source
@@ -203,7 +204,10 @@ def train_batches(
     state: dict[str, int] | None = None,
     decoder: str = "pillow",
     pixels: str = "float32",
+    how: How = AUTHORS,
     mixup: float = 0.0,
+    cutmix: float = 0.0,
+    mixup_share: str = "batch",
     bad_share: float = BAD_SHARE,
 ) -> TrainBatches:
     """The endless stream of training batches: a new permutation each epoch, no example left out, none twice in an epoch.
@@ -225,8 +229,11 @@ def train_batches(
         state: where to go on, from `get_state`.
         decoder: a key of DECODERS; simplejpeg is faster and gives the same pixels.
         pixels: "uint8" for a quarter of the memory where the augmentation gives whole numbers ("digits" does not, and stays
-            float32): 0.6 GB instead of 2.5 GB for 4096 images of 224 x 224. `device.to_unit` makes [-1, 1] of either.
-        mixup: strength a of MixUp, shares being drawn from Beta(a, a); 0 for none. Needs an even batch in each process.
+            float32): 0.6 GB instead of 2.5 GB for 4096 images of 224 x 224. `vitcore.pixels.to_unit` makes [-1, 1] of either.
+        how: images are cut, resized and changed, where there is a choice.
+        mixup, cutmix: strengths a of MixUp and CutMix, shares being drawn from Beta(a, a); 0 for none; with both, one of the two is
+            drawn each time. Needs an even batch in each process.
+        mixup_share: "batch", one share for all rows of the global batch, or "row", one for each.
         bad_share: of images that cannot be read (each is replaced by another, counted and logged), the most to go on with.
 
     Raises:
@@ -239,13 +246,12 @@ def train_batches(
         raise ValueError(
             f"a training subset of {subset} examples was asked of {source.name}, which has {len(source)}; ask for 1 to that many"
         )
-    if not 0 <= mixup < math.inf:
-        raise ValueError(f"mixup {mixup}: a strength >= 0 is required, 0 for none")
+    mix = Mix(mixup=mixup, cutmix=cutmix, share=mixup_share)  # pyright: ignore[reportArgumentType]
     chosen = None if subset is None else random_subset(len(source), subset, subset_seed)
-    place, count = _shard(source, image_size, channels, batch_size, shard, threads, workers, pairs=bool(mixup))
+    place, count = _shard(source, image_size, channels, batch_size, shard, threads, workers, pairs=bool(mix))
     rows = TrainRows(
         source=source, size=image_size, channels=channels, decoder=decoder, dtype=_dtype(pixels, augment or source.augment),
-        seed=seed, augment=augment or source.augment, chosen=chosen, mixup=mixup,
+        seed=seed, augment=augment or source.augment, chosen=chosen, mix=mix, batch=batch_size, how=how,
     )  # fmt: skip
     _check_reading(decoder, bad_share)
     batches = TrainBatches(rows, place, steps=None, threads=count, workers=workers, bad_share=bad_share)
@@ -261,6 +267,7 @@ def eval_batches(
     channels: int,
     batch_size: int,
     preprocess: str = "resize",
+    how: How = AUTHORS,
     shard: tuple[int, int] = (0, 1),
     threads: int | None = None,
     decoder: str = "pillow",
@@ -278,8 +285,9 @@ def eval_batches(
     _check_reading(decoder, bad_share)
     place, count = _shard(source, image_size, channels, batch_size, shard, threads, 0, pairs=False)
     rows = EvalRows(
-        source=source, size=image_size, channels=channels, decoder=decoder, dtype=_dtype(pixels, "none"), preprocess=preprocess
-    )
+        source=source, size=image_size, channels=channels, decoder=decoder, dtype=_dtype(pixels, "none"), preprocess=preprocess,
+        how=how,
+    )  # fmt: skip
     steps = -(-len(source) // batch_size)
     return EvalBatches(rows, place, steps=steps, threads=count, workers=0, bad_share=bad_share)
 

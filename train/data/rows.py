@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from train.data.augment import AUGMENTATIONS, PREPROCESSES, Images, mixup, mixup_shares, sides
+from train.data.augment import AUGMENTATIONS, PREPROCESSES, How, Images, sides
 from train.data.decode import DECODERS, Picture
-from train.data.sampling import MIXUP, epoch_order, replacements, uniforms
+from train.data.mix import DRAWS as MIX_DRAWS
+from train.data.mix import Mix, mixed
+from train.data.sampling import MIXUP, MIXUP_BATCH, epoch_order, replacements, uniforms
 from train.data.source import BadImage, DataError, Source
 
 log = logging.getLogger("train.data")
@@ -28,13 +30,14 @@ BAD = "bad"  # int64 [b], within the pipeline: the index of the image that could
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What training and evaluation share. dtype: of the images, float32 or uint8."""
+    """What training and evaluation share. dtype: of the images, float32 or uint8. how: they are cut and resized."""
 
     source: Source
     size: int
     channels: int
     decoder: str
     dtype: Any
+    how: How
 
     def read(self, index: int) -> tuple[Picture, int]:
         """Raises BadImage."""
@@ -50,12 +53,14 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRows(Rows):
-    """positions -> augmented examples. chosen: the subset's indices into the source, or None for all. mixup: its strength, or 0."""
+    """positions -> augmented examples. chosen: the subset's indices into the source, or None for all. batch: of the
+    whole run, whose rows may share what they are mixed by."""
 
     seed: int
     augment: str
     chosen: np.ndarray | None
-    mixup: float
+    mix: Mix
+    batch: int
 
     def __call__(self, positions: np.ndarray) -> Batch:
         length = len(self.source) if self.chosen is None else len(self.chosen)
@@ -66,11 +71,11 @@ class TrainRows(Rows):
         if self.chosen is not None:
             index = self.chosen[index]
         augmentation = AUGMENTATIONS[self.augment]
-        draws = uniforms(self.seed, epoch, index, augmentation.draws)
+        draws = uniforms(self.seed, epoch, index, augmentation.draws(self.how))
 
         def finish(start: int, images: Images) -> np.ndarray:
             rows = slice(start, start + len(images))
-            return augmentation.apply(images, draws[rows], self.size, self.channels, self.dtype)
+            return augmentation.apply(images, draws[rows], self.size, self.channels, self.dtype, self.how)
 
         batch = {"image": self.images(0), "label": np.zeros(len(index), np.int32), BAD: np.full(len(index), -1, np.int64)}
         parts, waiting, pixels = [], [], 0
@@ -86,10 +91,11 @@ class TrainRows(Rows):
         if waiting:
             parts.append(finish(len(index) - len(waiting), waiting))
         batch["image"] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self.mixup:
-            shares = mixup_shares(uniforms(self.seed, epoch, index, 1, MIXUP)[:, 0], self.mixup)
-            batch["image"], batch["other_label"] = mixup(batch["image"], batch["label"], shares)
-            batch["share"] = shares
+        if self.mix:
+            by_row = self.mix.share == "row"
+            key = (epoch, index, MIX_DRAWS, MIXUP) if by_row else (0 * index, positions // self.batch, MIX_DRAWS, MIXUP_BATCH)
+            mix = mixed(batch["image"], batch["label"], uniforms(self.seed, *key), self.mix)
+            batch["image"], batch["other_label"], batch["share"] = mix
         return batch
 
     def read_or_replace(self, index: int) -> tuple[Picture, int, bool]:
@@ -128,7 +134,7 @@ class EvalRows(Rows):
 
         def finish():
             if waiting:
-                batch["image"][rows] = PREPROCESSES[self.preprocess](waiting, self.size, self.channels, self.dtype)
+                batch["image"][rows] = PREPROCESSES[self.preprocess](waiting, self.size, self.channels, self.dtype, self.how)
 
         for row, i in enumerate(positions.tolist()):
             if i >= len(self.source):

@@ -10,27 +10,36 @@ alike. Only a source that says `shuffled` (tfds:, whose ranges are published spl
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from train.data.files import read_text
 from train.data.sampling import RANGE, uniforms
-from train.data.source import DataError, Encoded, Example, Source, some
+from train.data.source import DataError, Encoded, Example, LeftOut, Source, contents, some
 
 USAGE = (
     "NAME, then any of [FROM:TO] (counts or percentages), [classes=A,B,4-9], [without=FILE], e.g. train[:99%] or train[classes=0-4]"
 )
 
-_PARTS = re.compile(r"\[([^\[\]]*)\]")
-_WHOLE = re.compile(r"([A-Za-z0-9_.+-]+)((?:\[[^\[\]]*\])*)")
+_NAME = re.compile(r"[A-Za-z0-9_.+-]+")
 
 
 def parse_split(split: str) -> tuple[str, list[str]]:
-    """ "train[classes=0-4][:9]" -> ("train", ["classes=0-4", ":9"]). Raises DataError."""
-    found = _WHOLE.fullmatch(split)
-    if not found:
+    """ "train[classes=0-4][:9]" -> ("train", ["classes=0-4", ":9"]); brackets of a path within them pair. Raises DataError."""
+    name = _NAME.match(split)
+    rest, parts = split[name.end() :] if name else "", []
+    while rest.startswith("["):
+        depths = np.cumsum([(letter == "[") - (letter == "]") for letter in rest])
+        if 0 not in depths:
+            break
+        end = depths.tolist().index(0)
+        parts.append(rest[1:end])
+        rest = rest[end + 1 :]
+    if not name or rest:
         raise DataError(f"the split {split!r} is not understood; write {USAGE}")
-    return found[1], _PARTS.findall(found[2])
+    return name[0], parts
 
 
 def select(source: Source, parts: list[str]) -> Source:
@@ -93,6 +102,20 @@ class Selected:
     def example_name(self, index: int) -> str:
         return self.source.example_name(int(self.indices[index]))
 
+    def contents(self):
+        yield from contents(self.source)
+        yield np.asarray(self.indices, np.int64)
+        if self.relabel is not None:
+            yield np.asarray(self.relabel, np.int32)
+
+    @property
+    def left_out(self) -> LeftOut:
+        return getattr(self.source, "left_out", LeftOut())
+
+    @property
+    def slow_labels(self) -> bool:
+        return getattr(self.source, "slow_labels", False)
+
 
 # --- ranges -----------------------------------------------------------------------------------------------------------------
 
@@ -134,12 +157,9 @@ def of_classes(source: Source, text: str) -> Selected:
     chosen: set[int] = set()
     unknown = []
     for word in (word.strip() for word in text.split(",")):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-        if word in source.classes:
-            chosen.add(source.classes.index(word))
-        elif span and int(span[1]) <= int(span[2] or span[1]) < len(source.classes):
-            chosen.update(range(int(span[1]), int(span[2] or span[1]) + 1))
-        else:
+        found = _named(word, source.classes)
+        chosen.update(found)
+        if not found:
             unknown.append(word)
     if unknown:
         have = f"{len(source.classes)} classes: {some(source.classes)}"
@@ -152,18 +172,68 @@ def of_classes(source: Source, text: str) -> Selected:
     return Selected(source=source, name=f"{source.name}[classes={text}]", indices=indices, classes=classes, relabel=relabel)
 
 
+def _named(word: str, classes: tuple[str, ...]) -> list[int]:
+    """The numbers of the classes that `word` names: a name, a number, FROM-TO. Where all names are numbers, those count."""
+    if named := [k for k, name in enumerate(classes) if name == word]:
+        return named
+    span = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
+    if not span:
+        return []
+    first, last = int(span[1]), int(span[2] or span[1])
+    if all(name.isascii() and name.isdecimal() for name in classes):
+        numbers = {int(name): k for k, name in enumerate(classes)}
+        return [k for n, k in numbers.items() if first <= n <= last] if {first, last} <= numbers.keys() else []
+    return list(range(first, last + 1)) if first <= last < len(classes) else []
+
+
 def check_classes(train: Source, other: Source) -> None:
     """Raises DataError where `other` has other classes than `train`, under which its labels would mean something else."""
     if train.classes == other.classes:
         return
-    only = [
-        f"only {a.name} has {some(names)}"
-        for a, b in ((train, other), (other, train))
-        if (names := [c for c in a.classes if c not in set(b.classes)])
-    ]
-    what = "; ".join(only) or "they come in another order"
     raise DataError(
-        f"the classes of {train.name} and {other.name} differ: {what}; both need the same class names in the same order"
+        f"the classes of {train.name} and {other.name} differ: "
+        f"{class_difference((train.name, train.classes), (other.name, other.classes))}; "
+        "both need the same class names in the same order"
+    )
+
+
+def class_difference(one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]]) -> str:
+    """What differs between two lists of class names, each given as (whose, names)."""
+    only = [
+        f"only {whose} has {some(names)}"
+        for (whose, mine), (_, theirs) in ((one, other), (other, one))
+        if (names := [name for name in mine if name not in set(theirs)])
+    ]
+    return "; ".join(only) or "they come in another order, or another number of times"
+
+
+def by_names(source: Source, classes: Sequence[str] | None, whose: str, *, accept: bool = False) -> tuple[Source, str]:
+    """`source` with its labels numbered as `classes` are, and a line for people where that is not plain, else "".
+
+    classes: those that a model was trained for; None where nothing says. whose: the model, for people. Taken by name where the
+    names are the same in another order; by number where one side has numbers for names, or accept says so. Raises DataError
+    where names, or their number, differ.
+    """
+    theirs, count = source.classes, len(source.classes)
+    if classes is None:
+        return source, f"{whose} does not say its classes: labels are taken by number"
+    classes = tuple(classes)
+    if classes == theirs:
+        return source, ""
+    if len(classes) == count and sorted(classes) == sorted(theirs) and len(set(classes)) == count:
+        numbers = {name: k for k, name in enumerate(classes)}
+        relabel = np.array([numbers[name] for name in theirs], np.int32)
+        whole = Selected(source=source, name=source.name, indices=np.arange(len(source)), classes=classes, relabel=relabel)
+        return whole, f"{source.name} has the classes of {whose} in another order: taken by name"
+    plain = tuple(str(k) for k in range(count))
+    if len(classes) == count and (accept or plain in (classes, theirs)):
+        why = "as was asked" if accept else "one of them has only numbers"
+        return source, f"the class names of {source.name} are not those of {whose}: labels are taken by number, {why}"
+    how = f"{len(classes)} classes there, {count} here; " if len(classes) != count else ""
+    difference = class_difference((whose, classes), (source.name, theirs))
+    raise DataError(
+        f"{source.name} has other classes than {whose}: {how}{difference}; give the data with the classes it was trained for"
+        + ("" if how else ", or --accept-data to take labels by number")
     )
 
 
@@ -172,12 +242,10 @@ def check_classes(train: Source, other: Source) -> None:
 
 def _without(source: Source, path: str) -> Selected:
     """All but the examples whose names a file lists: `removed.json` of train.data.dedup, or a text file with a name a line."""
+    if (text := read_text(path, "the list")) is None:
+        raise DataError(f"cannot read the list {path}: No such file or directory; give removed.json of train.data.dedup")
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
         names = set(json.loads(text)["removed"]) if path.endswith(".json") else set(text.splitlines())
-    except OSError as error:
-        raise DataError(f"cannot read the list {path}: {error.strerror}; give removed.json of train.data.dedup") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no list of examples ({type(error).__name__}); give removed.json of train.data.dedup") from error
     keep = np.array([source.example_name(i) not in names for i in range(len(source))], bool)

@@ -1,7 +1,7 @@
 """What every source of images is to the rest of the pipeline."""
 
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -64,24 +64,51 @@ class Source(Protocol):
         ...
 
 
-class EncodedSource:
-    """What sources of image files share: they give `encoded`, and have `__getitem__` from it."""
+def contents(source: Any) -> Iterable[bytes | np.ndarray]:
+    """What tells a set of images from another, cheaply: names and sizes, not pixels. By default all there is: labels."""
+    if hasattr(source, "contents"):
+        return source.contents()
+    return (source.labels(),)
 
-    augment = "inception"
-    decoded = False
 
-    def encoded(self, index: int) -> Encoded:
-        """The example as it is stored. Raises BadImage where it cannot be read, DataError where more than one image is lost."""
-        raise NotImplementedError
+class LeftOut:
+    """What lies among the images and is not read: {what it is: how many, and the first few by name}."""
 
-    def __getitem__(self, index: int) -> Example:
-        from train.data.decode import decode_bytes
+    NAMED = 5
 
-        data, label, name = self.encoded(index)
-        return Example(decode_bytes(data, name), label, name)
+    def __init__(self, found: Mapping[str, tuple[int, tuple[str, ...]]] | None = None):
+        self.found = dict(found or {})
+
+    def add(self, what: str, name: str) -> None:
+        count, names = self.found.get(what, (0, ()))
+        self.found[what] = (count + 1, (*names, name) if len(names) < self.NAMED else names)
+
+    def __add__(self, other: "LeftOut") -> "LeftOut":
+        sum_ = LeftOut(self.found)
+        for what, (count, names) in other.found.items():
+            before, first = sum_.found.get(what, (0, ()))
+            sum_.found[what] = (before + count, (*first, *names)[: self.NAMED])
+        return sum_
+
+    def __bool__(self) -> bool:
+        return bool(self.found)
+
+    @property
+    def count(self) -> int:
+        return sum(count for count, _ in self.found.values())
+
+    def line(self) -> str:
+        """ "7 left out: 4 .txt, 3 hidden"."""
+        kinds = sorted(self.found.items(), key=lambda item: -item[1][0])
+        return f"{self.count:,} left out: " + ", ".join(f"{count:,} {what}" for what, (count, _) in kinds)
+
+
+def said(name: str) -> str:
+    """A name as it can be printed and written anywhere: bytes of it that are no UTF-8 as \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def some(names: Iterable[str], most: int = 5) -> str:
     """The first few of `names` for a message of one line."""
-    names = list(names)
+    names = [said(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,27 +1,30 @@
-"""WebDataset shards: tar files in which KEY.jpg (.jpeg, .png) and KEY.cls, or KEY.json with "label", lie one after the other.
+"""WebDataset shards: tar files in which KEY.jpg (.png, .webp, ...) and KEY.cls, or KEY.json with "label", lie one after the other.
 
 The headers of all shards are read once and the places of the images kept (`index.kept`), so an image is one read at a known
-offset and the shuffle is global and exact. Nothing is ever extracted: member names are names for a log, never paths, and
-links, devices and folders are passed over. Class names stand in classes.txt beside the shards, one a line; a .cls then holds a
-number or one of them. Without it the classes are the numbers up to the largest label.
+offset and the shuffle is global and exact. Nothing is ever extracted: member names are names for a log, never paths, and devices
+and folders are passed over. Which members make a sample: `train/data/tar_samples.py`. Class names stand in classes.txt beside the
+shards, one a line; a .cls then holds a number or one of them (a name that stands there twice needs numbers). Without it the classes
+are the numbers up to the largest label.
 """
 
 import json
 import logging
 import os
-import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from train.data.decode import check_size
+from train.data.encoded import EncodedSource
+from train.data.files import open_regular, read_text
 from train.data.index import Arrays, Names, Opened, described, kept, shards
-from train.data.source import DataError, Encoded, EncodedSource, some
-from train.data.tar_headers import Bounded
+from train.data.source import DataError, Encoded, LeftOut, some
+from train.data.tar_headers import Member, TarError, members
+from train.data.tar_samples import IMAGES, samples
 
 log = logging.getLogger("train.data")
 
-IMAGES = ("jpg", "jpeg", "png")
 LABEL_BYTES = 2**16  # a label that is longer is none
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
@@ -32,13 +35,14 @@ class Descriptor:
 
     def __init__(self, path: str):
         try:
-            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with open_regular(path) as file:
+                self.number = os.dup(file.fileno())
         except OSError as error:
             raise DataError(f"cannot read the shard {path}: {error.strerror}; restore it") from error
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # bound here: at the end of the process `os` may be gone
         if hasattr(self, "number"):
-            os.close(self.number)
+            close(self.number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class Tar(EncodedSource):
     size: np.ndarray = field(repr=False)
     targets: np.ndarray = field(repr=False)
     keys: Names = field(repr=False)
+    left_out: LeftOut = field(repr=False)
     opened: Opened[Descriptor] = field(repr=False)
 
     def __len__(self) -> int:
@@ -76,27 +81,33 @@ class Tar(EncodedSource):
     def example_name(self, index: int) -> str:
         return f"{self.paths[self.shard[index]]}/{self.keys[index]}"
 
+    def contents(self):
+        names = Names.of(os.path.basename(path) for path in self.paths)
+        return names.block, names.ends, self.shard, self.start, self.size, self.keys.block, self.keys.ends, self.targets
+
 
 def open_tar(rest: str, split: str) -> Tar:
     """The shards of a pattern, see `index.shards`. Raises DataError for a shard that is missing, cut short or compressed, and for
     labels that are missing, no numbers, or no known classes."""
     paths = shards("tar", rest, split)
     names = class_names(os.path.dirname(paths[0]))
-    known = {name: k for k, name in enumerate(names or ())}
 
     def build() -> Arrays:
         log.info("indexing %d shards of %s: once", len(paths), rest)
-        rows = [(shard, *row) for shard, path in enumerate(paths) for row in _members(path, known)]
+        left_out, known = LeftOut(), ClassNames(names)
+        rows = [(shard, *row) for shard, path in enumerate(paths) for row in _images(path, known, left_out)]
         shard, start, size, label, keys = zip(*rows, strict=True) if rows else ((),) * 5
-        table = Names.of(keys)
+        table, aside = Names.of(keys), Names.of([json.dumps(left_out.found)])
         return {
             "shard": np.array(shard, np.int32), "start": np.array(start, np.int64), "size": np.array(size, np.int64),
-            "label": np.array(label, np.int32), "block": table.block, "ends": table.ends,
+            "label": np.array(label, np.int32), "block": table.block, "ends": table.ends, "left_out": aside.block,
         }  # fmt: skip
 
     index = kept(f"tar {os.path.abspath(rest)} {split}", [described(paths), names], build)
+    left_out = LeftOut({what: (n, tuple(some)) for what, (n, some) in json.loads(index["left_out"].tobytes()).items()})
     if not len(index["label"]):
-        raise DataError(f"the shards of tar:{rest}, split {split!r}, hold no .jpg, .jpeg or .png members")
+        there = f" but {left_out.line()}" if left_out else ""
+        raise DataError(f"the shards of tar:{rest}, split {split!r}, hold no {', '.join('.' + i for i in IMAGES)} members{there}")
     return Tar(
         name=f"tar:{rest}/{split}",
         classes=names or tuple(str(k) for k in range(int(index["label"].max()) + 1)),
@@ -106,74 +117,55 @@ def open_tar(rest: str, split: str) -> Tar:
         size=index["size"],
         targets=index["label"],
         keys=Names(index["block"], index["ends"]),
+        left_out=left_out,
         opened=Opened(Descriptor),
     )
 
 
+class ClassNames:
+    """Class names to numbers. count: of classes, 0 where there are no names. numbers: {name: number, -1 where several have it}."""
+
+    def __init__(self, names: Sequence[str] | None):
+        self.count = len(names or ())
+        self.numbers: dict[str, int] = {}
+        for number, name in enumerate(names or ()):
+            self.numbers[name] = -1 if name in self.numbers else number
+
+
 def class_names(folder: str) -> tuple[str, ...] | None:
     """The lines of classes.txt in `folder`; None where there is no such file."""
-    try:
-        with open(os.path.join(folder, "classes.txt"), encoding="utf-8") as file:
-            return tuple(line.strip() for line in file if line.strip())
-    except FileNotFoundError:
-        return None
+    text = read_text(os.path.join(folder, "classes.txt"), "the class names")
+    return None if text is None else tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _members(path: str, known: dict[str, int]) -> list[tuple[int, int, int, str]]:
+def _images(path: str, known: ClassNames, left_out: LeftOut) -> list[tuple[int, int, int, str]]:
     """(start, size, label, name) of each image in a shard, in its order."""
     found: list[tuple[int, int, int, str]] = []
-    key, image, label = None, None, None
-
-    def finish():
-        if image is not None:
-            if label is None:
-                raise DataError(
-                    f"in the shard {path} {image[2]} has no label: a .cls, or a .json with 'label', must follow or precede it"
-                )
-            found.append((image[0], image[1], label, image[2]))
-
-    with open(path, "rb") as file:
-        start = file.read(2)
+    with open_regular(path) as file:
+        start = os.pread(file.fileno(), 2, 0)
         if start in _COMPRESSED:
             raise DataError(
                 f"the shard {path} is compressed ({_COMPRESSED[start]}), so nothing in it can be read alone; decompress it"
             )
-        file.seek(0)
-        length = os.fstat(file.fileno()).st_size
         try:
-            with tarfile.open(fileobj=file, mode="r:", tarinfo=Bounded) as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[misc]  # tarfile would keep them all
-                    if not member.isreg() or member.sparse is not None:  # type: ignore[attr-defined]
-                        continue
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    if (folder, stem) != key:
-                        finish()
-                        key, image, label = (folder, stem), None, None
-                    extension = extension.rpartition(".")[2].lower()
-                    if extension in IMAGES:
-                        image = (member.offset_data, member.size, member.name)
-                    elif extension == "cls" or (extension == "json" and label is None):
-                        label = _label(file, member, extension, path, known)
-                finish()
-                end = tar.offset
-        except (tarfile.TarError, EOFError) as error:
+            for image, labels in samples(members(file), path, left_out):
+                said = (_label(file, label, path, known) for label in labels)
+                label = next((one for one in said if one is not None), None)
+                if label is None:
+                    raise DataError(f"in the shard {path} {image.name} has no label: its .json holds no 'label'")
+                found.append((image.start, image.size, label, image.name))
+        except TarError as error:
             raise DataError(f"the shard {path} is damaged or cut short ({error}); restore it") from error
-        # tarfile takes a header that is cut off or destroyed for the end; a whole file ends with blocks of zeros.
-        file.seek(end)
-        if file.read(512) != bytes(512):
-            raise DataError(f"the shard {path} is damaged or cut short (at byte {end} of {length}); restore it")
     return found
 
 
-def _label(file, member: tarfile.TarInfo, extension: str, path: str, known: dict[str, int]) -> int | None:
+def _label(file, member: Member, path: str, known: ClassNames) -> int | None:
     where = f"in the shard {path} the label {member.name}"
     if member.size > LABEL_BYTES:
         raise DataError(f"{where} has {member.size:,} bytes; a number or a class name is required")
-    text = os.pread(file.fileno(), member.size, member.offset_data).decode("utf-8", "replace")
+    text = os.pread(file.fileno(), member.size, member.start).decode("utf-8", "surrogateescape")
     value: object = text.strip()
-    if extension == "json":
+    if member.name.lower().endswith(".json"):
         try:
             content = json.loads(text)
         except ValueError as error:
@@ -184,13 +176,18 @@ def _label(file, member: tarfile.TarInfo, extension: str, path: str, known: dict
     return as_label(value, known, where)
 
 
-def as_label(value: object, known: dict[str, int], where: str) -> int:
-    """A label as it is written, a number or one of the names `known`, as a number. Raises DataError, beginning with `where`."""
-    if isinstance(value, str) and value in known:
-        return known[value]
-    if isinstance(value, str) and value.isdecimal():
+def as_label(value: object, known: ClassNames, where: str) -> int:
+    """A label as it is written, a number or one of the `known` names, as a number. Raises DataError, beginning with `where`."""
+    count = known.count
+    if isinstance(value, str) and value in known.numbers:
+        if (label := known.numbers[value]) >= 0:
+            return label
+        raise DataError(f"{where} is {value!r}, a name that several classes in classes.txt have; its number is required")
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
         value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < (len(known) or 2**31):
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < (count or 2**31):
         return value
-    wanted = f"a number below {len(known)} or one of the names in classes.txt ({some(known, 3)})" if known else "a number from 0 up"
+    wanted = (
+        f"a number below {count} or one of the names in classes.txt ({some(known.numbers, 3)})" if count else "a number from 0 up"
+    )
     raise DataError(f"{where} is {value!r}; {wanted} is required")

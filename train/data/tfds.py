@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from train.data.encoded import EncodedSource
 from train.data.index import Opened
-from train.data.source import BadImage, DataError, Encoded, EncodedSource
+from train.data.source import BadImage, DataError, Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tfds(EncodedSource):
-    """One split. image, label: the names of its features. length: of the split. readers: {split: TFDS's own data source}."""
+    """One split. image, label: the names of its features. length: of the split. identity: version and shards, as TFDS says
+    them. readers: {split: TFDS's own data source}."""
 
     name: str
     split: str
@@ -25,9 +27,11 @@ class Tfds(EncodedSource):
     image: str
     label: str
     length: int
+    identity: str
     readers: Opened = field(repr=False)
 
     shuffled = True  # ranges are TFDS's own
+    slow_labels = True  # they lie in the records
 
     def __len__(self) -> int:
         return self.length
@@ -46,6 +50,9 @@ class Tfds(EncodedSource):
     def labels(self) -> np.ndarray:
         """Reads every record: a minute or two for a million."""
         return np.array([int(self._row(self.split, i)[self.label]) for i in range(self.length)], np.int32)
+
+    def contents(self):
+        return (self.identity.encode(),)
 
     def example_name(self, index: int) -> str:
         return f"{self.name}/{index}"
@@ -96,6 +103,7 @@ def open_tfds(rest: str, split: str) -> Tfds:
         image=image,
         label=label,
         length=splits[name].num_examples,
+        identity=f"{builder.info.full_name} {list(splits[name].shard_lengths)} {splits[name].num_bytes}",
         readers=Opened(_Open(str(builder.data_dir), images)),
     )
     try:

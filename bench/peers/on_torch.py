@@ -14,9 +14,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from vitcore.config import ViTConfig, variant
-
-PEERS = ("timm", "transformers")
+from vitcore import ViTConfig, variant
+from vitcore.families import leaves
+from vitcore.parameters import count
 
 
 def missing(peer: str) -> str:
@@ -113,11 +113,8 @@ def _blocks(model):
 
 
 def _parameters(config: ViTConfig) -> int:
-    """Parameters of our model, counted from its config."""
-    c, d, f = config, config.width, config.mlp_dim
-    block = 4 * d + 4 * d * d + 4 * d + 2 * d * f + f + d
-    stem = c.patch_size**2 * c.channels * d + d + d + c.tokens * d
-    return stem + c.depth * block + 2 * d + d * c.num_classes + c.num_classes
+    """Parameters of our model."""
+    return count(leaves(config))
 
 
 def _compile(model, how: str):
@@ -139,7 +136,7 @@ def peer(request: dict[str, Any]) -> Callable[[int], Any]:
     """
     import torch
 
-    from bench.trial import Stepper
+    from bench.timing import Stepper
 
     config = variant(request["model"], image_size=request["size"], num_classes=1000)
     gpu = torch.cuda.is_available()
