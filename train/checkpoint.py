@@ -69,9 +69,7 @@ class Checkpoints(SavedSteps):
             raise ValueError(f"keep={keep}, every={every}: a run keeps at least 1 checkpoint, and every is None or at least 1")
         super().__init__(directory, say=say)
         if set(self.directory) & set("[*?"):
-            raise ValueError(
-                f"{self.directory}: Orbax takes [, * and ? in a path for a pattern, and loses what it writes: rename it"
-            )
+            raise ValueError(f"{self.directory}: Orbax takes [, * and ? for a pattern, and loses what it writes: rename it")
         preservation = ocp.training.preservation_policies
         policies = [preservation.LatestN(keep)] + ([] if every is None else [preservation.EveryNSteps(every)])
         self._start = partial(
