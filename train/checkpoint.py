@@ -68,8 +68,8 @@ class Checkpoints(SavedSteps):
         if keep < 1 or (every is not None and every < 1):
             raise ValueError(f"keep={keep}, every={every}: a run keeps at least 1 checkpoint, and every is None or at least 1")
         super().__init__(directory, say=say)
-        if set(self.directory) & set("[*?"):
-            raise ValueError(f"{self.directory}: Orbax takes [, * and ? for a pattern, and loses what it writes: rename it")
+        if set(self.directory) & set("[*?\\"):
+            raise ValueError(f"{self.directory}: Orbax takes [, *, ? and \\ for a pattern, and loses what it writes: rename it")
         preservation = ocp.training.preservation_policies
         policies = [preservation.LatestN(keep)] + ([] if every is None else [preservation.EveryNSteps(every)])
         self._start = partial(

@@ -166,8 +166,8 @@ def place(out) -> epath.Path:
     scheme, colon, _ = os.fspath(out).partition("://")
     if colon and scheme != "gs":
         raise ValueError(f"--out {out}: a local path or gs://BUCKET/PATH is required")
-    if set(os.path.abspath(os.fspath(out))) & set("[*?"):
-        raise ValueError(f"--out {out}: a path without [, * and ? is required, of which checkpoints would be lost")
+    if set(os.path.abspath(os.fspath(out))) & set("[*?\\"):
+        raise ValueError(f"--out {out}: a path without [, *, ? and \\ is required, of which checkpoints would be lost")
     if colon:
         try:
             fsspec.get_filesystem_class("gs")

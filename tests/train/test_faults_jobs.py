@@ -204,17 +204,17 @@ def test_modes_follow_the_umask(tmp_path, mask):
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
 
 
-@pytest.mark.parametrize("name", ["set [1]", "[a", "a*", "b?"])
+@pytest.mark.parametrize("name", ["set [1]", "[a", "a*", "b?", "c\\d"])
 def test_a_name_that_would_lose_checkpoints_is_refused_at_once(tmp_path, name):
     """Orbax looks for what its processes have written by a pattern made of the path."""
     with pytest.raises(ValueError, match="for a pattern, and loses what it writes"):
         Checkpoints(tmp_path / name / "checkpoints")
-    with pytest.raises(ValueError, match=r"--out .*: a path without \[, \* and \? is required"):
+    with pytest.raises(ValueError, match=r"--out .*: a path without \[, "):
         place(tmp_path / name)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["50 %", "ä {b} 'c' \\d"])
+@pytest.mark.parametrize("name", ["50 %", "ä {b} 'c'"])
 def test_any_other_name_will_do(tmp_path, name):
     state = {"w": jnp.arange(3.0)}
     with Checkpoints(tmp_path / name / "checkpoints", keep=2) as checkpoints:
