@@ -1,6 +1,7 @@
 """From resolved options to what the loop takes: what pre-training and fine-tuning share."""
 
 import contextlib
+import dataclasses
 import json
 from functools import partial
 from typing import Any
@@ -45,6 +46,18 @@ def step_options(full, ops: Ops, **own) -> StepOptions:
     )  # fmt: skip
 
 
+# What each process may choose for itself: where it stands in the job, and how its host decodes images
+_OWN = {"config", "distributed", "threads", "workers"}
+
+
+def _agree(full, out, sources) -> None:
+    """Raises ValueError where the processes of a job differ in an option or in their data: some would wait for others for ever."""
+    options = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(full).items() if name not in _OWN}
+    kinds = zip(("training images", "held-out images"), sources, strict=True)
+    data = {f"their {kind}": [source.name, len(source), list(source.classes)] for kind, source in kinds}
+    distributed.agree(**options | {"--out": str(out)} | data)
+
+
 def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool) -> tuple[tuple[Source, Source], dict]:
     """The sources as the run in `out` goes on with them, and what it is to keep of them. Every process of a job calls it.
 
@@ -76,6 +89,7 @@ def make_run(
     identity, described: what a continuation must share, and the whole of config.json. sources: to train on, to measure on. data:
     arguments of `train_batches`, and own: fields of `Run`, that only one of the jobs has.
     """
+    _agree(full, out, sources)
     (source, held_out), data_seen = _known(out, identity, sources, accept=full.accept_data)
     described = described | {identity_of_data.KEY: data_seen, "accept_data": False}  # the answer to one question, once
     images: dict[str, Any] = dict(

@@ -56,7 +56,7 @@ class Recorder:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         stream = sys.stderr if stream is None else stream
         self._bar = None
-        if stream.isatty():
+        if stream is not None and not stream.closed and stream.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=step, unit="step", file=stream, dynamic_ncols=True, bar_format=_BAR)

@@ -236,7 +236,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     check_fit(full, config, mesh, full.model)
     rate, tx = _optimizer(full)
     out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss)
-    distributed.agree(configuration=who, code=distributed.code_hash(), images=seen(source, held_out))
+    distributed.agree(code=distributed.code_hash(), versions=distributed.versions(), images=seen(source, held_out))
     spec = make_run(
         full, out, who, dataclasses.asdict(full), sources=(source, held_out), config=config, mesh=mesh,
         data=dict(subset=full.subset, subset_seed=full.subset_seed),
