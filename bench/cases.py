@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vitcore.config import ViTConfig, variant
+from vitcore import ViTConfig, variant
 
 FIGURE_12 = ("ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "ViT-H/14")
 FIGURE_12_SIZES = (64, 128, 224, 384, 512)

@@ -14,7 +14,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from vitcore.config import ViTConfig, variant
+from vitcore import ViTConfig, variant
+from vitcore.families import leaves
+from vitcore.parameters import count
 
 PEERS = ("timm", "transformers")
 
@@ -113,11 +115,8 @@ def _blocks(model):
 
 
 def _parameters(config: ViTConfig) -> int:
-    """Parameters of our model, counted from its config."""
-    c, d, f = config, config.width, config.mlp_dim
-    block = 4 * d + 4 * d * d + 4 * d + 2 * d * f + f + d
-    stem = c.patch_size**2 * c.channels * d + d + d + c.tokens * d
-    return stem + c.depth * block + 2 * d + d * c.num_classes + c.num_classes
+    """Parameters of our model."""
+    return count(leaves(config))
 
 
 def _compile(model, how: str):

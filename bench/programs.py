@@ -24,8 +24,10 @@ from kernels.mlp.reference import MLPWeights
 from train.step import StepOptions, make_train_step, state_specs
 from train.step import shardings as shardings_of
 from vitcore import ViTConfig, apply_on, partition_specs, variant
+from vitcore.context import Context
 from vitcore.model import forward, init
 from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, REFERENCE, Ops
+from vitcore.pixels import to_unit
 
 S = jax.ShapeDtypeStruct
 
@@ -110,23 +112,24 @@ def _config(model: str, image_size: int | None) -> ViTConfig:
 
 
 def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None):
-    """The logits of a whole model, parameters float32, on one core."""
+    """The logits of a whole model for bytes, as jobs have their images; parameters float32, on one core."""
     config = _config(model, image_size)
-    ops = ops_for(devices[0], kernels=kernels)
+    context = Context(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
-    images = S((batch, *config.image_shape, config.channels), dtype)
-    return (lambda p, x: forward(p, x, config, ops=ops, dtype=jnp.dtype(dtype))), (params, images)
+    images = S((batch, *config.image_shape, config.channels), jnp.uint8)
+    return (lambda p, x: forward(p, to_unit(x), config, context)), (params, images)
 
 
 def mesh_forward(devices, *, model, batch, data=1, axis=1, dtype="bfloat16", kernels=True, image_size=None):
-    """The logits of a whole model on a mesh of data x axis cores; `batch` is the global batch."""
+    """The logits of a whole model for bytes on a mesh of data x axis cores; `batch` is the global batch."""
     config = _config(model, image_size)
     mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     params = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), params, shardings_of(mesh, partition_specs(config, mesh)))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    images = S((batch, *config.image_shape, config.channels), jnp.dtype(dtype), sharding=split)
-    return apply_on(mesh, config, ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype)), (params, images)
+    images = S((batch, *config.image_shape, config.channels), jnp.uint8, sharding=split)
+    run = apply_on(mesh, config, ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
+    return (lambda p, x: run(p, to_unit(x))), (params, images)
 
 
 def train_step(
@@ -143,7 +146,8 @@ def train_step(
     image_size=None,
     dropout=0.0,
 ):
-    """The training step of `train.step` with Adam on a mesh of data x axis cores; `batch` is the global batch."""
+    """The training step of `train.step`, fed bytes as the loop feeds it, with Adam on a mesh of data x axis cores; `batch` is the
+    global batch."""
     config = _config(model, image_size)
     if dropout:
         config = variant(model, num_classes=1000, dropout=dropout, **({} if image_size is None else {"image_size": image_size}))
@@ -155,6 +159,6 @@ def train_step(
     state: Any = specs._replace(step=S((), jnp.int32), params=params, opt_state=jax.eval_shape(tx.init, params), average=None)
     state = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), state, shardings_of(mesh, specs))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    images = S((batch, *config.image_shape, config.channels), jnp.dtype(dtype), sharding=split)
+    images = S((batch, *config.image_shape, config.channels), jnp.uint8, sharding=split)
     labels = S((batch,), jnp.int32, sharding=split)
     return make_train_step(config, mesh, tx, options), (state, images, labels)

@@ -82,6 +82,7 @@ def _vitcore(request: dict[str, Any]) -> Callable[[int], Stepper]:
     from train.step import StepOptions, make_init, make_train_step
     from vitcore import apply_on, init, partition_specs, variant
     from vitcore.ops import BY_NAME, resolve
+    from vitcore.pixels import to_unit
 
     config = variant(request["model"], image_size=request["size"], num_classes=1000)
     dtype = jnp.dtype(request["dtype"])
@@ -96,11 +97,11 @@ def _vitcore(request: dict[str, Any]) -> Callable[[int], Stepper]:
         return done, used
 
     def images(batch):
-        make = jax.jit(partial(jax.random.normal, shape=(batch, *config.image_shape, 3), dtype=dtype), out_shardings=split)
+        make = jax.jit(partial(jax.random.bits, shape=(batch, *config.image_shape, 3), dtype=jnp.uint8), out_shardings=split)
         return make(jax.random.key(1))
 
     def shapes(batch):
-        return jax.ShapeDtypeStruct((batch, *config.image_shape, 3), dtype, sharding=split)
+        return jax.ShapeDtypeStruct((batch, *config.image_shape, 3), jnp.uint8, sharding=split)
 
     if request["mode"] == "forward":
         specs = jax.tree.map(partial(NamedSharding, mesh), partition_specs(config, mesh), is_leaf=_is_spec)
@@ -112,7 +113,8 @@ def _vitcore(request: dict[str, Any]) -> Callable[[int], Stepper]:
             return jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 and xla else a, params)
 
         params = jax.jit(weights, out_shardings=specs)(key)
-        whole = jax.jit(apply_on(mesh, config, ops=ops, dtype=dtype))
+        model = apply_on(mesh, config, ops=ops, dtype=dtype)
+        whole = jax.jit(lambda params, images: model(params, to_unit(images)))  # bytes in, as jobs have their images
 
         def forward(batch):
             step, used = compiled(whole, params, shapes(batch))

@@ -137,10 +137,12 @@ def run(args: Evaluate) -> dict:
     )  # fmt: skip
     predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), scored=True)
     params = put_params(model.params, config, mesh)
-    (best, scored), labels, places = reader.placed(lambda images: predict(params, images), source, config, mesh)
+    (best, scored), labels, places = reader.all(lambda images: predict(params, images), source, config, mesh)
+    wanted = None if wanted is None else [wanted[i] for i in places]
     result = measure(best, labels, source.classes, config.num_classes, wanted, mapped)
     if distributed.rank() == 0:
-        say(f"{model.about} on {source.name}; {where}; {len(labels)} images")
+        lost = f" of {len(source)}; the others cannot be read" if len(labels) < len(source) else ""
+        say(f"{model.about} on {source.name}; {where}; {len(labels)} images{lost}")
         for line in describe(result):
             say(line)
         say(write(result, best, labels, source.classes, args, mapped is None))

@@ -99,8 +99,9 @@ class Protocol:
             raise ValueError(f"shots={self.shots}, seeds={self.seeds}, l2={self.l2}: positive numbers are required")
 
 
-def measure(read: Callable[[Any], np.ndarray], train, test, protocol: Protocol) -> dict[int, list[float]]:
-    """{shots: the accuracy of each draw}. read: a source's features [len(source), F], in its order. train, test: sources.
+def measure(read: Callable[[Any], tuple[np.ndarray, np.ndarray]], train, test, protocol: Protocol) -> dict[int, list[float]]:
+    """{shots: the accuracy of each draw}. read: a source's features [K, F] and the places of the K images that can be read, in its
+    order; the others are left out. train, test: sources.
 
     Only the images that are drawn are read of the training source.
     """
@@ -110,9 +111,11 @@ def measure(read: Callable[[Any], np.ndarray], train, test, protocol: Protocol) 
     draws = {(k, s): draw(labels, k, train.classes, s) for k in protocol.shots for s in range(protocol.seeds)}
     used = np.unique(np.concatenate(list(draws.values())))
     few = Selected(source=train, name=f"{train.name} (few shots)", indices=used, classes=train.classes)
-    x, x_test, test_labels = read(few), read(test), np.asarray(test.labels())
+    (x, there), (x_test, tested) = read(few), read(test)
+    used, test_labels = used[there], np.asarray(test.labels())[tested]
     out: dict[int, list[float]] = {}
     for (k, _), chosen in draws.items():
+        chosen = chosen[np.isin(chosen, used)]
         rows = np.searchsorted(used, chosen)
         one = accuracy(
             x[rows], labels[chosen], x_test, test_labels, len(train.classes),
@@ -155,7 +158,7 @@ def probe(
     )
 
     def run(params) -> dict[str, float]:
-        found = measure(lambda s: reader.all(lambda images: features(params, images), s, config, mesh)[0], train, test, protocol)
+        found = measure(lambda s: reader.all(lambda images: features(params, images), s, config, mesh)[::2], train, test, protocol)
         return {f"fewshot_{k}": float(np.mean(values)) for k, values in found.items()}
 
     return run
@@ -211,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: Fewshot) -> dict[int, list[float]]:
     """Measures and prints; {shots: accuracies}."""
+    import jax
     import jax.numpy as jnp
 
     from train import distributed
@@ -220,6 +224,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     from train.pretrained import open_pretrained
     from vitcore.config import ViTConfig
     from vitcore.normalisation import HALF
+    from vitcore.pixels import to_unit
 
     check_numbers(args)
     args.join()
@@ -231,14 +236,15 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     mesh, where = args.make_mesh()
     preprocess, antialias = args.preprocess or usual_preprocess(train), bool(args.antialias)
     pixels = HALF
-    channels = train[0].image.shape[2]
+    channels = train[0].image.shape[2] if train.decoded else 3
     if args.features == "pixels":
         side = args.image_size or train[0].image.shape[0]
         config = ViTConfig(image_size=side, patch_size=side, width=1, depth=1, mlp_dim=1, num_heads=1, channels=channels)
         about = "the pixels"
 
+        @jax.jit
         def features(images):
-            return images.reshape(images.shape[0], -1)
+            return to_unit(images).reshape(images.shape[0], -1)
     else:
         model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about
@@ -255,7 +261,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         batch_size=args.batch_size, preprocess=preprocess, antialias=antialias, threads=args.threads, decoder=args.decoder,
         pixels=pixels,
     )  # fmt: skip
-    found = measure(lambda source: reader.all(features, source, config, mesh)[0], train, test, protocol)
+    found = measure(lambda source: reader.all(features, source, config, mesh)[::2], train, test, protocol)
     if distributed.rank() == 0:
         print(f"{about}; {where}; {len(test)} images of {len(test.classes)} classes, {protocol.seeds} draws")
         for k, values in found.items():

@@ -5,10 +5,8 @@ rows that fill up the last batch.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -20,14 +18,18 @@ from jax.sharding import PartitionSpec as P
 from train import mesh as meshes
 from train.data import Source, eval_batches
 from train.data.augment import How
-from train.data.device import on_mesh, to_unit
+from train.data.device import on_mesh
 from train.feed import Feed
 from train.step import shardings
 from vitcore.config import ViTConfig
-from vitcore.model import encode, forward, represent
+from vitcore.context import Context
+from vitcore.model import encode, forward, representation
 from vitcore.normalisation import HALF, Pixels
-from vitcore.ops import Ops, resolve
-from vitcore.sharding import MeshShape, gather, partition_specs
+from vitcore.ops import Ops
+from vitcore.pixels import to_unit
+from vitcore.sharding import MeshShape, partition_specs
+
+_wanted = jax.jit(to_unit, static_argnums=1)  # of a model with pixels of its own; what reads [-1, 1] takes bytes into its program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,13 @@ class Reader:
     pixels: Pixels = HALF
 
     def rows(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-        """Yields (fn(images) without padding, labels, places in the source), batch after batch; fn returns a tree of
-        arrays [B, ...]."""
+        """Yields (fn(images), labels, places in the source) of the images that can be read, batch after batch; fn gets bytes and
+        returns a tree of arrays [B, ...]. Raises ValueError for a model of images that are not square."""
+        if config.image_shape[0] != config.image_shape[1]:
+            raise ValueError(
+                f"the model takes images of {config.image_shape[0]} x {config.image_shape[1]} pixels, images are read as squares: "
+                "give --image-size, to which its position embedding is fitted"
+            )
         size = meshes.whole_rows(min(self.batch_size, len(source)), mesh)
         whole = jax.jit(lambda *arrays: arrays, out_shardings=NamedSharding(mesh, P()))
         batches = eval_batches(
@@ -53,22 +60,27 @@ class Reader:
             preprocess=self.preprocess, how=How(antialias=self.antialias), shard=meshes.data_shard(mesh), threads=self.threads,
             decoder=self.decoder, pixels="uint8",
         )  # fmt: skip
+        start = 0
         with Feed(batches, on_mesh(mesh)) as feed:
-            for number in itertools.count():
-                if (batch := feed.next()) is None:
-                    return
-                found, labels, weights = whole(fn(to_unit(batch["image"], self.pixels)), batch["label"], batch["weight"])
+            while (batch := feed.next()) is not None:
+                images = batch["image"] if self.pixels == HALF else _wanted(batch["image"], self.pixels)
+                found, labels, weights = whole(fn(images), batch["label"], batch["weight"])
                 real = np.asarray(weights) > 0
-                at = number * size + np.flatnonzero(real)
-                yield jax.tree.map(lambda a, real=real: np.asarray(a)[real], found), np.asarray(labels)[real], at
+                yield (
+                    jax.tree.map(lambda a, real=real: np.asarray(a)[real], found),
+                    np.asarray(labels)[real],
+                    start + real.nonzero()[0],
+                )
+                start += len(real)
 
-    def all(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> tuple[Any, np.ndarray]:
-        """`rows` in one: the tree of arrays [len(source), ...], labels [len(source)]; without the images that cannot be read."""
-        return self.placed(fn, source, config, mesh)[:2]
+    def all(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> tuple[Any, np.ndarray, np.ndarray]:
+        """`rows` in one: the tree of arrays [K, ...], labels [K], places [K] of the K images that can be read, in order.
 
-    def placed(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> tuple[Any, np.ndarray, np.ndarray]:
-        """`all`, and the places in the source of the images that it is of."""
+        Raises ValueError where that is none.
+        """
         found, labels, places = zip(*self.rows(fn, source, config, mesh), strict=True)
+        if not sum(map(len, labels)):
+            raise ValueError(f"not one image of {source.name} can be read: mend the files, or name another set")
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found), np.concatenate(labels), np.concatenate(places)
 
 
@@ -87,28 +99,24 @@ def make_features(
     config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32,
     read: Literal["pre-logits", "representation", "tokens"] = "pre-logits", block: int = 0,
 ):  # fmt: skip
-    """A compiled function (params, images [B, Y, X, C]) -> float32 [B, F], split over "data".
+    """A compiled function (params, images [B, Y, X, C], bytes or floats in [-1, 1]) -> float32 [B, F], split over "data".
 
     read: what the head reads, behind the hidden layer where there is one; the representation y of Eq. 4; or all the tokens behind a
     block, counted from 1 (0: the last), side by side: the first blocks' transfer to what is unlike the pre-training better than
     the last's. Raises ValueError for a block that there is not.
     """
-    shape, ops = MeshShape.of(mesh), resolve(ops)
+    context = Context(ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
     if not 0 <= block <= config.depth:
         raise ValueError(f"block {block}: the model has blocks 1 to {config.depth}")
     upto = dataclasses.replace(config, depth=block or config.depth)
 
     def local(params, images):
+        images = to_unit(images)
         if read == "tokens":
             some = {**params, "blocks": jax.tree.map(lambda a: a[: upto.depth], params["blocks"])}
-            x = encode(some, images, upto, ops=ops, dtype=dtype, mesh=shape)
+            x = encode(some, images, upto, context)
             return x.reshape(x.shape[0], -1).astype(jnp.float32)
-        x = encode(params, images, config, ops=ops, dtype=dtype, mesh=shape)
-        y = represent(params, x, config, ops=ops, mesh=shape)
-        if read == "pre-logits" and config.representation_size is not None:
-            p = gather(params["pre_logits"], partition_specs(config, shape)["pre_logits"], shape, y.dtype)
-            product = jnp.einsum("bd,de->be", y, p["kernel"].astype(y.dtype), preferred_element_type=jnp.float32)
-            y = jnp.tanh(product + p["bias"])
+        y, _ = representation(params, images, config, context, behind_hidden=read == "pre-logits")
         return y.astype(jnp.float32)
 
     specs = partition_specs(config, mesh)
@@ -116,13 +124,13 @@ def make_features(
 
 
 def make_predict(config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32, best: int = 5, scored=False):
-    """A compiled function (params, images) -> int32 [B, best]: the classes of the largest logits, largest first, split over
-    "data". Of equal logits the lower class comes first. best is cut to the number of classes. scored: their probabilities too, a
-    pair (classes, float32 [B, best] by softmax)."""
-    run = partial(forward, config=config, ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
+    """A compiled function (params, images as in `make_features`) -> int32 [B, best]: the classes of the largest logits, largest
+    first, split over "data". Of equal logits the lower class comes first. best is cut to the number of classes. scored: their
+    probabilities too, a pair (classes, float32 [B, best] by softmax)."""
+    context = Context(ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
 
     def local(params, images):
-        logits = run(params, images)
+        logits = forward(params, to_unit(images), config, context)
         values, classes = jax.lax.top_k(logits, min(best, config.num_classes))
         return (classes, jnp.exp(values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))) if scored else classes
 

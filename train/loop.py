@@ -21,14 +21,13 @@ from jax.sharding import Mesh
 from train import distributed
 from train.checkpoint import Checkpoints, abstract
 from train.data import EvalBatches, TrainBatches
-from train.data.device import on_mesh, to_unit
+from train.data.device import on_mesh
 from train.feed import Feed
 from train.job import differing, place
 from train.metrics import Recorder, Silence, log_line
 from train.signals import Stop, Watchdog, check_interrupt
 from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
 from vitcore.config import ViTConfig
-from vitcore.normalisation import HALF, Pixels
 
 
 class Diverged(ValueError):
@@ -43,8 +42,8 @@ class Run:
     config_json: the resolved configuration, kept in every checkpoint; identity: the part of it that a continuation must share.
     start: makes the state at step 0 where that is not a fresh initialisation. claim: called on process 0 when the first batch has
     come, before anything is written. probe: a measurement every probe_every steps, {name: number} into the records.
-    pixels: what the model wants. step_timeout: seconds, 0 for none. bad_steps, checkpoint_wait: see `train.job.JobOptions`.
-    tensorboard, profile: see `train.options.TrainOptions`."""
+    step_timeout: seconds, 0 for none. bad_steps, checkpoint_wait: see `train.job.JobOptions`. tensorboard, profile: see
+    `train.options.TrainOptions`."""
 
     directory: os.PathLike
     config: ViTConfig
@@ -68,7 +67,6 @@ class Run:
     claim: Callable[[], None] = lambda: None
     probe: Callable[[TrainState], dict[str, float]] = lambda state: {}
     probe_every: int = 0
-    pixels: Pixels = HALF
     step_timeout: float = 0
     bad_steps: int = 20
     checkpoint_wait: bool = False
@@ -196,7 +194,7 @@ class _Loop:
                     return None
                 if batch is None:
                     return total
-                sums = self.eval_fn(params, to_unit(batch["image"], self.spec.pixels), batch["label"], batch["weight"])
+                sums = self.eval_fn(params, batch["image"], batch["label"], batch["weight"])
                 total = {key: total[key] + float(sums[key]) for key in total}
                 self.watchdog.beat(f"evaluating after step {self.now.step}")
 
@@ -252,7 +250,7 @@ class _Loop:
         check_interrupt()
         self.watchdog.beat(f"taking step {self.now.step + 1}")
         self.profile(self.now.step + 1)
-        self.state, metrics = self.step_fn(self.state, to_unit(batch["image"], self.spec.pixels), batch["label"])
+        self.state, metrics = self.step_fn(self.state, batch["image"], batch["label"])
         self.now.step += 1
         self.unseen.append((self.now.step, metrics))
         in_flight = 0 if self.simulated else 1

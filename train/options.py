@@ -198,6 +198,10 @@ class InitOptions:
 
     heads: int | None = None
     """Heads of the model in --init, where the file does not say."""
+    init_pool: Literal["gap", "first"] | None = None
+    """How the model in --init makes one vector of its tokens, where the file has no class token and does not say."""
+    init_position: Literal["sincos2d", "none"] | None = None
+    """The fixed position embedding of the model in --init, or none, where the file holds no embedding and does not say."""
     mean: tuple[float, ...] = ()
     """Of the pixels that the model in --init wants, values in [0, 1]: 0.485 0.456 0.406. Default: as the file says, or 0.5."""
     std: tuple[float, ...] = ()
@@ -210,7 +214,11 @@ class InitOptions:
             raise ValueError(f"--heads {self.heads}: a positive number is required")
         if bool(self.mean) != bool(self.std):
             raise ValueError("--mean and --std belong together: give both")
-        return {"heads": self.heads, "pixels": pixels(self.mean, self.std) if self.mean else None}
+        wanted = pixels(self.mean, self.std) if self.mean else None
+        return {"heads": self.heads, "pool": self.init_pool, "position": self.init_position, "pixels": wanted}
+
+
+INIT_OPTIONS = tuple(field.name for field in dataclasses.fields(InitOptions))
 
 
 def check_init(init: str | None) -> None:

@@ -20,8 +20,11 @@ from jax.sharding import PartitionSpec as P
 
 from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
 from vitcore.config import ViTConfig
+from vitcore.context import Context
 from vitcore.model import forward, init
+from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops, for_training
+from vitcore.pixels import to_unit
 from vitcore.sharding import AXES, MeshShape, partition_specs
 
 
@@ -38,8 +41,8 @@ class TrainState(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
     """How a step is taken. accumulate: parts the batch is worked through in, one update for all. clip_norm: bound of the global
-    gradient norm, None for none. polyak: decay of the parameters' average, 0 for none. seed: of the dropout masks. The rest: as in
-    `vitcore.apply` and `train.recipes`."""
+    gradient norm, None for none. polyak: decay of the parameters' average, 0 for none. seed: of the dropout masks. pixels: what the
+    model wants. The rest: as in `vitcore.apply` and `train.recipes`."""
 
     ops: Ops | None = None
     dtype: Any = jnp.float32
@@ -50,6 +53,7 @@ class StepOptions:
     clip_norm: float | None = None
     polyak: float = 0.0
     seed: int = 0
+    pixels: Pixels = HALF
 
     def losses(self, logits, labels):
         """[B] float32. labels: int32 [B], or [B, V], or with MixUp (label [B], other label [B], share of the first [B])."""
@@ -91,25 +95,24 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
     """A compiled function (state, images [B, Y, X, C], labels as `StepOptions.losses`) -> (state, metrics), scalars: float32 "loss"
     and "gradient_norm", and bool "finite".
 
-    B is the global batch, split over "data"; it must be divisible by the data axis times `accumulate`. The state is donated.
-    Where the loss or the gradient is not finite, `step` alone moves on: parameters, optimizer and average stay as they were.
+    images: bytes 0..255, which become floats inside, or floats in [-1, 1]. B is the global batch, split over "data"; it must be
+    divisible by the data axis times `accumulate`. The state is donated. Where the loss or the gradient is not finite, `step`
+    alone moves on: parameters, optimizer and average stay as they were.
     """
     shape = MeshShape.of(mesh)
     specs = state_specs(config, mesh, tx, polyak=bool(options.polyak))
 
     def loss_of(params, images, labels, first_example, key):
         """The sum over this part's images of loss / B, over all devices: parts add up to the mean over the global batch."""
-        logits = forward(
-            params,
-            images,
-            config,
+        context = Context(
             ops=for_training(options.ops),
             dtype=options.dtype,
+            mesh=shape,
             remat=options.remat,
             dropout_key=key,
-            mesh=shape,
             first_example=first_example,
         )
+        logits = forward(params, to_unit(images, options.pixels), config, context)
         scale = 1.0 / (images.shape[0] * options.accumulate * shape.data)
         return lax.psum(options.losses(logits, labels).sum() * scale, "data")
 
@@ -152,10 +155,14 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
 
 
 def make_eval_step(config: ViTConfig, mesh: Mesh, options: StepOptions):
-    """A compiled function (params, images, labels, weights [B] 0 or 1) -> float32 sums over the images: count, correct, loss."""
+    """A compiled function (params, images, labels, weights [B] 0 or 1) -> float32 sums over the images: count, correct, loss.
+
+    images: as in `make_train_step`.
+    """
+    context = Context(ops=options.ops, dtype=options.dtype, mesh=MeshShape.of(mesh))
 
     def step(params, images, labels, weights):
-        logits = forward(params, images, config, ops=options.ops, dtype=options.dtype, mesh=MeshShape.of(mesh))
+        logits = forward(params, to_unit(images, options.pixels), config, context)
         correct = (
             logits.argmax(-1) == labels
             if labels.ndim == 1

@@ -109,7 +109,7 @@ def few_shots(args: Transfer, init: str) -> dict:
     the dev split}}."""
     from train import fewshot
     from train.tuning import dev_splits
-    from vitcore.config import variant
+    from vitcore import variant
 
     train, dev = dev_splits("train", recipes.DIGITS_FINETUNE.dev_share)
     common: dict[str, Any] = dict(data=UNSEEN, seeds=args.draws, mesh=args.mesh)

@@ -1,17 +1,22 @@
 """A Vision Transformer backend: pure functions over a nested dict, on kernels written by hand."""
 
 from vitcore.config import ViTConfig as ViTConfig
-from vitcore.config import variant as variant
+from vitcore.families import variant as variant
 from vitcore.model import apply as apply
+from vitcore.model import attention_maps as attention_maps
 from vitcore.model import features as features
 from vitcore.model import init as init
+from vitcore.on_mesh import apply_on as apply_on
+from vitcore.on_mesh import attention_maps_on as attention_maps_on
+from vitcore.on_mesh import features_on as features_on
 from vitcore.ops import FUSED as FUSED
 from vitcore.ops import GPU as GPU
 from vitcore.ops import INTERPRET as INTERPRET
 from vitcore.ops import REFERENCE as REFERENCE
 from vitcore.ops import Ops as Ops
 from vitcore.ops import fused as fused
-from vitcore.sharding import apply_on as apply_on
+from vitcore.resnet import ResNetStem as ResNetStem
+from vitcore.resnet_models import ResNetConfig as ResNetConfig
 from vitcore.sharding import partition_specs as partition_specs
 from vitcore.weight_tree import load as load
 from vitcore.weight_tree import save as save

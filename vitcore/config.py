@@ -1,22 +1,30 @@
-"""The model's shape, as data: ViTConfig and the table of named variants (paper Table 1; Ti and S from the later releases)."""
+"""The shape of a Vision Transformer, as data: ViTConfig and the table of its named sizes (paper Table 1; Ti and S from the later
+releases). `vitcore/families.py` has `variant`, which knows the names of every family."""
 
 import dataclasses
-import difflib
 import operator
 import re
-from typing import Literal
+from typing import Any, Literal, NamedTuple
+
+from vitcore import hybrid
+from vitcore.blocks import BLOCKS, Block
+from vitcore.heads import POOLS, Pool
+from vitcore.positions import POSITIONS, Position
+from vitcore.stems import STEMS, Stem, stem_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """A Vision Transformer (paper section 3.1). Hashable: it is a static argument of every jitted function.
 
-    image_size: side of the square input, or (Y, X), in pixels. patch_size: side P of a patch, in pixels. width: D. depth: L.
-    mlp_dim: F. num_heads: N. num_classes: V. representation_size: width of the pre-logits tanh layer, None for none (the paper
-    has it, as wide as the model, in pre-training only). pool: "token" (class token) or "gap" (mean of the patch tokens).
-    dropout: rate. channels: C. gelu: "tanh" (the release) or "erf" (exact). head_bias: initial value of the head's bias
-    (the release takes -10 for the sigmoid loss on ImageNet-21k).
-    Raises ValueError where a value makes no model.
+    image_size: side of the square input, or (Y, X), in pixels. patch_size: side P of a patch, in pixels (of the feature map, with
+    a stem that makes one). width: D. depth: L. mlp_dim: F. num_heads: N. num_classes: V, 0 for a model without a head.
+    representation_size: width of the pre-logits tanh layer, None for none (the paper has it, as wide as the model, in
+    pre-training only). pool: how the tokens become one representation, "token" (class token), "gap" (mean of the patch tokens),
+    or another name of `heads.POOLS`. dropout: rate. channels: C. gelu: "tanh" (the release) or "erf" (exact). head_bias: initial
+    value of the head's bias (the release takes -10 for the sigmoid loss on ImageNet-21k). stem: None (a linear projection of
+    patches), a name of `stems.STEMS`, or a stem's own record. position: a name of `positions.POSITIONS`. block: a name of
+    `blocks.BLOCKS`. Raises ValueError where a value makes no model.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -27,37 +35,61 @@ class ViTConfig:
     num_heads: int
     num_classes: int = 1000
     representation_size: int | None = None
-    pool: Literal["token", "gap"] = "token"
+    pool: str = "token"
     dropout: float = 0.0
     channels: int = 3
     gelu: Literal["tanh", "erf"] = "tanh"
     head_bias: float = 0.0
+    stem: Any = None
+    position: str = "1d"
+    block: str = "encoder"
 
     def __post_init__(self):
-        if isinstance(self.image_size, list):  # as it comes out of config.json
-            object.__setattr__(self, "image_size", tuple(self.image_size))
+        self._from_json()
         _plain_integers(self)
         for name in ("patch_size", "width", "depth", "mlp_dim", "num_heads", "num_classes", "channels"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(f"{name}={getattr(self, name)!r}: a positive integer is required")
-        if min(self.image_shape) < 1 or any(side % self.patch_size for side in self.image_shape):
-            near = max(1, round(min(self.image_shape) / self.patch_size)) * self.patch_size
-            raise ValueError(
-                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}: "
-                f"use a multiple of {self.patch_size}, e.g. {near}"
-            )
+            least = 0 if name == "num_classes" else 1
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= least):
+                wanted = "a positive integer" if least else "a positive integer, or 0 for a model without a head,"
+                raise ValueError(f"{name}={getattr(self, name)!r}: {wanted} is required")
+        stem = getattr(self.stem, "kind", self.stem)
+        tables = ("pool", POOLS, self.pool), ("position", POSITIONS, self.position), ("block", BLOCKS, self.block)
+        for name, table, value in (("stem", STEMS, "patches" if stem is None else stem), *tables):
+            if value not in table:
+                *others, last = map(repr, table)
+                choices = f"{', '.join(others)} or {last}" if others else last
+                raise ValueError(f"{name}={value!r}: {choices} is required")
+        if min(self.image_shape) < 1:
+            raise ValueError(f"image_size={self.image_size}: positive numbers are required")
+        self.entries.stem.check(self)
         if self.width % self.num_heads:
             raise ValueError(
                 f"width={self.width} is not divisible by num_heads={self.num_heads}: every head has width / num_heads columns"
             )
         if self.representation_size is not None and self.representation_size < 1:
             raise ValueError(f"representation_size={self.representation_size}: a positive integer or None is required")
-        if self.pool not in ("token", "gap"):
-            raise ValueError(f"pool={self.pool!r}: 'token' or 'gap' is required")
         if self.gelu not in ("tanh", "erf"):
             raise ValueError(f"gelu={self.gelu!r}: 'tanh' or 'erf' is required")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: a rate in [0, 1) is required")
+        self.entries.position.check(self)
+        self.entries.block.check(self)
+
+    def _from_json(self):
+        """Take fields as they come out of config.json: a list for a tuple, a dict for a stem's record."""
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        if isinstance(self.stem, dict):
+            kind = self.stem.get("kind")
+            if kind not in STEMS or (options := STEMS[kind].options) is None:
+                known = [name for name, stem in STEMS.items() if stem.options]
+                raise ValueError(f"stem={self.stem!r}: 'kind' must be one of {known}, each with its own fields")
+            object.__setattr__(self, "stem", options(**self.stem))
+
+    @property
+    def entries(self) -> "Entries":
+        """What the names of stem, position, block and pool stand for."""
+        return Entries(stem_of(self), POSITIONS[self.position], BLOCKS[self.block], POOLS[self.pool])
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -67,13 +99,17 @@ class ViTConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
-        y, x = self.image_shape
-        return y // self.patch_size, x // self.patch_size
+        return self.entries.stem.grid(self)
+
+    @property
+    def class_tokens(self) -> int:
+        """How many tokens stand before the patches: 1 where the pool reads a class token, else 0."""
+        return int(self.entries.pool.class_token)
 
     @property
     def tokens(self) -> int:
         """T: patches, and the class token where there is one."""
-        return self.grid[0] * self.grid[1] + (self.pool == "token")
+        return self.grid[0] * self.grid[1] + self.class_tokens
 
     @property
     def feature_size(self) -> int:
@@ -81,7 +117,7 @@ class ViTConfig:
         return self.representation_size or self.width
 
 
-def _plain_integers(config: ViTConfig) -> None:
+def _plain_integers(config: "ViTConfig") -> None:
     """numpy's integers, as a sweep has them, become Python's; what is no integer where a size is due raises ValueError."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -95,33 +131,58 @@ def _plain_integers(config: ViTConfig) -> None:
         object.__setattr__(config, "image_size", tuple(map(operator.index, sides)))
 
 
-#                 width depth  mlp heads   B, L, H: paper Table 1. Ti, S: the releases that followed. Nano: ours, for 8x8 digits.
+class Entries(NamedTuple):
+    """The entries of the tables that make up a Vision Transformer."""
+
+    stem: Stem
+    position: Position
+    block: Block
+    pool: Pool
+
+
+#                 width depth  mlp heads   B, L, H: paper Table 1. The others: the releases that followed. Nano: ours, for digits.
 SIZES = {
     "Nano": dict(width=64, depth=4, mlp_dim=128, num_heads=4),
+    "mu": dict(width=32, depth=1, mlp_dim=128, num_heads=2),
     "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
     "S": dict(width=384, depth=12, mlp_dim=1536, num_heads=6),
+    "M": dict(width=512, depth=12, mlp_dim=2048, num_heads=8),
     "B": dict(width=768, depth=12, mlp_dim=3072, num_heads=12),
     "L": dict(width=1024, depth=24, mlp_dim=4096, num_heads=16),
+    "So400m": dict(width=1152, depth=27, mlp_dim=4304, num_heads=16),
     "H": dict(width=1280, depth=32, mlp_dim=5120, num_heads=16),
+    "g": dict(width=1408, depth=40, mlp_dim=6144, num_heads=16),
+    "G": dict(width=1664, depth=48, mlp_dim=8192, num_heads=16),
 }
-_PATCHES = {"Nano": (4, 2), "Ti": (16,), "S": (16, 32), "B": (16, 32), "L": (16, 32), "H": (14,)}
+PATCHES = {
+    "Nano": (4, 2),
+    "Ti": (16,),
+    "S": (16, 32),
+    "B": (16, 32),
+    "L": (16, 32),
+    "So400m": (14,),
+    "H": (14,),
+    "g": (14,),
+    "G": (14,),
+}
 
 
-def variant(name: str, **changes) -> ViTConfig:
-    """The configuration of a named model, "ViT-{Nano,Ti,S,B,L,H}/P" with any patch side P, with `changes` to its fields.
+def parse(name: str) -> dict[str, Any] | None:
+    """The fields of "ViT-{Nano,Ti,S,B,L,H}/P", with any patch side P, also as "Axial-ViT-B/16" or a hybrid's "R50+ViT-B/16"; None
+    for another name."""
+    if (found := hybrid.parse(name)) is not None:
+        fields, size = found
+        return {**fields, **SIZES[size]} if size in SIZES else None
+    match = re.fullmatch(r"(Axial-)?ViT-(\w+)/([1-9]\d*)", name)
+    if not match or match[2] not in SIZES:
+        return None
+    axial = {"block": "axial", "pool": "gap"} if match[1] else {}
+    return {"patch_size": int(match[3]), **axial, **SIZES[match[2]]}
 
-        variant("ViT-B/16", image_size=384, num_classes=10)
 
-    Raises ValueError for an unknown name, with the nearest known ones, or an unknown field.
-    """
-    match = re.fullmatch(r"ViT-(\w+)/([1-9]\d*)", name)
-    if not match or match[1] not in SIZES:
-        known = [f"ViT-{size}/{patch}" for size, patches in _PATCHES.items() for patch in patches]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-        raise ValueError(
-            f"unknown model {name!r}: did you mean {', '.join(near)}? (ViT-{{{','.join(SIZES)}}}/P with any patch side P)"
-        )
-    fields = {field.name for field in dataclasses.fields(ViTConfig)}
-    if unknown := set(changes) - fields:
-        raise ValueError(f"unknown field {', '.join(sorted(unknown))} of ViTConfig: it has {', '.join(sorted(fields))}")
-    return ViTConfig(**{"patch_size": int(match[2]), **SIZES[match[1]], **changes})
+NAMES = (
+    *(f"ViT-{size}/{patch}" for size, patches in PATCHES.items() for patch in patches),
+    "Axial-ViT-B/16",
+    "Axial-ViT-B/32",
+    *hybrid.NAMES,
+)

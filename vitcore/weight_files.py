@@ -45,6 +45,11 @@ class Stored(NamedTuple):
 def kind(path) -> str:
     """ "npz" or "safetensors", by the name of the file. WeightError for any other."""
     suffix = os.path.splitext(os.fspath(path))[1]
+    if suffix not in (".npz", ".safetensors") and os.path.isfile(os.path.join(path, "config.json")):
+        raise WeightError(
+            f"{path} is the directory of a run: python -m train.pretrained {path} FILE.safetensors makes a file of its weights, "
+            "with a name that ends in .npz or .safetensors"
+        )
     if suffix not in (".npz", ".safetensors"):
         raise WeightError(f"{path}: a name that ends in .npz or .safetensors is required, which says what the file is")
     return suffix[1:]
@@ -57,11 +62,12 @@ def opened(path) -> Iterator[dict[str, Stored]]:
     Raises WeightError for whatever is wrong with the file's form, the caller's reads included; OSError where it cannot be opened.
     """
     path = os.fspath(path)
+    form = kind(path)
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for, a device read, for ever
         raise WeightError(f"{path} is no regular file: give an .npz or .safetensors")
     try:
-        with (_npz if kind(path) == "npz" else _safetensors)(path) as arrays:
+        with (_npz if form == "npz" else _safetensors)(path) as arrays:
             yield arrays
     except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
         raise WeightError(f"{path} is cut short or damaged ({_line(error)}): get it again") from error

@@ -19,10 +19,10 @@ def main(shape_text: str, out: str, accumulate: str = "1", remat: str = "0", par
 
     from train.optim import optimizer, schedule
     from train.step import StepOptions, make_init, make_train_step
-    from vitcore import model, variant
+    from vitcore import layers, variant
 
     if part:
-        model.PART = int(part)
+        layers.PART = int(part)
     mesh, _ = meshes.make(shape)
     # T = 17, as wide as Nano; 8 heads and 16 examples, so that every mesh of the test divides them
     config = variant("ViT-Nano/2", image_size=8, channels=1, num_classes=10, num_heads=8, representation_size=64, dropout=0.1)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from tests.train.test_data_forms import environment_of, jpeg, write_folder
-from train.data import dedup, eval_batches, open_source, train_batches
+from train.data import DataError, dedup, eval_batches, open_source, train_batches
 from train.data import inspect as inspecting
 from train.data import pack as packing
-from train.data.device import on_mesh, to_unit
+from train.data.device import on_mesh
 from train.data.job import run_job
 from train.feed import Feed
+from vitcore.pixels import to_unit
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +234,34 @@ def test_inspect_verifies_the_checksums_of_a_packed_set(folder, tmp_path, capsys
     said(capsys, f"{shard} is not what was packed")
 
 
+@pytest.mark.parametrize("what", ["a label", "the manifest", "a label's length"])
+def test_labels_and_manifest_of_a_packed_set_are_under_a_checksum(folder, tmp_path, what):
+    assert pack(f"folder:{folder}", tmp_path / "packed", "--splits", "train", "--workers", "1") == 0
+    labels, manifest = tmp_path / "packed" / "train.labels", tmp_path / "packed" / "train.json"
+    assert len(open_source(f"arrayrecord:{tmp_path / 'packed'}", "train")) == 24
+    if what == "a label":
+        labels.write_bytes(bytes([labels.read_bytes()[0] ^ 1]) + labels.read_bytes()[1:])
+    elif what == "a label's length":
+        labels.write_bytes(labels.read_bytes()[:-4])
+    else:
+        manifest.write_text(manifest.read_text().replace("china", "chine"))
+    with pytest.raises(DataError, match=r"SHA-256 differs|not of the 24 records"):
+        open_source(f"arrayrecord:{tmp_path / 'packed'}", "train")
+
+
+def test_labels_of_another_set_beside_a_shard_are_noticed(folder, tmp_path):
+    """A set packed by an earlier version has no checksum of its labels; each record has its own."""
+    assert pack(f"folder:{folder}", tmp_path / "packed", "--splits", "train", "--workers", "1") == 0
+    manifest = json.loads((tmp_path / "packed" / "train.json").read_text())
+    held = {key: value for key, value in manifest.items() if key not in ("sha256", "labels_sha256")}
+    (tmp_path / "packed" / "train.json").write_text(json.dumps(held))
+    labels = np.fromfile(tmp_path / "packed" / "train.labels", "<i4")
+    labels[::-1].tofile(tmp_path / "packed" / "train.labels")
+    source = open_source(f"arrayrecord:{tmp_path / 'packed'}", "train")
+    with pytest.raises(DataError, match="they are not of one set"):
+        source[0]
+
+
 @pytest.mark.parametrize(("argv", "words"), [(["--rows", "0"], "--rows 0"), (["--split", "what"], "cannot read the folder")])
 def test_mistakes_of_inspect_are_one_line(folder, capsys, argv, words):
     assert job(inspecting, inspecting.Inspect, f"folder:{folder}", *argv) == 2
@@ -284,6 +314,19 @@ def test_nearest_compares_every_pair():
     expected[:, 4] = 65
     np.testing.assert_array_equal(best, np.where(np.arange(300) == 7, 65, expected.min(axis=1)))
     assert (best[5], index[5]) == (2, 3)
+
+
+def test_an_image_is_no_duplicate_of_itself(tmp_path):
+    """A set against itself: of two copies the first stays, and nothing else goes."""
+    for i, picture in enumerate(photographs(4)):
+        (tmp_path / "set" / "train" / "a").mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "set" / "train" / "a" / f"{i}.png")
+    shutil.copy(tmp_path / "set" / "train" / "a" / "1.png", tmp_path / "set" / "train" / "a" / "9.png")
+    words = [f"folder:{tmp_path / 'set'}", "--against", f"folder:{tmp_path / 'set'}@train", "--out", str(tmp_path / "out")]
+    assert job(dedup, dedup.Dedup, *words, "--workers", "1", "--distance", "0") == 0
+    report = json.loads((tmp_path / "out" / "removed.json").read_text())
+    assert [os.path.basename(name) for name in report["removed"]] == ["9.png"]
+    assert os.path.basename(report["pairs"][0]["like"]) == "1.png"
 
 
 def test_dedup_without_its_library_or_against_nothing(folder, capsys, monkeypatch):

@@ -50,7 +50,7 @@ def test_every_image_once_in_order_on_any_mesh(params, truth, shape, batch):
     mesh, _ = meshes.make(MeshShape(*shape))
     predict = make_predict(CONFIG, mesh)
     placed = put_params(params, CONFIG, mesh)
-    best, found = Reader(batch_size=batch).all(lambda x: predict(placed, x), open_source("digits", "val"), CONFIG, mesh)
+    best, found, _ = Reader(batch_size=batch).all(lambda x: predict(placed, x), open_source("digits", "val"), CONFIG, mesh)
     np.testing.assert_array_equal(found, labels)  # 355 images: no batch and no mesh divides them
     assert best.shape == (355, 5)
     differ = (best != np.argsort(-logits, kind="stable")[:, :5]).any(1)

@@ -152,6 +152,7 @@ def test_tokens_behind_a_block_are_those_of_the_shorter_model(params):
     import dataclasses
 
     from train.frozen import make_features, put_params
+    from vitcore.context import Context
     from vitcore.model import encode
     from vitcore.ops import REFERENCE
 
@@ -160,7 +161,7 @@ def test_tokens_behind_a_block_are_those_of_the_shorter_model(params):
     placed = put_params(params, CONFIG, mesh)
     short = dataclasses.replace(CONFIG, depth=1)
     some = {**params, "blocks": jax.tree.map(lambda a: a[:1], params["blocks"])}
-    want = np.asarray(encode(some, images, short, ops=REFERENCE, dtype=np.float32)).reshape(8, -1)
+    want = np.asarray(encode(some, images, short, Context(ops=REFERENCE))).reshape(8, -1)
     found = make_features(CONFIG, mesh, read="tokens", block=1)(placed, images)
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="block 5: the model has blocks 1 to 4"):

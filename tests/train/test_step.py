@@ -22,6 +22,7 @@ from train.losses import softmax_cross_entropy
 from train.optim import optimizer, schedule
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
 from vitcore import GPU, REFERENCE, ViTConfig, apply, apply_on, init, partition_specs, variant
+from vitcore.context import Context
 from vitcore.model import forward
 from vitcore.ops import fused
 from vitcore.sharding import MeshShape
@@ -132,6 +133,31 @@ def test_evaluation_weighs_every_image_once():
     np.testing.assert_allclose(sums["loss"], softmax_cross_entropy(logits, np.asarray(labels)[:19]).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bytes_become_floats_inside_the_step(accumulate):
+    """The same loss, update and sums for bytes as for the floats that they stand for."""
+    mesh = mesh_of(2, 2)
+    tx = optimizer(schedule(base_lr=1e-2, total_steps=100), base_lr=1e-2)
+    options = StepOptions(accumulate=accumulate)
+    start = make_init(CONFIG, mesh, tx, options)
+    step, evaluate = make_train_step(CONFIG, mesh, tx, options), make_eval_step(CONFIG, mesh, options)
+    place = NamedSharding(mesh, P("data"))
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 8, 8, 1), np.uint8)
+    floats = (pixels.astype(np.float64) * 2 / 255 - 1).astype(np.float32)
+    labels, weights = jax.device_put((np.arange(16) % 10, np.ones(16, np.float32)), place)
+    found = []
+    for images in (pixels, floats):
+        images, state = jax.device_put(images, place), start(jax.random.key(3))
+        state.params["head"]["kernel"] += 0.1
+        sums = evaluate(state.params, images, labels, weights)
+        state, metrics = step(state, images, labels)
+        found.append((sums, metrics, state.params))
+        lowered = step.lower(state, images, labels).as_text()
+        assert ("ui8" in lowered) == (images.dtype == np.uint8)
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_apply_on_a_users_mesh():
     mesh = jax.make_mesh((2, 4), ("data", "model"))  # as a user writes it: explicit axes
     config = ViTConfig(image_size=8, patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=3, dropout=0.2)
@@ -214,8 +240,8 @@ def kept(ops, data: int, dropout: float, remat=0) -> list[tuple[int, ...]]:
 
     def loss(params, images):
         key = jax.random.key(0) if dropout else None
-        options = {"ops": ops._replace(unrolled=()), "mesh": MeshShape.of(mesh), "dropout_key": key, "remat": remat}
-        return jax.lax.psum(jnp.square(forward(params, images, config, **options)).sum(), "data")
+        context = Context(ops=ops._replace(unrolled=()), mesh=MeshShape.of(mesh), dropout_key=key, remat=remat)
+        return jax.lax.psum(jnp.square(forward(params, images, config, context)).sum(), "data")
 
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     images = jax.ShapeDtypeStruct((2 * data, 8, 8, 1), jnp.float32)
@@ -243,5 +269,5 @@ def test_a_mesh_keeps_no_more_for_the_backward_pass_than_one_device(ops, dropout
 def test_blocks_made_again_in_parts_keep_their_groups_input_alone_on_a_mesh(monkeypatch):
     """Where a group of blocks takes the batch in parts, the checkpoint that drops its gathered weights must not keep what the parts
     make again: two images here, a part each, keep one input a group."""
-    monkeypatch.setattr("vitcore.model.PART", 5)
+    monkeypatch.setattr("vitcore.layers.PART", 5)
     assert kept(GPU, 2, 0.0, remat=2) == [(CONFIG.depth // 2, 2, 6, CONFIG.width)]

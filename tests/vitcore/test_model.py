@@ -9,7 +9,7 @@ import pytest
 from scipy.special import erf
 
 import vitcore
-from vitcore import model
+from vitcore import layers
 from vitcore.ops import for_training
 
 
@@ -152,8 +152,8 @@ def test_remat_and_unrolling_change_no_number(remat, part, unrolled, monkeypatch
     """Every block made again, or blocks in twos and fours, these with the batch whole or in parts of one, two or three images; the
     blocks in a loop, or one after the other."""
     if part:
-        monkeypatch.setattr(model, "PART", part)
-        assert model._parts(6, 17) == 6 * 17 // part
+        monkeypatch.setattr(layers, "PART", part)
+        assert layers._parts(6, 17) == 6 * 17 // part
     params, images = small_inputs()
 
     def loss(remat, ops):

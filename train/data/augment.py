@@ -2,7 +2,7 @@
 
 An augmentation is a pure function of the images and of their rows of draws (see `sampling.uniforms`), so what happens to an
 example depends on (seed, epoch, index) and on nothing around it. Values end in [-1, 1] (ViT paper, B.1), or stay uint8, a quarter
-of the memory, for `device.to_unit` to bring there on the accelerator.
+of the memory, for `vitcore.pixels.to_unit` to bring there on the accelerator.
 """
 
 import math

@@ -67,7 +67,7 @@ def run(args: Dedup) -> None:
     best, which = np.full(len(source), 65, np.uint8), np.zeros((len(source), 2), np.int64)
     for number, test in enumerate(tests):
         others, _ = hash_all(test, args.workers)
-        near, index = nearest(hashes, others)
+        near, index = nearest(hashes, others, own=_own_places(source, test))
         closer = near < best
         best[closer] = near[closer]
         which[closer] = np.stack([np.full(closer.sum(), number), index[closer]], axis=1)
@@ -152,11 +152,21 @@ def phash(picture: Image.Image) -> int:
     return int(np.packbits(bits).view(">u8")[0])
 
 
-def nearest(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _own_places(source: Source, test: Source) -> np.ndarray | None:
+    """int64 [K]: where each image of `source` stands in `test`, -1 where it does not; None where the two share no image. No image
+    is a duplicate of itself."""
+    places = {test.example_name(i): i for i in range(len(test))}
+    found = np.array([places.get(source.example_name(i), -1) for i in range(len(source))], np.int64)
+    return found if (found >= 0).any() else None
+
+
+def nearest(hashes: np.ndarray, others: np.ndarray, own: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """For each of `hashes` [K] the smallest number of bits in which one of `others` [M] differs, uint8 [K], and which, int64 [K].
 
-    Every pair is compared, by exclusive or: 0.2 s for 10**8 pairs. What is masked (not readable) is far from everything: 65.
+    Every pair is compared, by exclusive or: 0.2 s for 10**8 pairs. What is masked (not readable) is far from everything: 65. own:
+    `_own_places`; where the two are one set, an image is compared with those before it: of two that are alike, the first stays.
     """
+    one_set = own is not None and len(own) == len(others) and bool((own >= 0).all())
     missing, missing_others = np.ma.getmaskarray(hashes), np.ma.getmaskarray(others)
     a, b = np.ma.getdata(hashes), np.ma.getdata(others)
     best, index = np.full(len(a), 65, np.uint8), np.zeros(len(a), np.int64)
@@ -164,6 +174,9 @@ def nearest(hashes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndar
     rows = max(1, BLOCK // max(1, len(b_at)))
     for start in range(0, len(a) if len(b_at) else 0, rows):
         differing = np.bitwise_count(a[start : start + rows, None] ^ b[b_at][None, :])
+        if own is not None:
+            at = own[start : start + rows, None]
+            differing[(at >= 0) & ((b_at >= at) if one_set else (b_at == at))] = 65
         closest = differing.argmin(axis=1)
         best[start : start + rows] = np.take_along_axis(differing, closest[:, None], 1)[:, 0]
         index[start : start + rows] = b_at[closest]

@@ -2,34 +2,20 @@
 
     with Feed(train_batches(source, ..., pixels="uint8"), on_mesh(mesh)) as feed:   # the next one travels while this one is used
         batch = feed.next()                   # global arrays, split over "data"
-        images = to_unit(batch["image"])      # float32 [B, Y, X, C] in [-1, 1], or as `pixels` says
+        state, metrics = step(state, batch["image"], batch["label"])   # bytes: `vitcore.pixels.to_unit` stands in the step
 
 Normalising on the device costs it nothing that shows (one elementwise pass) and the host a quarter of the memory and of the way.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train import mesh as meshes
 from train.data.rows import Batch
-from vitcore.normalisation import HALF, Pixels, normalise
-
-
-@partial(jax.jit, static_argnums=1)
-def to_unit(images: jax.Array, pixels: Pixels = HALF) -> jax.Array:
-    """uint8 0..255 to float32 in [-1, 1]: what the host would have made of them, to 1.2e-7 (a device may fuse the two roundings).
-
-    float32 images are in [-1, 1] already. pixels: what a model wants of either, where it is not that.
-    """
-    if images.dtype == jnp.uint8:
-        images = jnp.clip(images.astype(jnp.float32) * jnp.float32(2 / 255) - 1, -1, 1)
-    return normalise(images, pixels)
 
 
 def on_mesh(mesh: Mesh) -> Callable[[Batch], dict[str, Any]]:

@@ -229,7 +229,7 @@ def train_batches(
         state: where to go on, from `get_state`.
         decoder: a key of DECODERS; simplejpeg is faster and gives the same pixels.
         pixels: "uint8" for a quarter of the memory where the augmentation gives whole numbers ("digits" does not, and stays
-            float32): 0.6 GB instead of 2.5 GB for 4096 images of 224 x 224. `device.to_unit` makes [-1, 1] of either.
+            float32): 0.6 GB instead of 2.5 GB for 4096 images of 224 x 224. `vitcore.pixels.to_unit` makes [-1, 1] of either.
         how: images are cut, resized and changed, where there is a choice.
         mixup, cutmix: strengths a of MixUp and CutMix, shares being drawn from Beta(a, a); 0 for none; with both, one of the two is
             drawn each time. Needs an even batch in each process.

@@ -1,0 +1,201 @@
+"""One list of leaves describes a model: everything that knows parameters reads it, and one more leaf is one more record."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import vitcore
+from vitcore import blocks, families, parameters
+from vitcore.collectives import MeshShape
+from vitcore.config import NAMES
+from vitcore.flops import multiply_adds
+from vitcore.parameters import Leaf, Name, Split
+from vitcore.sharding import partition_specs
+from vitcore.weight_names import Style, entries
+
+STYLES = (Style(), Style(numbering=0, stacked=True), Style(naming="timm"), Style(naming="transformers", prefix="vit."))
+CHANGES = ({}, {"pool": "gap", "representation_size": 24, "image_size": (224, 448)})
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=["token", "gap"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_leaf_of_every_named_model_appears_everywhere(name, changes):
+    """In init, in the specs of a mesh (axes that divide), in the check, in the counts, and whole in a file of every naming."""
+    config = vitcore.variant(name, **changes)
+    leaves = families.leaves(config)
+    assert len({leaf.path for leaf in leaves}) == len(leaves)
+    tree = jax.eval_shape(lambda: vitcore.init(jax.random.key(0), config))
+    assert {path: (a.shape, a.dtype) for path, a in parameters.flat(tree).items()} == {
+        leaf.path: (leaf.shape, jnp.float32) for leaf in leaves
+    }
+    specs = parameters.flat(partition_specs(config, MeshShape(2, 1)))
+    assert specs.keys() == {leaf.path for leaf in leaves}
+    for leaf in leaves:
+        for n, axes in zip(leaf.shape, specs[leaf.path], strict=False):
+            assert n % (2 if axes and "data" in axes else 1) == 0
+    parameters.check(tree, leaves)
+    assert parameters.count(leaves) == sum(math.prod(a.shape) for a in jax.tree.leaves(tree))
+    assert sum(multiply_adds(config).values()) == sum(n for leaf in leaves for n in leaf.multiply_adds.values()) > 0
+    for style in STYLES:
+        held: dict = {}
+        for entry in entries(config, style):
+            held[entry.path] = held.get(entry.path, 0) + math.prod(entry.shape)
+        assert held == {leaf.path: leaf.size for leaf in leaves}, style
+
+
+# Means of the absolute values of the leaves of two small models, drawn from key 3 before there was a list of leaves.
+BEFORE = {
+    "token": {
+        "blocks/mlp_in/bias": 7.4424207e-07,
+        "blocks/mlp_in/kernel": 0.088677377,
+        "blocks/mlp_out/bias": 7.9006713e-07,
+        "blocks/mlp_out/kernel": 0.088971533,
+        "blocks/norm1/bias": 0.0,
+        "blocks/norm1/scale": 1.0,
+        "blocks/norm2/bias": 0.0,
+        "blocks/norm2/scale": 1.0,
+        "blocks/out/bias": 0.0,
+        "blocks/out/kernel": 0.10850707,
+        "blocks/qkv/bias": 0.0,
+        "blocks/qkv/kernel": 0.10808758,
+        "head/bias": 0.0,
+        "head/kernel": 0.0,
+        "norm/bias": 0.0,
+        "norm/scale": 1.0,
+        "patch_embed/bias": 0.0,
+        "patch_embed/cls": 0.0,
+        "patch_embed/kernel": 0.4342531,
+        "patch_embed/position": 0.015661621,
+    },
+    "gap": {
+        "blocks/mlp_in/bias": 7.4424207e-07,
+        "blocks/mlp_in/kernel": 0.088677377,
+        "blocks/mlp_out/bias": 7.9006713e-07,
+        "blocks/mlp_out/kernel": 0.088971533,
+        "blocks/norm1/bias": 0.0,
+        "blocks/norm1/scale": 1.0,
+        "blocks/norm2/bias": 0.0,
+        "blocks/norm2/scale": 1.0,
+        "blocks/out/bias": 0.0,
+        "blocks/out/kernel": 0.10850707,
+        "blocks/qkv/bias": 0.0,
+        "blocks/qkv/kernel": 0.10808758,
+        "head/bias": 10.0,
+        "head/kernel": 0.0,
+        "norm/bias": 0.0,
+        "norm/scale": 1.0,
+        "patch_embed/bias": 0.0,
+        "patch_embed/kernel": 0.12242214,
+        "patch_embed/position": 0.01544864,
+        "pre_logits/bias": 0.0,
+        "pre_logits/kernel": 0.10759255,
+    },
+}
+
+
+def small(which: str):
+    if which == "token":
+        return vitcore.variant("ViT-Nano/2", image_size=8, channels=1, num_classes=10)
+    return vitcore.variant(
+        "ViT-Nano/4", image_size=(8, 16), num_classes=7, pool="gap", representation_size=24, head_bias=-10.0
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["token", "gap"])
+def test_initial_values_are_those_that_a_key_has_always_given(which):
+    found = parameters.flat(vitcore.init(jax.random.key(3), small(which)))
+    assert {"/".join(path): float(np.abs(a).mean()) for path, a in found.items()} == pytest.approx(BEFORE[which], rel=1e-5)
+
+
+# --- one more leaf -----------------------------------------------------------------------------------------------------------
+
+
+def _scaled(x, w, config, layer):
+    return x + w["scale"] * (blocks.BLOCKS["encoder"].apply(x, w, config, layer) - x)
+
+
+SCALED = blocks.Block(
+    leaves=lambda config: (
+        *blocks.BLOCKS["encoder"].leaves(config),
+        Leaf(
+            path=("scale",),
+            shape=(config.width,),
+            initial=parameters.constant(0.1),
+            split=(parameters.ROWS,),
+            names={"release": (Name("{block}/scale"),)},
+            multiply_adds={"scale": config.width},
+        ),
+    ),
+    apply=_scaled,
+)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    monkeypatch.setitem(blocks.BLOCKS, "scaled", SCALED)
+    return dataclasses.replace(small("token"), block="scaled")
+
+
+def test_a_leaf_is_added_in_one_place(scaled, tmp_path):
+    """A leaf more in a copy of the block's list appears in init, specs, check, counts, FLOPs, and files written and read."""
+    plain, path = small("token"), ("blocks", "scale")
+    params = vitcore.init(jax.random.key(3), scaled)
+    np.testing.assert_array_equal(params["blocks"]["scale"], np.full((4, 64), 0.1, np.float32))
+    others = parameters.flat(params)
+    others.pop(path)
+    for name, leaf in parameters.flat(vitcore.init(jax.random.key(3), plain)).items():
+        np.testing.assert_array_equal(leaf, others[name])  # and changes no other leaf's numbers
+    assert partition_specs(scaled, MeshShape(2, 2))["blocks"]["scale"] == P(None, "data")
+    images = jnp.zeros((1, 8, 8, 1))
+    with pytest.raises(ValueError, match=r"params\['blocks'\]\['scale'\] is \(4, 64\), the config requires no such entry"):
+        vitcore.apply(params, images, plain)
+    assert vitcore.apply(params, images, scaled).shape == (1, 10)
+    assert parameters.count(families.leaves(scaled)) == parameters.count(families.leaves(plain)) + 4 * 64
+    assert multiply_adds(scaled) == {**multiply_adds(plain), "scale": 4 * 64}
+    params["blocks"]["scale"] = params["blocks"]["scale"] + jnp.arange(4.0)[:, None]
+    vitcore.save(tmp_path / "scaled.npz", params, scaled)
+    assert "Transformer/encoderblock_3/scale" in np.load(tmp_path / "scaled.npz")
+    loaded = vitcore.load(tmp_path / "scaled.npz", scaled)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    with pytest.raises(ValueError, match=r"extra Transformer/encoderblock_\{0-3\}/scale"):
+        vitcore.load(tmp_path / "scaled.npz", plain)
+
+
+def test_a_block_without_maps_says_so(scaled):
+    params = vitcore.init(jax.random.key(3), scaled)
+    with pytest.raises(ValueError, match=r"block='scaled' has no attention maps: ask for the features"):
+        vitcore.attention_maps(params, jnp.zeros((1, 8, 8, 1)), scaled)
+
+
+def test_what_a_model_axis_must_divide_is_said_by_its_name():
+    leaf = Leaf(path=("w",), shape=(12, 4), initial=parameters.zeros, split=(Split(model=("channels", 12), data=True), None))
+    assert parameters.specs((leaf,), MeshShape(2, 3)) == {"w": P(("model", "data"), None)}
+    assert parameters.specs((leaf,), MeshShape(5, 3)) == {"w": P("model", None)}
+    with pytest.raises(ValueError, match=r"channels=12 is not divisible by the model axis of the 2x5 mesh: use .* divides 12"):
+        parameters.specs((leaf,), MeshShape(2, 5))
+
+
+def test_unknown_entries_are_refused_with_those_that_there_are():
+    for field in ("stem", "position", "block", "pool"):
+        with pytest.raises(ValueError, match=rf"{field}='none of these': .*is required"):
+            vitcore.variant("ViT-Nano/2", image_size=8, **{field: "none of these"})
+
+
+def test_a_config_json_without_the_newer_fields_is_a_plain_vit():
+    """As runs wrote it before a stem, a position embedding and a block could be chosen."""
+    fields = dataclasses.asdict(small("gap"))
+    assert {fields.pop(name) for name in ("stem", "position", "block")} == {None, "1d", "encoder"}
+    assert vitcore.ViTConfig(**(fields | {"image_size": [8, 16]})) == small("gap")
+
+
+def test_a_model_without_a_head_gives_what_a_head_would_read():
+    config = dataclasses.replace(small("gap"), num_classes=0)
+    params = vitcore.init(jax.random.key(0), config)
+    assert "head" not in params
+    found = vitcore.apply(params, jnp.zeros((2, 8, 16, 3)), config)
+    assert (found.shape, found.dtype) == ((2, 24), jnp.float32)

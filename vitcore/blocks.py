@@ -1,0 +1,263 @@
+"""Blocks of the encoder, a table of entries that `ViTConfig.block` chooses from."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels.attention.reference import AttentionWeights
+from kernels.layer_norm import reference
+from kernels.mlp.reference import MLPWeights
+from vitcore.collectives import MIDDLE, sum_over_model, vary
+from vitcore.context import Layer
+from vitcore.parameters import ROWS, Leaf, Name, Split, dense, norm, normal, xavier, zeros
+
+
+class Block(NamedTuple):
+    """One kind of block; `config` is a ViTConfig.
+
+    leaves: (config) -> the leaves of one layer, with neither the layer axis nor "blocks" in front. apply: (x [B, T, D], w, config,
+    layer) -> [B, T, D]; w are the layer's weights ready for use, `layer` a `context.Layer`. maps: (x, w, config, layer) -> the
+    attention probabilities [B, N, T, T] float32 of the block for its input x, N the heads of this device; None for a block that has
+    none. check: (config) raises ValueError for a configuration that it cannot take.
+    """
+
+    leaves: Callable
+    apply: Callable
+    maps: Callable | None = None
+    check: Callable = lambda config: None
+
+
+# --- the paper's block: attention half and MLP half, pre-norm ----------------------------------------------------------------
+
+
+def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
+    """The leaves of an attention half. tokens: that each token sees, itself included; default: all of an image."""
+    d, n = config.width, config.num_heads
+    h, t, seen = d // n, config.tokens, tokens or config.tokens
+    heads = Split(model=("num_heads", n))
+    return (
+        *norm(
+            ("norm1",),
+            d,
+            names={"release": "{block}/{norm1}", "timm": "{block}.norm1", "transformers": "{block}.layernorm_before"},
+        ),
+        Leaf(
+            path=("qkv", "kernel"),
+            shape=(3, d, d),
+            initial=xavier,
+            split=(None, ROWS, heads),
+            key=2,
+            names={
+                "release": _qkv("{{block}}/{{attention}}/{0}/kernel", ("query", "key", "value"), shape=(d, n, h)),
+                "timm": (Name("{block}.attn.qkv.weight", axes=(0, 2, 1), shape=(3 * d, d)),),
+                "transformers": _in_transformers("weight", axes=(1, 0)),
+            },
+            multiply_adds={"projections": 3 * t * d * d, "attention": 2 * t * seen * d},
+        ),
+        Leaf(
+            path=("qkv", "bias"),
+            shape=(3, d),
+            initial=zeros,
+            split=(None, heads),
+            names={
+                "release": _qkv("{{block}}/{{attention}}/{0}/bias", ("query", "key", "value"), shape=(n, h)),
+                "timm": (Name("{block}.attn.qkv.bias", shape=(3 * d,)),),
+                "transformers": _in_transformers("bias"),
+            },
+        ),
+        Leaf(
+            path=("out", "kernel"),
+            shape=(d, d),
+            initial=xavier,
+            split=(heads._replace(data=True), None),
+            key=3,
+            names={
+                "release": (Name("{block}/{attention}/out/kernel", shape=(n, h, d)),),
+                "timm": (Name("{block}.attn.proj.weight", axes=(1, 0)),),
+                "transformers": (
+                    Name("{block}.attention.output.dense.weight", axes=(1, 0), when={"modules": False}),
+                    Name("{block}.attention.o_proj.weight", axes=(1, 0), when={"modules": True}),
+                ),
+            },
+            multiply_adds={"projections": t * d * d},
+        ),
+        Leaf(
+            path=("out", "bias"),
+            shape=(d,),
+            initial=zeros,
+            names={
+                "release": (Name("{block}/{attention}/out/bias"),),
+                "timm": (Name("{block}.attn.proj.bias"),),
+                "transformers": (
+                    Name("{block}.attention.output.dense.bias", when={"modules": False}),
+                    Name("{block}.attention.o_proj.bias", when={"modules": True}),
+                ),
+            },
+        ),
+    )
+
+
+def _qkv(text: str, names: tuple[str, ...], **own) -> tuple[Name, ...]:
+    """The names of q, k and v where they are arrays of their own."""
+    return tuple(Name(text.format(name), part=(i,), **own) for i, name in enumerate(names))
+
+
+def _in_transformers(leaf: str, **own) -> tuple[Name, ...]:
+    files = _qkv(f"{{{{block}}}}.attention.attention.{{0}}.{leaf}", ("query", "key", "value"), when={"modules": False}, **own)
+    modules = _qkv(f"{{{{block}}}}.attention.{{0}}_proj.{leaf}", ("q", "k", "v"), when={"modules": True}, **own)
+    return files + modules
+
+
+def mlp_leaves(config) -> tuple[Leaf, ...]:
+    """The leaves of an MLP half."""
+    d, f, t = config.width, config.mlp_dim, config.tokens
+    columns = Split(model=("mlp_dim", f))
+    return (
+        *norm(
+            ("norm2",),
+            d,
+            names={"release": "{block}/{norm2}", "timm": "{block}.norm2", "transformers": "{block}.layernorm_after"},
+        ),
+        *dense(
+            ("mlp_in",),
+            (d, f),
+            xavier,
+            bias=normal(1e-6),
+            split=(ROWS, columns),
+            key=4,
+            bias_split=(columns,),
+            bias_key=5,
+            names={
+                "release": "{block}/{mlp}/Dense_0",
+                "timm": "{block}.mlp.fc1",
+                "transformers": "{block}.intermediate.dense",
+                "transformers/modules": "{block}.mlp.fc1",
+            },
+            multiply_adds={"mlp": t * d * f},
+        ),
+        *dense(
+            ("mlp_out",),
+            (f, d),
+            xavier,
+            bias=normal(1e-6),
+            split=(columns._replace(data=True), None),
+            key=6,
+            bias_key=7,
+            names={
+                "release": "{block}/{mlp}/Dense_1",
+                "timm": "{block}.mlp.fc2",
+                "transformers": "{block}.output.dense",
+                "transformers/modules": "{block}.mlp.fc2",
+            },
+            multiply_adds={"mlp": t * d * f},
+        ),
+    )
+
+
+def _pair(p):
+    """The scale or kernel of a norm or dense layer, and its bias."""
+    return p["scale" if "scale" in p else "kernel"], p["bias"]
+
+
+def attend(x, w, config, layer: Layer):
+    """x + dropout(MSA(LN(x))), paper Eq. 2, summed over the model axis."""
+    mesh = layer.context.mesh
+    y = layer.context.ops.attention_half(
+        vary(x, mesh),
+        AttentionWeights(*_pair(w["norm1"]), *_pair(w["qkv"]), *_pair(w["out"])),
+        num_heads=config.num_heads // (mesh.model if mesh else 1),
+        dropout=layer.dropout,
+        residual_scale=layer.residual_scale,
+        **layer.padding,
+    )
+    return sum_over_model(y, mesh)
+
+
+def transform(x, w, config, layer: Layer):
+    """x + dropout(MLP(LN(x))), paper Eq. 3, summed over the model axis."""
+    mesh = layer.context.mesh
+    y = layer.context.ops.mlp_half(
+        vary(x, mesh),
+        MLPWeights(*_pair(w["norm2"]), *_pair(w["mlp_in"]), *_pair(w["mlp_out"])),
+        gelu=config.gelu,
+        dropout=layer.dropout,
+        residual_scale=layer.residual_scale,
+        **layer.padding,
+    )
+    return sum_over_model(y, mesh)
+
+
+def attention_maps(x, w, config, layer: Layer):
+    """The probabilities of the attention half, [B, N, T, T] float32, by the formula of `kernels/attention/reference.py`."""
+    mesh = layer.context.mesh
+    n = config.num_heads // (mesh.model if mesh else 1)
+    x = vary(x if layer.tokens is None else x[:, : layer.tokens], mesh)
+    z = reference.layer_norm(x, w["norm1"]["scale"], w["norm1"]["bias"])
+    kernel, bias = w["qkv"]["kernel"][:2].astype(x.dtype), w["qkv"]["bias"][:2]
+    qk = jnp.einsum("btd,cdk->cbtk", z, kernel, preferred_element_type=jnp.float32) + bias[:, None, None]
+    q, k = qk.astype(x.dtype).reshape(2, *x.shape[:2], n, -1)
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
+    if (extra := config.entries.position.logits) is not None:
+        logits = logits + extra(q, w, config)
+    return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
+
+
+def _encoder(x, w, config, layer: Layer):
+    x = (config.entries.position.attend or attend)(x, w, config, layer)
+    return transform(checkpoint_name(x, MIDDLE), w, config, layer)
+
+
+# --- the axial block (paper, appendix D.6): attention along rows and an MLP, then along columns and an MLP --------------------
+
+
+def _axial_leaves(config) -> tuple[Leaf, ...]:
+    rows, columns = config.grid
+    return tuple(
+        dataclasses.replace(leaf, path=(axis, *leaf.path), names={}, key=None)
+        for axis, seen in (("row", columns), ("column", rows))
+        for leaf in (*attention_leaves(config, seen), *mlp_leaves(config))
+    )
+
+
+def _axial(x, w, config, layer: Layer):
+    """x [B, T, D], T the grid in row-major order and perhaps padding. To the ops a row, then a column, is a sequence of its own."""
+    rows, columns = config.grid
+    b, t, d = x.shape
+    x = x[:, : rows * columns].reshape(b, rows, columns, d)
+    x = _along_rows(x, w["row"], config, layer)
+    if layer.dropout is not None:  # other masks than the rows'
+        layer = layer._replace(dropout=layer.dropout._replace(key=layer.dropout.key ^ jnp.int32(0x5BD1E995)))
+    x = _along_rows(x.swapaxes(1, 2), w["column"], config, layer).swapaxes(1, 2).reshape(b, rows * columns, d)
+    return jnp.pad(x, ((0, 0), (0, t - rows * columns), (0, 0)))
+
+
+def _along_rows(x, w, config, layer: Layer):
+    """The encoder's block on each row of x [B, R, C, D] for itself."""
+    b, rows, length, d = x.shape
+    x = x.reshape(b * rows, length, d)
+    ops = layer.context.ops
+    assert ops is not None
+    extra = -length % ops.multiple
+    if extra:
+        x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
+    x = _encoder(x, w, config, layer._replace(tokens=length if extra else None))
+    return x[:, :length].reshape(b, rows, length, d)
+
+
+def _check_axial(config) -> None:
+    if config.class_tokens:
+        raise ValueError(f"block='axial' with pool={config.pool!r}: a class token stands in no row: use pool='gap' or pool='map'")
+    if config.entries.position.attend is not None:
+        raise ValueError(
+            f"block='axial' with position={config.position!r}: its offsets are those of a whole image; use '1d' or '2d'"
+        )
+
+
+BLOCKS: dict[str, Block] = {
+    "encoder": Block(leaves=lambda config: (*attention_leaves(config), *mlp_leaves(config)), apply=_encoder, maps=attention_maps),
+    "axial": Block(leaves=_axial_leaves, apply=_axial, check=_check_axial),
+}

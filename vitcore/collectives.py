@@ -1,0 +1,123 @@
+"""The mesh as the model sees it, and every collective that a model does.
+
+Everything here is Manual mode under `jax.shard_map(..., check_vma=True)`: JAX then knows which values differ between
+devices, and differentiation puts every sum where it belongs. Two kinds of collective stand here, and no others: `gather` brings
+matrices together over "data" just before they are used (its transpose, a reduce-scatter, takes their gradients apart again), and
+`sum_over_model` ends a half block.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "model")
+
+
+class MeshShape(NamedTuple):
+    """Devices along the two axes: what the model must know of a mesh. Static."""
+
+    data: int
+    model: int
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "MeshShape":
+        """The shape of a `jax.sharding.Mesh`; ValueError where its axes are not named data and model."""
+        if tuple(mesh.axis_names) != AXES:
+            raise ValueError(
+                f"mesh axes are {mesh.axis_names}: ('data', 'model') is required, e.g. jax.make_mesh((8, 4), ('data', 'model'))"
+            )
+        return cls(mesh.shape["data"], mesh.shape["model"])
+
+
+def layer_specs(specs):
+    """The specs of one layer inside the scan: the leading L axis taken off those of the blocks."""
+    return jax.tree.map(lambda spec: P(*spec[1:]), specs)
+
+
+def _axes(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def gather(params, specs, mesh: MeshShape | None, dtype):
+    """Parameters ready for use: matrices whole over "data" and in `dtype`, vectors float32 and varying over "data".
+
+    With nothing to gather, matrices stay float32: the ops round what they need, and no layer's copy is kept for the backward pass.
+    """
+    if mesh is None:
+        return params
+
+    def one(w, spec):
+        dims = [i for i, entry in enumerate(spec) if "data" in _axes(entry)] if mesh.data > 1 else []
+        return _gather(w, dims[0], dtype) if dims else _vary_axes(w, ("data",))
+
+    return jax.tree.map(one, params, specs)
+
+
+# Gathered in the compute dtype, half the bytes in bfloat16; the gradients are summed in float32.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w, dim, dtype):
+    return lax.all_gather(w.astype(dtype), "data", axis=dim, tiled=True)
+
+
+def _gather_forward(w, dim, dtype):
+    # the all_gather itself, not `_gather`: `recompute_gathers` must see the primitive in the forward pass of the derivative
+    return lax.all_gather(w.astype(dtype), "data", axis=dim, tiled=True), None
+
+
+def _gather_backward(dim, dtype, _, g):
+    return (lax.psum_scatter(g.astype(jnp.float32), "data", scatter_dimension=dim, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+MIDDLE = "tokens between the halves of a block"
+
+
+def recompute_gathers(keeps):
+    """Checkpoint policy of a block: keep what its ops keep (`Ops.keeps`) but no gathered weights, which would be L whole layers."""
+
+    def policy(prim, *avals, **params):
+        if prim is lax.all_gather_p:
+            return False
+        return keeps is None or (prim.name == "name" and params["name"] == MIDDLE) or keeps(prim, *avals, **params)
+
+    return policy
+
+
+def _vary_axes(x, axes):
+    new = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, new, to="varying") if new else x
+
+
+def vary(tree, mesh: MeshShape | None, specs=None):
+    """Mark values as differing between the devices of both axes, so that a sum over them appears in the backward pass.
+
+    With `specs`, parameters split over "data" are left as they are: `gather` sees to them.
+    """
+    if mesh is None:
+        return tree
+    if specs is None:
+        return jax.tree.map(lambda x: _vary_axes(x, AXES), tree)
+    split = jax.tree.map(lambda spec: any("data" in _axes(entry) for entry in spec), specs)
+    return jax.tree.map(lambda x, s: x if s else _vary_axes(x, AXES), tree, split)
+
+
+def vary_like(x, like):
+    """x, marked as differing between the devices of the axes over which `like` does."""
+    return _vary_axes(x, tuple(jax.typeof(like).manual_axis_type.varying))
+
+
+def sum_over_model(x, mesh: MeshShape | None):
+    """The sum of what the devices of a model axis have of x; x itself on one device."""
+    return lax.psum(x, "model") if mesh else x
+
+
+def first_column(columns: int, mesh: MeshShape | None):
+    """The global index of the first of a device's columns, of an axis of so many that is split over "model"."""
+    return lax.axis_index("model") * (columns // mesh.model) if mesh else 0

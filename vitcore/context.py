@@ -1,0 +1,72 @@
+"""What travels beside the arrays through a forward pass, as one record, and the part of it that a block sees."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from kernels.dropout import Dropout
+from vitcore.collectives import MeshShape, gather
+from vitcore.ops import Ops
+
+
+class Capture(NamedTuple):
+    """What a forward pass keeps of its blocks, which are counted from 1.
+
+    features: the blocks whose outputs are kept. maps: the blocks whose attention maps are kept. mean: the maps' mean over the
+    heads instead of a map a head.
+    """
+
+    features: tuple[int, ...] = ()
+    maps: tuple[int, ...] = ()
+    mean: bool = False
+
+
+class Context(NamedTuple):
+    """How a forward pass runs. All but dropout_key and first_example is static.
+
+    ops: the functions it is made of, None for what suits the platform. dtype: of activations and of the operands of products.
+    mesh: inside a `shard_map` the shape of the mesh, else None. remat: as in `vitcore.apply`. dropout_key: a JAX PRNG key, or None.
+    first_example: the global index of images[0], which keys the dropout masks. edit: a function (patch embeddings [B, N, D] in
+    dtype, first_example) -> the same shape and dtype, between the projection and the position embedding; or None. capture: what to
+    keep of the blocks, None for nothing. specs: the PartitionSpecs of the parameters, which `vitcore.model` fills in.
+    """
+
+    ops: Ops | None = None
+    dtype: Any = jnp.float32
+    mesh: MeshShape | None = None
+    remat: int = 0
+    dropout_key: Any = None
+    first_example: Any = 0
+    edit: Callable[[Any, Any], Any] | None = None
+    capture: Capture | None = None
+    specs: Any = None
+
+    def take(self, params, *path: str):
+        """The subtree of the parameters at `path`, ready for use: whole over "data", as `collectives.gather` says."""
+        specs = self.specs
+        for key in path:
+            params, specs = params[key], specs[key]
+        return gather(params, specs, self.mesh, self.dtype)
+
+
+class Layer(NamedTuple):
+    """What a block is told besides its input and its weights.
+
+    dropout: of this layer, or None. tokens: how many of the T tokens are real, None for all (the others are padding, which no token
+    may see). The parts of the residual that the devices of a model axis add are to be multiplied by `residual_scale`.
+    """
+
+    context: Context
+    dropout: Dropout | None = None
+    tokens: int | None = None
+
+    @property
+    def padding(self) -> dict[str, int]:
+        """The option `tokens` of an op, for ops that the model pads its tokens for."""
+        return {} if self.tokens is None else {"tokens": self.tokens}
+
+    @property
+    def residual_scale(self) -> float:
+        mesh = self.context.mesh
+        return 1.0 / mesh.model if mesh else 1.0

@@ -1,0 +1,198 @@
+"""The blocks one after the other: as a loop or unrolled, with or without rematerialisation, and what is kept of them on the way.
+
+The blocks' parameters are stacked on a leading L axis and run under `lax.scan`, so a model of any depth compiles in the time of one
+block. On a mesh each layer's matrices are brought together inside the loop, just before they are used.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vitcore.collectives import gather, layer_specs, recompute_gathers, sum_over_model, vary, vary_like
+from vitcore.context import Context, Layer
+
+PART = 24576  # tokens of a part of the batch, where several blocks are made again: few, and the kernels' grids still long
+
+_nothing = jax.checkpoint_policies.nothing_saveable
+_again = partial(jax.checkpoint, policy=_nothing, prevent_cse=False)  # inside a loop
+
+
+def run(blocks, p, x, row, keys, dropout, config, context: Context):
+    """Tokens [B, T, D] through all the blocks: (tokens, what `context.capture` asks for).
+
+    blocks: their parameters, stacked and split as they lie. p: params["patch_embed"] ready for use. row: the global index of the
+    first token. keys: int32 [L] dropout keys or None. dropout: (key, row) -> Dropout or None.
+    """
+    mesh, ops, remat = context.mesh, context.ops, int(context.remat)
+    assert ops is not None
+    specs = context.specs["blocks"]
+    capture = context.capture
+    if capture and remat:
+        raise ValueError(f"remat is {remat} and results of blocks are asked for: they are kept with remat=0 only")
+
+    extra, tokens = -x.shape[1] % ops.multiple, None
+    if extra:  # rows that no token sees
+        x, tokens = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), config.tokens
+    at_block = config.entries.position.at_block
+
+    def one(x, row, w, key):
+        """One block; its position embedding, where each block has one, first."""
+        if at_block:
+            table = at_block(p, w, config)
+            x = (x + jnp.pad(table, ((0, extra), (0, 0)))).astype(x.dtype)
+        return config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens)), x
+
+    # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
+    layers = vary(blocks, mesh, specs), keys
+    scan = _unrolled if ("remat" if remat else "forward") in ops.unrolled else lax.scan
+    checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
+    if remat > 1:
+        x = _rematerialised(lambda *a: one(*a)[0], x, row, layers, remat, specs, context, scan)
+        return (x[:, : config.tokens] if extra else x), {}
+
+    def block(x, layer):
+        w, key = layer
+        return one(x, row, gather(w, layer_specs(specs), mesh, context.dtype), key)[0], None
+
+    if capture:
+        return _captured(one, x, row, layers, config, context, scan, tokens)
+    if remat:
+        block = checkpoint(block, policy=_nothing)
+    elif mesh and mesh.data > 1:
+        block = checkpoint(block, policy=recompute_gathers(ops.keeps))
+    x = scan(block, x, layers)[0]
+    return (x[:, : config.tokens] if extra else x), {}
+
+
+def _split(layers) -> list:
+    """A tree stacked on a leading axis as a list of trees. The stacks are split once: a gradient is then put together once, where
+    layer by layer it would be a sum of padded arrays."""
+    leaves, tree = jax.tree.flatten(layers)
+    parts = [[part.reshape(part.shape[1:]) for part in lax.split(a, (1,) * a.shape[0])] for a in leaves]
+    return [jax.tree.unflatten(tree, layer) for layer in zip(*parts, strict=True)]
+
+
+def _unrolled(block, x, layers):
+    """`lax.scan` of a block without results of its own, as one program without a loop."""
+    for layer in _split(layers):
+        x, _ = block(x, layer)
+    return x, None
+
+
+# --- what is kept of the blocks ----------------------------------------------------------------------------------------------
+
+
+def _captured(one, x, row, layers, config, context: Context, scan, tokens: int | None):
+    """`run` with the results of some blocks: the loop carries an array for each kind, which the blocks that are asked for fill.
+
+    Returns (tokens, {"features": [K, B, T, D] in x's dtype, "maps": [K, B, N, T, T], or with `mean` [K, B, T, T], float32}), a K
+    for each block asked for, in that order, N the heads of this device.
+    """
+    capture, mesh, maps = context.capture, context.mesh, config.entries.block.maps
+    assert capture is not None
+    for asked in (capture.features, capture.maps):
+        if wrong := [block for block in asked if not 1 <= block <= config.depth]:
+            raise ValueError(f"block {wrong[0]}: the model has blocks 1 to {config.depth}")
+    if capture.maps and maps is None:
+        raise ValueError(f"block={config.block!r} has no attention maps: ask for the features of its blocks")
+
+    def features(x, y, w):
+        return y if tokens is None else y[:, :tokens]
+
+    def attention(x, y, w):
+        found = maps(x, w, config, Layer(context, None, tokens))
+        return sum_over_model(found.sum(1), mesh) / config.num_heads if capture.mean else found
+
+    kinds = {"features": (features, capture.features), "maps": (attention, capture.maps)}
+    kinds = {name: (of, asked) for name, (of, asked) in kinds.items() if asked}
+    order = {name: sorted(set(asked)) for name, (_, asked) in kinds.items()}  # a block's place in the array of its kind
+
+    def places(block: int) -> dict[str, int]:
+        return {name: order[name].index(block) if block in order[name] else -1 for name in kinds}
+
+    slots = [places(block) for block in range(1, config.depth + 1)]
+    t, heads = config.tokens, config.num_heads // (mesh.model if mesh else 1)
+    maps_shape = (x.shape[0], t, t) if capture.mean else (x.shape[0], heads, t, t)
+    shape = {"features": ((x.shape[0], t, x.shape[2]), x.dtype), "maps": (maps_shape, jnp.float32)}
+
+    def empty(name):
+        found = jnp.zeros((len(order[name]), *shape[name][0]), shape[name][1])
+        split = name == "maps" and not capture.mean
+        return vary(found, mesh) if split else vary_like(found, x)
+
+    def step(carry, layer, slot):
+        (x, found), (w, key) = carry, layer
+        w = gather(w, layer_specs(context.specs["blocks"]), mesh, context.dtype)
+        y, x = one(x, row, w, key)
+        return y, {name: _put(found[name], partial(of, x, y, w), slot[name]) for name, (of, _) in kinds.items()}
+
+    checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled, policy=recompute_gathers(context.ops.keeps))
+    kept = checkpoint if mesh and mesh.data > 1 else lambda step: step
+    carry = x, {name: empty(name) for name in kinds}
+    if scan is _unrolled:
+        for layer, slot in zip(_split(layers), slots, strict=True):
+            carry = kept(partial(step, slot=slot))(carry, layer)
+    else:
+        stacked = {name: jnp.array([slot[name] for slot in slots]) for name in kinds}
+        one_step = kept(step)
+        carry = lax.scan(lambda carry, both: (one_step(carry, *both), None), carry, (layers, stacked))[0]
+    y, found = carry
+    found = {name: found[name][jnp.array([order[name].index(i) for i in asked])] for name, (_, asked) in kinds.items()}
+    return (y if tokens is None else y[:, :tokens]), found
+
+
+def _put(found, value, slot):
+    """`found` with value() at an index; as it is, and nothing computed, where the index is negative."""
+    if isinstance(slot, int):
+        return found.at[slot].set(value()) if slot >= 0 else found
+    return lax.cond(
+        slot >= 0, lambda found: lax.dynamic_update_index_in_dim(found, value(), slot, 0), lambda found: found, found
+    )  # fmt: skip
+
+
+# --- blocks made again for the backward pass ---------------------------------------------------------------------------------
+
+
+def _rematerialised(block, x, row, layers, every: int, specs, context: Context, scan):
+    """`scan` over the blocks, of which the backward pass keeps the input of every n-th and makes those in between again.
+
+    It does so for a part of the batch at a time: the inputs in between are a part's, and little. A weight's gradients are summed
+    over the parts in float32. block: (x, row, weights, key) -> x. Raises ValueError where n does not divide the depth.
+    """
+    mesh, dtype = context.mesh, context.dtype
+    depth, tokens = jax.tree.leaves(layers)[0].shape[0], x.shape[1]
+    if depth % every:
+        raise ValueError(f"remat is {every} and the blocks are {depth}: a divisor of {depth} is required, or 0 to keep everything")
+    parts = _parts(x.shape[0], tokens)
+
+    def group(x, layers):
+        weights, keys = layers
+        weights = gather(weights, specs, mesh, dtype)
+        if parts > 1:
+            weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
+
+        def run(part):
+            x, row = part
+            return lax.scan(_again(lambda x, layer: (block(x, row, *layer), None)), x, (weights, keys))[0]
+
+        if parts == 1:
+            return run((x, row)), None
+        pieces = x.reshape(parts, -1, *x.shape[1:])
+        pieces = lax.map(_again(run), (pieces, row + jnp.arange(parts) * (pieces.shape[1] * tokens)))
+        return pieces.reshape(x.shape), None
+
+    checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
+    # Several parts are checkpointed each: around them a checkpoint is only there to drop the gathered weights.
+    if parts == 1 or (mesh and mesh.data > 1):
+        group = checkpoint(group, policy=_nothing)
+    return scan(group, x, jax.tree.map(lambda a: a.reshape(-1, every, *a.shape[1:]), layers))[0]
+
+
+def _parts(batch: int, tokens: int) -> int:
+    """Into how many equal parts rematerialised blocks take the batch: the fewest of at most PART tokens; 1 where they would be
+    less than an eighth of that, as of a prime number of images."""
+    most = max(1, PART // tokens)
+    images = next(n for n in range(min(batch, most), 0, -1) if batch % n == 0)
+    return batch // images if 8 * images >= most else 1

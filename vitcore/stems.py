@@ -1,0 +1,108 @@
+"""Stems: from images to patch embeddings, a table of entries that `ViTConfig.stem` chooses from.
+
+A stem's leaves lie under "patch_embed", with those of the class token and the position embedding. A large stem may have a tree of
+its own besides, which it brings together part by part with `context.take`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vitcore import hybrid
+from vitcore.parameters import ROWS, Leaf, Name, lecun, zeros
+from vitcore.resnet import ResNetStem
+from vitcore.resnet_leaves import leaves as resnet_leaves
+
+
+class Stem(NamedTuple):
+    """One kind of stem; `config` is a ViTConfig.
+
+    check: (config) raises ValueError for an image that it cannot take. grid: (config) -> (rows, columns) of patch embeddings.
+    leaves: (config) -> its leaves. project: (params, p, images [B, Y, X, C] in context.dtype, config, context) -> patch embeddings
+    [B, rows * columns, D]; p is params["patch_embed"] ready for use. embed: the same with `cls=` [D] or None, `position=` [T, D] or
+    None and `dropout=` -> tokens [B, T, D], where one op does all of it (paper Eq. 1); None: the encoder adds the rest itself.
+    options: the frozen dataclass of the stem's own fields, which has a field `kind`; None where its name says all.
+    """
+
+    check: Callable
+    grid: Callable
+    leaves: Callable
+    project: Callable
+    embed: Callable | None = None
+    options: type | None = None
+
+
+def _check(config) -> None:
+    patch = config.patch_size
+    if any(side % patch for side in config.image_shape):
+        near = max(1, round(min(config.image_shape) / patch)) * patch
+        raise ValueError(
+            f"image_size={config.image_size} is not divisible by patch_size={patch}: use a multiple of {patch}, e.g. {near}"
+        )
+
+
+def _grid(config) -> tuple[int, int]:
+    y, x = config.image_shape
+    return y // config.patch_size, x // config.patch_size
+
+
+def projection(config, channels: int, patch: int, positions: int) -> tuple[Leaf, Leaf]:
+    """The leaves of a linear projection of patches [P, P, C], which is applied at so many places of an image."""
+    kernel = (patch, patch, channels, config.width)
+    names = ("embedding", "patch_embed.proj", "embeddings.patch_embeddings.projection")
+    release, timm, transformers = names
+    return (
+        Leaf(
+            path=("patch_embed", "kernel"),
+            shape=kernel,
+            initial=lecun,
+            split=(None, None, None, ROWS),
+            key=0,
+            names={
+                "release": (Name(f"{release}/kernel"),),
+                "timm": (Name(f"{timm}.weight", axes=(3, 2, 0, 1)),),
+                "transformers": (Name(f"{transformers}.weight", axes=(3, 2, 0, 1)),),
+            },
+            multiply_adds={"patch_embed": positions * patch * patch * channels * config.width},
+        ),
+        Leaf(
+            path=("patch_embed", "bias"),
+            shape=(config.width,),
+            initial=zeros,
+            names={
+                "release": (Name(f"{release}/bias"),),
+                "timm": (Name(f"{timm}.bias"),),
+                "transformers": (Name(f"{transformers}.bias"),),
+            },
+        ),
+    )
+
+
+def _leaves(config):
+    rows, columns = _grid(config)
+    return projection(config, config.channels, config.patch_size, rows * columns)
+
+
+def _embed(params, p, images, config, context, *, cls, position, dropout):
+    return context.ops.patch_embed(images, p["kernel"], p["bias"], cls, position, dropout=dropout)
+
+
+def _project(params, p, images, config, context):
+    return _embed(params, p, images, config, context, cls=None, position=None, dropout=None)
+
+
+def _hybrid(config):
+    rows, columns = hybrid.grid(config)
+    root = resnet_leaves(config.stem, config.image_shape, config.channels, timm="patch_embed.backbone.")
+    return (*projection(config, config.stem.channels, config.patch_size, rows * columns), *root)
+
+
+STEMS: dict[str, Stem] = {
+    "patches": Stem(check=_check, grid=_grid, leaves=_leaves, project=_project, embed=_embed),
+    "resnet": Stem(check=hybrid.check, grid=hybrid.grid, leaves=_hybrid, project=hybrid.project, options=ResNetStem),
+}
+
+
+def stem_of(config) -> Stem:
+    """The entry that a configuration names."""
+    stem = config.stem
+    return STEMS["patches" if stem is None else stem if isinstance(stem, str) else stem.kind]

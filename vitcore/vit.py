@@ -1,0 +1,106 @@
+"""The Vision Transformer of the paper, section 3.1: stem, (edit), position embedding, blocks, norm, pool.
+
+    z0 = dropout([x_class; x_p1 E; ...; x_pN E] + E_pos)                                   Eq. 1
+    z'l = z(l-1) + dropout(MSA(LN(z(l-1))))                         l = 1 ... L            Eq. 2
+    zl = z'l + dropout(MLP(LN(z'l)))                                                       Eq. 3
+    y = LN(zL)[class token]                                                                Eq. 4
+
+Which stem, position embedding, block and pool is said by the configuration; each is an entry of the table in the file of its name.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels import dropout as drop
+from kernels.dropout import Dropout
+from vitcore import layers
+from vitcore.collectives import first_column
+from vitcore.config import ViTConfig
+from vitcore.context import Context
+from vitcore.parameters import Leaf, norm, stacked
+
+_FINAL = {"release": "Transformer/encoder_norm", "timm": "norm", "transformers": "layernorm"}
+
+
+def leaves(config: ViTConfig) -> tuple[Leaf, ...]:
+    """Every parameter but the head's."""
+    stem, position, block, pool = config.entries
+    return (
+        *stem.leaves(config),
+        *pool.leaves(config),
+        *position.leaves(config),
+        *stacked((*position.block_leaves(config), *block.leaves(config)), config.depth),
+        *norm(("norm",), config.width, names=_FINAL),
+    )
+
+
+def represent(params, images, config: ViTConfig, context: Context):
+    """Images to (the representation y [B, D] of Eq. 4 in context.dtype, what was captured)."""
+    x, found = encode(params, images, config, context)
+    return pooled(params, x, config, context), found
+
+
+def pooled(params, x, config: ViTConfig, context: Context):
+    """Tokens [B, T, D] of the last block to the representation [B, D] in the same dtype: the last norm, and the pool."""
+    p = context.take(params, "norm")
+    return config.entries.pool.pool(
+        params, x, lambda x: context.ops.layer_norm(x, p["scale"], p["bias"]), config, context  # pyright: ignore
+    )  # fmt: skip
+
+
+def encode(params, images, config: ViTConfig, context: Context):
+    """Images [B, Y, X, C] to (the last block's tokens [B, T, D], what was captured): Eq. 1 to 3."""
+    keys = None
+    if context.dropout_key is not None and config.dropout > 0:
+        bits = jax.random.bits(context.dropout_key, (config.depth + 1,), jnp.uint32)
+        keys = lax.bitcast_convert_type(bits, jnp.int32)  # one for the embedding, one for each block
+    column = first_column(config.mlp_dim, context.mesh)
+
+    def dropout(key, row):
+        return None if key is None else Dropout(config.dropout, key, row, column)
+
+    row = context.first_example * config.tokens
+    p = context.take(params, "patch_embed")
+    x = embed(params, p, images.astype(context.dtype), config, context, dropout(None if keys is None else keys[0], row))
+    return layers.run(params["blocks"], p, x, row, None if keys is None else keys[1:], dropout, config, context)
+
+
+def embed(params, p, images, config: ViTConfig, context: Context, dropout: Dropout | None):
+    """Images in context.dtype to tokens [B, T, D]: Eq. 1, in one op where the stem has one and nobody edits in between."""
+    stem, position, _, pool = config.entries
+    cls, table = p["cls"] if pool.class_token else None, position.table(p, config)
+    if stem.embed and context.edit is None:
+        return stem.embed(params, p, images, config, context, cls=cls, position=table, dropout=dropout)
+    patches = stem.project(params, p, images, config, context)
+    if context.edit is not None:
+        patches = edited(context, patches)
+    tokens = patches.astype(jnp.promote_types(patches.dtype, jnp.float32))
+    if cls is not None:
+        first = jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2]))
+        tokens = jnp.concatenate([first, tokens], axis=1)
+    if table is not None:
+        tokens = tokens + table
+    return drop.apply(tokens, dropout, drop.EMBEDDING).astype(patches.dtype)
+
+
+def edited(context: Context, patches):
+    """The patch embeddings as `context.edit` returns them. ValueError for another shape or dtype."""
+    assert context.edit is not None
+    new = context.edit(patches, context.first_example)
+    have, want = (new.shape, new.dtype), (patches.shape, patches.dtype)
+    if have != want:
+        raise ValueError(f"edit returned {have[1]}{list(have[0])}: {want[1]}{list(want[0])}, as it was given, is required")
+    return new
+
+
+def fit(path, array, config: ViTConfig, new: ViTConfig, method: str):
+    """A leaf of a model of another image size: what its position embedding says of it."""
+    return config.entries.position.fit(path[-1], array, config, new, method)
+
+
+def by_xla(config: ViTConfig) -> tuple[str, ...]:
+    """The parts of a model that are no ops."""
+    entries = config.entries
+    parts = (entries.stem.embed is None, "convolutions"), (entries.position.attend is not None, "relative positions")
+    return tuple(name for there, name in (*parts, (config.pool == "map", "attention pooling")) if there)
