@@ -6,6 +6,7 @@ import json
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -13,9 +14,10 @@ from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches, train_batches
 from train.data import identity as identity_of_data
+from train.frozen import put_params
 from train.job import claim, say
 from train.loop import Run
-from train.step import StepOptions
+from train.step import StepOptions, TrainState, shardings, state_specs
 from vitcore.config import ViTConfig
 from vitcore.ops import Ops
 from vitcore.sharding import MeshShape, check_mesh
@@ -124,3 +126,14 @@ def make_run(
         profile=full.profile,
         **own,
     )
+
+
+def start_from(pretrained, mesh, tx, *, polyak: bool):
+    """The TrainState at step 0 with the parameters of a `train.pretrained.Pretrained`."""
+
+    def rest(params):
+        average = jax.tree.map(jnp.copy, params) if polyak else None
+        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params), average)
+
+    specs = state_specs(pretrained.config, mesh, tx, polyak=polyak)
+    return jax.jit(rest, out_shardings=shardings(mesh, specs))(put_params(pretrained.params, pretrained.config, mesh))

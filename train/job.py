@@ -179,7 +179,7 @@ def place(out) -> epath.Path:
 # Options that came after runs had been made, and what those runs did: a run without them in its config.json had these values.
 BEFORE: dict = {
     "head_bias": 0.0, "antialias": True, "crop": "torchvision", "randaugment": [0, 0], "cutmix": 0.0, "mixup_share": "row",
-    "position": "1d", "erase": 0.0, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
+    "position": "1d", "erase": 0.0, "init": None, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
 }  # fmt: skip
 
 NAMED = {"mixup"}  # of these, what pre-training has always named its directories by
@@ -227,8 +227,11 @@ def check_claim(out: epath.Path, identity: dict) -> None:
         other = differing(identity, held)
         if other:
             what = ", ".join(f"{key} {held.get(key, BEFORE.get(key))} there, {identity[key]} now" for key in other[:3])
+            longer = ""
+            if "steps" in other and held.get("steps", 0) < (identity["steps"] or 0):
+                longer = f"; a longer run starts from that one, its schedule anew: --init {out} and another --out"
             raise ValueError(
-                f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it"
+                f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it{longer}"
             )
     elif left := [name for name in ("metrics.jsonl", "checkpoints") if (out / name).exists()]:
         raise ValueError(f"--out {out} holds {left[0]} but no config.json to say whose: restore that, or choose another --out")

@@ -150,11 +150,15 @@ class Events:
     """The records as TensorBoard's scalars, each under its own name; with its own writer, of the extra [tensorboard].
 
     step: the last one done before now: a resumed run's events start a new file, which takes the place of what came after it.
-    Raises ValueError where the package is not installed.
+    Raises ValueError where the package is not installed, and for a bucket.
     """
 
     def __init__(self, directory: str, step: int):
         need_tensorboard()
+        if "://" in directory:
+            raise ValueError(
+                f"--tensorboard writes to a local directory, and this is {directory}: give a local --out, or leave it out"
+            )
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
