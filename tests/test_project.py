@@ -107,7 +107,6 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 # Those that are still there; nothing is added here, and what is cut is taken out.
 CIRCLES = {
     frozenset({"bench.peers", "bench.trial"}),
-    frozenset({"vitcore.model", "vitcore.sharding"}),
 }
 
 

@@ -23,12 +23,16 @@ from vitcore.sharding import MeshShape, check_mesh
 def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
     """Raises ValueError where the model, the batch and the mesh of resolved options do not fit. name: of the model, for people."""
     check_mesh(config, MeshShape.of(mesh))
+    if getattr(config, "pool", "") == "none":
+        raise ValueError(f"{name} has pool 'none', a representation for each token: classes of images want one, e.g. --pool gap")
     parts = mesh.shape["data"] * full.accumulate
     if full.batch_size % parts:
         raise ValueError(
             f"--batch-size {full.batch_size} is not divisible by the data axis of {mesh.shape['data']} "
             f"times --accumulate {full.accumulate}: use a multiple of {parts}"
         )
+    if full.remat and full.remat_every > 1 and not isinstance(config, ViTConfig):
+        raise ValueError(f"--remat-every {full.remat_every}: {name} is made again unit by unit, use 1")
     if full.remat and config.depth % full.remat_every:
         raise ValueError(f"--remat-every {full.remat_every}: {name} has {config.depth} blocks, a divisor of that is required")
 
@@ -102,5 +106,7 @@ def make_run(
         step_timeout=full.step_timeout,
         bad_steps=full.bad_steps,
         checkpoint_wait=full.checkpoint_wait,
+        tensorboard=full.tensorboard,
+        profile=full.profile,
         **own,
     )

@@ -9,7 +9,10 @@ top-1 and top-5 by its class map instead (and its red border of one pixel is cut
 accuracy of every class, and which were taken for which) and confusion.png. What counts and what does not: `train/scores.py`.
 """
 
+import csv
 import dataclasses
+import importlib.util
+import io
 import json
 import sys
 from dataclasses import dataclass, field
@@ -46,6 +49,8 @@ class Evaluate(InitOptions, MeshOptions):
     """Whether shrinking averages over pixels. Default: as a run was trained; no for a file."""
     gelu: Literal["tanh", "erf"] | None = None
     batch_size: int = 256
+    predictions: str | None = None
+    """A .csv or .parquet for what was made of each image: its name, its class, the five likeliest and their probabilities."""
     accept_data: bool = False
     """Take labels by number though the class names are not those that the model was trained for."""
     out: str | None = None
@@ -98,6 +103,7 @@ def run(args: Evaluate) -> dict:
 
     check_init(args.init)
     check_numbers(args)
+    check_predictions(args.predictions)
     if args.real and args.objectnet:
         raise ValueError("--real and --objectnet belong to different images: give one of them")
     args.join()
@@ -129,9 +135,9 @@ def run(args: Evaluate) -> dict:
         batch_size=args.batch_size, preprocess=args.preprocess, threads=args.threads, decoder=args.decoder, pixels=model.pixels,
         antialias=model.antialias if args.antialias is None else args.antialias,
     )  # fmt: skip
-    predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype))
+    predict = make_predict(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), scored=True)
     params = put_params(model.params, config, mesh)
-    best, labels, places = reader.all(lambda images: predict(params, images), source, config, mesh)
+    (best, scored), labels, places = reader.all(lambda images: predict(params, images), source, config, mesh)
     wanted = None if wanted is None else [wanted[i] for i in places]
     result = measure(best, labels, source.classes, config.num_classes, wanted, mapped)
     if distributed.rank() == 0:
@@ -140,6 +146,10 @@ def run(args: Evaluate) -> dict:
         for line in describe(result):
             say(line)
         say(write(result, best, labels, source.classes, args, mapped is None))
+        if args.predictions:
+            files = [source.example_name(int(i)) for i in places]
+            known = source.classes if config.num_classes == len(source.classes) else None
+            say(write_predictions(args.predictions, files, labels, best, scored, source.classes, known))
     return result
 
 
@@ -203,6 +213,45 @@ def write(result: dict, best, labels, classes, args: Evaluate, picture: bool) ->
     matrix = scores.confusion(best[:, 0], labels, len(classes))
     scores.draw(matrix, classes, out / "confusion.png", f"{init.name} on {args.data}, {args.split}")
     return f"{out / 'evaluation.json'}, {out / 'confusion.png'}"
+
+
+def check_predictions(path: str | None) -> None:
+    """Raises ValueError where --predictions cannot be written, before anything is computed."""
+    if path is None:
+        return
+    if Path(path).suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--predictions {path}: a name that ends in .csv or .parquet is required")
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--predictions {path}: {Path(path).absolute().parent} is no directory: make it, or name another")
+    if Path(path).suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"--predictions {path}: .parquet needs pyarrow: pip install 'vitcore[parquet]', or write a .csv")
+
+
+def write_predictions(path: str, files: list[str], labels, best, scored, classes, known) -> str:
+    """A row for each image, to a .csv or .parquet, whole or not at all; says where.
+
+    Columns: name, label, and top1, score1, top2, ... classes by their names where the model's are the source's (`known`), else by
+    number.
+    """
+    rows: dict[str, list] = {"name": files, "label": [classes[i] for i in labels.tolist()]}
+    for k in range(best.shape[1]):
+        rows[f"top{k + 1}"] = [known[i] if known else i for i in best[:, k].tolist()]
+        rows[f"score{k + 1}"] = scored[:, k].tolist()
+    if path.endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(rows), sink)
+        content: Any = sink.getvalue().to_pybytes()
+    else:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(rows)
+        writer.writerows(zip(*rows.values(), strict=True))
+        content = text.getvalue()
+    write_atomically(Path(path), content)
+    return f"{path}: {len(files)} predictions"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from train.tuning import Finetune, fine_tune, identity, prepare
 
 def directory(args: Finetune):
     """Where the run lives: --out, or runs/finetune-INIT-RECIPE-HASH."""
-    return job.directory(args.out, f"finetune-{Path(args.init).stem}-{args.recipe}", identity(args))
+    named = {key: value for key, value in identity(args).items() if key != "mixup" or value}  # as before there was MixUp here
+    return job.directory(args.out, f"finetune-{Path(args.init).stem}-{args.recipe}", named)
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------------

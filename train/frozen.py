@@ -123,13 +123,16 @@ def make_features(
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")))
 
 
-def make_predict(config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32, best: int = 5):
+def make_predict(config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32, best: int = 5, scored=False):
     """A compiled function (params, images as in `make_features`) -> int32 [B, best]: the classes of the largest logits, largest
-    first, split over "data". Of equal logits the lower class comes first. best is cut to the number of classes."""
+    first, split over "data". Of equal logits the lower class comes first. best is cut to the number of classes. scored: their
+    probabilities too, a pair (classes, float32 [B, best] by softmax)."""
     context = Context(ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
 
     def local(params, images):
-        return jax.lax.top_k(forward(params, to_unit(images), config, context), min(best, config.num_classes))[1]
+        logits = forward(params, to_unit(images), config, context)
+        values, classes = jax.lax.top_k(logits, min(best, config.num_classes))
+        return (classes, jnp.exp(values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))) if scored else classes
 
     specs = partition_specs(config, mesh)
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")))

@@ -144,8 +144,10 @@ def place(out) -> epath.Path:
 # Options that came after runs had been made, and what those runs did: a run without them in its config.json had these values.
 BEFORE: dict = {
     "head_bias": 0.0, "antialias": True, "crop": "torchvision", "randaugment": [0, 0], "cutmix": 0.0, "mixup_share": "row",
-    "position": "1d", "erase": 0.0, "optimizer": "sgd", "weight_decay": None, "layer_decay": None,
+    "position": "1d", "erase": 0.0, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
 }  # fmt: skip
+
+NAMED = {"mixup"}  # of these, what pre-training has always named its directories by
 
 
 def differing(identity: dict, held: dict) -> list[str]:
@@ -167,7 +169,7 @@ def directory(out: str | None, name: str, identity: dict) -> epath.Path:
     """Where a run lives: --out, or runs/NAME-HASH, the same for the same identity."""
     if out is not None:
         return place(out)
-    named = {key: value for key, value in identity.items() if key not in BEFORE or not _as_before(key, value)}
+    named = {key: value for key, value in identity.items() if key in NAMED or not (key in BEFORE and _as_before(key, value))}
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     return place("runs") / f"{name}-{digest}".replace("/", "_")
 

@@ -24,7 +24,7 @@ from train.data import EvalBatches, TrainBatches
 from train.data.device import on_mesh
 from train.feed import Feed
 from train.job import differing, place
-from train.metrics import Recorder, Silence
+from train.metrics import Recorder, Silence, log_line
 from train.signals import Stop, Watchdog, check_interrupt
 from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
 from vitcore.config import ViTConfig
@@ -42,7 +42,8 @@ class Run:
     config_json: the resolved configuration, kept in every checkpoint; identity: the part of it that a continuation must share.
     start: makes the state at step 0 where that is not a fresh initialisation. claim: called on process 0 when the first batch has
     come, before anything is written. probe: a measurement every probe_every steps, {name: number} into the records.
-    step_timeout: seconds, 0 for none. bad_steps, checkpoint_wait: see `train.job.JobOptions`."""
+    step_timeout: seconds, 0 for none. bad_steps, checkpoint_wait: see `train.job.JobOptions`. tensorboard, profile: see
+    `train.options.TrainOptions`."""
 
     directory: os.PathLike
     config: ViTConfig
@@ -69,6 +70,8 @@ class Run:
     step_timeout: float = 0
     bad_steps: int = 20
     checkpoint_wait: bool = False
+    tensorboard: bool = False
+    profile: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,8 @@ class _Loop:
         self.unseen: list[tuple[int, dict]] = []  # steps whose metrics nobody has looked at
         self.now = _Progress()
         self.watchdog = stack.enter_context(Watchdog(run.step_timeout))
+        self.tracing = False
+        stack.callback(self.end_trace)
 
     def next(self, feed: Feed, *, more: bool = True):
         """The next batch, waited for until one asks to stop; None where it has not come, or there is none."""
@@ -244,6 +249,7 @@ class _Loop:
     def step(self, batch) -> dict:
         check_interrupt()
         self.watchdog.beat(f"taking step {self.now.step + 1}")
+        self.profile(self.now.step + 1)
         self.state, metrics = self.step_fn(self.state, batch["image"], batch["label"])
         self.now.step += 1
         self.unseen.append((self.now.step, metrics))
@@ -252,6 +258,27 @@ class _Loop:
             jax.block_until_ready(self.unseen[-1 - in_flight][1])
         self.settle(in_flight)
         return metrics
+
+    def profile(self, step: int) -> None:
+        """Starts the profiler before the first step of --profile, and stops it before the one behind the last. On process 0."""
+        if self.spec.profile is None or not self.first:
+            return
+        first, last = self.spec.profile
+        if first <= step <= last and not self.tracing:
+            jax.block_until_ready(self.state)
+            jax.profiler.start_trace(os.fspath(place(self.spec.directory) / "profile"), create_perfetto_trace=True)
+            self.tracing = True
+        elif step > last:
+            self.end_trace()
+
+    def end_trace(self) -> None:
+        if self.tracing:
+            self.tracing = False
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.say(
+                f"profile: {place(self.spec.directory) / 'profile'}, for xprof; its perfetto_trace.json.gz for ui.perfetto.dev"
+            )
 
     def finish_step(self, record: dict, rate: float, *, due: bool) -> None:
         """The evaluation of a step, where it is due, and its record. A signal in between leaves both to the continuation."""
@@ -273,6 +300,8 @@ class _Loop:
             # the schedule counts the updates before this step; a skipped step is none, but had a rate
             lr = np.asarray(run.learning_rate(now.step - 1 - now.skipped + (now.in_a_row > 0))).item()
             self.recorder.write(now.step, **record, learning_rate=lr, images_per_second=rate * run.batch_size)
+            if not self.recorder.on_terminal:
+                self.say(log_line({"step": now.step, **record, "images_per_second": rate * run.batch_size}, run.total_steps))
             self.recorder.progress(now.step, loss=record.get("loss"), images_per_second=rate * run.batch_size)
 
     @property
@@ -284,7 +313,8 @@ class _Loop:
         self.restore()
         now = self.now
         if self.first:  # a step whose evaluation is still due is written again
-            recorder = Recorder(run.directory, total_steps=run.total_steps, step=now.step - (now.due is not None))
+            at = now.step - (now.due is not None)
+            recorder = Recorder(run.directory, total_steps=run.total_steps, step=at, tensorboard=run.tensorboard)
         else:
             recorder = Silence()
         self.recorder = self.stack.enter_context(recorder)

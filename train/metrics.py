@@ -1,10 +1,11 @@
 """What a run writes down while it goes: metrics.jsonl, curves.png and the progress line. The only printing of the loop is here.
 
 metrics.jsonl holds one JSON object a line: `step`, and of `loss`, `images_per_second`, `learning_rate`, `gradient_norm` and, where
-they were measured, `val_accuracy` in [0, 1] and `val_loss`, whatever the caller knows. JSON has no NaN: a value that is not
-finite is null.
+they were measured, `val_accuracy` in [0, 1], `val_loss` and few-shot accuracies `fewshot_5`, whatever the caller knows. JSON has
+no NaN: a value that is not finite is null.
 """
 
+import importlib.util
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import SupportsFloat
 
@@ -29,8 +31,9 @@ class Recorder:
     directory: exists; on gs://, where nothing can be appended to, the files are written in a temporary directory and copied there
     by `draw`, `publish` and `close`. total_steps: of the whole run. step: the last step done before now; on a resume the lines
     after it, of steps that will be done again, are dropped first (in one rename), and new lines are appended. stream: where the
-    progress line goes (default stderr), and only if it is a terminal: elsewhere there is none. Use as a context manager or close
-    it. Raises ValueError for records that are not JSON (with the line), OSError where the file cannot be written.
+    progress line goes (default stderr), and only if it is a terminal: elsewhere there is none, and `log_line` says what a record
+    holds. tensorboard: write TensorBoard's event files as well, into the directory's tensorboard/. Use as a context manager or
+    close it. Raises ValueError for records that are not JSON (with the line), OSError where the file cannot be written.
 
         with Recorder(directory, total_steps=1500, step=start) as recorder:
             recorder.progress(step, loss=loss, images_per_second=rate)
@@ -38,7 +41,8 @@ class Recorder:
             recorder.draw()
     """
 
-    def __init__(self, directory, *, total_steps: int, step: int = 0, stream=None):
+    def __init__(self, directory, *, total_steps: int, step: int = 0, stream=None, tensorboard: bool = False):
+        self.events = Events(os.path.join(os.fspath(directory), "tensorboard"), step) if tensorboard else None
         self.directory, self._bucket = os.fspath(directory), None
         if "://" in self.directory:
             self._bucket, self.directory = epath.Path(self.directory), tempfile.mkdtemp(prefix="records-")
@@ -62,6 +66,13 @@ class Recorder:
         record = {"step": int(step)} | {key: _number(value) for key, value in values.items() if value is not None}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        if self.events is not None:
+            self.events.write(record)
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether the progress line is seen."""
+        return self._bar is not None
 
     def progress(
         self, step: int, *, loss: SupportsFloat | None = None, images_per_second: SupportsFloat | None = None, **more: SupportsFloat
@@ -93,6 +104,8 @@ class Recorder:
 
     def close(self) -> None:
         self._file.close()
+        if self.events is not None:
+            self.events.close()
         self.publish()
         if self._bucket is not None:
             shutil.rmtree(self.directory)
@@ -108,6 +121,8 @@ class Recorder:
 
 class Silence:
     """A Recorder that writes nothing: of the processes that are not the first."""
+
+    on_terminal = True  # there is nothing to say in its place
 
     def write(self, step: int, **values) -> None:
         pass
@@ -129,6 +144,54 @@ class Silence:
 
     def __exit__(self, *_):
         pass
+
+
+class Events:
+    """The records as TensorBoard's scalars, each under its own name; with its own writer, of the extra [tensorboard].
+
+    step: the last one done before now: a resumed run's events start a new file, which takes the place of what came after it.
+    Raises ValueError where the package is not installed.
+    """
+
+    def __init__(self, directory: str, step: int):
+        need_tensorboard()
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._writer = EventFileWriter(directory)
+        if step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, record: dict) -> None:
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in record.items()
+            if name != "step" and value is not None
+        ]
+        self._writer.add_event(self._event(wall_time=time.time(), step=record["step"], summary=self._summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def need_tensorboard() -> None:
+    """Raises ValueError where TensorBoard's writer is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs TensorBoard's writer: pip install 'vitcore[tensorboard]', or leave it out")
+
+
+def log_line(record: dict, total_steps: int) -> str:
+    """What a record holds, in a line of a log: where nobody sees the progress line."""
+    parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
+    if "images_per_second" in record:
+        parts.append(f"{record['images_per_second']:,.0f} images/s")
+    if "val_accuracy" in record:
+        parts.append(f"validation {record['val_accuracy']:.2%}, loss {record['val_loss']:.4f}")
+    parts += [f"{name.removeprefix('fewshot_')}-shot {value:.2%}" for name, value in record.items() if name.startswith("fewshot_")]
+    return f"step {record['step']} of {total_steps}: {', '.join(parts)}"
 
 
 _BAR = "{desc}{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
@@ -153,7 +216,8 @@ def read(path) -> list[dict]:
 
 
 def draw(records: list[dict], path) -> None:
-    """Two panels over the steps, training and validation loss, and validation accuracy (images/s if none was measured), to a PNG.
+    """Two panels over the steps, training and validation loss, and validation and few-shot accuracy (images/s if none was
+    measured), to a PNG.
 
     The file appears whole or not at all. OSError where it cannot be written.
     """
@@ -183,6 +247,11 @@ def draw(records: list[dict], path) -> None:
         right.plot(val_steps, accuracy, color="tab:orange", marker="o", markersize=3, clip_on=False)
         best = max(((a, s) for s, a in zip(val_steps, accuracy, strict=True) if math.isfinite(a)), default=None)
         right.set(xlabel="step", title="Validation accuracy" + (f", best {best[0]:.2%} at step {best[1]:,}" if best else ""))
+        for name in sorted({key for r in records for key in r if key.startswith("fewshot_")}, key=lambda key: int(key[8:])):
+            right.plot(*series(name), marker="o", markersize=2, linewidth=1, alpha=0.7, label=f"{name[8:]} shots")
+        if len(right.lines) > 1:
+            right.lines[0].set_label("validation")
+            right.legend(frameon=False)
         right.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
         right.set_ylim(top=1.0)
     else:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from train import distributed
 from train import mesh as meshes
 from train.job import BEFORE, JobOptions
+from train.metrics import need_tensorboard
 from vitcore.normalisation import pixels
 from vitcore.ops import BY_NAME, Ops
 from vitcore.ops import resolve as resolve_ops
@@ -87,6 +88,10 @@ class TrainOptions(MeshOptions):
     """Newest checkpoints that stay."""
     keep_every: int | None = None
     """Checkpoints of steps that are multiples of this stay as well."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run's tensorboard/ as well; wants the extra [tensorboard]."""
+    profile: tuple[int, int] | None = None
+    """Trace from one step to another with JAX's profiler, 20 25, into the run's profile/: opens in Perfetto and in XProf."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +184,10 @@ def check_numbers(args, *, positive: str = "", natural: str = "") -> None:
     for option, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{option.replace('_', '-')} {value}: a finite number is required")
+    if getattr(args, "tensorboard", False):
+        need_tensorboard()
+    if (steps := getattr(args, "profile", None)) is not None and not 1 <= steps[0] <= steps[1]:
+        raise ValueError(f"--profile {steps[0]} {steps[1]}: a first and a last step are required, from 1")
     if not 0 <= (share := getattr(args, "bad_share", 0)) <= 1:
         raise ValueError(f"--bad-share {share}: a share in [0, 1] is required")
 
@@ -189,6 +198,10 @@ class InitOptions:
 
     heads: int | None = None
     """Heads of the model in --init, where the file does not say."""
+    init_pool: Literal["gap", "first"] | None = None
+    """How the model in --init makes one vector of its tokens, where the file has no class token and does not say."""
+    init_position: Literal["sincos2d", "none"] | None = None
+    """The fixed position embedding of the model in --init, or none, where the file holds no embedding and does not say."""
     mean: tuple[float, ...] = ()
     """Of the pixels that the model in --init wants, values in [0, 1]: 0.485 0.456 0.406. Default: as the file says, or 0.5."""
     std: tuple[float, ...] = ()
@@ -201,7 +214,11 @@ class InitOptions:
             raise ValueError(f"--heads {self.heads}: a positive number is required")
         if bool(self.mean) != bool(self.std):
             raise ValueError("--mean and --std belong together: give both")
-        return {"heads": self.heads, "pixels": pixels(self.mean, self.std) if self.mean else None}
+        wanted = pixels(self.mean, self.std) if self.mean else None
+        return {"heads": self.heads, "pool": self.init_pool, "position": self.init_position, "pixels": wanted}
+
+
+INIT_OPTIONS = tuple(field.name for field in dataclasses.fields(InitOptions))
 
 
 def check_init(init: str | None) -> None:

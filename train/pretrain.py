@@ -55,12 +55,15 @@ class Pretrain(ImageOptions):
     """Images of one update, over all devices."""
 
     image_size: int | None = None
-    pool: Literal["token", "gap"] | None = None
-    """What the head reads: the class token, or the mean of the patches. Default: the recipe's."""
-    position: str | None = None
-    """Position embedding: 1d (learned), sincos2d. Default: the recipe's."""
+    pool: Literal["token", "gap", "map", "first"] | None = None
+    """How tokens become one vector: class token, mean, attention pooling, or the first patch. Default: the recipe's or the
+    model's own."""
+    position: Literal[
+        "1d", "1d-layers", "1d-shared", "2d", "2d-layers", "2d-shared", "relative", "sincos2d", "none"
+    ] | None = None  # fmt: skip
+    """Position embedding (paper Table 8): at the stem, in each layer, or one table for all layers. Default: the recipe's or 1d."""
     representation_size: int | None = None
-    """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper."""
+    """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper; of a ResNet none."""
     dropout: float | None = None
     gelu: Literal["tanh", "erf"] = "tanh"
 
@@ -100,13 +103,17 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     Raises ValueError for unknown names and values that do not fit together.
     """
     from train.data import absolute
-    from vitcore import variant
+    from vitcore import families, variant
 
     digits = args.data.partition(":")[0] == "digits"
     name = ("digits" if digits else "imagenet") if args.recipe is None else args.recipe
     model = (recipes.default_model("digits" if digits else name)) if args.model is None else args.model
-    variant(model, image_size=_patch(model))  # an unknown model is the first thing to say
+    shown = variant(model, image_size=_some_size(model))  # an unknown model is the first thing to say
     recipe = recipes.recipe(name, model)
+    has = families.fields_of(model)
+    for field in ("pool", "position", "dropout"):
+        if getattr(args, field) and field not in has:
+            raise ValueError(f"--{field} {getattr(args, field)}: {model} is a ResNet, which has no {field}: leave it out")
 
     def given(value, default):
         return default if value is None else value
@@ -133,7 +140,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     smoothing = given(args.label_smoothing, recipe.label_smoothing if loss == recipe.loss else 0.0)
     checked = dataclasses.replace(  # the recipe's own checks, on what the command line made of it
         recipe,
-        dropout=given(args.dropout, recipe.dropout),
+        dropout=given(args.dropout, recipe.dropout if "dropout" in has else 0.0),
         clip_norm=given(args.clip_norm, recipe.clip_norm) or None,
         label_smoothing=smoothing,
         loss=loss,
@@ -151,10 +158,10 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         epochs=None,
         batch_size=batch,
         image_size=checked.image_size,
-        representation_size=given(args.representation_size, variant(model, image_size=_patch(model)).width),
+        representation_size=given(args.representation_size, shown.width if "width" in has else 0),
         dropout=checked.dropout,
-        pool=given(args.pool, recipe.pool),
-        position=given(args.position, recipe.position),
+        pool=given(args.pool, _own(shown, "pool", recipe.pool)),
+        position=given(args.position, _own(shown, "position", recipe.position)),
         learning_rate=rate,
         warmup_steps=warmup,
         decay=given(args.decay, recipe.decay),
@@ -172,10 +179,16 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
     )
 
 
-def _patch(model: str) -> int:
-    """Some image side that a model of this name accepts: its patch."""
+def _own(shown, field: str, asked: str) -> str | None:
+    """A recipe's pool or position embedding; the model's own where the recipe has the usual one, or None."""
+    usual = {"pool": "token", "position": "1d"}[field]
+    return getattr(shown, field, None) if asked == usual else asked if hasattr(shown, field) else None
+
+
+def _some_size(model: str) -> int:
+    """Some image side that a model of this name accepts: two of what its name divides it by, or what a ResNet divides it by."""
     tail = model.rpartition("/")[2]
-    return int(tail) if tail.isdigit() and int(tail) else 16
+    return 2 * int(tail) if tail.isdigit() and int(tail) else 32
 
 
 def identity(args: Pretrain) -> dict:
@@ -207,6 +220,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     from train.data import check_classes, open_source
     from train.data.identity import seen
     from train.loop import train
+    from vitcore import families
     from vitcore.ops import BY_NAME
 
     source, held_out = open_source(args.data, args.train_split), open_source(args.data, args.val_split)
@@ -231,6 +245,8 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     if distributed.rank() == 0:
         check_claim(out, who)
     named = next(name for name, known in BY_NAME.items() if known is ops)
+    if apart := families.family_of(config).by_xla(config):
+        named += f" ({' and '.join(apart)} by XLA)"
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes")
     say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
     with locked(out):
@@ -268,15 +284,16 @@ def _report(result, out) -> None:
 
 
 def _model(full, *, classes: int, channels: int):
-    """The ViTConfig of resolved options."""
-    from vitcore import variant
+    """The configuration of resolved options."""
+    from vitcore import families
 
-    return variant(
+    return families.named(
         full.model,
         image_size=full.image_size,
         num_classes=classes,
         representation_size=full.representation_size or None,
         pool=full.pool,
+        position=full.position,
         dropout=full.dropout,
         gelu=full.gelu,
         channels=channels,

@@ -11,11 +11,10 @@ import numpy as np
 from train import mesh as meshes
 from train.data import identity
 from train.job import BEFORE
-from vitcore import ViTConfig, variant, weight_about, weight_tree
+from vitcore import ViTConfig, families, weight_about, weight_tree
 from vitcore.normalisation import HALF, Pixels
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.normalisation import said as pixels_said
-from vitcore.posemb import fit
 from vitcore.weight_tree import WeightError
 
 
@@ -43,15 +42,17 @@ def open_pretrained(
     gelu: Literal["tanh", "erf"] | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
     heads: int | None = None,
+    pool: str | None = None,
+    position: str | None = None,
     pixels: Pixels | None = None,
 ) -> Pretrained:
     """The model at `path`, its position embedding fitted to image_size (default: the one it has).
 
     path: a file of weights, a run's directory (its newest good checkpoint is taken; where the run keeps a Polyak average, that),
     or a run's directory/STEP. num_classes: the whole pre-training head, its hidden layer too, gives way to a linear one that starts
-    at zero, its bias at head_bias; None keeps the head. gelu, heads, pixels: what the file does not say. Default of gelu: tanh for
-    the release, erf for timm's and transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in one line for
-    whatever is wrong with what is there; OSError.
+    at zero, its bias at head_bias; None keeps the head. gelu, heads, pool, position, pixels: what the file does not say. Default of
+    gelu: tanh for the release, erf for timm's and transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in
+    one line for whatever is wrong with what is there; OSError.
     """
     if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
         config, params, about, held = _from_run(path)
@@ -61,9 +62,7 @@ def open_pretrained(
         wanted = pixels or (read_pixels(held["mean"], held["std"]) if held.get("mean") else HALF)
         size = config.image_shape if image_size is None else (image_size, image_size)
         new = dataclasses.replace(config, image_size=size[0] if size[0] == size[1] else size)
-        patch = params["patch_embed"]
-        slots = int(config.pool == "token")
-        patch["position"] = fit(patch["position"], grid=config.grid, to=new.grid, class_slots=slots, method=interpolation)
+        params = families.fitted(params, config, new, method=interpolation)
         if num_classes is not None:
             new = dataclasses.replace(new, num_classes=num_classes, representation_size=None, head_bias=head_bias)
             params.pop("pre_logits", None)
@@ -71,7 +70,7 @@ def open_pretrained(
             params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": bias}
     else:
         antialias = False
-        style, config, _ = weight_tree.describe(path, heads=heads)
+        style, config, _ = weight_tree.describe(path, heads=heads, pool=pool, position=position)
         told = weight_tree.about(path)
         classes, seen = told.classes, told.data
         wanted, words = weight_about.pixels_of(path, told, style.naming)
@@ -82,7 +81,7 @@ def open_pretrained(
         wanted, words = (wanted, words) if pixels is None else (pixels, f"pixels {pixels_said(pixels)}")
         about = f"{path} ({style.naming} naming; {words})"
     classes = classes if num_classes is None else None
-    return Pretrained(dataclasses.replace(new, gelu=gelu or new.gelu), params, about, antialias, classes, wanted, seen)
+    return Pretrained(families.changed(new, gelu=gelu), params, about, antialias, classes, wanted, seen)
 
 
 def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
@@ -98,12 +97,11 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
         with open(os.path.join(run, "config.json")) as file:
             held = json.load(file)
         if "vit" in held:  # a fine-tuned model need not have a name
-            config = ViTConfig(**held["vit"])
+            config = families.restored(held["vit"])
         else:
-            config = variant(
+            config = families.named(
                 held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
-                representation_size=held.get("representation_size") or None,
-                **({"position": held["position"]} if held.get("position", "1d") != "1d" else {}),
+                position=held.get("position"), representation_size=held.get("representation_size") or None,
             )  # fmt: skip
     except OSError as error:
         wanted = "a run's directory with config.json and checkpoints/, an .npz or a .safetensors is required"
@@ -120,8 +118,9 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
         raise WeightError(str(error)) from error
     params = state["average"] if state.get("average") else state["params"]
     params = jax.tree.map(np.asarray, params)
+    first = params["stem"]["root"]["conv"] if "stem" in params else params["patch_embed"]
     config = dataclasses.replace(
-        config, num_classes=params["head"]["bias"].shape[0], channels=params["patch_embed"]["kernel"].shape[2]
+        config, num_classes=params["head"]["bias"].shape[0], channels=first["kernel"].shape[2]
     )  # fmt: skip
     what = ", Polyak average" if state.get("average") else ""
     about = f"{run}, step {step} ({saved.digest(step)}){what}{''.join(f' ({text})' for text in passed)}"

@@ -14,7 +14,7 @@ import jax
 
 from train import distributed, job, recipes
 from train.job import check_claim, say
-from train.options import PLACEMENT, ImageOptions, InitOptions, check_init, check_numbers, resolve_images
+from train.options import INIT_OPTIONS, PLACEMENT, ImageOptions, InitOptions, check_init, check_numbers, resolve_images
 from train.signals import Stop
 from vitcore.normalisation import HALF
 
@@ -164,7 +164,7 @@ def _resolve_optimizer(args: Finetune, recipe) -> dict:
 def identity(args: Finetune) -> dict:
     """What makes a resolved run the run it is, and no other: JSON-able."""
     found = job.identity(args, PLACEMENT)
-    return {key: value for key, value in found.items() if value or key not in ("heads", "mean", "std")}  # runs of before them
+    return {key: value for key, value in found.items() if value or key not in INIT_OPTIONS}  # runs of before them
 
 
 def dev_splits(split: str, share: float) -> tuple[str, str]:
@@ -195,6 +195,7 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Session
     from train.build import check_fit
     from train.data import open_source
     from train.pretrained import open_pretrained
+    from vitcore import families
 
     args.join()
     resolve(args)  # its errors first: they cost nothing
@@ -202,14 +203,15 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Session
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
     found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu, **args.told)
-    full = resolve(args, width=found.config.width, patch_size=found.config.patch_size)
+    full = resolve(args, width=found.config.width, patch_size=getattr(found.config, "patch_size", None))
     opened = open_pretrained(
         args.init, image_size=full.image_size, num_classes=len(classes), head_bias=args.head_bias, gelu=args.gelu,
         interpolation=args.interpolation, **args.told,
     )  # fmt: skip
     full = dataclasses.replace(full, dropout=_dropout(args, opened.config))
-    opened = opened._replace(config=dataclasses.replace(opened.config, dropout=full.dropout))
-    full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=opened.config.gelu)
+    opened = opened._replace(config=families.changed(opened.config, dropout=full.dropout))
+    gelu = getattr(opened.config, "gelu", args.gelu)
+    full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=gelu)
     if opened.pixels != HALF:  # what the run wants of its pixels, kept with it
         full = dataclasses.replace(full, mean=opened.pixels.mean, std=opened.pixels.std)
     check_fit(full, opened.config, mesh, opened.about)
@@ -217,6 +219,10 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Session
 
 
 def _dropout(args: Finetune, config) -> float:
+    if not hasattr(config, "dropout"):
+        if args.dropout:
+            raise ValueError(f"--dropout {args.dropout}: {args.init} is a ResNet, which has no dropout: leave it out")
+        return 0.0
     if args.dropout is not None:
         return args.dropout
     across = config.image_shape[0] // config.grid[0]  # pixels a token: of a hybrid its ResNet's

@@ -15,6 +15,8 @@ from vitcore.ops import INTERPRET as INTERPRET
 from vitcore.ops import REFERENCE as REFERENCE
 from vitcore.ops import Ops as Ops
 from vitcore.ops import fused as fused
+from vitcore.resnet import ResNetStem as ResNetStem
+from vitcore.resnet_models import ResNetConfig as ResNetConfig
 from vitcore.sharding import partition_specs as partition_specs
 from vitcore.weight_tree import load as load
 from vitcore.weight_tree import save as save

@@ -1,5 +1,6 @@
 """Blocks of the encoder, a table of entries that `ViTConfig.block` chooses from."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -199,14 +200,64 @@ def attention_maps(x, w, config, layer: Layer):
     kernel, bias = w["qkv"]["kernel"][:2].astype(x.dtype), w["qkv"]["bias"][:2]
     qk = jnp.einsum("btd,cdk->cbtk", z, kernel, preferred_element_type=jnp.float32) + bias[:, None, None]
     q, k = qk.astype(x.dtype).reshape(2, *x.shape[:2], n, -1)
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    return jax.nn.softmax(logits)
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
+    if (extra := config.entries.position.logits) is not None:
+        logits = logits + extra(q, w, config)
+    return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
 
 
 def _encoder(x, w, config, layer: Layer):
-    return transform(checkpoint_name(attend(x, w, config, layer), MIDDLE), w, config, layer)
+    x = (config.entries.position.attend or attend)(x, w, config, layer)
+    return transform(checkpoint_name(x, MIDDLE), w, config, layer)
+
+
+# --- the axial block (paper, appendix D.6): attention along rows and an MLP, then along columns and an MLP --------------------
+
+
+def _axial_leaves(config) -> tuple[Leaf, ...]:
+    rows, columns = config.grid
+    return tuple(
+        dataclasses.replace(leaf, path=(axis, *leaf.path), names={}, key=None)
+        for axis, seen in (("row", columns), ("column", rows))
+        for leaf in (*attention_leaves(config, seen), *mlp_leaves(config))
+    )
+
+
+def _axial(x, w, config, layer: Layer):
+    """x [B, T, D], T the grid in row-major order and perhaps padding. To the ops a row, then a column, is a sequence of its own."""
+    rows, columns = config.grid
+    b, t, d = x.shape
+    x = x[:, : rows * columns].reshape(b, rows, columns, d)
+    x = _along_rows(x, w["row"], config, layer)
+    if layer.dropout is not None:  # other masks than the rows'
+        layer = layer._replace(dropout=layer.dropout._replace(key=layer.dropout.key ^ jnp.int32(0x5BD1E995)))
+    x = _along_rows(x.swapaxes(1, 2), w["column"], config, layer).swapaxes(1, 2).reshape(b, rows * columns, d)
+    return jnp.pad(x, ((0, 0), (0, t - rows * columns), (0, 0)))
+
+
+def _along_rows(x, w, config, layer: Layer):
+    """The encoder's block on each row of x [B, R, C, D] for itself."""
+    b, rows, length, d = x.shape
+    x = x.reshape(b * rows, length, d)
+    ops = layer.context.ops
+    assert ops is not None
+    extra = -length % ops.multiple
+    if extra:
+        x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
+    x = _encoder(x, w, config, layer._replace(tokens=length if extra else None))
+    return x[:, :length].reshape(b, rows, length, d)
+
+
+def _check_axial(config) -> None:
+    if config.class_tokens:
+        raise ValueError(f"block='axial' with pool={config.pool!r}: a class token stands in no row: use pool='gap' or pool='map'")
+    if config.entries.position.attend is not None:
+        raise ValueError(
+            f"block='axial' with position={config.position!r}: its offsets are those of a whole image; use '1d' or '2d'"
+        )
 
 
 BLOCKS: dict[str, Block] = {
     "encoder": Block(leaves=lambda config: (*attention_leaves(config), *mlp_leaves(config)), apply=_encoder, maps=attention_maps),
+    "axial": Block(leaves=_axial_leaves, apply=_axial, check=_check_axial),
 }

@@ -6,6 +6,7 @@ import operator
 import re
 from typing import Any, Literal, NamedTuple
 
+from vitcore import hybrid
 from vitcore.blocks import BLOCKS, Block
 from vitcore.heads import POOLS, Pool
 from vitcore.positions import POSITIONS, Position
@@ -71,6 +72,7 @@ class ViTConfig:
             raise ValueError(f"gelu={self.gelu!r}: 'tanh' or 'erf' is required")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: a rate in [0, 1) is required")
+        self.entries.position.check(self)
         self.entries.block.check(self)
 
     def _from_json(self):
@@ -138,22 +140,49 @@ class Entries(NamedTuple):
     pool: Pool
 
 
-#                 width depth  mlp heads   B, L, H: paper Table 1. Ti, S: the releases that followed. Nano: ours, for 8x8 digits.
+#                 width depth  mlp heads   B, L, H: paper Table 1. The others: the releases that followed. Nano: ours, for digits.
 SIZES = {
     "Nano": dict(width=64, depth=4, mlp_dim=128, num_heads=4),
+    "mu": dict(width=32, depth=1, mlp_dim=128, num_heads=2),
     "Ti": dict(width=192, depth=12, mlp_dim=768, num_heads=3),
     "S": dict(width=384, depth=12, mlp_dim=1536, num_heads=6),
+    "M": dict(width=512, depth=12, mlp_dim=2048, num_heads=8),
     "B": dict(width=768, depth=12, mlp_dim=3072, num_heads=12),
     "L": dict(width=1024, depth=24, mlp_dim=4096, num_heads=16),
+    "So400m": dict(width=1152, depth=27, mlp_dim=4304, num_heads=16),
     "H": dict(width=1280, depth=32, mlp_dim=5120, num_heads=16),
+    "g": dict(width=1408, depth=40, mlp_dim=6144, num_heads=16),
+    "G": dict(width=1664, depth=48, mlp_dim=8192, num_heads=16),
 }
-PATCHES = {"Nano": (4, 2), "Ti": (16,), "S": (16, 32), "B": (16, 32), "L": (16, 32), "H": (14,)}
+PATCHES = {
+    "Nano": (4, 2),
+    "Ti": (16,),
+    "S": (16, 32),
+    "B": (16, 32),
+    "L": (16, 32),
+    "So400m": (14,),
+    "H": (14,),
+    "g": (14,),
+    "G": (14,),
+}
 
 
 def parse(name: str) -> dict[str, Any] | None:
-    """The fields of "ViT-{Nano,Ti,S,B,L,H}/P", with any patch side P; None for another name."""
-    match = re.fullmatch(r"ViT-(\w+)/([1-9]\d*)", name)
-    return {"patch_size": int(match[2]), **SIZES[match[1]]} if match and match[1] in SIZES else None
+    """The fields of "ViT-{Nano,Ti,S,B,L,H}/P", with any patch side P, also as "Axial-ViT-B/16" or a hybrid's "R50+ViT-B/16"; None
+    for another name."""
+    if (found := hybrid.parse(name)) is not None:
+        fields, size = found
+        return {**fields, **SIZES[size]} if size in SIZES else None
+    match = re.fullmatch(r"(Axial-)?ViT-(\w+)/([1-9]\d*)", name)
+    if not match or match[2] not in SIZES:
+        return None
+    axial = {"block": "axial", "pool": "gap"} if match[1] else {}
+    return {"patch_size": int(match[3]), **axial, **SIZES[match[2]]}
 
 
-NAMES = tuple(f"ViT-{size}/{patch}" for size, patches in PATCHES.items() for patch in patches)
+NAMES = (
+    *(f"ViT-{size}/{patch}" for size, patches in PATCHES.items() for patch in patches),
+    "Axial-ViT-B/16",
+    "Axial-ViT-B/32",
+    *hybrid.NAMES,
+)

@@ -30,10 +30,12 @@ import numpy as np
 
 from vitcore import weight_about
 from vitcore.config import ViTConfig
+from vitcore.families import changed
 from vitcore.model import apply
 from vitcore.normalisation import HALF, Pixels, normalise, said
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.ops import REFERENCE
+from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS
 from vitcore.weight_tree import about, describe, read
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -104,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, help="number of heads, where the file does not say and the model is unusual")
     parser.add_argument("--mean", type=float, nargs="+", help="of the pixels that the model wants, where the file does not say")
     parser.add_argument("--std", type=float, nargs="+", help="deviation of the pixels, likewise")
+    parser.add_argument("--pool", choices=OPEN_POOLS, help="of a file without class token, which does not say it")
+    parser.add_argument("--position", choices=OPEN_POSITIONS, help="of a file without position embedding, which does not say it")
     parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
     args = parser.parse_args(argv)
     try:
@@ -122,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
 def _write(args) -> str:
     if (suffix := os.path.splitext(args.target)[1].lower()) in OTHERS:
         raise ValueError(f"{args.target}: StableHLO is what is written, not {OTHERS[suffix]}: give a name like vit.stablehlo")
-    style, config, _ = describe(args.source, heads=args.heads)
+    style, config, _ = describe(args.source, heads=args.heads, pool=args.pool, position=args.position)
     wanted, words = weight_about.pixels_of(args.source, about(args.source), style.naming)
     if args.mean or args.std:
         wanted = read_pixels(args.mean or (), args.std or ())
@@ -131,7 +135,7 @@ def _write(args) -> str:
     config = dataclasses.replace(config, image_size=args.image_size or config.image_size)
     params = read(args.source, config, grid=grid)
     data = export(
-        params, dataclasses.replace(config, gelu=args.gelu or config.gelu), batch=args.batch, dtype=jnp.dtype(args.dtype),
+        params, changed(config, gelu=args.gelu), batch=args.batch, dtype=jnp.dtype(args.dtype),
         platforms=tuple(args.platforms), pixels=wanted,
     )  # fmt: skip
     partial = f"{args.target}.tmp"

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vitcore.parameters import ROWS, Leaf, Name, constant, dense, lecun, zeros
+from kernels.layer_norm import reference
+from vitcore.parameters import ROWS, Leaf, Name, constant, dense, lecun, norm, normal, xavier, zeros
 
 
 class Pool(NamedTuple):
@@ -14,12 +16,13 @@ class Pool(NamedTuple):
 
     class_token: whether a learned token stands before the patches. leaves: (config) -> its leaves, those of the class token
     included. pool: (params, x [B, T, D], normalise, config, context) -> [B, D] in the dtype of x; normalise is the last layer norm,
-    which acts on each token alone, for x of any rank.
+    which acts on each token alone, for x of any rank. unnamed: nothing in a file of weights tells of it.
     """
 
     class_token: bool
     leaves: Callable
     pool: Callable
+    unnamed: bool = False
 
 
 def class_token(config) -> tuple[Leaf, ...]:
@@ -45,9 +48,97 @@ def _mean(params, x, normalise, config, context):
     return normalise(x).astype(jnp.float32).mean(1).astype(x.dtype)
 
 
+# --- attention pooling (the authors' later code: MAP) ---------------------------------------------------------------------------
+
+_MAP = "MAPHead_0"
+
+
+def _map_leaves(config) -> tuple[Leaf, ...]:
+    """A learned query, an attention layer that it reads the tokens with, and an MLP; whole on every device of a model axis."""
+    d, f, n, t = config.width, config.mlp_dim, config.num_heads, config.tokens
+    mha, h = f"{_MAP}/MultiHeadDotProductAttention_0", config.width // config.num_heads
+    parts = ("query", "key", "value")
+    return (
+        Leaf(
+            path=("map", "probe"),
+            shape=(d,),
+            initial=lambda key, shape: xavier(key, (1, *shape))[0],
+            names={"release": (Name(f"{_MAP}/probe", shape=(1, 1, d)),)},
+        ),
+        Leaf(
+            path=("map", "qkv", "kernel"),
+            shape=(3, d, d),
+            initial=xavier,
+            split=(None, ROWS, None),
+            names={"release": tuple(Name(f"{mha}/{part}/kernel", part=(i,), shape=(d, n, h)) for i, part in enumerate(parts))},
+            multiply_adds={"pool": 2 * t * d * d + 2 * t * d},  # keys and values; the probe's query is made once a batch
+        ),
+        Leaf(
+            path=("map", "qkv", "bias"),
+            shape=(3, d),
+            initial=zeros,
+            names={"release": tuple(Name(f"{mha}/{part}/bias", part=(i,), shape=(n, h)) for i, part in enumerate(parts))},
+        ),
+        Leaf(
+            path=("map", "out", "kernel"),
+            shape=(d, d),
+            initial=xavier,
+            split=(ROWS, None),
+            names={"release": (Name(f"{mha}/out/kernel", shape=(n, h, d)),)},
+            multiply_adds={"pool": d * d},
+        ),
+        Leaf(path=("map", "out", "bias"), shape=(d,), initial=zeros, names={"release": (Name(f"{mha}/out/bias"),)}),
+        *norm(("map", "norm"), d, names={"release": f"{_MAP}/LayerNorm_0"}),
+        *(
+            leaf
+            for i, (layer, shape) in enumerate((("mlp_in", (d, f)), ("mlp_out", (f, d))))
+            for leaf in dense(
+                ("map", layer),
+                shape,
+                xavier,
+                bias=normal(1e-6),
+                split=(ROWS, None),
+                names={"release": f"{_MAP}/MlpBlock_0/Dense_{i}"},
+                multiply_adds={"pool": d * f},
+            )
+        ),
+    )
+
+
+def _map(params, x, normalise, config, context):
+    """y = a + MLP(LN(a)), a = MHA(probe, z, z), z the tokens after the last norm."""
+    p, z, n = context.take(params, "map"), normalise(x), config.num_heads
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def dense(form, a, kernel, bias):
+        return jnp.einsum(form, a, kernel.astype(x.dtype), preferred_element_type=wide) + bias
+
+    (w_q, w_k, w_v), (b_q, b_k, b_v) = p["qkv"]["kernel"], p["qkv"]["bias"]
+    q = dense("d,dk->k", p["probe"].astype(x.dtype), w_q, b_q).astype(x.dtype).reshape(n, -1)
+    k, v = (dense("btd,dk->btk", z, w, b).astype(x.dtype).reshape(*z.shape[:2], n, -1) for w, b in ((w_k, b_k), (w_v, b_v)))
+    share = jax.nn.softmax(jnp.einsum("nh,btnh->bnt", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5).astype(x.dtype)
+    o = jnp.einsum("bnt,btnh->bnh", share, v, preferred_element_type=wide).astype(x.dtype)
+    a = dense("bd,dk->bk", o.reshape(o.shape[0], -1), p["out"]["kernel"], p["out"]["bias"]).astype(x.dtype)
+    y = reference.layer_norm(a, p["norm"]["scale"], p["norm"]["bias"])
+    y = jax.nn.gelu(dense("bd,df->bf", y, p["mlp_in"]["kernel"], p["mlp_in"]["bias"]), approximate=config.gelu == "tanh")
+    return a + dense("bf,fd->bd", y.astype(x.dtype), p["mlp_out"]["kernel"], p["mlp_out"]["bias"]).astype(x.dtype)
+
+
+def _corner(params, x, normalise, config, context):
+    return normalise(x[:, 0])
+
+
+def _unpooled(params, x, normalise, config, context):
+    return normalise(x)
+
+
 POOLS: dict[str, Pool] = {
     "token": Pool(class_token=True, leaves=class_token, pool=_first),
-    "gap": Pool(class_token=False, leaves=lambda config: (), pool=_mean),
+    "gap": Pool(class_token=False, leaves=lambda config: (), pool=_mean, unnamed=True),
+    "map": Pool(class_token=False, leaves=_map_leaves, pool=_map),
+    # the first patch, without a class token, and every token: what the authors' later code calls "0" and "none"
+    "first": Pool(class_token=False, leaves=lambda config: (), pool=_corner, unnamed=True),
+    "none": Pool(class_token=False, leaves=lambda config: (), pool=_unpooled, unnamed=True),
 }
 
 
@@ -102,5 +193,5 @@ def logits(params, y, config, context):
 
 
 def _dense(p, x):
-    """x [B, D] @ kernel + bias, accumulated and returned in float32."""
-    return jnp.einsum("bd,dv->bv", x, p["kernel"].astype(x.dtype), preferred_element_type=jnp.float32) + p["bias"]
+    """x [..., D] @ kernel + bias, accumulated and returned in float32."""
+    return jnp.einsum("...d,dv->...v", x, p["kernel"].astype(x.dtype), preferred_element_type=jnp.float32) + p["bias"]

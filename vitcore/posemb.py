@@ -43,6 +43,14 @@ def fit(
     return np.concatenate([slots, patches.reshape(to[0] * to[1], -1)]).astype(np.float32)
 
 
+def fit_line(table, size: int, method: Literal["corners", "half-pixel"] = "corners") -> np.ndarray:
+    """Entries [..., n, D] of a line as [..., size, D] float32, as `fit` does along a side of a grid."""
+    table = np.asarray(table, np.float32)
+    if table.shape[-2] == size:
+        return table.copy()
+    return np.moveaxis(_resample(np.moveaxis(table, -2, 0), size, method, 0), 0, -2).astype(np.float32)
+
+
 def _resample(x: np.ndarray, size: int, method: str, axis: int) -> np.ndarray:
     """x with `size` entries along the axis, linear between the old ones; float64."""
     old = x.shape[axis]

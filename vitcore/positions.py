@@ -1,9 +1,17 @@
 """Position embeddings, a table of entries that `ViTConfig.position` chooses from."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-from vitcore.parameters import ROWS, Leaf, Name, normal
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.attention import relative
+from vitcore import posemb
+from vitcore.collectives import sum_over_model, vary
+from vitcore.parameters import ROWS, Leaf, Name, Split, normal
 
 
 def _none(config) -> tuple[Leaf, ...]:
@@ -16,13 +24,22 @@ class Position(NamedTuple):
     leaves: (config) -> its leaves outside the blocks, under "patch_embed". table: (p, config) -> [T, D] float32 that is added to
     the class token and the patches, None for nothing; p is params["patch_embed"] ready for use. block_leaves: (config) -> its
     leaves in each block, as a block lists its own. at_block: (p, w, config) -> [T, D] that is added to the input of a block,
-    whose weights are w; None: nothing is added there.
+    whose weights are w; None: nothing is added there. attend: (x, w, config, layer) -> x + dropout(MSA(LN(x))) in place of the
+    block's own attention half, and logits: (q [B, T, N, H], w, config) -> [B, N, T, T] that it adds to the others before their
+    scale; None: neither. check: (config) raises ValueError for a configuration that it cannot take. fit: (name, array, config, new,
+    method) -> a leaf of this name, of any number of layers, as a model `new` of another grid has it (`posemb`). unnamed: nothing
+    in a file of weights tells of it.
     """
 
     leaves: Callable
     table: Callable
     block_leaves: Callable = _none
     at_block: Callable | None = None
+    attend: Callable | None = None
+    logits: Callable | None = None
+    check: Callable = lambda config: None
+    fit: Callable = lambda name, array, config, new, method: array
+    unnamed: bool = False
 
 
 def _learned(config) -> tuple[Leaf, ...]:
@@ -47,8 +64,149 @@ def _learned(config) -> tuple[Leaf, ...]:
     )
 
 
+# --- the other entries of Table 8, and sincos2d -------------------------------------------------------------------------------
+
+
+def _halves(config) -> tuple[Leaf, ...]:
+    """2-D: a table of rows and one of columns, half of D wide each. The class token has no place on the grid and gets nothing."""
+    rows, columns = config.grid
+    return tuple(
+        Leaf(path=("patch_embed", name), shape=(n, config.width // 2), initial=normal(0.02), split=(None, ROWS))
+        for name, n in (("position_columns", columns), ("position_rows", rows))
+    )
+
+
+def _joined(p, config):
+    """[T, D]: of each patch its column's half and its row's half."""
+    rows, columns = config.grid
+    x, y = p["position_columns"], p["position_rows"]
+    shape = (rows, columns, config.width // 2)
+    table = jnp.concatenate([jnp.broadcast_to(x[None], shape), jnp.broadcast_to(y[:, None], shape)], axis=-1)
+    return jnp.pad(table.reshape(rows * columns, config.width), ((config.class_tokens, 0), (0, 0)))
+
+
+def sincos2d(rows: int, columns: int, width: int, temperature: float = 10_000.0) -> np.ndarray:
+    """The fixed table [rows * columns, D] float32 of the authors' later code: sine and cosine of column, then of row, times
+    temperature^(-i / (D/4 - 1)), i = 0 ... D/4 - 1."""
+    omega = temperature ** -(np.arange(width // 4) / max(width // 4 - 1, 1))
+    y, x = (place.reshape(-1, 1) * omega for place in np.mgrid[:rows, :columns])
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+
+
+def _fixed(p, config):
+    rows, columns = config.grid
+    table = jnp.asarray(sincos2d(rows, columns, config.width))
+    return jnp.pad(table, ((config.class_tokens, 0), (0, 0)))
+
+
+def _divides(parts: int):
+    def check(config) -> None:
+        if config.width % parts:
+            raise ValueError(f"width={config.width} with position={config.position!r}: a multiple of {parts} is required")
+
+    return check
+
+
+def _in_blocks(leaves):
+    """The leaves of a table as leaves of every block, which no published file has."""
+    return lambda config: tuple(
+        dataclasses.replace(leaf, path=leaf.path[1:], names={}, key=None) for leaf in leaves(config)
+    )  # fmt: skip
+
+
+def _offsets(config) -> tuple[Leaf, ...]:
+    """Relative: one embedding for each offset between patches, and one for all pairs with the class token; each head its own."""
+    rows, columns = config.grid
+    entries, n = relative.entries(rows * columns, bool(config.class_tokens)), config.num_heads
+    return (
+        Leaf(
+            path=("relative",),
+            shape=(entries, config.width),
+            initial=normal(0.02),
+            split=(None, Split(model=("num_heads", n))),
+            multiply_adds={"attention": config.tokens * entries * config.width},
+        ),
+    )
+
+
+def _attend_relative(x, w, config, layer):
+    """The attention half of a block with relative positions, summed over the model axis."""
+    mesh = layer.context.mesh
+    y = relative.attention_half(
+        vary(x, mesh),
+        *(w["norm1"]["scale"], w["norm1"]["bias"], w["qkv"]["kernel"], w["qkv"]["bias"], w["out"]["kernel"], w["out"]["bias"]),
+        w["relative"],
+        num_heads=config.num_heads // (mesh.model if mesh else 1),
+        class_token=bool(config.class_tokens),
+        dropout=layer.dropout,
+        share=layer.residual_scale,
+        tokens=layer.tokens,
+    )
+    return sum_over_model(y, mesh)
+
+
+def _relative_logits(q, w, config):
+    table = w["relative"].reshape(w["relative"].shape[0], q.shape[2], q.shape[3])
+    return relative.relative_logits(q, table, class_token=bool(config.class_tokens))
+
+
+def _fit_grid(name, array, config, new, method):
+    """A table of all tokens, of one layer or of each."""
+    if name != "position":
+        return array
+    fit = partial(posemb.fit, grid=config.grid, to=new.grid, class_slots=config.class_tokens, method=method)
+    return fit(array) if array.ndim == 2 else np.stack([fit(layer) for layer in array])
+
+
+def _fit_halves(name, array, config, new, method):
+    axis = {"position_rows": 0, "position_columns": 1}.get(name)
+    return array if axis is None else posemb.fit_line(array, new.grid[axis], method)
+
+
+def _fit_offsets(name, array, config, new, method):
+    """Offsets of patches in row-major order are a line, and are fitted as one; the class token's entry stays."""
+    if name != "relative" or config.grid == new.grid:
+        return array
+    rows, columns = new.grid
+    cut = array.shape[-2] - config.class_tokens
+    line = posemb.fit_line(array[..., :cut, :], 2 * rows * columns - 1, method)
+    return np.concatenate([line, array[..., cut:, :]], axis=-2)
+
+
+def _nothing(p, config):
+    return None
+
+
+def _one(p, config):
+    return p["position"]
+
+
 POSITIONS: dict[str, Position] = {
     # learned, one entry for each token in row-major order: the paper's own
-    "1d": Position(leaves=_learned, table=lambda p, config: p["position"]),
-    "none": Position(leaves=_none, table=lambda p, config: None),
+    "1d": Position(fit=_fit_grid, leaves=_learned, table=_one),
+    "1d-layers": Position(
+        fit=_fit_grid,
+        leaves=_none,
+        table=_nothing,
+        block_leaves=_in_blocks(_learned),
+        at_block=lambda p, w, config: _one(w, config),
+    ),
+    "1d-shared": Position(fit=_fit_grid, leaves=_learned, table=_nothing, at_block=lambda p, w, config: _one(p, config)),
+    "2d": Position(fit=_fit_halves, leaves=_halves, table=_joined, check=_divides(2)),
+    "2d-layers": Position(
+        fit=_fit_halves,
+        leaves=_none,
+        table=_nothing,
+        block_leaves=_in_blocks(_halves),
+        at_block=lambda p, w, config: _joined(w, config),
+        check=_divides(2),
+    ),
+    "2d-shared": Position(
+        fit=_fit_halves, leaves=_halves, table=_nothing, at_block=lambda p, w, config: _joined(p, config), check=_divides(2)
+    ),
+    "relative": Position(
+        fit=_fit_offsets, leaves=_none, table=_nothing, block_leaves=_offsets, attend=_attend_relative, logits=_relative_logits
+    ),
+    "sincos2d": Position(leaves=_none, table=_fixed, check=_divides(4), unnamed=True),
+    "none": Position(leaves=_none, table=_nothing, unnamed=True),
 }

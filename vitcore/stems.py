@@ -7,7 +7,10 @@ its own besides, which it brings together part by part with `context.take`.
 from collections.abc import Callable
 from typing import NamedTuple
 
+from vitcore import hybrid
 from vitcore.parameters import ROWS, Leaf, Name, lecun, zeros
+from vitcore.resnet import ResNetStem
+from vitcore.resnet_leaves import leaves as resnet_leaves
 
 
 class Stem(NamedTuple):
@@ -87,8 +90,15 @@ def _project(params, p, images, config, context):
     return _embed(params, p, images, config, context, cls=None, position=None, dropout=None)
 
 
+def _hybrid(config):
+    rows, columns = hybrid.grid(config)
+    root = resnet_leaves(config.stem, config.image_shape, config.channels, timm="patch_embed.backbone.")
+    return (*projection(config, config.stem.channels, config.patch_size, rows * columns), *root)
+
+
 STEMS: dict[str, Stem] = {
     "patches": Stem(check=_check, grid=_grid, leaves=_leaves, project=_project, embed=_embed),
+    "resnet": Stem(check=hybrid.check, grid=hybrid.grid, leaves=_hybrid, project=hybrid.project, options=ResNetStem),
 }
 
 

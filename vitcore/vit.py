@@ -92,3 +92,15 @@ def edited(context: Context, patches):
     if have != want:
         raise ValueError(f"edit returned {have[1]}{list(have[0])}: {want[1]}{list(want[0])}, as it was given, is required")
     return new
+
+
+def fit(path, array, config: ViTConfig, new: ViTConfig, method: str):
+    """A leaf of a model of another image size: what its position embedding says of it."""
+    return config.entries.position.fit(path[-1], array, config, new, method)
+
+
+def by_xla(config: ViTConfig) -> tuple[str, ...]:
+    """The parts of a model that are no ops."""
+    entries = config.entries
+    parts = (entries.stem.embed is None, "convolutions"), (entries.position.attend is not None, "relative positions")
+    return tuple(name for there, name in (*parts, (config.pool == "map", "attention pooling")) if there)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vitcore.config import ViTConfig
+from vitcore.families import restored
 from vitcore.normalisation import CLIP, HALF, IMAGENET, Pixels, pixels, said
 from vitcore.weight_files import WeightError
 
@@ -42,7 +42,7 @@ class About(NamedTuple):
     data: dict | None = None
 
 
-def text_of(config: ViTConfig, *, classes: Sequence[str] | None, wanted: Pixels, data: Mapping | None) -> str:
+def text_of(config, *, classes: Sequence[str] | None, wanted: Pixels, data: Mapping | None) -> str:
     """What `save` puts into a file of ours. ValueError where there are not as many names as classes."""
     if classes is not None and len(classes) != config.num_classes:
         raise ValueError(f"{len(classes)} class names for a head of {config.num_classes} classes: as many are required")
@@ -62,11 +62,10 @@ def read(path: str, metadata: Mapping[str, str]) -> About:
             if told["format"] != FORMAT:
                 raise ValueError(f"format {told['format']}")
             config = dict(told["config"])
-            ViTConfig(**config)
+            restored(config)
             classes = tuple(map(str, told["classes"])) if "classes" in told else None
-            return About(
-                config, config["num_heads"], config["gelu"], classes, pixels(told["mean"], told["std"]), told.get("data_seen")
-            )
+            wanted = pixels(told["mean"], told["std"])
+            return About(config, config.get("num_heads"), config.get("gelu"), classes, wanted, told.get("data_seen"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightError(
                 f"{path}: what it says of its model is damaged or of another version ({error}): get it again"

@@ -20,12 +20,18 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vitcore import families, parameters
+from vitcore import families, parameters, weight_resnets
 from vitcore.config import SIZES, ViTConfig
+from vitcore.heads import POOLS
 from vitcore.parameters import Leaf
+from vitcore.positions import POSITIONS
+from vitcore.resnet_models import ResNetConfig
 
 Naming = Literal["release", "timm", "transformers"]
 POSITION = ("patch_embed", "position")
+# What no name in a file tells of.
+OPEN_POOLS = tuple(name for name, entry in POOLS.items() if entry.unnamed)
+OPEN_POSITIONS = tuple(name for name, entry in POSITIONS.items() if entry.unnamed)
 
 
 class Entry(NamedTuple):
@@ -56,7 +62,8 @@ class Entry(NamedTuple):
 class Style:
     """How a file names things. numbering (release): 1 counts all parts of a block on (MlpBlock_3), 0 each kind for itself
     (MlpBlock_0). stacked (release): blocks along a leading axis. top_position (release): `pos_embedding` at the top, without a
-    class slot. modules (transformers): the names in memory. prefix: before every name."""
+    class slot. modules (transformers): the names in memory. bit (release): of a pre-activation ResNet, "first" for the names of its
+    first release and "later" for those of the later code. prefix: before every name."""
 
     naming: Naming = "release"
     prefix: str = ""
@@ -64,6 +71,20 @@ class Style:
     stacked: bool = False
     top_position: bool = False
     modules: bool = False
+    bit: Literal["", "first", "later"] = ""
+
+
+def written(config, naming: Naming) -> Style:
+    """The style in which a model is written."""
+    if naming == "release" and isinstance(config, ResNetConfig) and config.stem.form == "pre":
+        return Style(bit="first", prefix="resnet/")
+    return Style(naming=naming, prefix="vit." if naming == "transformers" else "")
+
+
+def nameless(config, style: Style) -> list[str]:
+    """Paths of the parameters that files of this style have no name for."""
+    named = {entry.path for entry in entries(config, style)}
+    return ["/".join(path) for path in shapes(config) if path not in named]
 
 
 def shapes(config) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -118,9 +139,12 @@ def _entries(leaf: Leaf, style: Style, layer: int) -> Iterator[Entry]:
 # --- which naming, which model ----------------------------------------------------------------------------------------------
 
 _KNOWN: tuple[tuple[Naming, str], ...] = (
-    ("release", r"(|params/|opt/target/|target/)(?:embedding/|cls$|Transformer/|pos_embedding$|head/kernel)"),
+    (
+        "release",
+        r"(|params/|opt/target/|target/|resnet/)(?:embedding/|cls$|Transformer/|pos_embedding$|head/kernel|conv_root/|root_block/)",
+    ),
     ("transformers", r"(|vit\.)(?:embeddings\.|encoder\.layer\.|layers\.\d)"),
-    ("timm", r"()(?:patch_embed\.|blocks\.\d|pos_embed$|cls_token$)"),
+    ("timm", r"()(?:patch_embed\.|blocks\.\d|pos_embed$|cls_token$|stem\.conv|stages\.\d)"),
 )
 
 
@@ -136,21 +160,32 @@ def style_of(names: Iterable[str]) -> Style | None:
         return Style(
             naming=naming,
             prefix=prefix,
-            numbering=int(not any("/MlpBlock_0/" in name for name in rest)) if naming == "release" else 1,
+            numbering=int(not any("encoderblock" in name and "/MlpBlock_0/" in name for name in rest))
+            if naming == "release"
+            else 1,
             stacked=any(name.startswith("Transformer/encoderblock/") for name in rest),
             top_position="pos_embedding" in rest,
             modules=naming == "transformers" and any(re.match(r"layers\.\d", name) for name in rest),
+            bit="first"
+            if "root_block/standardized_conv2d/kernel" in rest
+            else "later"
+            if "root_block/conv_root/kernel" in rest
+            else "",
         )
     return None
 
 
-def infer(found: Mapping[str, tuple[int, ...]], style: Style, *, heads: int | None = None, grid=None) -> ViTConfig:
+def infer(
+    found: Mapping[str, tuple[int, ...]], style: Style, *, heads: int | None = None, grid=None, pool: str | None = None,
+    position: str | None = None,
+) -> ViTConfig | ResNetConfig:  # fmt: skip
     """The configuration of the model whose arrays have these names and shapes.
 
     heads: number of heads, which timm's and transformers' files do not say; by default that of the named model of this width, depth
     and hidden width, and where there is none it must be said. grid: (rows, columns) of the position embedding, by default square.
-    num_classes is 1 where there is no head; gelu is tanh for the release, erf for the others, as their models compute. Raises
-    ValueError for the first thing that makes no model.
+    pool, position: where the names leave them open, which without class token and attention pooling is the pool, and without a
+    position embedding is how there is none. num_classes is 1 where there is no head; gelu is tanh for the release, erf for the
+    others, as their models compute. Raises ValueError for the first thing that makes no model, or is open and not said.
     """
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
@@ -160,6 +195,10 @@ def infer(found: Mapping[str, tuple[int, ...]], style: Style, *, heads: int | No
         return found[name]
 
     p = style.prefix
+    transformer = f"{p}embedding/kernel" if style.naming == "release" else f"{p}patch_embed.proj.weight"
+    if transformer not in found and (resnet := weight_resnets.resnet_of(found, style.naming, style.bit, p)):
+        return resnet
+    stem = weight_resnets.stem_of(found, style.naming, "", p + (weight_resnets.HYBRID if style.naming == "timm" else ""))
     if style.naming == "release":
         side, other, channels, width = shape(f"{p}embedding/kernel", 4)
         block = f"{p}Transformer/encoderblock" + ("" if style.stacked else "_0")
@@ -168,39 +207,61 @@ def infer(found: Mapping[str, tuple[int, ...]], style: Style, *, heads: int | No
         depth, heads = _count(found, rf"{p}Transformer/encoderblock_(\d+)/"), query[-2]
         depth = query[0] if style.stacked else depth
         mlp_dim = shape(f"{block}/MlpBlock_{mlp}/Dense_0/kernel", 3 if style.stacked else 2)[-1]
-        position = f"{p}pos_embedding" if style.top_position else f"{p}Transformer/posembed_input/pos_embedding"
+        table = f"{p}pos_embedding" if style.top_position else f"{p}Transformer/posembed_input/pos_embedding"
         cls, pre, head = f"{p}cls", f"{p}pre_logits/bias", f"{p}head/bias"
     else:
         timm = style.naming == "timm"
-        stem = f"{p}patch_embed.proj" if timm else f"{p}embeddings.patch_embeddings.projection"
-        width, channels, side, other = shape(f"{stem}.weight", 4)
+        projection = f"{p}patch_embed.proj" if timm else f"{p}embeddings.patch_embeddings.projection"
+        width, channels, side, other = shape(f"{projection}.weight", 4)
         block = "blocks" if timm else "layers" if style.modules else "encoder.layer"
         depth = _count(found, rf"{p}{re.escape(block)}\.(\d+)\.")
         mlp_dim = shape(f"{p}{block}.0.{'mlp.fc1' if timm or style.modules else 'intermediate.dense'}.bias", 1)[0]
         heads = heads or known_heads(width, depth, mlp_dim)
-        position = "pos_embed" if timm else f"{p}embeddings.position_embeddings"
+        table = "pos_embed" if timm else f"{p}embeddings.position_embeddings"
         cls = "cls_token" if timm else f"{p}embeddings.cls_token"
         pre = "pre_logits.fc.bias" if timm else f"{p}pooler.dense.bias"
         head = "head.bias" if timm else "classifier.bias"
     if side != other:
         raise ValueError(f"no model can be made out: patches are {side} x {other}, square ones are required")
-    patches = math.prod(shape(position, 3)[:2]) - int(cls in found and not style.top_position)
-    rows, columns = grid or (math.isqrt(max(patches, 0)),) * 2
-    if rows * columns != patches or patches < 1:
-        raise ValueError(f"no model can be made out: the position embedding has {patches} patches, no square: say its grid")
+    has_class, has_map = cls in found, f"{p}MAPHead_0/probe" in found
+    pool = (
+        "token" if has_class else "map" if has_map else _said("pool", pool, "no class token and no attention pooling", OPEN_POOLS)
+    )
+    if table in found or position in (None, "1d"):
+        if table not in found and style.naming == "release":
+            _said("position", None, "no position embedding", OPEN_POSITIONS)
+        position, patches = "1d", math.prod(shape(table, 3)[:2]) - int(has_class and not style.top_position)
+        rows, columns = grid or (math.isqrt(max(patches, 0)),) * 2
+        if rows * columns != patches or patches < 1:
+            raise ValueError(f"no model can be made out: the position embedding has {patches} patches, no square: say its grid")
+    else:
+        _said("position", position, "no position embedding", OPEN_POSITIONS)
+        rows, columns = grid or (224 // side,) * 2
+    pixels = side * (stem[0].stride if stem else 1)
     return ViTConfig(
-        image_size=rows * side if rows == columns else (rows * side, columns * side),
+        image_size=rows * pixels if rows == columns else (rows * pixels, columns * pixels),
         patch_size=side,
         width=width,
         depth=depth,
         mlp_dim=mlp_dim,
         num_heads=heads,
-        channels=channels,
+        channels=stem[1] if stem else channels,
         num_classes=found[head][0] if len(found.get(head, ())) == 1 else 1,
         representation_size=found[pre][0] if len(found.get(pre, ())) == 1 else None,
-        pool="token" if cls in found else "gap",
+        pool=pool,
         gelu="tanh" if style.naming == "release" else "erf",
+        stem=stem[0] if stem else None,
+        position=position,
     )
+
+
+def _said(what: str, value: str | None, there: str, choices: tuple[str, ...]) -> str:
+    """A choice that a file leaves open, as its reader says it. ValueError where he does not."""
+    if value not in choices:
+        raise ValueError(
+            f"the file has {there}, so its {what} is {' or '.join(map(repr, choices))}, and no name says which: say {what}="
+        )
+    return value
 
 
 def known_heads(width: int, depth: int, mlp_dim: int) -> int:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -23,11 +23,13 @@ import numpy as np
 
 from vitcore import posemb, weight_about, weight_files
 from vitcore.config import ViTConfig
-from vitcore.heads import head_leaves
+from vitcore.families import leaves as leaves_of
+from vitcore.families import restored
 from vitcore.normalisation import HALF, Pixels
 from vitcore.parameters import flat, nested
+from vitcore.resnet_models import ResNetConfig
 from vitcore.weight_files import Stored, WeightError
-from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, shapes, style_of
+from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, nameless, shapes, style_of, written
 
 MOST_PATCHES = 2**16  # of a position embedding that is to be fitted: a side of 4096 pixels in patches of 16
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float64))
@@ -35,7 +37,7 @@ _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float
 
 def load(
     path,
-    config: ViTConfig | None = None,
+    config: ViTConfig | ResNetConfig | None = None,
     *,
     new_head: bool = False,
     allow_nonfinite: bool = False,
@@ -65,7 +67,7 @@ def load(
     return (params, config) if alone else params
 
 
-def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpolation="corners", allow_nonfinite: bool = False):
+def read(path, config, *, new_head: bool = False, grid=None, interpolation="corners", allow_nonfinite: bool = False):
     """`load` as numpy arrays, in host memory: for a caller who places them on a mesh."""
     path = os.fspath(path)
     if new_head and config.representation_size is not None:
@@ -77,6 +79,8 @@ def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpol
         arrays = _usual_names(stored)
         style = _style(path, arrays)
         wanted = entries(config, style)
+        if lost := nameless(config, style):
+            raise WeightError(f"{path}: files of {style.naming} naming have no name for this config's {', '.join(lost)}")
         if new_head:
             dropped = {e.name for e in wanted if e.path[0] == "head"} | {n for n in arrays if _is_head(n, style)}
             wanted = tuple(e for e in wanted if e.name not in dropped)
@@ -86,7 +90,7 @@ def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpol
         _agrees(path, about, config)
         leaves = {leaf: np.empty(shape, np.float32) for leaf, shape in shapes(config).items()}
         if new_head:
-            leaves |= {leaf.path: np.array(leaf.initial(None, leaf.shape)) for leaf in head_leaves(config)}
+            leaves |= {leaf.path: np.array(leaf.initial(None, leaf.shape)) for leaf in leaves_of(config) if leaf.path[0] == "head"}
         for entry in wanted:
             array = _as_float32(arrays[entry.name].read())
             if not (allow_nonfinite or np.isfinite(array).all()):
@@ -102,17 +106,17 @@ def read(path, config: ViTConfig, *, new_head: bool = False, grid=None, interpol
     return nested(leaves)
 
 
-def _agrees(path: str, about: weight_about.About, config: ViTConfig) -> None:
+def _agrees(path: str, about: weight_about.About, config) -> None:
     """Raise where a file of ours says of its model what no array shows, and the config says otherwise."""
     told = about.config or {}
-    other = [name for name in ("num_heads", "gelu", "pool") if name in told and told[name] != getattr(config, name)]
+    other = [name for name in ("num_heads", "gelu", "pool") if name in told and told[name] != getattr(config, name, told[name])]
     if other:
         said = ", ".join(f"{name}={told[name]!r}, not {getattr(config, name)!r}" for name in other)
         raise WeightError(f"{path} is of a model with {said}: give the config it was saved with, or change that of the result")
 
 
 def save(
-    path, params, config: ViTConfig, *, naming: Naming | None = None, dtype: str = "float32",
+    path, params, config: ViTConfig | ResNetConfig, *, naming: Naming | None = None, dtype: str = "float32",
     classes=None, pixels: Pixels = HALF, data=None,
 ) -> None:  # fmt: skip
     """Writes parameters, whole or not at all: .npz in the release's layout, or .safetensors.
@@ -133,17 +137,21 @@ def save(
         wrong = sorted(leaf for leaf in have.keys() | shapes(config).keys() if have.get(leaf) != shapes(config).get(leaf))
         names = ", ".join("/".join(leaf) for leaf in wrong)
         raise ValueError(f"the parameters are not this config's: {names} differ: give the config they were made with")
-    style = Style(naming=naming, prefix="vit." if naming == "transformers" else "")
+    style = written(config, naming)
+    if lost := nameless(config, style):
+        raise ValueError(f"files of {naming} naming have no name for this config's {', '.join(lost)}: keep the run's checkpoint")
     kept = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
     arrays = {e.name: e.to_file(arrays_of[e.path]).astype(kept) for e in entries(config, style)}
     about = {"format": "pt", weight_about.KEY: weight_about.text_of(config, classes=classes, wanted=pixels, data=data)}
     weight_files.write(path, arrays, about)
 
 
-def describe(path, *, heads: int | None = None, grid: tuple[int, int] | None = None) -> tuple[Style, ViTConfig, dict[str, Stored]]:
+def describe(
+    path, *, heads: int | None = None, grid: tuple[int, int] | None = None, pool: str | None = None, position: str | None = None
+) -> tuple[Style, Any, dict[str, Stored]]:
     """A file's style, the configuration of its model, and its arrays (names, shapes, dtypes; not to be read). From headers alone.
 
-    heads, grid: as in `weight_names.infer`, where the file does not say. Raises ValueError in one line; OSError.
+    heads, grid, pool, position: as in `weight_names.infer`, where the file does not say. Raises ValueError in one line; OSError.
     """
     path = os.fspath(path)
     with weight_files.opened(path) as stored:
@@ -151,14 +159,17 @@ def describe(path, *, heads: int | None = None, grid: tuple[int, int] | None = N
         style, told = _style(path, arrays), weight_about.read(path, weight_files.metadata(path))
         try:
             if told.config is not None:
-                found = ViTConfig(**told.config)
-                if heads not in (None, found.num_heads):
-                    raise ValueError(f"the file says {found.num_heads} heads, not {heads}")
+                found = restored(told.config)
+                if heads not in (None, told.heads):
+                    raise ValueError(f"the file says {told.heads} heads, not {heads}")
                 _check(path, arrays, entries(found, style), style, found)
             else:
                 said = grid or _grid_of(path, weight_files.metadata(path))
-                found = infer({n: a.shape for n, a in arrays.items()}, style, heads=heads or told.heads, grid=said)
-                if style.naming != "release" and told.gelu is not None:
+                found = infer(
+                    {n: a.shape for n, a in arrays.items()}, style, heads=heads or told.heads, grid=said, pool=pool,
+                    position=position,
+                )  # fmt: skip
+                if style.naming != "release" and told.gelu is not None and isinstance(found, ViTConfig):
                     found = dataclasses.replace(found, gelu=told.gelu)  # pyright: ignore[reportArgumentType]
         except WeightError:
             raise
@@ -174,9 +185,9 @@ def about(path) -> weight_about.About:
         return weight_about.read(path, weight_files.metadata(path))
 
 
-def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=None) -> ViTConfig:
-    """Reads one file, writes another; the configuration of the model. heads, grid: where the source does not say."""
-    _, config, arrays = describe(source, heads=heads, grid=grid)
+def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=None, pool=None, position=None):
+    """Reads one file, writes another; the model's configuration. heads, grid, pool, position: where the source does not say."""
+    _, config, arrays = describe(source, heads=heads, grid=grid, pool=pool, position=position)
     claimed, there = sum(4 * math.prod(a.shape) for a in arrays.values()), os.path.getsize(source)
     if claimed > 64 * there + 2**20:  # a model's shapes are not known beforehand here; weights hardly shrink when packed
         raise WeightError(f"{source} claims {claimed:,} bytes of arrays in {there:,} bytes of file: no weights are that empty")
@@ -209,6 +220,10 @@ def _usual_names(arrays: Mapping[str, Stored]) -> dict[str, Stored]:
 
 def _style(path: str, names) -> Style:
     style = style_of(names)
+    if any("MixerBlock_" in name for name in names):
+        raise WeightError(
+            f"{path} holds an MLP-Mixer (MixerBlock_0 ...), which is no model of vitcore: it has ViTs, hybrids and ResNets"
+        )
     if style is None:
         some = ", ".join(sorted(names)[:3]) or "nothing"
         raise WeightError(f"{path} holds no Vision Transformer as the release, timm or transformers name it, but {some}, ...")
@@ -228,7 +243,7 @@ def _is_other(name: str, style: Style) -> bool:
     )  # fmt: skip
 
 
-def _fits(entry: Entry, array: Stored, config: ViTConfig) -> bool:
+def _fits(entry: Entry, array: Stored, config) -> bool:
     if entry.path == POSITION:
         patches = math.prod(array.shape[:2])
         return len(array.shape) == 3 and array.shape[2] == config.width and array.shape[0] == 1 and 1 <= patches <= MOST_PATCHES
@@ -240,7 +255,7 @@ def _squeezed(shape) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
 
 
-def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], style: Style, config: ViTConfig) -> None:
+def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], style: Style, config) -> None:
     """Raise one line that names every entry that is missing, extra, misshapen or of no float type."""
     need = {entry.name: entry for entry in wanted}
     missing = [name for name in need if name not in arrays]
@@ -259,17 +274,20 @@ def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], s
         said = [f"{name} {arrays[name].dtype}" for name in untyped]
         parts.append(f"no floats in {_list(said)} (float16, bfloat16, float32 and float64 are read: convert them)")
     if parts:
-        raise WeightError(f"{path} is not this config's model: {'; '.join(parts)}{_hint(arrays, style, misshapen, need)}")
+        raise WeightError(f"{path} is not this config's model: {'; '.join(parts)}{_hint(arrays, style, misshapen, need, config)}")
 
 
-def _hint(arrays, style, misshapen, need) -> str:
+def _hint(arrays, style, misshapen, need, config) -> str:
     heads = [name for name in misshapen if need[name].path[0] == "head"]
     if heads and len(heads) == len(misshapen):
         return ": new_head=True replaces the head by zeros"
     try:
-        c = infer({name: a.shape for name, a in arrays.items()}, style)
+        open_ = {"pool": getattr(config, "pool", None), "position": getattr(config, "position", None)}
+        c = infer({name: a.shape for name, a in arrays.items()}, style, **open_)
     except ValueError:
         return ""
+    if isinstance(c, ResNetConfig):
+        return f": the file's model is a ResNet, {c.stem}, num_classes={c.num_classes}"
     hidden = f", representation_size={c.representation_size}" if c.representation_size else ""
     return (
         f": the file's model has patch_size={c.patch_size}, width={c.width}, depth={c.depth}, mlp_dim={c.mlp_dim}, "
@@ -309,10 +327,10 @@ def _shape(shape) -> str:
 # --- position embedding, trees ----------------------------------------------------------------------------------------------
 
 
-def _position(path: str, array: np.ndarray, config: ViTConfig, style: Style, grid, interpolation) -> np.ndarray:
+def _position(path: str, array: np.ndarray, config, style: Style, grid, interpolation) -> np.ndarray:
     """The file's [1, T', D] as our [T, D]: the class slot put in or taken out, the patches fitted to the config's grid."""
     table = array.reshape(-1, config.width)
-    ours = int(config.pool == "token")
+    ours = config.class_tokens
     theirs = 0 if style.top_position else ours
     patches = len(table) - theirs
     square = math.isqrt(max(patches, 0)) ** 2 == patches and patches > 0

@@ -18,7 +18,7 @@ from vitcore import families, parameters
 from vitcore.config import ViTConfig
 from vitcore.weight_about import pixels_of
 from vitcore.weight_files import Stored
-from vitcore.weight_names import Style
+from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS, Style
 from vitcore.weight_tree import about as about
 from vitcore.weight_tree import convert as convert
 from vitcore.weight_tree import describe as describe
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     for command in (shown, converted):
         command.add_argument("--heads", type=int, help="number of heads, where the file does not say and the width is unusual")
         command.add_argument("--grid", help="ROWSxCOLUMNS of a position embedding that is not square")
+        command.add_argument("--pool", choices=OPEN_POOLS, help="of a file without class token, which does not say it")
+        command.add_argument("--position", choices=OPEN_POSITIONS, help="of a file without position embedding, likewise")
     args = parser.parse_args(argv)
     try:
         if args.grid and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", args.grid):
@@ -50,13 +52,15 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--heads {args.heads}: a positive number is required")
         grid = (int(rows), int(columns)) if args.grid else None
         if args.command == "show":
-            _show(args.file, *describe(args.file, heads=args.heads, grid=grid))
+            _show(args.file, *describe(args.file, heads=args.heads, grid=grid, pool=args.pool, position=args.position))
         else:
             config = convert(
-                args.source, args.target, naming=args.naming, dtype=args.dtype, heads=args.heads, grid=grid
+                args.source, args.target, naming=args.naming, dtype=args.dtype, heads=args.heads, grid=grid, pool=args.pool,
+                position=args.position,
             )  # fmt: skip
             print(f"{args.target}: {_model_line(config)}")
-            if about(args.source).config is None and (".npz" in args.target) != (".npz" in args.source):
+            silent = isinstance(config, ViTConfig) and about(args.source).config is None
+            if silent and (".npz" in args.target) != (".npz" in args.source):
                 print("note: the release computes GELU by tanh, timm and transformers exactly; the weights say nothing of it")
     except (ValueError, OSError) as error:
         print(f"vitcore.weights: error: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _show(path: str, style: Style, config: ViTConfig, arrays: Mapping[str, Stored]) -> None:
+def _show(path: str, style: Style, config, arrays: Mapping[str, Stored]) -> None:
     kind = ", ".join(f"{k} {v!r}" for k, v in dataclasses.asdict(style).items() if v not in (False, "", style.naming))
     print(f"naming {style.naming}{'; ' + kind if kind else ''}")
     print(_model_line(config))
@@ -75,11 +79,11 @@ def _show(path: str, style: Style, config: ViTConfig, arrays: Mapping[str, Store
         print(f"  {name:70s} {array.dtype!s:9s} {list(array.shape)}")
 
 
-def _model_line(config: ViTConfig) -> str:
+def _model_line(config) -> str:
     count = parameters.count(families.leaves(config))
     fields = [f.name for f in dataclasses.fields(config) if f.name not in ("dropout", "head_bias")]
     said = ", ".join(f"{name}={getattr(config, name)}" for name in fields)
-    return f"{count:,} parameters; ViTConfig({said})"
+    return f"{count:,} parameters; {type(config).__name__}({said})"
 
 
 if __name__ == "__main__":

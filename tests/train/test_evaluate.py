@@ -135,6 +135,32 @@ def test_the_job_prints_and_writes(file, truth, tmp_path, capsys, mesh):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
 
 
+def test_predictions_of_every_image_as_a_table(file, truth, tmp_path, capsys):
+    import pyarrow.parquet as pq
+
+    logits, labels = truth
+    argv = ["--init", str(file), "--mesh", "2x1", "--batch-size", "64", "--out", str(tmp_path / "e"), "--predictions"]
+    assert evaluate.main([*argv, str(tmp_path / "p.csv")]) == evaluate.main([*argv, str(tmp_path / "p.parquet")]) == 0
+    assert f"{tmp_path / 'p.csv'}: 355 predictions" in capsys.readouterr().out
+    lines = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
+    assert lines[0] == ["name", "label", *(f"{what}{k}" for k in range(1, 6) for what in ("top", "score"))]
+    source = open_source("digits", "val")
+    assert [line[0] for line in lines[1:]] == [source.example_name(i) for i in range(355)]
+    assert [line[1] for line in lines[1:]] == [source.classes[i] for i in labels]
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    odds /= odds.sum(1, keepdims=True)
+    scores = np.array([[float(line[3 + 2 * k]) for k in range(5)] for line in lines[1:]])
+    np.testing.assert_allclose(scores, -np.sort(-odds)[:, :5], atol=1e-4)
+    assert np.mean([line[2] == source.classes[i] for line, i in zip(lines[1:], logits.argmax(1), strict=True)]) > 0.99
+    table = pq.read_table(tmp_path / "p.parquet").to_pydict()
+    assert list(table) == lines[0]
+    assert table["top1"] == [line[2] for line in lines[1:]]
+    np.testing.assert_allclose(table["score2"], scores[:, 1], rtol=1e-6)
+    for name, words in (("p.txt", ".csv or .parquet is required"), ("no/p.csv", "is no directory")):
+        assert evaluate.main([*argv, str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_top_and_confusion_by_hand():
     best = np.array([[0, 1, 2], [1, 0, 2], [2, 1, 0], [0, 2, 1]])
     labels = np.array([0, 0, 1, 1])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from train import metrics
-from train.metrics import Recorder, draw, read
+from train.metrics import Recorder, draw, log_line, read
 
 
 class Terminal(io.StringIO):
@@ -150,9 +150,31 @@ def test_the_progress_line_says_loss_rate_and_time_left_on_a_terminal(tmp_path):
         assert part in last
 
 
+def test_a_line_says_what_a_record_holds():
+    record = {
+        "step": 50,
+        "loss": 1.23456,
+        "gradient_norm": 0.8,
+        "images_per_second": 3799.4,
+        "val_accuracy": 0.8761,
+        "val_loss": 0.4,
+    }
+    assert log_line(record, 1205) == "step 50 of 1205: loss 1.2346, 3,799 images/s, validation 87.61%, loss 0.4000"
+    few = {"step": 1, "loss": None, "fewshot_5": 0.5, "fewshot_25": 0.75}
+    assert log_line(few, 2) == "step 1 of 2: 5-shot 50.00%, 25-shot 75.00%"
+
+
+def test_few_shots_have_curves(tmp_path):
+    records = [{"step": i, "loss": 1.0, "val_accuracy": 0.5, "fewshot_5": 0.4, "fewshot_25": 0.6} for i in range(1, 9)]
+    draw(records, tmp_path / "with.png")
+    draw([{key: r[key] for key in ("step", "loss", "val_accuracy")} for r in records], tmp_path / "without.png")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
 def test_nothing_is_printed_where_there_is_no_terminal(tmp_path):
     stream = io.StringIO()
     with Recorder(tmp_path, total_steps=40, stream=stream) as recorder:
+        assert not recorder.on_terminal
         recorder.progress(1, loss=1.0)
         recorder.write(1, loss=1.0)
     assert stream.getvalue() == ""

@@ -1,5 +1,6 @@
 """The job as its user meets it: what a run leaves, resuming, running again from config.json, and every mistake in one line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import vitcore
 from train import mesh as meshes
 from train import pretrain
 from train.data import DataError, TrainBatches
-from train.job import locked, place
+from train.job import BEFORE, differing, locked, place
 
 ROOT = Path(__file__).parents[2]
 assert len(jax.devices()) == 8, "started by the first job instead, JAX would have that job's number of devices"
@@ -405,6 +406,20 @@ def test_default_name_is_the_runs_own():
     other = pretrain.resolve(pretrain.Pretrain(seed=1), examples=1442)
     assert pretrain.directory(a) == pretrain.directory(same) != pretrain.directory(other)
     assert pretrain.directory(a).name.startswith("ViT-Nano_4-digits-")
+
+
+def test_a_run_of_before_there_were_these_options_goes_on():
+    """Its config.json lacks them; its directory's name, made then, is the same now."""
+    now = pretrain.resolve(pretrain.Pretrain(), examples=1442)
+    now = dataclasses.replace(now, mesh="1x1", augment="digits")
+    held = {key: value for key, value in dataclasses.asdict(now).items() if key not in BEFORE or key == "weight_decay"} | {
+        "mixup": 0.0
+    }
+    assert differing(pretrain.identity(now), held) == []
+    photographs = pretrain.resolve(pretrain.Pretrain(data="folder:x"), examples=1442)
+    held |= {"data": photographs.data}
+    assert {"antialias", "crop"} <= set(differing(pretrain.identity(photographs), held)), "these have other crops now"
+    assert "mixup" in differing(pretrain.identity(dataclasses.replace(now, mixup=0.2)), held)
 
 
 def test_mesh_is_parsed():

@@ -46,7 +46,7 @@ def test_config_is_hashable_and_frozen():
         (dict(width=0), "width=0: a positive integer is required"),
         (dict(depth=-1), "depth=-1: a positive integer is required"),
         (dict(dropout=1.0), "dropout=1.0: a rate in"),
-        (dict(pool="max"), "pool='max': 'token' or 'gap' is required"),
+        (dict(pool="max"), "pool='max': 'token', 'gap', 'map', 'first' or 'none' is required"),
         (dict(gelu="relu"), "gelu='relu'"),
         (dict(representation_size=0), "representation_size=0"),
         (dict(hidden=3), "unknown field hidden of ViTConfig"),

@@ -38,20 +38,30 @@ def products(jaxpr, times=1):
                 size *= eqn.invars[0].aval.shape[axis]
             total += 2 * times * size * eqn.outvars[0].aval.size
         elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            total += 2 * times * eqn.outvars[0].aval.size * kernel[0] * kernel[1] * kernel[2]
+            images, kernel = (v.aval.shape for v in eqn.invars)
+            taps = jax.lax.conv_general_dilated(  # ones with ones: at each place, the taps that fall on the image
+                jnp.ones((1, 1, *images[1:3])), jnp.ones((1, 1, *kernel[:2])), eqn.params["window_strides"], eqn.params["padding"]
+            )
+            total += 2 * times * images[0] * int(taps.sum()) * kernel[2] * kernel[3]
         for j in inner:
             total += products(j, times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1))
     return total
 
 
-@pytest.mark.parametrize("changes", [{}, {"representation_size": 96}, {"pool": "gap"}, {"image_size": (32, 64)}])
-def test_the_model_multiplies_what_is_counted(changes):
-    config = variant("ViT-Ti/16", **{"image_size": 32, "num_classes": 10, **changes})
+VITS = [{}, {"representation_size": 96}, {"pool": "gap"}, {"image_size": (32, 64)}, {"pool": "map"}, {"position": "relative"}]
+OTHERS = ["R26x0.5", "R14x1-post", "R26+S/32", "R14+Ti/16", "R+Ti/16", "Axial-ViT-Ti/16", "AxialResNet-14"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*(("ViT-Ti/16", c) for c in VITS), *((n, {"image_size": 96}) for n in OTHERS)], ids=str
+)
+def test_the_model_multiplies_what_is_counted(name, changes):
+    config = variant(name, **{"image_size": 32, "num_classes": 10, **changes})
     params = jax.eval_shape(lambda: init(jax.random.key(0), config))
     images = jax.ShapeDtypeStruct((3, *config.image_shape, 3), jnp.float32)
     traced = jax.make_jaxpr(lambda p, x: apply(p, x, config, ops=REFERENCE))(params, images)
-    assert products(traced.jaxpr) == flops(config, 3)
+    once = 2 * config.width**2 if changes.get("pool") == "map" else 0  # the query of attention pooling, of no image
+    assert products(traced.jaxpr) == flops(config, 3) + once
 
 
 def test_a_step_is_three_passes_and_parts_add_up():
