@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import vitcore
-from vitcore import weight_about, weight_tree, weights
+from vitcore import weight_about, weight_files, weight_tree, weights
 from vitcore.normalisation import CLIP, HALF, IMAGENET, Pixels, normalise, pixels
 
 CONFIG = vitcore.ViTConfig(
@@ -137,6 +137,8 @@ def test_arrays_of_any_byte_order_are_read(tmp_path, dtype):
         np.savez(tmp_path / "w.npz", **{name: a.astype(dtype) for name, a in file.items()})
     found = vitcore.load(tmp_path / "w.npz", CONFIG)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), found, params))
+    with weight_files.opened(tmp_path / "w.npz") as arrays:
+        assert all(array.read().dtype == array.dtype and array.dtype.isnative for array in arrays.values())
 
 
 def test_an_integer_in_place_of_floats_is_told_what_to_do(tmp_path):
