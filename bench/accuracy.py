@@ -1,4 +1,4 @@
-"""Errors of the kernels and of their rivals against float64, in a process of its own: what stands in the rows of `bench.kernels`.
+"""Errors of the kernels and of their peers against float64, in a process of its own: what stands in the rows of `bench.kernels`.
 
     python -m bench.accuracy < requests.json        one line of JSON each
 
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import programs, rivals
+from bench import programs
+from bench.peers import attention as peers
 from bench.shapes import SHAPES
 from bench.trial import say
 from kernels.device import DEVICES
@@ -54,7 +55,7 @@ def _worst(found: list[np.ndarray], truth: list[np.ndarray]) -> float:
 def _attention(name: str, config: ViTConfig, dtype, launch: Launch):
     """(attention over [B, T, N, H] by `name`, shapes of its arrays): layouts changed inside."""
     t, n, h = config.tokens, config.num_heads, config.width // config.num_heads
-    one = rivals.rival(name, tokens=t, heads=n, launch=launch, interpret=bool(launch.interpret))
+    one = peers.peer(name, tokens=t, heads=n, launch=launch, interpret=bool(launch.interpret))
     shape = jax.ShapeDtypeStruct((IMAGES, t, n, h), dtype)
     return (lambda *qkv: one.unpack(one.fn(*one.pack(*qkv)))), (shape,) * 3
 

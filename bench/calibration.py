@@ -33,6 +33,17 @@ def save(records: list[dict[str, Any]]) -> None:
     table.cache_clear()
 
 
+# How far the count of a whole program may be off, by the operations of docs/yardstick.md against the static profile where there is
+# one (v5e, v6e); of v3, which has none, from XLA's own cost model of its products, with which it agrees to within a tenth.
+_MARGINS = {"v3": "+-10 %", "v5e": "-5 to +10 %", "v6e": "-15 to +10 %"}
+
+
+def margin(target: str) -> str:
+    """The error bar of a headline, in brackets."""
+    known = _MARGINS.get(target)
+    return f"(error bar of the count {known})" if known else "(a generation whose count was not checked)"
+
+
 def note(target: str, report) -> str:
     """What to say beside the cycles of `report`: kernels that weigh in it and were off by more than TRUSTED. Empty if none."""
     weight = {k.kernel: (k.cycles or 0) * k.trips for k in report.kernels if k.source == "schedule"}

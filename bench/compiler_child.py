@@ -13,10 +13,9 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bench import hlo, llo
+from bench import hlo, llo, yardstick
 from bench.tpu_compiler import MARK, Cache, Kernel, Program, Report, profiles
 from kernels import launch
-from kernels.device import DEVICES
 
 
 def main() -> None:
@@ -65,7 +64,8 @@ def _compile(program: Program, devices, request: dict) -> Report:
     operations = hlo.operations(text)
     xla = [op for op in operations if op.kind != "kernel"]
     ours = [op for op in operations if op.kind == "kernel"]
-    kernels = tuple(_kernel(op, [other for other in ours if _twins(op, other)], request) for op in ours)
+    counted = yardstick.counts(operations, Path(request["dumps"]), request["target"]) if request["cycles"] else {}
+    kernels = tuple(_kernel(op, counted.get(op.name)) for op in ours)
     if request.get("profile"):
         kernels = profiles(Path(request["dumps"]))
     _clear(Path(request["dumps"]))
@@ -87,6 +87,7 @@ def _compile(program: Program, devices, request: dict) -> Report:
         temporary_bytes=memory.temp_size_in_bytes,
         live_bytes=getattr(memory, "peak_memory_in_bytes", 0),
         kernels=kernels,
+        lines=yardstick.lines(operations, counted, request["target"]) if counted else (),
         xla_cycles=sum(op.cycles * op.trips for op in xla),
         xla_top=tuple((op.name, op.cycles, op.trips, op.source) for op in top if op.cycles),
         collectives=collectives,
@@ -117,30 +118,13 @@ def _placed(arguments, device):
     return jax.tree.map(place, arguments)
 
 
-def _twins(a: hlo.Operation, b: hlo.Operation) -> bool:
-    """Calls of one kernel with the same result: the compiler emits, and dumps, such code once."""
-    return (a.kernel, a.shape) == (b.kernel, b.shape)
-
-
-def _kernel(op: hlo.Operation, twins: list[hlo.Operation], request: dict) -> Kernel:
+def _kernel(op: hlo.Operation, count: llo.Count | str | None) -> Kernel:
+    """A kernel of the program; count: of its schedule, or why there is none, or None where nobody asked."""
     blank = Kernel(name=op.name, kernel=op.kernel, trips=op.trips)
-    if not request["cycles"]:
+    if count is None:
         return blank
-    folder = Path(request["dumps"])
-    found = None
-    for name in (op.name, *(twin.name for twin in twins)):
-        schedules = [f for f in folder.glob(f"*-{name}-*-final_bundles.txt") if "schedule-analysis" not in f.name]
-        if schedules:
-            utilization = next(iter(folder.glob(f"*-{name}-*-final_hlo-static-per-bundle-utilization.txt")), None)
-            found = schedules[0], utilization
-            break
-    if found is None:
-        return replace(blank, error="the compiler dumped no schedule for it")
-    bandwidth = DEVICES[request["target"]].hbm_bytes_per_cycle
-    try:
-        count = llo.count(*found, target=request["target"], bytes_per_cycle=bandwidth)
-    except llo.ScheduleError as error:
-        return replace(blank, error=str(error))
+    if isinstance(count, str):
+        return replace(blank, error=count)
     return replace(blank, cycles=count.cycles, source="schedule", schedule=asdict(count))
 
 

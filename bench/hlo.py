@@ -1,13 +1,16 @@
 """What a compiled TPU program costs, read from its text: the compiler's cycle estimate of every XLA operation, times its trips.
 
 XLA writes `"window_config":{... "estimated_cycles":"N"}` on each operation it emitted. A `while` body stands in the text once and
-runs `trips` times, so costs are multiplied through nested loops; trip counts come from the loop's own condition. Mosaic kernels
-carry no estimate here: they are listed with their trips, and `bench.llo` counts them.
+runs `trips` times, so costs are multiplied through nested loops; trip counts come from the loop's own condition. Mosaic kernels,
+and some physical copies and reshapes, carry no estimate here: all are listed with their trips, and `bench.yardstick` counts them
+by their schedules. Code that several operations share is emitted, and dumped, once: `key` says which operations those are.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-<>]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-<>]+) = (.*?) ([a-z][\w\-]*)\(")
@@ -24,8 +27,10 @@ class ProgramError(ValueError):
 class Operation:
     """One operation of a program. trips: how often it runs. cycles: of one run, by XLA's cost model (0 for a kernel).
 
-    kind: the HLO opcode, or "kernel" for a Mosaic kernel. source: the `op_name` that jax gave it. bytes: of a collective alone, the
-    larger of what a core brings to it and what it takes away.
+    kind: the HLO opcode, or "kernel" for a Mosaic kernel, also one inside a fusion. source: the `op_name` that jax gave it.
+    bytes: of
+    a collective alone, the larger of what a core brings to it and what it takes away. moved: bytes of its operands and results in
+    HBM, as they lie there. key: equal for operations of one code. aliases: other names under which its schedule may be dumped.
     """
 
     name: str
@@ -35,6 +40,9 @@ class Operation:
     source: str
     shape: str
     bytes: int = 0
+    moved: int = 0
+    key: str = ""
+    aliases: tuple[str, ...] = ()
 
     @property
     def kernel(self) -> str:
@@ -155,8 +163,78 @@ def _collective_bytes(line: _Line, lines: dict[str, _Line]) -> int:
     return max(brought, taken)
 
 
+_TILED = re.compile(r"\b(pred|bf16|[fsuc]\d+)\w*\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+# Opcodes that name, group or wait for what is there, and cost nothing themselves.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "bitcast",
+        "tuple",
+        "get-tuple-element",
+        "after-all",
+        "opt-barrier",
+        "partition-id",
+        "replica-id",
+        "domain",
+        "add-dependency",
+        "custom-call",
+    ]
+)
+
+
+def hbm_bytes(shape: str) -> int:
+    """Bytes that the arrays of an HLO shape fill in HBM, padded to their tiles; not what lies in another memory, `S(1)`."""
+    total = 0
+    for kind, extents, order, rest in _TILED.findall(shape):
+        if re.search(r"S\([1-9]\d*\)", rest):
+            continue
+        size = 1 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8 or 1
+        sides = [int(e) for e in extents.split(",") if e]
+        minor = [sides[int(o)] for o in order.split(",") if o] if order else sides[::-1]
+        tile = re.match(r"T\(([\d,]+)\)", rest)
+        for i, t in enumerate(reversed(tile[1].split(",")) if tile else ()):
+            if i < len(minor):
+                minor[i] = -(-minor[i] // int(t)) * int(t)
+        total += size * prod(minor)
+    return total
+
+
+def _moved(line: _Line, lines: dict[str, _Line]) -> int:
+    """Bytes in HBM that an operation reads and writes, each array once; of slices only what is sliced."""
+    operands = [lines[name].shape for name in line.operands() if name in lines]
+    if line.opcode in ("slice", "dynamic-slice", "gather"):
+        return 2 * hbm_bytes(line.shape)
+    if line.opcode == "dynamic-update-slice" and len(operands) > 1:
+        return 2 * hbm_bytes(operands[1])
+    return hbm_bytes(line.shape) + sum(map(hbm_bytes, operands))
+
+
+def _key(line: _Line, lines: dict[str, _Line], called: dict[str, _Line] | None) -> str:
+    """A digest of all that decides an operation's code: what it computes, the shapes and layouts of what goes in and comes out."""
+    names: dict[str, str] = {}
+
+    def plain(text: str) -> str:
+        text = re.sub(r", metadata=\{[^}]*\}|, backend_config=.*|, frontend_attributes=.*", "", text)
+        return _OPERANDS.sub(lambda m: names.setdefault(m[0], f"%{len(names)}"), text)
+
+    own = re.sub(r"calls=%?[\w.\-<>]+", "", line.text)
+    parts = [plain(own.replace("ROOT ", "")), *(lines[name].shape for name in line.operands() if name in lines)]
+    parts += [plain(inner.text) for inner in (called or {}).values()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _kernel_in(computation: dict[str, _Line]) -> _Line | None:
+    """The Mosaic kernel of a fused computation."""
+    return next((line for line in computation.values() if _is_kernel(line)), None)
+
+
+def _is_kernel(line: _Line) -> bool:
+    return line.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in line.text
+
+
 def operations(text: str) -> list[Operation]:
-    """Every operation of a compiled program that costs cycles, and every kernel and collective, with its trips.
+    """Every operation of a compiled program that costs cycles, with its trips: XLA's own, kernels and collectives.
 
     text: `compiled.as_text()`. Fused computations count as the one fusion they are. ProgramError for a loop that is not counted.
     """
@@ -165,7 +243,9 @@ def operations(text: str) -> list[Operation]:
     def walk(name: str, trips: int) -> Iterator[Operation]:
         lines = computations[name]
         for line in lines.values():
-            source = re.search(r'op_name="([^"]*)"', line.text)
+            called = computations.get(line.attribute("calls") or "") if line.opcode == "fusion" else None
+            inner = line if _is_kernel(line) else _kernel_in(called or {})
+            source = re.search(r'op_name="([^"]*)"', (inner or line).text)
             cycles = _CYCLES.search(line.text)
             op = Operation(
                 name=line.name,
@@ -183,11 +263,14 @@ def operations(text: str) -> list[Operation]:
                 names = re.findall(r"(?:true_computation|false_computation)=%([\w.\-]+)", line.text)
                 names += _OPERANDS.findall(m[1]) if (m := re.search(r"branch_computations=\{([^}]*)\}", line.text)) else []
                 yield from max((list(walk(n, trips)) for n in names), key=lambda ops: sum(o.cycles * o.trips for o in ops))
-            elif line.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in line.text:
-                yield replace(op, kind="kernel", cycles=0)
             elif line.opcode.removesuffix("-start") in COLLECTIVES:
                 yield replace(op, bytes=_collective_bytes(line, lines))
-            elif op.cycles:
-                yield op
+            elif inner is not None:
+                key, moved = _key(line, lines, called), _moved(line, lines)
+                yield replace(op, kind="kernel", cycles=0, key=key, moved=moved, aliases=() if inner is line else (inner.name,))
+            elif line.opcode.endswith(("-start", "-update", "-done")) or (line.opcode in _FREE and not op.cycles):
+                continue
+            else:
+                yield replace(op, key=_key(line, lines, called), moved=_moved(line, lines))
 
     return list(walk(entry, 1))

@@ -1,4 +1,4 @@
-"""What our kernels cost beside the references and beside JAX's own attention: cycles by the TPU compiler, or time on a device.
+"""What our kernels cost beside what others run and beside our references: cycles by the TPU compiler, or time on a device.
 
     python -m bench.kernels                                                 times, on the devices present
     python -m bench.kernels --target v3                                     cycles, every op at ViT-B/16 and 224 pixels
@@ -7,9 +7,12 @@
     python -m bench.kernels --target v3 --largest-batch ViT-B/16 --remat
     python -m bench.kernels --target v5e v6e --calibrate --batch 8 --save
 
-Cycles are compiler estimates (`bench.tpu_compiler` says from where), never measured. The bound is the FLOPs of the op's matrix
-products over what the MXUs of a core do in a cycle; the share is bound over cycles. Errors are against float64 (`bench.accuracy`):
-where no device runs an implementation it is interpreted, at a small shape. `bench.rivals` says how JAX's own attention is called.
+Cycles are compiler estimates, never measured, and of all sides by one count: each operation's own schedule (`bench.yardstick`).
+XLA's cost model stands beside it as a second opinion. The bound is the FLOPs of the op's matrix
+products over what the MXUs of a device do in a cycle; the share is bound over cycles. Whole models are compared with the public JAX
+release's (`bench.peers.vit`) and with our reference, and the ratio is to the better of the two. Errors are against float64
+(`bench.accuracy`): where no device runs an implementation it is interpreted, at a small shape. `bench.peers.attention` says how
+JAX's own attention is called.
 """
 
 import json
@@ -18,13 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import calibration, edge
+from bench import calibration, edge, yardstick
 from bench.accuracy import IMAGES, PATCHES
 from bench.device_study import TrialError, describe, start
-from bench.shapes import OPS, SHAPES, flops, model_flops
+from bench.peers import FLAX
+from bench.shapes import OPS, SHAPES, flops, model_flops, unknown
 from bench.target_study import attempt_of, out_of_hbm
 from bench.tpu_compiler import PROFILED, TOPOLOGIES, CompilerMissing, Program, Report, compile_programs
-from kernels.device import DEVICES
 
 Target = Literal["v2", "v3", "v4", "v5e", "v5p", "v6e", "7x"]
 
@@ -56,8 +59,9 @@ class Kernels:
     """With --largest-batch: to a multiple of this."""
     ours_only: bool = False
     """Leave XLA's own code, JAX's attention and the errors out."""
-    rivals: bool = True
-    """Beside attention, JAX's own: jax.nn, cuDNN on a GPU, Pallas flash and splash on a TPU."""
+    peers: bool = True
+    """Beside attention, JAX's own: jax.nn, cuDNN on a GPU, Pallas flash and splash on a TPU. With --whole, the public JAX release's
+    model."""
     errors: bool = True
     """The error of each implementation against float64 (on a target: interpreted, two images of 17 tokens)."""
     seconds: float = 1.0
@@ -75,9 +79,8 @@ class Kernels:
         return self.remat_every if self.remat else 0
 
     def __post_init__(self):
-        unknown = [s for s in self.shape if s not in SHAPES]
-        if unknown:
-            raise ValueError(f"unknown shape {unknown[0]!r}; known: {', '.join(SHAPES)}")
+        if bad := [s for s in self.shape if s not in SHAPES]:
+            raise ValueError(unknown("shape", bad[0], SHAPES))
         if min(self.batch, self.step, self.remat_every) < 1:
             raise ValueError(
                 f"--batch, --step and --remat-every must be positive; got {self.batch}, {self.step} and {self.remat_every}"
@@ -119,7 +122,7 @@ def _why(report: Report) -> str:
 def _record(
     options: Kernels, target: str, what: str, work: int, ours: Report, plain: Report | None, others: dict[str, Report]
 ) -> dict[str, Any]:
-    bound = work / DEVICES[target].flops_per_cycle
+    bound = work / yardstick.flops_per_cycle(target)
     record = {"target": target, "what": what, "batch": options.batch, "dtype": options.dtype, "bound": round(bound)}
     for name, report in (("ours", ours), ("xla", plain), *others.items()):
         if report is None:
@@ -130,7 +133,9 @@ def _record(
             "share_of_bound": None if not cycles else bound / cycles,
             "bytes": report.peak_bytes,
             "kernels": [asdict(k) for k in report.kernels],
-            "xla_cycles": report.xla_cycles,
+            "model_cycles": None if report.error else report.model_cycles,
+            "split": yardstick.split(report.lines),
+            "lines": [asdict(line) for line in report.lines],
             "seconds_to_compile": report.seconds,
             "error": _why(report),
             "note": "" if report.error else calibration.note(target, report),
@@ -162,7 +167,8 @@ def _line(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_OTHERS = ("jax.nn", "flash", "splash")  # of attention, on a TPU; cuDNN is a GPU's
+_ATTENTION = ("jax.nn", "flash", "splash")  # on a TPU; cuDNN is a GPU's
+_OTHERS = (*_ATTENTION, FLAX)
 
 
 def _error_cell(record: dict[str, Any], *names: str) -> str:
@@ -179,8 +185,10 @@ _HEADER = "{:<36}{:>14}{:>12}{:>14}{:>7}{:>14}{:>7}{:>18}".format(
 def _names(options: Kernels, build: str, op: str | None) -> list[tuple[str, Any]]:
     """Whose code is compiled: (name in the record, the builder's `kernels`)."""
     names: list[tuple[str, Any]] = [("ours", True), *(() if options.ours_only else (("xla", False),))]
-    if options.rivals and not options.ours_only and op == "attention" and build.endswith(":op_alone"):
-        names += [(name, name) for name in _OTHERS]
+    if options.peers and not options.ours_only and options.whole:
+        names.append((FLAX, FLAX))
+    if options.peers and not options.ours_only and op == "attention" and build.endswith(":op_alone"):
+        names += [(name, name) for name in _ATTENTION]
     return names
 
 
@@ -264,17 +272,21 @@ def whole(options: Kernels, target: str) -> list[dict]:
 
 
 def _breakdown(record: dict[str, Any]) -> str:
-    """Where the cycles of our program go: each kernel with its calls, its stalls and its fullest units, and XLA's operations."""
-    ours = record["ours"]
-    lines = []
-    for k in sorted(ours["kernels"], key=lambda k: -(k["cycles"] or 0) * k["trips"]):
-        if not k["cycles"] or not k["schedule"]:
-            continue
-        units = sorted(k["schedule"]["units"].items(), key=lambda u: -u[1])[:4]
-        full = "  ".join(f"{name} {used:.0%}" for name, used in units)
-        stalled = k["schedule"]["stalls"] / k["cycles"]
-        lines.append(f"  {k['kernel']:<34}{k['cycles']:>12,} x {k['trips']:<5}{f'waits {stalled:.0%}':>10}   slots: {full}")
-    return "\n".join([*lines, f"  {'operations of XLA':<34}{ours['xla_cycles']:>12,}"])
+    """Where the cycles of each side go, operation by operation, and how ours stand to the better of the others."""
+    sides = [(name, record[name]) for name in ("ours", FLAX, "xla") if name in record and record[name]["cycles"]]
+    text = []
+    for name, side in sides:
+        found = [yardstick.Line(**line) for line in side["lines"]]
+        text.append(f"{_WHOSE[name]}, cycles an image\n{yardstick.table(found, images=record['batch'])}")
+        text.append(f"  {side['model_cycles'] / record['batch']:>12,.0f} where XLA's operations are counted by its cost model")
+    if len(sides) > 1 and sides[0][0] == "ours":
+        best, other = min(sides[1:], key=lambda s: s[1]["cycles"])
+        ratio = other["cycles"] / sides[0][1]["cycles"]
+        text.append(f"ours run at {ratio:.2f} x {_WHOSE[best]}, both by this count {calibration.margin(record['target'])}")
+    return "\n".join(text)
+
+
+_WHOSE = {"ours": "our kernels", "xla": "our reference", FLAX: "the public JAX release's model"}
 
 
 def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:

@@ -2,10 +2,11 @@
 
 Each is called as builder(devices, **arguments) with the devices of the topology, and returns (function, shapes of its arguments).
 `kernels` says whose code it is: True ours, False the references as XLA compiles them; of attention alone also a name of
-`bench.rivals`.
+`bench.peers.attention`, of whole models on one core `bench.peers.FLAX`.
 """
 
 import importlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 import optax
 from jax.experimental.layout import Format, Layout
 
-from bench import rivals, shapes
+from bench import shapes
+from bench.peers import FLAX, vit
+from bench.peers import attention as peers
 from kernels.attention.reference import AttentionWeights
 from kernels.device import from_kind
 from kernels.dropout import Dropout
@@ -73,14 +76,14 @@ def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | Non
 
 
 def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool | str, rate: float):
-    """An op for `device`: ours, the reference, or (attention between the projections alone) one of `bench.rivals` by its name."""
+    """An op for `device`: ours, the reference, or (attention between the projections alone) a peer by its name."""
     name = kernels if isinstance(kernels, str) else "ours" if kernels else "reference"
     launch = launch_for(device) if name == "ours" else None
     if op != "attention":
         return op_of(op, config, batch, dtype, launch=launch, rate=rate, ops=REFERENCE if launch else BY_NAME[name])
     t, n = config.tokens, config.num_heads
-    one = rivals.rival(name, tokens=t, heads=n, launch=launch)
-    return one.fn, rivals.shapes(one, batch, t, n, config.width // n, dtype)
+    one = peers.peer(name, tokens=t, heads=n, launch=launch)
+    return one.fn, peers.shapes(one, batch, t, n, config.width // n, dtype)
 
 
 def one_op(devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, rate=0.0):
@@ -107,17 +110,24 @@ def op_alone(devices, **asked):
     return jax.jit(fn, in_shardings=best, out_shardings=best), arguments
 
 
-def _config(model: str, image_size: int | None) -> ViTConfig:
-    return variant(model, num_classes=1000, **({} if image_size is None else {"image_size": image_size}))
+def _config(model: str, image_size: int | None, depth: int | None = None) -> ViTConfig:
+    changes = {"image_size": image_size, "depth": depth}
+    return variant(model, num_classes=1000, **{name: value for name, value in changes.items() if value is not None})
 
 
-def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None):
+def _bytes(config: ViTConfig, batch: int, sharding=None):
+    """Images as jobs have them."""
+    return S((batch, *config.image_shape, config.channels), jnp.uint8, sharding=sharding)
+
+
+def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None, depth=None):
     """The logits of a whole model for bytes, as jobs have their images; parameters float32, on one core."""
-    config = _config(model, image_size)
+    config = _config(model, image_size, depth)
+    if kernels == FLAX:
+        return (lambda p, x: vit.forward(p, to_unit(x), jnp.dtype(dtype))), (vit.shapes(config), _bytes(config, batch))
     context = Context(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
-    images = S((batch, *config.image_shape, config.channels), jnp.uint8)
-    return (lambda p, x: forward(p, to_unit(x), config, context)), (params, images)
+    return (lambda p, x: forward(p, to_unit(x), config, context)), (params, _bytes(config, batch))
 
 
 def mesh_forward(devices, *, model, batch, data=1, axis=1, dtype="bfloat16", kernels=True, image_size=None):
@@ -127,7 +137,7 @@ def mesh_forward(devices, *, model, batch, data=1, axis=1, dtype="bfloat16", ker
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     params = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), params, shardings_of(mesh, partition_specs(config, mesh)))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    images = S((batch, *config.image_shape, config.channels), jnp.uint8, sharding=split)
+    images = _bytes(config, batch, split)
     run = apply_on(mesh, config, ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
     return (lambda p, x: run(p, to_unit(x))), (params, images)
 
@@ -144,13 +154,22 @@ def train_step(
     remat=False,
     accumulate=1,
     image_size=None,
+    depth=None,
     dropout=0.0,
 ):
     """The training step of `train.step`, fed bytes as the loop feeds it, with Adam on a mesh of data x axis cores; `batch` is the
     global batch."""
-    config = _config(model, image_size)
-    if dropout:
-        config = variant(model, num_classes=1000, dropout=dropout, **({} if image_size is None else {"image_size": image_size}))
+    config = replace(_config(model, image_size, depth), dropout=dropout)
+    if kernels == FLAX:
+        if (data, axis, remat, accumulate, dropout) != (1, 1, 0, 1, 0.0):
+            raise ValueError("the peer's step runs on one core, without rematerialisation, accumulation and dropout")
+        tx, params = vit.optimizer(), vit.shapes(config)
+        state = params, jax.eval_shape(tx.init, params)
+
+        def step(params, state, images, labels):
+            return vit.step(params, state, to_unit(images), labels, tx=tx, dtype=jnp.dtype(dtype))
+
+        return jax.jit(step, donate_argnums=(0, 1)), (*state, _bytes(config, batch), S((batch,), jnp.int32))
     mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
     tx = optax.adam(1e-3)
     options = StepOptions(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), remat=remat, accumulate=accumulate)
@@ -159,6 +178,6 @@ def train_step(
     state: Any = specs._replace(step=S((), jnp.int32), params=params, opt_state=jax.eval_shape(tx.init, params), average=None)
     state = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), state, shardings_of(mesh, specs))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    images = S((batch, *config.image_shape, config.channels), jnp.uint8, sharding=split)
+    images = _bytes(config, batch, split)
     labels = S((batch,), jnp.int32, sharding=split)
     return make_train_step(config, mesh, tx, options), (state, images, labels)

@@ -1,5 +1,7 @@
 """The named shapes that benchmarks and compile tests share: what the model sizes of the paper look like to a kernel."""
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vitcore import ViTConfig, variant
@@ -16,6 +18,13 @@ class Shape:
     @property
     def config(self) -> ViTConfig:
         return variant(self.model, image_size=self.image_size, num_classes=1000)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is none of `known`: the nearest of them, then all."""
+    near = difflib.get_close_matches(name, known := list(known), 1, cutoff=0.5)
+    guess = f": did you mean {near[0]!r}?" if near else ";"
+    return f"unknown {what} {name!r}{guess} known: {', '.join(known)}"
 
 
 def shape(name: str) -> Shape:

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from typing import Any
 
-from bench import calibration, edge, slices
+from bench import calibration, edge, slices, yardstick
 from bench.cases import Case, Notebook
+from bench.peers import FLAX
 from bench.timing import RISE
 from bench.tpu_compiler import TOPOLOGIES, Compiler, Program, Report, default_cache
 from kernels.device import DEVICES
@@ -42,9 +43,15 @@ def _program(case: Case, batch: int) -> Program:
     """The program of a case at a global batch."""
     mesh = _mesh(case)
     common: dict[str, Any] = dict(
-        model=case.model, batch=batch, dtype=case.dtype, kernels=case.ops == "fused", image_size=case.size
+        model=case.model,
+        batch=batch,
+        dtype=case.dtype,
+        kernels=FLAX if case.library == FLAX else case.ops == "fused",
+        image_size=case.size,
     )
-    if case.mode == "train":
+    if case.mode == "train" and case.library == FLAX:
+        build = "bench.programs:train_step"
+    elif case.mode == "train":
         build, common = "bench.programs:train_step", {**common, "remat": case.remat, "data": mesh.data, "axis": mesh.model}
     elif case.mesh:
         build, common = "bench.programs:mesh_forward", {**common, "data": mesh.data, "axis": mesh.model}
@@ -120,8 +127,10 @@ class _Study:
             "images_per_second": batch / seconds,
             "cycles": report.cycles,
             "cycles_per_image": report.cycles / share,
-            "kernel_cycles": report.cycles - report.xla_cycles,
-            "flop_utilisation": work / (report.cycles * self.device.flops_per_cycle),
+            "kernel_cycles": sum(line.total for line in report.lines if line.kind == "kernel"),
+            "model_cycles": report.model_cycles,
+            "split": yardstick.split(report.lines),
+            "flop_utilisation": work / (report.cycles * yardstick.flops_per_cycle(self.case.where)),
             "bytes": report.peak_bytes,
             "collectives": report.collectives,
             "collective_bytes": report.collective_bytes,

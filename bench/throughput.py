@@ -22,7 +22,8 @@ from typing import Any, Literal
 from bench import plots
 from bench.cases import FIGURE_12, FIGURE_12_SIZES, Case, Notebook, cases
 from bench.device_study import Clock, Settings, TrialError, describe, largest, measure
-from bench.peers import missing
+from bench.peers import FLAX, TORCH
+from bench.peers.on_torch import missing
 from bench.tables import compared, header, line
 from bench.tpu_compiler import CompilerMissing
 
@@ -59,8 +60,9 @@ class Throughput:
     """Compile for these TPUs instead of measuring."""
     slice: str | None = None
     """With --target and --mesh: the slice by its chips, e.g. 4x4; by default the smallest that holds the mesh."""
-    peer: tuple[Literal["timm", "transformers"], ...] = ()
-    """On a GPU or CPU: the same models by these libraries on torch, in the same run."""
+    peer: tuple[Literal["timm", "transformers", "flax"], ...] = ()
+    """The same models by others, in the same run: timm and transformers on torch, on a GPU or CPU; with --target, flax, the public
+    JAX release's model."""
     peer_compile: Literal["blocks", "whole", "off"] = "blocks"
     """torch.compile of a peer's blocks (seconds), of the whole model (minutes), or none."""
     largest: bool = True
@@ -92,14 +94,20 @@ class Throughput:
         for name, values in positive.items():
             if bad := [v for v in values if v is not None and v <= 0]:
                 raise ValueError(f"{name} {bad[0]}: a positive number is required")
-        if self.target and self.peer:
-            raise ValueError("--peer runs on a device and --target compiles for none: leave one of them out")
+        if self.target and (torch := [p for p in self.peer if p in TORCH]):
+            raise ValueError(
+                f"--peer {torch[0]} runs on a device and --target compiles for none: use --peer {FLAX}, or no --target"
+            )
+        if not self.target and FLAX in self.peer:
+            raise ValueError(f"--peer {FLAX} is compiled for a TPU: name a --target, e.g. --target v3, or use --peer timm")
+        if self.peer and self.remat:
+            raise ValueError("--peer trains without rematerialisation: leave --remat out")
         if self.target and "gpu" in self.ops:
             raise ValueError("--ops gpu runs on a GPU and --target compiles for a TPU: use --ops fused reference")
         if self.slice and not self.target:
             raise ValueError("--slice belongs to --target; on devices --mesh says how many are used")
         for peer in self.peer:
-            if why := missing(peer):
+            if peer in TORCH and (why := missing(peer)):
                 raise ValueError(why)
         if self.peer and self.mesh not in (None, "1x1"):
             raise ValueError(f"--peer runs on one device, --mesh {self.mesh} on several: leave one of them out")

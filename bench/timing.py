@@ -12,6 +12,13 @@ RISE = 1.02  # a batch size counts as faster from here on
 PATIENCE = 2  # batch sizes in a row that are not, and the sweep is over
 
 
+class Stepper:
+    """A step at one batch size. `run` does one and waits for it; `used`: its bytes where the library knows them beforehand."""
+
+    def __init__(self, run: Callable[[], None], used: int = 0):
+        self.run, self.used = run, used
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """Seconds of one call: median over the samples; spread: (90th - 10th percentile) / median; samples of `calls` each."""

@@ -9,9 +9,10 @@ the versions of jax and libtpu, the topology, the options and the code that coun
 bytes a core, the kernels in it, collectives, cycles; or the compiler's message in one line.
 
 Cycles are COMPILER ESTIMATES, never measurements. Three sources, each named in the report:
-- "cost model": XLA's own `estimated_cycles` of its operations, times the trips of the loops around them (`bench.hlo`);
-- "schedule": a Mosaic kernel's VLIW bundles, followed through its loops, with its DMAs at the
-  HBM bandwidth (`bench.llo`); all generations;
+- "schedule": the VLIW bundles of an operation, kernel or XLA fusion, followed through its loops, with its MXUs and its DMAs at the
+  HBM bandwidth (`bench.llo`); all generations. The one count of `bench.yardstick`, and what `Report.cycles` adds up;
+- "cost model": XLA's own `estimated_cycles` of its operations, times the trips of the loops around them (`bench.hlo`): a second
+  opinion on XLA's operations, up to four times too high for elementwise ones;
 - "profile": the compiler's static profile of a kernel (v5e, v5p, v6e, 7x). Its memory and time grow with the
   cycles: profile a few images.
 
@@ -37,6 +38,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from bench import yardstick
 
 # Two by two chips of each generation: the smallest topology libtpu builds, of which one core is used.
 TOPOLOGIES = {
@@ -105,6 +108,7 @@ class Report:
     temporary_bytes: int = 0
     live_bytes: int = 0  # the most that live at one time, by the compiler's own assignment of buffers
     kernels: tuple[Kernel, ...] = ()
+    lines: tuple[yardstick.Line, ...] = ()  # every operation by the one count, where cycles were asked for
     xla_cycles: int = 0  # cost model, all operations times their trips
     xla_top: tuple[tuple[str, int, int, str], ...] = ()  # costliest operations: name, cycles of one, trips, source
     collectives: dict[str, int] = field(default_factory=dict)  # opcode -> number in the program, times trips
@@ -119,12 +123,19 @@ class Report:
 
     @property
     def cycles(self) -> int:
-        """Cycles of the whole program: XLA's operations and the kernels. ValueError where a kernel was not counted."""
+        """Cycles of the whole program by the yardstick. ValueError where a kernel, or nothing at all, was counted."""
         for kernel in self.kernels:
             if kernel.cycles is None:
                 raise ValueError(
                     f"{self.name}: kernel {kernel.name} has no cycles: {kernel.error or 'compiled without cycles=True'}"
                 )
+        if not self.lines:
+            raise ValueError(f"{self.name}: no operation has cycles: compiled without cycles=True")
+        return yardstick.total(self.lines)
+
+    @property
+    def model_cycles(self) -> int:
+        """As tools counted that knew no schedule of XLA's: its operations by its cost model, kernels by their schedules."""
         return self.xla_cycles + sum((k.cycles or 0) * k.trips for k in self.kernels)
 
 
@@ -167,8 +178,15 @@ def default_cache() -> Path:
 
 
 # What decides how a program is counted, and what decides which program a builder makes; folders with all that is in them.
-_COUNTING = ("bench/hlo.py", "bench/llo.py", "bench/compiler_child.py", "kernels/device.py")
-_BUILDING = ("kernels", "vitcore", "train", "bench/programs.py", "bench/shapes.py", "bench/rivals.py")
+_COUNTING = (
+    "bench/hlo.py",
+    "bench/llo.py",
+    "bench/bundles.py",
+    "bench/yardstick.py",
+    "bench/compiler_child.py",
+    "kernels/device.py",
+)
+_BUILDING = ("kernels", "vitcore", "train", "bench/programs.py", "bench/shapes.py", "bench/peers")
 
 
 def _version(package: str) -> str:
@@ -415,7 +433,8 @@ def _crash(errors: str, code: int | None) -> str:
 def from_json(record: dict) -> Report:
     kernels = tuple(Kernel(**k) for k in record.pop("kernels"))
     top = tuple(tuple(x) for x in record.pop("xla_top"))
-    return Report(**record, kernels=kernels, xla_top=top)
+    lines = tuple(yardstick.Line(**line) for line in record.pop("lines"))
+    return Report(**record, kernels=kernels, lines=lines, xla_top=top)
 
 
 # ---- the static profile
@@ -467,16 +486,13 @@ def describe(report: Report) -> str:
     if report.error:
         return f"{report.target} {report.name}: {report.error}"
     lines = [f"{report.target} {report.name}: {report.peak_bytes / 2**20:.1f} MiB a core, compiled in {report.seconds:.1f} s"]
-    lines.append(f"  XLA operations {report.xla_cycles:,} cycles (compiler estimate, cost model)")
-    lines += [f"    {cycles:>12,} x {trips:<4} {name} {source}" for name, cycles, trips, source in report.xla_top]
+    if report.lines:
+        lines.append(yardstick.table(report.lines))
+        lines.append(f"  XLA operations by their cost model: {report.xla_cycles:,} cycles")
     for kernel in report.kernels:
-        counted = "not counted" if kernel.cycles is None else f"{kernel.cycles:,} cycles (compiler estimate, {kernel.source})"
-        lines.append(f"  kernel {kernel.name} x {kernel.trips}: {counted}{' ' + kernel.error if kernel.error else ''}")
-        if kernel.schedule:
-            count = dict(kernel.schedule)
-            units = "  ".join(f"{unit} {share:.0%}" for unit, share in count.pop("units").items())
-            lines.append("    schedule: " + "  ".join(f"{key} {value:,}" for key, value in count.items()))
-            lines.append("    slots in use: " + units)
+        if kernel.source == "profile" or kernel.error:
+            counted = "not counted" if kernel.cycles is None else f"{kernel.cycles:,} cycles (compiler estimate, {kernel.source})"
+            lines.append(f"  kernel {kernel.name} x {kernel.trips}: {counted} {kernel.error}".rstrip())
     if report.collectives:
         lines.append(f"  collectives {report.collectives}")
     return "\n".join(lines)
@@ -489,11 +505,11 @@ def _main(arguments: list[str]) -> int:
     if len(words) not in (2, 3):
         print(usage, file=sys.stderr)
         return 2
-    program = Program(build=words[1], arguments=json.loads(words[2]) if len(words) == 3 else {})
     try:
+        program = Program(build=words[1], arguments=json.loads(words[2]) if len(words) == 3 else {})
         report = compile_programs(words[0], [program], cycles=True, profile=profile)[0]
     except (ValueError, CompilerMissing) as error:
-        print(error, file=sys.stderr)
+        print(f"bench.tpu_compiler: {error}", file=sys.stderr)
         return 2
     print(describe(report))
     return 1 if report.error else 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import edge
-from bench.timing import measure, predicted, still_rising
+from bench.timing import Stepper, measure, predicted, still_rising
 
 MARK = "@@vitcore-trial "
 _STARTED = time.monotonic()
@@ -51,13 +51,6 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an exception of jax or torch means that the memory of the device is used up."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "resource_exhausted" in text or "out of memory" in text or "can't allocate" in text
-
-
-class Stepper:
-    """A step at one batch size. `run` does one and waits for it; `used`: its bytes where the library knows them beforehand."""
-
-    def __init__(self, run: Callable[[], None], used: int = 0):
-        self.run, self.used = run, used
 
 
 def _mesh(text: str | None):
@@ -159,7 +152,7 @@ def _is_spec(x) -> bool:
 def _steps(request: dict[str, Any]) -> Callable[[int], Stepper]:
     if request["library"] == "vitcore":
         return _vitcore(request)
-    from bench.peers import peer
+    from bench.peers.on_torch import peer
 
     return peer(request)
 

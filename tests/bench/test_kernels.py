@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from bench import accuracy, rivals
+from bench import accuracy
 from bench.kernels import Kernels, run
+from bench.peers import attention as peers
 
 SAME: dict[str, Any] = dict(op="attention", shape="B/16@224", dtype="float32", target="v3")
 
@@ -16,7 +17,7 @@ def test_everybody_computes_the_same_attention(name):
 
 
 def test_an_error_is_seen(monkeypatch):
-    honest = rivals.plain
+    honest = peers.plain
     monkeypatch.setattr("jax.nn.dot_product_attention", lambda q, k, v, implementation: honest(q, k, v) * 1.01)
     assert accuracy.error(name="jax.nn", backward=False, **SAME) == pytest.approx(0.01, rel=0.01)
 
@@ -44,7 +45,7 @@ def test_what_only_the_compiler_can_answer_wants_a_target():
 @pytest.mark.ci
 @pytest.mark.slow
 def test_cycles_and_errors_of_everybody_on_a_target(capsys):
-    rows = run(Kernels(target=("v5e",), op=("attention",), batch=2, rivals=True, errors=True))
+    rows = run(Kernels(target=("v5e",), op=("attention",), batch=2, peers=True, errors=True))
     for r in rows:
         for name in ("ours", "xla", "jax.nn", "flash", "splash"):
             assert r[name]["cycles"] > 0, (name, r[name]["error"])

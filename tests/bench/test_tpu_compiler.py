@@ -215,5 +215,5 @@ def test_the_command_refuses_what_it_does_not_know():
 
     unknown = run("--shape", "B/99@224")
     assert unknown.returncode == 2
-    assert "unknown shape 'B/99@224'; known: B/16@224" in unknown.stderr
+    assert "unknown shape 'B/99@224': did you mean 'B/16@224'? known: B/16@224" in unknown.stderr
     assert run("--target", "v1").returncode == 2

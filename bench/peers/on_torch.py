@@ -18,8 +18,6 @@ from vitcore import ViTConfig, variant
 from vitcore.families import leaves
 from vitcore.parameters import count
 
-PEERS = ("timm", "transformers")
-
 
 def missing(peer: str) -> str:
     """What has to be installed before `peer` can run; empty if it can."""
@@ -138,7 +136,7 @@ def peer(request: dict[str, Any]) -> Callable[[int], Any]:
     """
     import torch
 
-    from bench.trial import Stepper
+    from bench.timing import Stepper
 
     config = variant(request["model"], image_size=request["size"], num_classes=1000)
     gpu = torch.cuda.is_available()

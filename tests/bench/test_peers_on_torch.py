@@ -3,7 +3,7 @@
 import pytest
 
 from bench.device_study import start
-from bench.peers import _parameters
+from bench.peers.on_torch import _parameters
 from vitcore import variant
 
 pytestmark = pytest.mark.peers

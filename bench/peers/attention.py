@@ -21,7 +21,7 @@ NAMES = ("ours", "reference", "jax.nn", "cudnn", "flash", "splash")
 _BLOCK = 1024
 
 
-class Rival(NamedTuple):
+class Peer(NamedTuple):
     """fn(*arrays): attention in its own layout; pack: q, k, v [B, T, N, H] -> its arrays; unpack: its result -> [B, T, N, H]."""
 
     fn: Callable
@@ -56,7 +56,7 @@ def _heads_first(tokens: int):
     return pack, lambda o: jnp.swapaxes(o[:, :, :tokens], 1, 2)
 
 
-def _flash(tokens: int) -> Rival:
+def _flash(tokens: int) -> Peer:
     from jax.experimental.pallas.ops.tpu import flash_attention as f
 
     length = _padded(tokens)
@@ -71,10 +71,10 @@ def _flash(tokens: int) -> Rival:
         segments = None if length == tokens else f.SegmentIds(q=ids, kv=ids)
         return f.flash_attention(q, k, v, segment_ids=segments, sm_scale=q.shape[-1] ** -0.5, block_sizes=blocks)
 
-    return Rival(fn, *_heads_first(tokens))
+    return Peer(fn, *_heads_first(tokens))
 
 
-def _splash(tokens: int, heads: int, interpret: bool) -> Rival:
+def _splash(tokens: int, heads: int, interpret: bool) -> Peer:
     from jax.experimental.pallas.ops.tpu import splash_attention as s
 
     length = _padded(tokens)
@@ -98,10 +98,10 @@ def _splash(tokens: int, heads: int, interpret: bool) -> Rival:
         scaled = (q * q.shape[-1] ** -0.5).astype(q.dtype)
         return jax.vmap(partial(kernel, segment_ids=segments))(scaled, k, v)
 
-    return Rival(fn, *_heads_first(tokens))
+    return Peer(fn, *_heads_first(tokens))
 
 
-def rival(name: str, *, tokens: int, heads: int, launch: Launch | None = None, interpret: bool = False) -> Rival:
+def peer(name: str, *, tokens: int, heads: int, launch: Launch | None = None, interpret: bool = False) -> Peer:
     """An implementation by its name in NAMES. launch: of ours alone. interpret: of splash alone."""
     if name == "ours":
         assert launch is not None
@@ -109,20 +109,20 @@ def rival(name: str, *, tokens: int, heads: int, launch: Launch | None = None, i
         def pack(*arrays):
             return (jnp.stack([a.reshape(*a.shape[:2], -1) for a in arrays]),)
 
-        return Rival(partial(ours, num_heads=heads, launch=launch), pack, lambda o: o.reshape(*o.shape[:2], heads, -1))
+        return Peer(partial(ours, num_heads=heads, launch=launch), pack, lambda o: o.reshape(*o.shape[:2], heads, -1))
     if name == "flash":
         return _flash(tokens)
     if name == "splash":
         return _splash(tokens, heads, interpret)
     same: tuple[Callable, Callable] = (lambda *arrays: arrays), (lambda o: o)
     if name == "reference":
-        return Rival(plain, *same)
+        return Peer(plain, *same)
     library: Any = {"jax.nn": "xla", "cudnn": "cudnn"}[name]
     attention: Callable = jax.nn.dot_product_attention
-    return Rival(partial(attention, implementation=library), *same)
+    return Peer(partial(attention, implementation=library), *same)
 
 
-def shapes(one: Rival, batch: int, tokens: int, heads: int, width: int, dtype) -> tuple[Any, ...]:
-    """Shapes of the arrays that a rival's fn takes."""
+def shapes(one: Peer, batch: int, tokens: int, heads: int, width: int, dtype) -> tuple[Any, ...]:
+    """Shapes of the arrays that a peer's fn takes."""
     array = jax.ShapeDtypeStruct((batch, tokens, heads, width), dtype)
     return jax.eval_shape(one.pack, array, array, array)
