@@ -19,7 +19,7 @@ from typing import Any, Literal
 from bench import calibration
 from bench.peers import FLAX
 from bench.tpu_compiler import Compiler, CompilerMissing, Program, Report
-from vitcore.config import variant
+from vitcore import variant
 
 Target = Literal["v2", "v3", "v4", "v5e", "v5p", "v6e", "7x"]
 
