@@ -34,8 +34,8 @@ def parse(cls: type, program: str, argv: Sequence[str]) -> Any:
         if not error.code:
             raise
         # tyro draws a box of several lines around what it says
-        said = " ".join(re.sub(r"\x1b\[[\d;]*m|[^\x00-\x7f]", " ", printed.getvalue()).split())
-        said = re.sub(rf"^(Value error|Parsing error|Invalid choice)\s+|Error parsing {cls.__name__}: ", "", said)
+        said = " ".join(re.sub(r"\x1b\[[\d;]*m|[^\x00-\x7f]|-{5,}|^\s*[|+]|[|+]\s*$", " ", printed.getvalue(), flags=re.M).split())
+        said = re.sub(r"^(Value error|Parsing error|Invalid choice)\s+", "", said.lstrip("+ "))
         said = re.sub(rf"Error parsing {cls.__name__}: ", "", said)
         raise ValueError(re.split(r"Argument helptext:|For full helptext", said)[0].lstrip(" .").rstrip(" .-")) from None
 
