@@ -116,9 +116,11 @@ def make_features(
     the last's. Raises ValueError for a block that there is not.
     """
     context = Context(ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
+    if read == "tokens" and not isinstance(config, ViTConfig):
+        raise ValueError("tokens behind a block are asked for, and the model is a ResNet, which has none: read its representation")
     if not 0 <= block <= config.depth:
         raise ValueError(f"block {block}: the model has blocks 1 to {config.depth}")
-    upto = dataclasses.replace(config, depth=block or config.depth)
+    upto = dataclasses.replace(config, depth=block or config.depth) if isinstance(config, ViTConfig) else config
 
     def local(params, images):
         images = to_unit(images)
