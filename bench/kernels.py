@@ -25,6 +25,7 @@ from typing import Any, Literal
 from bench import calibration, edge, plans, yardstick
 from bench.accuracy import IMAGES, PATCHES
 from bench.device_study import TrialError, describe, start
+from bench.options import command
 from bench.peers import FLAX
 from bench.shapes import OPS, SHAPES, flops, model_flops, unknown
 from bench.target_study import attempt_of, out_of_hbm
@@ -444,15 +445,10 @@ def run(options: Kernels) -> list[dict]:
 
 
 def main() -> int:
-    import tyro
+    def job(options: Kernels) -> int:
+        return 1 if any(r.get("ours", {}).get("error") for r in run(options)) else 0
 
-    try:
-        records = run(tyro.cli(Kernels))
-    except (ValueError, CompilerMissing, TrialError, RuntimeError) as error:
-        print(f"bench.kernels: {error}", file=sys.stderr)
-        return 2
-    failed = [r for r in records if r.get("ours", {}).get("error")]
-    return 1 if failed else 0
+    return command(Kernels, "bench.kernels", job, (CompilerMissing, TrialError, RuntimeError))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def read(path, config, *, new_head: bool = False, grid=None, interpolation="corn
             "new_head=True drops the pre-logits layer with the head, the config has representation_size="
             f"{config.representation_size}: make it None"
         )
-    with weight_files.opened(path) as arrays:
+    with weight_files.opened(path) as stored:
+        arrays = _usual_names(stored)
         style = _style(path, arrays)
         wanted = entries(config, style)
         if lost := nameless(config, style):
@@ -153,7 +154,8 @@ def describe(
     heads, grid, pool, position: as in `weight_names.infer`, where the file does not say. Raises ValueError in one line; OSError.
     """
     path = os.fspath(path)
-    with weight_files.opened(path) as arrays:
+    with weight_files.opened(path) as stored:
+        arrays = _usual_names(stored)
         style, told = _style(path, arrays), weight_about.read(path, weight_files.metadata(path))
         try:
             if told.config is not None:
@@ -200,6 +202,22 @@ def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=No
 # --- what does not fit ------------------------------------------------------------------------------------------------------
 
 
+def _usual_names(arrays: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The arrays under the names that the release's other files have: of two towers, images' and texts', that of the images; and
+    the position embedding that for some months of 2021 stood in the encoder."""
+    towers = any(name.startswith("params/img/") for name in arrays)
+    out = {}
+    for name, array in arrays.items():
+        if towers:
+            if not name.startswith("params/img/"):
+                continue
+            name = "params/" + name.removeprefix("params/img/")
+        if name.endswith("Transformer/pos_embedding"):
+            name = name.removesuffix("pos_embedding") + "posembed_input/pos_embedding"
+        out[name] = array
+    return out
+
+
 def _style(path: str, names) -> Style:
     style = style_of(names)
     if any("MixerBlock_" in name for name in names):
@@ -221,7 +239,7 @@ def _is_head(name: str, style: Style) -> bool:
 def _is_other(name: str, style: Style) -> bool:
     """Whether an entry lies beside the parameters: the optimizer's state and counters of a training run."""
     return style.naming == "release" and not (style.prefix and name.startswith(style.prefix)) and name.startswith(
-        ("opt/", "extra/", "state/", "step")
+        ("opt/", "extra/", "state/", "step", "chrono/")
     )  # fmt: skip
 
 

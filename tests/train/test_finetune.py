@@ -383,7 +383,7 @@ MISTAKES = {
     "warm-up": (["--init", "W", "--warmup-steps", "7"], "a warm-up shorter than the run"),
     "size": (["--init", "W", "--image-size", "9"], "image_size=9 is not divisible by patch_size=4"),
     "batch": (["--init", "W", "--batch-size", "15"], "--batch-size 15 is not divisible by the data axis of 2"),
-    "remat": (["--init", "W", "--remat", "--remat-every", "3"], "naming) has 4 blocks, a divisor of that is required"),
+    "remat": (["--init", "W", "--remat", "--remat-every", "3"], "pixels [-1, 1]) has 4 blocks, a divisor of that is required"),
     "kernels": (["--init", "W", "--ops", "fused"], "--ops fused runs on a TPU, mesh 2x1: 2 devices simulated"),
     "seed": (["--init", "W", "--seed", str(2**62)], "a seed below 2**62 is required"),
     "workers": (["--init", "W", "--workers", "-1"], "--workers -1: zero or a positive number is required"),

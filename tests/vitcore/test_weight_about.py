@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import vitcore
-from vitcore import weight_about, weight_tree, weights
+from vitcore import weight_about, weight_files, weight_tree, weights
 from vitcore.normalisation import CLIP, HALF, IMAGENET, Pixels, normalise, pixels
 
 CONFIG = vitcore.ViTConfig(
@@ -137,6 +137,8 @@ def test_arrays_of_any_byte_order_are_read(tmp_path, dtype):
         np.savez(tmp_path / "w.npz", **{name: a.astype(dtype) for name, a in file.items()})
     found = vitcore.load(tmp_path / "w.npz", CONFIG)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), found, params))
+    with weight_files.opened(tmp_path / "w.npz") as arrays:
+        assert all(array.read().dtype == array.dtype and array.dtype.isnative for array in arrays.values())
 
 
 def test_an_integer_in_place_of_floats_is_told_what_to_do(tmp_path):
@@ -213,3 +215,36 @@ def test_integers_of_numpy_make_a_config(field, value):
 def test_what_is_no_size_is_refused(value):
     with pytest.raises(ValueError, match=r"image_size=.*: a positive integer, or two of them"):
         vitcore.ViTConfig(**{**vars(CONFIG), "image_size": value})
+
+
+def release(config, **changes):
+    """The arrays of a file of the release for a model, by name."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as place:
+        vitcore.save(f"{place}/w.npz", params_of(config), config)
+        with np.load(f"{place}/w.npz") as file:
+            return dict(file) | changes
+
+
+TOKEN = vitcore.ViTConfig(image_size=16, patch_size=4, width=32, depth=2, mlp_dim=24, num_heads=4, num_classes=3)
+
+
+def test_a_position_embedding_in_the_encoder_is_read(tmp_path):
+    """As the authors' later code wrote it for some months of 2021, with an optimizer's state beside the parameters."""
+    arrays = release(TOKEN)
+    old, new = "Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding"
+    renamed = {f"opt/target/{new if name == old else name}": a for name, a in arrays.items()}
+    np.savez(tmp_path / "w.npz", **renamed, **{"opt/state/step": np.int32(7), "chrono/accum_train_time": np.float32(1)})
+    found, config = vitcore.load(tmp_path / "w.npz")
+    assert config == TOKEN
+    np.testing.assert_array_equal(found["patch_embed"]["position"], arrays[old][0])
+
+
+def test_of_two_towers_that_of_the_images_is_read(tmp_path):
+    arrays = release(TOKEN)
+    texts = {"params/txt/Embed_0/embedding": np.zeros((8, 4), np.float32), "params/t": np.zeros(1), "params/b": np.zeros(1)}
+    np.savez(tmp_path / "w.npz", **{f"params/img/{name}": a for name, a in arrays.items()}, **texts)
+    found, config = vitcore.load(tmp_path / "w.npz")
+    assert config == TOKEN
+    np.testing.assert_array_equal(found["head"]["kernel"], arrays["head/kernel"])
