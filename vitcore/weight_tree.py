@@ -58,8 +58,8 @@ def load(
 
     alone = config is None
     if config is None:
-        _, config, _ = describe(path, grid=grid)
-        grid = config.grid
+        _, found, _ = describe(path, grid=grid)
+        config, grid = found, found.grid
     found = read(
         path, config, new_head=new_head, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
     )  # fmt: skip
