@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bench import yardstick
+
 TRUSTED = 0.15
 FILE = Path(__file__).with_name("calibration.json")
 
@@ -48,7 +50,7 @@ def note(target: str, report) -> str:
     """What to say beside the cycles of `report`: kernels that weigh in it and were off by more than TRUSTED. Empty if none."""
     weight = {k.kernel: (k.cycles or 0) * k.trips for k in report.kernels if k.source == "schedule"}
     known = table().get(target, {})
-    total = max(1, report.cycles)
+    total = max(1, yardstick.total(report.lines), sum(weight.values()))
     bad = [
         f"{name} {known[name]:+.0%}"
         for name, cycles in weight.items()

@@ -200,14 +200,26 @@ def hbm_bytes(shape: str) -> int:
     return total
 
 
-def _moved(line: _Line, lines: dict[str, _Line]) -> int:
-    """Bytes in HBM that an operation reads and writes, each array once; of slices only what is sliced."""
+def _moved(line: _Line, lines: dict[str, _Line], called: dict[str, _Line] | None) -> int:
+    """Bytes in HBM that an operation reads and writes, each array once; of slices only what is sliced, in a fusion too."""
     operands = [lines[name].shape for name in line.operands() if name in lines]
     if line.opcode in ("slice", "dynamic-slice", "gather"):
         return 2 * hbm_bytes(line.shape)
     if line.opcode == "dynamic-update-slice" and len(operands) > 1:
         return 2 * hbm_bytes(operands[1])
-    return hbm_bytes(line.shape) + sum(map(hbm_bytes, operands))
+    whole = hbm_bytes(line.shape) + sum(map(hbm_bytes, operands))
+    for inner in (called or {}).values():
+        source = (called or {}).get((inner.operands() or [""])[0])
+        while source is not None and source.opcode == "bitcast":
+            source = (called or {}).get(source.operands()[0])
+        if source is None or source.opcode != "parameter":
+            continue
+        if inner.opcode == "dynamic-slice":
+            whole += hbm_bytes(inner.shape) - hbm_bytes(source.shape)
+        elif inner.opcode == "dynamic-update-slice":  # in place: neither what it changes nor the result moves whole
+            update = (called or {}).get(inner.operands()[1])
+            whole += (hbm_bytes(update.shape) if update else 0) - 2 * hbm_bytes(source.shape)
+    return max(0, whole)
 
 
 def _key(line: _Line, lines: dict[str, _Line], called: dict[str, _Line] | None) -> str:
@@ -266,11 +278,11 @@ def operations(text: str) -> list[Operation]:
             elif line.opcode.removesuffix("-start") in COLLECTIVES:
                 yield replace(op, bytes=_collective_bytes(line, lines))
             elif inner is not None:
-                key, moved = _key(line, lines, called), _moved(line, lines)
+                key, moved = _key(line, lines, called), _moved(line, lines, called)
                 yield replace(op, kind="kernel", cycles=0, key=key, moved=moved, aliases=() if inner is line else (inner.name,))
             elif line.opcode.endswith(("-start", "-update", "-done")) or (line.opcode in _FREE and not op.cycles):
                 continue
             else:
-                yield replace(op, key=_key(line, lines, called), moved=_moved(line, lines))
+                yield replace(op, key=_key(line, lines, called), moved=_moved(line, lines, called))
 
     return list(walk(entry, 1))

@@ -6,6 +6,7 @@
     python -m bench.kernels --target v3 --whole ViT-B/16 --batch 128 --train
     python -m bench.kernels --target v3 --largest-batch ViT-B/16 --remat
     python -m bench.kernels --target v5e v6e --calibrate --batch 8 --save
+    python -m bench.kernels --target v3 v5e --plan                          which kernels and tiles; compiles nothing
 
 Cycles are compiler estimates, never measured, and of all sides by one count: each operation's own schedule (`bench.yardstick`).
 XLA's cost model stands beside it as a second opinion. The bound is the FLOPs of the op's matrix
@@ -21,13 +22,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import calibration, edge, yardstick
+from bench import calibration, edge, plans, yardstick
 from bench.accuracy import IMAGES, PATCHES
 from bench.device_study import TrialError, describe, start
+from bench.options import command
 from bench.peers import FLAX
 from bench.shapes import OPS, SHAPES, flops, model_flops, unknown
 from bench.target_study import attempt_of, out_of_hbm
 from bench.tpu_compiler import PROFILED, TOPOLOGIES, CompilerMissing, Program, Report, compile_programs
+from kernels.device import gpu
 
 Target = Literal["v2", "v3", "v4", "v5e", "v5p", "v6e", "7x"]
 
@@ -66,6 +69,8 @@ class Kernels:
     """The error of each implementation against float64 (on a target: interpreted, two images of 17 tokens)."""
     seconds: float = 1.0
     """On a device: timing of one implementation."""
+    plan: bool = False
+    """Print which kernels run, with which tiles and how much VMEM, and compile nothing."""
     calibrate: bool = False
     """Compare the schedule's count with the compiler's profile, kernel by kernel (v5e, v5p, v6e, 7x). Use a small batch."""
     save: bool = False
@@ -87,6 +92,8 @@ class Kernels:
             )
         if not self.target and (self.whole or self.largest_batch or self.calibrate):
             raise ValueError("--whole, --largest-batch and --calibrate ask the compiler: name a --target, e.g. --target v3")
+        if not self.target and self.plan:
+            raise ValueError("--plan prints what a TPU generation would run: name a --target, e.g. --target v3")
         if self.calibrate and set(self.target) - set(PROFILED):
             raise ValueError(f"--calibrate needs a static profile, which exists for {', '.join(PROFILED)} only")
 
@@ -367,13 +374,19 @@ def _local(platform: str, op: str) -> list[str]:
     return names
 
 
+def _of_peak(device: dict[str, Any], dtype: str) -> str:
+    """What part of a card's peak its matmul rate is, where the card is in the table of devices."""
+    card = gpu(device["kind"]) if device["platform"] == "gpu" and dtype == "bfloat16" else None
+    return f", {device['matmul_flops'] / card.peak_flops:.0%} of the {card.name}'s peak" if card else ""
+
+
 def on_devices(options: Kernels) -> list[dict]:
     """Every op at each named shape, timed on the device present beside its matmul rate, with errors against float64."""
     device = describe(None, options.dtype, seconds=options.seconds)
     rate, platform = device["matmul_flops"], device["platform"]
     print(
         f"{device['kind']}, batch {options.batch}, {options.dtype}: measured; a matrix product of {device['matmul_side']}^3 runs "
-        f"at {rate / 1e12:,.2f} TFLOP/s"
+        f"at {rate / 1e12:,.2f} TFLOP/s{_of_peak(device, options.dtype)}"
     )
     if platform == "cpu":
         print("a CPU has no kernels of ours: the reference stands for them (--target counts them by the TPU compiler)")
@@ -410,9 +423,11 @@ def _measured(r: dict[str, Any]) -> str:
 def run(options: Kernels) -> list[dict]:
     """Prints the tables that the options ask for and returns their records."""
     records: list[dict] = []
-    if not options.target:
+    if options.plan:
+        records = plans.show(options.target, options.op, options.shape, options.batch, options.dtype)
+    elif not options.target:
         records = on_devices(options)
-    for target in options.target:
+    for target in () if options.plan else options.target:
         assert target in TOPOLOGIES
         if options.calibrate:
             records += calibrate(options, target)
@@ -430,15 +445,10 @@ def run(options: Kernels) -> list[dict]:
 
 
 def main() -> int:
-    import tyro
+    def job(options: Kernels) -> int:
+        return 1 if any(r.get("ours", {}).get("error") for r in run(options)) else 0
 
-    try:
-        records = run(tyro.cli(Kernels))
-    except (ValueError, CompilerMissing, TrialError, RuntimeError) as error:
-        print(f"bench.kernels: {error}", file=sys.stderr)
-        return 2
-    failed = [r for r in records if r.get("ours", {}).get("error")]
-    return 1 if failed else 0
+    return command(Kernels, "bench.kernels", job, (CompilerMissing, TrialError, RuntimeError))
 
 
 if __name__ == "__main__":

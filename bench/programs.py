@@ -120,11 +120,16 @@ def _bytes(config: ViTConfig, batch: int, sharding=None):
     return S((batch, *config.image_shape, config.channels), jnp.uint8, sharding=sharding)
 
 
+def _floats(config: ViTConfig, batch: int, dtype):
+    """Images as the peer has them: normalised by its host."""
+    return S((batch, *config.image_shape, config.channels), jnp.dtype(dtype))
+
+
 def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None, depth=None):
     """The logits of a whole model for bytes, as jobs have their images; parameters float32, on one core."""
     config = _config(model, image_size, depth)
     if kernels == FLAX:
-        return (lambda p, x: vit.forward(p, to_unit(x), jnp.dtype(dtype))), (vit.shapes(config), _bytes(config, batch))
+        return partial(vit.forward, dtype=jnp.dtype(dtype)), (vit.shapes(config), _floats(config, batch, dtype))
     context = Context(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     return (lambda p, x: forward(p, to_unit(x), config, context)), (params, _bytes(config, batch))
@@ -164,12 +169,8 @@ def train_step(
         if (data, axis, remat, accumulate, dropout) != (1, 1, 0, 1, 0.0):
             raise ValueError("the peer's step runs on one core, without rematerialisation, accumulation and dropout")
         tx, params = vit.optimizer(), vit.shapes(config)
-        state = params, jax.eval_shape(tx.init, params)
-
-        def step(params, state, images, labels):
-            return vit.step(params, state, to_unit(images), labels, tx=tx, dtype=jnp.dtype(dtype))
-
-        return jax.jit(step, donate_argnums=(0, 1)), (*state, _bytes(config, batch), S((batch,), jnp.int32))
+        step = jax.jit(partial(vit.step, tx=tx, dtype=jnp.dtype(dtype)), donate_argnums=(0, 1))
+        return step, (params, jax.eval_shape(tx.init, params), _floats(config, batch, dtype), S((batch,), jnp.int32))
     mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
     tx = optax.adam(1e-3)
     options = StepOptions(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), remat=remat, accumulate=accumulate)

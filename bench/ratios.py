@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import calibration
+from bench.options import command
 from bench.peers import FLAX
 from bench.tpu_compiler import Compiler, CompilerMissing, Program, Report
-from vitcore.config import variant
+from vitcore.families import variant
 
 Target = Literal["v2", "v3", "v4", "v5e", "v5p", "v6e", "7x"]
 
@@ -137,14 +138,7 @@ def run(options: Ratios) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    import tyro
-
-    try:
-        rows = run(tyro.cli(Ratios))
-    except (ValueError, CompilerMissing) as error:
-        print(f"bench.ratios: {error}", file=sys.stderr)
-        return 2
-    return 1 if any("error" in r for r in rows) else 0
+    return command(Ratios, "bench.ratios", lambda options: int(any("error" in r for r in run(options))), (CompilerMissing,))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from bench import plots
 from bench.cases import FIGURE_12, FIGURE_12_SIZES, Case, Notebook, cases
 from bench.device_study import Clock, Settings, TrialError, describe, largest, measure
+from bench.options import command
 from bench.peers import FLAX, TORCH
 from bench.peers.on_torch import missing
 from bench.tables import compared, header, line
@@ -239,17 +240,11 @@ def run(options: Throughput) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    import tyro
+    def job(options: Throughput) -> int:
+        return 1 if any(row.get("error") for row in run(options)) else 0
 
-    try:
-        rows = run(tyro.cli(Throughput))
-    except (ValueError, CompilerMissing, TrialError) as error:
-        print(f"bench.throughput: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nbench.throughput: interrupted; the same command continues with what is there", file=sys.stderr)
-        return 130
-    return 1 if any(row.get("error") for row in rows) else 0
+    again = "the same command continues with what is there"
+    return command(Throughput, "bench.throughput", job, (CompilerMissing, TrialError), interrupted=again)
 
 
 if __name__ == "__main__":

@@ -40,17 +40,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import yardstick
+from kernels.device import DEVICES
 
 # Two by two chips of each generation: the smallest topology libtpu builds, of which one core is used.
-TOPOLOGIES = {
-    "v2": "v2:2x2",
-    "v3": "v3:2x2",
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "7x": "tpu7x:2x2x1",
-}
+TOPOLOGIES = {device.name: device.topology for device in DEVICES.values() if device.topology}
 PROFILED = ("v5e", "v5p", "v6e", "7x")
 MARK = "@@vitcore-report "
 CACHE = "VITCORE_COMPILE_CACHE"  # names a folder of reports for whoever gives none

@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.device import Device, MiB, from_kind
+from kernels.device import Device, from_kind
+from kernels.vmem import limit, round_up
 
 WHOLE_VMEM = False  # every kernel may take all of it, as the compiler's static profile of some wants it (bench)
 
@@ -63,12 +64,6 @@ def vary_alike(*arrays):
     return tuple(cast(jnp.asarray(a)) for a in arrays)
 
 
-def vmem_limit(device: Device, needs: int) -> int:
-    """The limit of a kernel that takes `needs` bytes of VMEM by its tiles' count, which is no more than near: all of a small VMEM;
-    of a large one half as much again, so that XLA keeps arrays in the rest (3 to 6 % of a forward pass of ViT-B/16)."""
-    return min(device.vmem_bytes, max(32 * MiB, needs * 3 // 2))
-
-
 def call(
     kernel: Callable,
     *,
@@ -83,13 +78,13 @@ def call(
     scratch: Sequence = (),
     prefetch: int = 0,
     aliases: dict[int, int] | None = None,
-    vmem_bytes: int | None = None,
+    needs: int | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """A thin `pl.pallas_call`: returns a function of the kernel's arrays that returns the tuple of its outputs.
 
     out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading
     arrays are int32 scalars, in SMEM and known to the index maps. aliases: {array: output} that share their memory.
-    vmem_bytes: limit of the kernel; the core's whole VMEM by default.
+    needs: bytes of VMEM that the plan counts for it; by default it may take all there is.
     """
     wanted = [tuple(shape) for shape, _ in out_shapes]
     padded = bool(aliases) and launch.interpret is not False
@@ -121,7 +116,7 @@ def call(
             cost_estimate=cost,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=tuple(semantics),
-                vmem_limit_bytes=launch.device.vmem_bytes if WHOLE_VMEM or vmem_bytes is None else vmem_bytes,
+                vmem_limit_bytes=launch.device.vmem_bytes if WHOLE_VMEM or needs is None else limit(launch.device, needs),
             ),
         )(*arrays)
 
@@ -132,20 +127,4 @@ def call(
 
 def _in_blocks(shape, block) -> tuple[int, ...]:
     """A shape rounded up to whole blocks."""
-    return tuple(-(-n // m) * m for n, m in zip(shape, block, strict=True))
-
-
-def dot(a, b, device: Device, *, contract: tuple[int, int] = (1, 0)):
-    """a @ b over axis contract[0] of a and contract[1] of b, both 2-D, accumulated and returned in float32. For kernel bodies.
-
-    bfloat16 operands are exact in one MXU pass; where Mosaic does not take them they are cast to float32, which that MXU multiplies
-    in one pass too. float32 operands follow `jax.default_matmul_precision`, as in the reference.
-    """
-    precision = None
-    if a.dtype == jnp.bfloat16 or b.dtype == jnp.bfloat16:
-        precision = lax.Precision.DEFAULT
-        single = 1 in (a.shape[1 - contract[0]], b.shape[1 - contract[1]])  # Mosaic makes it a VPU product, and fails in bfloat16
-        dtype = jnp.bfloat16 if device.bf16_matmul and not single else jnp.float32
-        a, b = a.astype(dtype), b.astype(dtype)
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    return tuple(round_up(n, m) for n, m in zip(shape, block, strict=True))

@@ -19,9 +19,8 @@ def divisor(n: int, limit: int) -> int:
     return next(d for d in range(max(1, min(n, limit)), 0, -1) if n % d == 0)
 
 
-def count(x, limit: int) -> int:
-    """Into how many parts of at most `limit` tokens x [B, T, D] is cut; 1 where the divisors of B give much shorter ones only."""
-    b, t, _ = x.shape
+def count(b: int, t: int, limit: int) -> int:
+    """Into how many parts of at most `limit` tokens b images of t are cut; 1 where the divisors of b give much shorter ones."""
     n = b // divisor(b, limit // t)
     return n if b // n * t * 4 >= min(limit, b * t) else 1
 

@@ -1,10 +1,12 @@
 """From resolved options to what the loop takes: what pre-training and fine-tuning share."""
 
 import contextlib
+import dataclasses
 import json
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -12,9 +14,10 @@ from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches, train_batches
 from train.data import identity as identity_of_data
+from train.frozen import put_params
 from train.job import claim, say
 from train.loop import Run
-from train.step import StepOptions
+from train.step import StepOptions, TrainState, shardings, state_specs
 from vitcore.config import ViTConfig
 from vitcore.ops import Ops
 from vitcore.sharding import MeshShape, check_mesh
@@ -43,6 +46,18 @@ def step_options(full, ops: Ops, **own) -> StepOptions:
         ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat_every if full.remat else 0, accumulate=full.accumulate,
         label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed, **own,
     )  # fmt: skip
+
+
+# What each process may choose for itself: where it stands in the job, and how its host decodes images
+_OWN = {"config", "distributed", "threads", "workers"}
+
+
+def _agree(full, out, sources) -> None:
+    """Raises ValueError where the processes of a job differ in an option or in their data: some would wait for others for ever."""
+    options = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(full).items() if name not in _OWN}
+    kinds = zip(("training images", "held-out images"), sources, strict=True)
+    data = {f"their {kind}": [source.name, len(source), list(source.classes)] for kind, source in kinds}
+    distributed.agree(**options | {"--out": str(out)} | data)
 
 
 def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool) -> tuple[tuple[Source, Source], dict]:
@@ -76,6 +91,7 @@ def make_run(
     identity, described: what a continuation must share, and the whole of config.json. sources: to train on, to measure on. data:
     arguments of `train_batches`, and own: fields of `Run`, that only one of the jobs has.
     """
+    _agree(full, out, sources)
     (source, held_out), data_seen = _known(out, identity, sources, accept=full.accept_data)
     described = described | {identity_of_data.KEY: data_seen, "accept_data": False}  # the answer to one question, once
     images: dict[str, Any] = dict(
@@ -110,3 +126,14 @@ def make_run(
         profile=full.profile,
         **own,
     )
+
+
+def start_from(pretrained, mesh, tx, *, polyak: bool):
+    """The TrainState at step 0 with the parameters of a `train.pretrained.Pretrained`."""
+
+    def rest(params):
+        average = jax.tree.map(jnp.copy, params) if polyak else None
+        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params), average)
+
+    specs = state_specs(pretrained.config, mesh, tx, polyak=polyak)
+    return jax.jit(rest, out_shardings=shardings(mesh, specs))(put_params(pretrained.params, pretrained.config, mesh))

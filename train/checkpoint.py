@@ -68,6 +68,8 @@ class Checkpoints(SavedSteps):
         if keep < 1 or (every is not None and every < 1):
             raise ValueError(f"keep={keep}, every={every}: a run keeps at least 1 checkpoint, and every is None or at least 1")
         super().__init__(directory, say=say)
+        if set(self.directory) & set("[*?\\"):
+            raise ValueError(f"{self.directory}: Orbax takes [, *, ? and \\ for a pattern, and loses what it writes: rename it")
         preservation = ocp.training.preservation_policies
         policies = [preservation.LatestN(keep)] + ([] if every is None else [preservation.EveryNSteps(every)])
         self._start = partial(
@@ -77,6 +79,7 @@ class Checkpoints(SavedSteps):
             preservation_policy=preservation.AnyPreservationPolicy(policies),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
+        self._mark = f"{self.directory}.begun"  # there since the first checkpoint was whole
         self._saving = None  # (step, Orbax's response) of the save under way
         self._open = None
         self._orbax()
@@ -99,9 +102,14 @@ class Checkpoints(SavedSteps):
         return tuple(checkpoint.step for checkpoint in self._orbax().checkpoints)
 
     def begun(self) -> bool:
-        """Whether there is a step to restore. Raises CheckpointError where all that is left are steps put aside: to start again at
-        zero is the user's to say."""
+        """Whether there is a step to restore. Raises CheckpointError where there were some, and none is left but those put aside:
+        to start again at zero is the user's to say."""
         steps, aside = distributed.broadcast([self._on_disk(), self._aside()])
+        if not steps and not aside and distributed.broadcast(epath.Path(self._mark).exists()):
+            raise CheckpointError(
+                f"{self.directory} has held checkpoints and holds none now: put them back, or choose another --out; "
+                f"to begin at step 0 again in its place, remove {self._mark}"
+            )
         if aside and not steps:
             raise CheckpointError(
                 f"{self.directory} holds damaged checkpoints only ({', '.join(aside)}): "
@@ -153,6 +161,9 @@ class Checkpoints(SavedSteps):
             self._orbax().wait()
         except Exception as error:
             raise self._failed(step, error) from error
+        if distributed.rank() == 0 and not epath.Path(self._mark).exists():
+            with contextlib.suppress(OSError):  # on a full disk it is the next save that fails
+                files.write_atomically(epath.Path(self._mark), "")
 
     def _failed(self, step, error) -> CheckpointError:
         kept = ", ".join(map(str, self.steps())) or "none"

@@ -2,7 +2,7 @@
 
     --distributed auto             Cloud TPU, GKE, SLURM or Open MPI, where the environment says so; else one process
     --distributed off              one process, whatever the environment says
-    --distributed HOST:PORT,N,ID   process ID of N; process 0 listens on HOST:PORT
+    --distributed HOST:PORT,N,ID   process ID of N; process 0 listens on HOST:PORT, where all of them meet first (train/meeting.py)
 
 What is agreed on goes through the key-value store that jax.distributed keeps on process 0, beside the devices: it works while
 they hang. A process that fails writes there why; a thread in each of the others waits for that, says it and ends its process, in
@@ -11,12 +11,14 @@ well under a second. A process that dies without a word is noticed by the missin
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
 import sys
 import threading
+import time
 import typing
 from collections import defaultdict
 from dataclasses import dataclass
@@ -29,11 +31,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vitcore
-from train.signals import Stop
+from train import meeting
+from train.signals import Stop, asked
 
 _FAILED = "vitcore/failed"
 _STOP = "vitcore/stop"
 _PATIENCE = 24 * 3600  # seconds a process waits for another that is alive: what hangs is the watchdog's
+_SEEN = 20.0  # seconds until a network file system shows one host what another has written
 _LINGER = 1.0  # seconds from a failure to the end of process 0, and of the store with it, which would abort whoever is still there
 
 
@@ -85,7 +89,7 @@ def _detect() -> Layout | None:
         # any pod has Kubernetes' variables, a notebook's too; only an indexed job has ranks
         every = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
         known = [kind for kind in every if kind is not clusters.K8sCluster]
-    found = next((kind for kind in known if kind.is_env_present()), None)
+    found = next((kind for kind in known if _is_present(kind)), None)
     if found is None:
         if int(os.environ.get(_RANKS[0], "1")) > 1:
             raise ValueError(
@@ -93,26 +97,52 @@ def _detect() -> Layout | None:
                 "give --distributed HOST:PORT with the name of its host"
             )
         return None
-    count = found.get_process_count()
-    return Layout(name=_NAMES.get(found.__name__, "Kubernetes"), count=count) if count > 1 else None
+    name = _NAMES.get(found.__name__, "Kubernetes")
+    try:
+        count = found.get_process_count()
+    except (KeyError, ValueError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(
+            f"--distributed auto: this looks like {name}, whose environment does not say how many processes there are "
+            f"({type(error).__name__}: {error}): give --distributed HOST:PORT,N,ID, or --distributed off for one process"
+        ) from error
+    return Layout(name=name, count=count) if count > 1 else None
 
 
-def start(layout: Layout | None, *, heartbeat: int, shutdown: int) -> None:
+# What a launcher sets for each process that it starts; a shell within its allocation has the rest of its variables, and not these
+_OF_A_PROCESS = {"SlurmCluster": ("SLURM_PROCID", "SLURM_NTASKS"), "OmpiCluster": _RANKS}
+
+
+def _is_present(kind) -> bool:
+    return kind.is_env_present() and all(name in os.environ for name in _OF_A_PROCESS.get(kind.__name__, ()))
+
+
+def start(layout: Layout | None, *, heartbeat: int, shutdown: int, join: int = 300) -> None:
     """Joins the job; returns when every process has. heartbeat: seconds of silence after which a process counts as dead;
-    shutdown: seconds that the end waits for the others. Raises ValueError where that fails. Before anything asks for devices.
-    A job within a job, whose process has joined, may say it again."""
+    shutdown: seconds that the end waits for the others; join: seconds that they have to come. Raises ValueError where that fails,
+    `meeting.Told` where this process is asked to stop meanwhile. Before anything asks for devices. A job within a job, whose
+    process has joined, may say it again."""
     if layout is None or _client() is not None:
         return
     # JAX's own notice of preemption would be one counter shared with Orbax, which turns it back; `Stop` has another way
     jax.config.update("jax_enable_preemption_service", False)
+    bind = None
     try:
+        if layout.address is not None and layout.count is not None and layout.index is not None:
+            meeting.meet(layout.address, layout.count, layout.index, timeout=join, asked=asked)
+            host, port = meeting.split(layout.address)
+            place = meeting.bind_to(host)
+            bind = None if place is None else f"[{place}]:{port}" if ":" in place else f"{place}:{port}"
         jax.distributed.initialize(
             layout.address,
             layout.count,
             layout.index,
+            initialization_timeout=join,
+            coordinator_bind_address=bind,
             heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=shutdown,
         )
+    except meeting.Missed as error:
+        raise ValueError(f"--distributed {layout.name}: {error}") from error
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--distributed {layout.name}: {' '.join(str(error).split())[:300]}") from error
     threading.Thread(target=_end_with_the_others, daemon=True, name="failures of other processes").start()
@@ -228,8 +258,8 @@ def gather(value) -> list:
 
 
 def code_hash() -> str:
-    """Of every source file of this package and those it stands on, and of jax's version: what two processes must share."""
-    digest = hashlib.sha256(jax.__version__.encode())
+    """Of every source file of this package and those it stands on."""
+    digest = hashlib.sha256()
     root, library = Path(__file__).resolve().parents[1], Path(vitcore.__file__).resolve().parent
     for package in (root / "kernels", library, root / "train"):  # an installed library has the other two in it
         for path in sorted(package.rglob("*.py")):
@@ -237,22 +267,62 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+_STANDS_ON = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore", "grain", "pillow")
+
+
+def versions() -> str:
+    """Of Python and the packages whose word a job takes: "3.11, jax 0.10.2, ..."."""
+    found = [f"{sys.version_info[0]}.{sys.version_info[1]}"]
+    for name in _STANDS_ON:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
+
+
 def agree(**what) -> None:
     """Raises ValueError, on every process alike, where the processes do not hold the same: agree(config=..., code=...), of
-    JSON-able values, compared by their hashes."""
+    JSON-able values. What is short is named; of the rest, hashes are compared."""
     if count() == 1:
         return
-    mine = {k: hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:16] for k, v in what.items()}
-    held = gather(mine)
-    for key in mine:
-        values = [entry.get(key) for entry in held]
+    held = gather({name: _short(value) for name, value in what.items()})
+    for name in what:
+        values = [entry.get(name) for entry in held]
         if len(set(values)) > 1:
             usual = max(values, key=values.count)
             odd = [str(i) for i, value in enumerate(values) if value != usual]
             raise ValueError(
-                f"the processes differ in {key}: process {', '.join(odd[:8])} of {count()} holds another one than the rest "
-                f"({values[int(odd[0])]}, {usual}): start all with the same options and the same code"
+                f"the processes differ in {name}: process {', '.join(odd[:8])} of {count()} holds another one than the rest "
+                f"({values[int(odd[0])]}, {usual}): start all with the same options, the same data and the same code"
             )
+
+
+def _short(value) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 100 else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_shared(directory) -> None:
+    """Raises ValueError, on every process alike, where they do not all see the same directory, which exists on process 0: every
+    process writes its part of a checkpoint there. On gs:// they do."""
+    if count() == 1 or "://" in str(directory):
+        return
+    token = broadcast(f".shared-{os.urandom(8).hex()}")
+    path = os.path.join(directory, token)
+    if rank() == 0:
+        with open(path, "x"):
+            pass
+    broadcast(None)
+    deadline = time.monotonic() + _SEEN
+    while not (seen := os.path.exists(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [str(i) for i, one in enumerate(gather(seen)) if not one]
+    if rank() == 0:
+        os.unlink(path)
+    if blind:
+        raise ValueError(
+            f"--out {directory} is not shared: process {', '.join(blind[:8])} of {count()} does not see what process 0 writes "
+            "there: give a directory on a file system that all hosts have in common, or gs://"
+        )
 
 
 class AnyProcess:

@@ -25,6 +25,7 @@ from train import distributed, scores
 from train.files import write_atomically
 from train.job import end, guard, say
 from train.options import InitOptions, MeshOptions, check_init, check_numbers, parse
+from train.signals import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +88,11 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
 
     def work(stop):
-        run(parse(Evaluate, "train.evaluate", words))
+        args = parse(Evaluate, "train.evaluate", words)
+        with Watchdog(args.step_timeout):
+            run(args)
 
-    return guard("train.evaluate", work)
+    return guard("train.evaluate", work, saves=False)
 
 
 def run(args: Evaluate) -> dict:
@@ -139,7 +142,7 @@ def run(args: Evaluate) -> dict:
     params = put_params(model.params, config, mesh)
     (best, scored), labels, places = reader.all(lambda images: predict(params, images), source, config, mesh)
     wanted = None if wanted is None else [wanted[i] for i in places]
-    result = measure(best, labels, source.classes, config.num_classes, wanted, mapped)
+    result = {"model": model.about} | measure(best, labels, source.classes, config.num_classes, wanted, mapped)
     if distributed.rank() == 0:
         lost = f" of {len(source)}; the others cannot be read" if len(labels) < len(source) else ""
         say(f"{model.about} on {source.name}; {where}; {len(labels)} images{lost}")

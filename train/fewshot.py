@@ -24,6 +24,7 @@ import numpy as np
 
 from train.job import end, guard
 from train.options import InitOptions, MeshOptions, check_numbers, parse
+from train.signals import Watchdog
 
 BIAS = 100.0
 L2 = 2.0**10
@@ -207,9 +208,11 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
 
     def work(stop):
-        run(parse(Fewshot, "train.fewshot", words))
+        args = parse(Fewshot, "train.fewshot", words)
+        with Watchdog(args.step_timeout):
+            run(args)
 
-    return guard("train.fewshot", work)
+    return guard("train.fewshot", work, saves=False)
 
 
 def run(args: Fewshot) -> dict[int, list[float]]:

@@ -47,7 +47,9 @@ def run(args: Finetune, stop: Stop | None = None):
     """Fine-tune, or sweep, as `args` say. The Result of a run, or the summary of a sweep; None where it was asked to stop."""
     full, session = prepare(args, stop)
     out = directory(full)
-    distributed.agree(configuration=identity(full), code=distributed.code_hash())
+    distributed.agree(
+        configuration=identity(full), code=distributed.code_hash(), versions=distributed.versions(), model=session.pretrained.about
+    )
     say(f"{session.pretrained.about} on {full.data}, {full.split}; {session.where}; recipe {full.recipe}; {out}")
     if full.sweep:
         return sweep(full, out, session)

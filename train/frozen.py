@@ -15,11 +15,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches
 from train.data.augment import How
 from train.data.device import on_mesh
 from train.feed import Feed
+from train.meeting import Told
+from train.signals import asked, beat
 from train.step import shardings
 from vitcore.config import ViTConfig
 from vitcore.context import Context
@@ -54,6 +57,7 @@ class Reader:
                 "give --image-size, to which its position embedding is fitted"
             )
         size = meshes.whole_rows(min(self.batch_size, len(source)), mesh)
+        stopping = distributed.AnyProcess(mesh)
         whole = jax.jit(lambda *arrays: arrays, out_shardings=NamedSharding(mesh, P()))
         batches = eval_batches(
             source, image_size=config.image_shape[0], channels=config.channels, batch_size=size,
@@ -62,7 +66,13 @@ class Reader:
         )  # fmt: skip
         start = 0
         with Feed(batches, on_mesh(mesh)) as feed:
-            while (batch := feed.next()) is not None:
+            while True:
+                batch = feed.next(asked)
+                if stopping(asked()):
+                    raise Told("asked to stop in a measurement")
+                if batch is None:
+                    return
+                beat(f"measuring on {source.name}")
                 images = batch["image"] if self.pixels == HALF else _wanted(batch["image"], self.pixels)
                 found, labels, weights = whole(fn(images), batch["label"], batch["weight"])
                 real = np.asarray(weights) > 0
@@ -106,9 +116,11 @@ def make_features(
     the last's. Raises ValueError for a block that there is not.
     """
     context = Context(ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
+    if read == "tokens" and not isinstance(config, ViTConfig):
+        raise ValueError("tokens behind a block are asked for, and the model is a ResNet, which has none: read its representation")
     if not 0 <= block <= config.depth:
         raise ValueError(f"block {block}: the model has blocks 1 to {config.depth}")
-    upto = dataclasses.replace(config, depth=block or config.depth)
+    upto = dataclasses.replace(config, depth=block or config.depth) if isinstance(config, ViTConfig) else config
 
     def local(params, images):
         images = to_unit(images)

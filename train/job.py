@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,7 +28,8 @@ from etils import epath
 
 from train import distributed
 from train.files import make_directory, write_atomically
-from train.signals import Stop
+from train.meeting import Told
+from train.signals import TERMINATED, Stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class JobOptions:
     """auto: as Cloud TPU, GKE, SLURM or Open MPI started it. off: one process. HOST:PORT,N,ID: process ID of N."""
     heartbeat_timeout: int = 60
     """Seconds of silence after which a process counts as dead, and the job ends."""
+    join_timeout: int = 300
+    """Seconds that the processes of a job have to come together at its start."""
     shutdown_timeout: int = 60
     """Seconds that a process which is done waits for the others."""
     step_timeout: int = 1800
@@ -50,28 +54,45 @@ class JobOptions:
 
     def check_job(self) -> None:
         """Raises ValueError for a value out of range."""
-        for name, least in (("heartbeat_timeout", 1), ("shutdown_timeout", 1), ("step_timeout", 0), ("bad_steps", 1)):
+        for name, least in (
+            ("heartbeat_timeout", 1),
+            ("join_timeout", 1),
+            ("shutdown_timeout", 1),
+            ("step_timeout", 0),
+            ("bad_steps", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least} is required")
+        guards = [name for name in os.environ if name.startswith("JAX_TRANSFER_GUARD") and "disallow" in os.environ[name]]
+        if guards:
+            raise ValueError(f"{guards[0]}={os.environ[guards[0]]}: steps, losses and keys are moved as JAX finds best: unset it")
 
     def join(self) -> None:
         """Joins the other processes of the job, if there are any. Before anything asks for devices."""
         self.check_job()
-        distributed.start(distributed.parse(self.distributed), heartbeat=self.heartbeat_timeout, shutdown=self.shutdown_timeout)
+        layout = distributed.parse(self.distributed)
+        distributed.start(layout, heartbeat=self.heartbeat_timeout, shutdown=self.shutdown_timeout, join=self.join_timeout)
 
 
 # --- the beginning and the end ----------------------------------------------------------------------------------------------
 
 
-def guard(program: str, work: Callable[[Stop], None]) -> int:
+def guard(program: str, work: Callable[[Stop], None], *, saves: bool = True) -> int:
     """Runs a job; returns its exit code: 0, 2 with one line on stderr for whatever a user can mend, 130 for an interrupt.
 
-    work: gets the `Stop` that a SIGTERM asks. Other exceptions pass, where the process is alone; in a job of several they are
-    printed and the code is 1. Whatever the failure, the other processes are told.
+    work: gets the `Stop` that a SIGTERM asks. saves: whether it saves then; a job that has nothing to save is ended by the first
+    SIGTERM, with code 143: every file that it writes appears whole or not at all. Other exceptions pass, where the process is
+    alone; in a job of several they are printed and the code is 1. Whatever the failure, the other processes are told.
     """
     who, line = program, None
+
+    def at_once():
+        distributed.fail("asked to stop")
+        _print(f"{program}: asked to stop: ended, nothing is left half-written")
+        os._exit(TERMINATED)
+
     try:
-        with Stop() as stop:
+        with Stop(None if saves else at_once) as stop:
             work(stop)
             distributed.leave()
         return 0
@@ -84,6 +105,8 @@ def guard(program: str, work: Callable[[Stop], None]) -> int:
             traceback.print_exc()
         advice = "lower --batch-size, raise --accumulate, or add --remat: " if no_memory else ""
         code, line = 2, f"error: {advice}{(str(error).splitlines() or [type(error).__name__])[0]}"
+    except Told as told:
+        code, line = TERMINATED, f"asked to stop before it began ({told}): nothing was changed"
     except KeyboardInterrupt:
         code, line = 130, "interrupted; the same command resumes from the latest checkpoint"
     except Exception as error:
@@ -93,15 +116,22 @@ def guard(program: str, work: Callable[[Stop], None]) -> int:
         code, line = 1, f"error: {type(error).__name__}: {error}"
     if distributed.count() > 1:
         who = f"{program}: process {distributed.rank()}"
-    print(f"{who}: {line}", file=sys.stderr, flush=True)
+    _print(f"{who}: {line}")
     distributed.fail(line)
     return code
+
+
+def _print(line: str) -> None:
+    """A line on stderr; that nobody reads it any more changes nothing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:
     """A line on stdout, from process 0."""
     if distributed.rank() == 0:
-        print(line, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # that nobody reads it any more changes nothing
+            print(line, flush=True)
 
 
 def stopped(result, out, within: str = "") -> bool:
@@ -118,8 +148,11 @@ def stopped(result, out, within: str = "") -> bool:
 def end(code: int, *, now: bool = False) -> None:
     """Ends the process. After a failure, or `now`, at once: an ordinary exit would wait for threads of a failed write, for the
     other processes, or for data that never come, and there is nothing left to save."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # closed, or nobody reads it any more
+            now = True  # Python would say so, and make its exit code 120
     if code or now:
         os._exit(code)
     sys.exit(0)
@@ -133,6 +166,8 @@ def place(out) -> epath.Path:
     scheme, colon, _ = os.fspath(out).partition("://")
     if colon and scheme != "gs":
         raise ValueError(f"--out {out}: a local path or gs://BUCKET/PATH is required")
+    if set(os.path.abspath(os.fspath(out))) & set("[*?\\"):
+        raise ValueError(f"--out {out}: a path without [, *, ? and \\ is required, of which checkpoints would be lost")
     if colon:
         try:
             fsspec.get_filesystem_class("gs")
@@ -144,7 +179,7 @@ def place(out) -> epath.Path:
 # Options that came after runs had been made, and what those runs did: a run without them in its config.json had these values.
 BEFORE: dict = {
     "head_bias": 0.0, "antialias": True, "crop": "torchvision", "randaugment": [0, 0], "cutmix": 0.0, "mixup_share": "row",
-    "position": "1d", "erase": 0.0, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
+    "position": "1d", "erase": 0.0, "init": None, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
 }  # fmt: skip
 
 NAMED = {"mixup"}  # of these, what pre-training has always named its directories by
@@ -192,8 +227,11 @@ def check_claim(out: epath.Path, identity: dict) -> None:
         other = differing(identity, held)
         if other:
             what = ", ".join(f"{key} {held.get(key, BEFORE.get(key))} there, {identity[key]} now" for key in other[:3])
+            longer = ""
+            if "steps" in other and held.get("steps", 0) < (identity["steps"] or 0):
+                longer = f"; a longer run starts from that one, its schedule anew: --init {out} and another --out"
             raise ValueError(
-                f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it"
+                f"--out {out} holds another run ({what}): choose another --out, or give that run's options to continue it{longer}"
             )
     elif left := [name for name in ("metrics.jsonl", "checkpoints") if (out / name).exists()]:
         raise ValueError(f"--out {out} holds {left[0]} but no config.json to say whose: restore that, or choose another --out")
@@ -215,8 +253,13 @@ def locked(out: epath.Path):
     if "://" in str(out) or distributed.rank():
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
+    make_directory(out)
+    try:
+        descriptor = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        link = " is a symbolic link, which no run makes: remove it" if error.errno == errno.ELOOP else f": {error.strerror}"
+        raise ValueError(f"{out / '.lock'}{link}") from error
+    with open(descriptor, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -24,6 +24,7 @@ from train.data import EvalBatches, TrainBatches
 from train.data.device import on_mesh
 from train.feed import Feed
 from train.job import differing, place
+from train.meeting import Told
 from train.metrics import Recorder, Silence, log_line
 from train.signals import Stop, Watchdog, check_interrupt
 from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
@@ -193,6 +194,8 @@ class _Loop:
                 if self.asked():
                     return None
                 if batch is None:
+                    if not total["count"]:
+                        raise ValueError("no image of the validation set can be read: mend the files, or name another set")
                     return total
                 sums = self.eval_fn(params, batch["image"], batch["label"], batch["weight"])
                 total = {key: total[key] + float(sums[key]) for key in total}
@@ -208,6 +211,7 @@ class _Loop:
         if self.first and fresh:
             run.claim()
         distributed.broadcast(None)  # nobody writes before the claim stands
+        distributed.check_shared(run.directory)
         self.checkpoints = stack.enter_context(Checkpoints(directory, keep=run.keep, every=run.keep_every, say=self.say))
         self.watchdog.beat("restoring")
         make = run.start or (lambda: make_init(run.config, run.mesh, run.tx, run.options)(jax.random.key(run.options.seed)))
@@ -280,21 +284,28 @@ class _Loop:
                 f"profile: {place(self.spec.directory) / 'profile'}, for xprof; its perfetto_trace.json.gz for ui.perfetto.dev"
             )
 
-    def finish_step(self, record: dict, rate: float, *, due: bool) -> None:
-        """The evaluation of a step, where it is due, and its record. A signal in between leaves both to the continuation."""
+    def finish_step(self, record: dict, rate: float) -> None:
+        """The measurements of a step, where they are due, and its record. A signal in between leaves all to the continuation."""
         run, now = self.spec, self.now
-        if due:
+        scores, measured = None, {}
+        if self.evaluates(now.step):
             scores = self.evaluate()
-            if scores is None:
-                now.due = record
-                return
-            now.scores, now.due = scores, None
+        if run.probe_every and now.step % run.probe_every == 0 and not self.stopping:
+            try:
+                measured = run.probe(self.state)
+            except Told:
+                self.stopping = True
+        if self.stopping and (self.evaluates(now.step) or (run.probe_every and now.step % run.probe_every == 0)):
+            now.due = record
+            return
+        now.due = None
+        if scores is not None:
+            now.scores = scores
             accuracy, loss = scores["correct"] / scores["count"], scores["loss"] / scores["count"]
             now.best = now.best.after(accuracy, now.step)
             record |= {"val_accuracy": accuracy, "val_loss": loss}
         if record:
-            if run.probe_every and now.step % run.probe_every == 0:
-                record |= run.probe(self.state)
+            record |= measured
             if now.skipped:
                 record["skipped"] = now.skipped
             # the schedule counts the updates before this step; a skipped step is none, but had a rate
@@ -303,6 +314,10 @@ class _Loop:
             if not self.recorder.on_terminal:
                 self.say(log_line({"step": now.step, **record, "images_per_second": rate * run.batch_size}, run.total_steps))
             self.recorder.progress(now.step, loss=record.get("loss"), images_per_second=rate * run.batch_size)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation comes after a step."""
+        return step % self.spec.eval_every == 0 or step == self.spec.total_steps
 
     @property
     def waited_enough(self) -> bool:
@@ -320,7 +335,7 @@ class _Loop:
         self.recorder = self.stack.enter_context(recorder)
         since, whole = _Clock(), _Clock()  # time since the last line, and without the first step
         if now.due is not None:
-            self.finish_step(dict(now.due), 0.0, due=True)
+            self.finish_step(dict(now.due), 0.0)
         while now.step < run.total_steps and not self.waited_enough and not self.stopping:
             tick = time.perf_counter()
             self.watchdog.beat(f"waiting for the batch of step {now.step + 1}")
@@ -334,7 +349,7 @@ class _Loop:
             metrics = self.step(batch)
             last = now.step == run.total_steps
             log = now.step % run.log_every == 0
-            due = now.step % run.eval_every == 0 or last
+            due = self.evaluates(now.step)
             probe = run.probe_every and now.step % run.probe_every == 0
             record = {}
             if log or due or probe:
@@ -343,7 +358,7 @@ class _Loop:
             taken = time.perf_counter() - tick
             since = since.after(taken)
             whole = whole if now.step == self.started + 1 else whole.after(taken)  # the first step compiles
-            self.finish_step(record, since.rate, due=due)
+            self.finish_step(record, since.rate)
             since = _Clock() if record else since
             self.checkpoints.check()
             if now.in_a_row >= run.bad_steps:

@@ -56,7 +56,7 @@ class Recorder:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         stream = sys.stderr if stream is None else stream
         self._bar = None
-        if stream.isatty():
+        if stream is not None and not stream.closed and stream.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=step, unit="step", file=stream, dynamic_ncols=True, bar_format=_BAR)
@@ -150,11 +150,15 @@ class Events:
     """The records as TensorBoard's scalars, each under its own name; with its own writer, of the extra [tensorboard].
 
     step: the last one done before now: a resumed run's events start a new file, which takes the place of what came after it.
-    Raises ValueError where the package is not installed.
+    Raises ValueError where the package is not installed, and for a bucket.
     """
 
     def __init__(self, directory: str, step: int):
         need_tensorboard()
+        if "://" in directory:
+            raise ValueError(
+                f"--tensorboard writes to a local directory, and this is {directory}: give a local --out, or leave it out"
+            )
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 

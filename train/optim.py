@@ -125,7 +125,7 @@ def _scale_layers(share: float, depth: int) -> optax.GradientTransformation:
         if part == "blocks":
             rates = share ** jnp.arange(depth, 0, -1, dtype=update.dtype)
             return update * rates.reshape(-1, *(1,) * (update.ndim - 1))
-        return update * share ** (depth + 1) if part == "patch_embed" or part == "stem" else update
+        return update if part in ("norm", "head", "pre_logits") else update * share ** (depth + 1)
 
     def update(updates, params=None):
         del params

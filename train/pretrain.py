@@ -14,8 +14,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, an interrupt ends the process without a traceback
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +39,9 @@ class Pretrain(ImageOptions):
     """Part of the data to train on: train, train[:99%], train[classes=0-4], train[without=removed.json]."""
     val_split: str = "val"
     """Part to validate on: val, test, train[99%:]."""
+    init: str | None = None
+    """Start from these parameters instead of fresh ones: a run's directory, .npz or .safetensors of the same model and classes. The
+    schedule begins anew. Default: fresh ones."""
     recipe: str | None = None
     """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep; plain, plain-300ep: a later
     baseline. Default: digits or imagenet."""
@@ -152,6 +157,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         args,
         config=None,
         data=absolute(args.data),
+        init=args.init if args.init is None or "://" in args.init else os.path.abspath(args.init),
         model=model,
         recipe=name,
         steps=steps,
@@ -235,12 +241,14 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     config = _model(full, classes=len(source.classes), channels=source[0].image.shape[2] if source.decoded else 3)
     check_fit(full, config, mesh, full.model)
     rate, tx = _optimizer(full)
-    out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss)
-    distributed.agree(configuration=who, code=distributed.code_hash(), images=seen(source, held_out))
+    start, pixels = _start(full, config, mesh, tx)
+    out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss, **pixels)
+    distributed.agree(code=distributed.code_hash(), versions=distributed.versions(), images=seen(source, held_out))
     spec = make_run(
         full, out, who, dataclasses.asdict(full), sources=(source, held_out), config=config, mesh=mesh,
         data=dict(subset=full.subset, subset_seed=full.subset_seed),
-        tx=tx, learning_rate=rate, options=how, early_stop=full.early_stop, **_fewshot(full, config, mesh, source, held_out, how),
+        tx=tx, learning_rate=rate, options=how, early_stop=full.early_stop, start=start,
+        **_fewshot(full, config, mesh, source, held_out, how),
     )  # fmt: skip
     if distributed.rank() == 0:
         check_claim(out, who)
@@ -252,6 +260,24 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     with locked(out):
         result = train(spec, say, stop=stop)
     _report(result, out)
+
+
+def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any]]:
+    """What --init starts from, as `Run` takes it, and as `StepOptions` do the pixels it wants. ValueError for another model."""
+    if full.init is None:
+        return None, {}
+    from train.build import start_from
+    from train.pretrained import open_pretrained
+
+    found = open_pretrained(full.init, image_size=full.image_size, gelu=full.gelu)
+    has, wants = (dataclasses.asdict(c) | {"dropout": 0.0, "head_bias": 0.0} for c in (found.config, config))
+    if other := [f"{name} {has[name]} there, {wants[name]} here" for name in wants if has[name] != wants[name]]:
+        raise ValueError(
+            f"--init {full.init} is another model ({', '.join(other[:3])}): give the options that it has, or put a new head on it "
+            "with train.finetune"
+        )
+    start = partial(start_from, found._replace(config=config), mesh, tx, polyak=bool(full.polyak))
+    return start, {"pixels": found.pixels}
 
 
 def _fewshot(full, config, mesh, source, held_out, how) -> dict[str, Any]:
@@ -298,7 +324,6 @@ def _model(full, *, classes: int, channels: int):
         gelu=full.gelu,
         channels=channels,
         head_bias=full.head_bias,
-        **({} if full.position == "1d" else {"position": full.position}),
     )
 
 

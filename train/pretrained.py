@@ -80,13 +80,16 @@ def open_pretrained(
         params = weight_tree.read(path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation)
         wanted, words = (wanted, words) if pixels is None else (pixels, f"pixels {pixels_said(pixels)}")
         about = f"{path} ({style.naming} naming; {words})"
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    bad = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not np.isfinite(leaf).all()]
+    if bad:
+        raise WeightError(f"{path}: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)} holds NaN or infinity: no model to go on from")
     classes = classes if num_classes is None else None
     return Pretrained(families.changed(new, gelu=gelu), params, about, antialias, classes, wanted, seen)
 
 
 def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
     """Configuration and parameters of a run's checkpoint, where they are from, and the run's config.json."""
-    from train.saved import SavedSteps
 
     run, step = path.rstrip("/"), None
     if os.path.basename(run).isdigit() and not os.path.exists(os.path.join(run, "config.json")):
@@ -110,6 +113,8 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
         raise WeightError(f"{run}/config.json is not that of a run ({type(error).__name__}: {error}): restore it") from error
     if not os.path.isdir(os.path.join(run, "checkpoints")):
         raise WeightError(f"{run} has no checkpoints yet: train it first")
+    from train.saved import SavedSteps  # it takes seconds, which a file of weights need not wait for
+
     passed: list[str] = []
     saved = SavedSteps(os.path.join(run, "checkpoints"), say=passed.append)
     try:

@@ -1,20 +1,26 @@
 """What a run does when it is told to end, and when it hangs.
 
-The first SIGTERM (a scheduler's notice of preemption, `kill`) asks the loop to save and end; the second ends the process at once.
+The first SIGTERM (a scheduler's notice of preemption, `kill`) asks the loop to save and end; the second ends the process at once. A
+SIGHUP (the terminal is gone) is a SIGTERM, but where the caller has it ignored, as nohup does.
 Python runs its signal handlers between two bytecodes of the main thread, which may be minutes away in a compilation; so a thread
 reads the signals from the pipe that Python's C handler writes them to.
 """
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 TERMINATED = 128 + signal.SIGTERM  # exit code of a process that a second SIGTERM ended
+
+_ASKS = (signal.SIGTERM, signal.SIGHUP)
+_LOOK = 0.25  # seconds between two looks of the watchdog
 
 _interrupted = threading.Event()
 
@@ -43,16 +49,26 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
+_listening: "list[Stop]" = []
+
+
+def asked() -> bool:
+    """Whether this process has been asked to end, of the `Stop` that listens."""
+    return any(stop.asked for stop in _listening)
+
+
 class Stop:
-    """Whether the process has been asked to end. As a context manager it listens to SIGTERM (in the main thread; elsewhere it can
-    only be asked by `ask`), and puts back what was there before. In a job of several, `train.distributed.share` asks all of them.
+    """Whether the process has been asked to end. As a context manager it listens to SIGTERM and SIGHUP (in the main thread;
+    elsewhere only `ask` asks it), and puts back what was there before. In a job of several, `train.distributed.share` asks all.
+    at_once: for a job that has nothing to save: called when the first signal comes, in the thread that listens; ends the process.
 
         with Stop() as stop:
             while not stop.asked: ...
     """
 
-    def __init__(self):
+    def __init__(self, at_once: Callable[[], None] | None = None):
         self._event = threading.Event()
+        self._at_once = at_once
         self._undo = contextlib.ExitStack()
 
     @property
@@ -70,14 +86,19 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
-            before = signal.signal(signal.SIGTERM, lambda *_: None)  # the thread below does what there is to do
+            heard = [n for n in _ASKS if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+            before = {n: signal.signal(n, lambda *_: None) for n in heard}  # the thread below does what there is to do
             pipe = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
             listener = threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals")
             listener.start()
 
+            _listening.append(self)
+
             def undo():
+                _listening.remove(self)
                 signal.set_wakeup_fd(pipe)
-                signal.signal(signal.SIGTERM, before)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
                 os.write(writer, b"\0")
                 listener.join()
                 os.close(reader)
@@ -92,18 +113,31 @@ class Stop:
     def _listen(self, reader: int) -> None:
         terms = 0  # only signals count: another process's SIGTERM may have asked before this one's own comes
         while (number := os.read(reader, 1)[0]) != 0:
-            if number == signal.SIGTERM:
+            if number in _ASKS:
                 terms += 1
                 if terms > 1:
                     os._exit(TERMINATED)
                 self._event.set()
+                if self._at_once is not None:
+                    self._at_once()
+
+
+_watching: "list[Watchdog]" = []
+
+
+def beat(doing: str) -> None:
+    """Tells the `Watchdog` of this process, where there is one, that something has been done, and what comes next."""
+    if _watching:
+        _watching[-1].beat(doing)
 
 
 class Watchdog:
     """Ends a process whose steps have stopped, after printing every thread's stack.
 
-    seconds: that may pass between two calls of `beat`; 0 for no watchdog. faulthandler's own thread does the printing and ending
-    in C: it needs no lock of the interpreter, which whatever hangs may hold. Exit code 1; the line that says why comes first.
+    seconds: that may pass between two calls of `beat`; 0 for no watchdog. A thread looks at the clock; where it cannot, because
+    whatever hangs holds the interpreter's lock, faulthandler's own thread in C does the printing and ending, after twice the time.
+    Time in which the process was stopped (SIGSTOP, a suspended machine) does not count: a step is given its time again. Of two, one
+    within the other, the inner one watches. Exit code 1; the line that says why comes first.
     """
 
     def __init__(self, seconds: float, *, stream=None):
@@ -117,33 +151,60 @@ class Watchdog:
     def beat(self, doing: str) -> None:
         """Something has been done, and `doing` comes next."""
         self._doing, self._since = doing, time.monotonic()
-        if self._thread is not None:
-            self._arm()
-
-    def _arm(self) -> None:
-        # a second later than the line below, so that this comes first
-        faulthandler.dump_traceback_later(self.seconds + 1, exit=True, file=self._stream)
 
     def __enter__(self):
         if self.seconds > 0:
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
             self._since = time.monotonic()
-            self._arm()
+            _watching.append(self)
             self._thread.start()
         return self
 
     def __exit__(self, *_):
         if self._thread is not None:
-            faulthandler.cancel_dump_traceback_later()
             self._done.set()
             self._thread.join()
             self._thread = None
+            _watching.remove(self)
+            if not _watching:
+                faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        said = None
-        while not self._done.wait(0.25):
-            if time.monotonic() - self._since >= self.seconds and said != self._since:
-                said = self._since
-                sys.stdout.flush()
-                line = f"hung for {self.seconds:g} s while {self._doing} (--step-timeout): the stacks of all threads follow"
-                print(line, file=self._stream, flush=True)
+        before = time.monotonic()
+        while not self._done.wait(_LOOK):
+            now = time.monotonic()
+            if _watching[-1:] != [self] or now - before > max(10 * _LOOK, self.seconds / 10):
+                self._since = now  # another one watches, or the whole process stood still
+            before = now
+            if _watching[-1:] == [self] and self._stream is not None:
+                faulthandler.dump_traceback_later(2 * self.seconds + 1, exit=True, file=self._stream)
+            if now - self._since >= self.seconds:
+                self._end()
+
+    def _end(self) -> None:
+        with contextlib.suppress(Exception):  # a stream that is closed changes nothing
+            sys.stdout.flush()
+        with contextlib.suppress(Exception):
+            line = f"hung for {self.seconds:g} s while {self._doing} (--step-timeout): the stacks of all threads follow"
+            print(line, file=self._stream, flush=True)
+            faulthandler.dump_traceback(file=self._stream, all_threads=True)
+        os._exit(1)
+
+
+def end_with_parent() -> None:
+    """From now on this process, a worker that multiprocessing started, ends when the one that started it does, however that ends.
+    Otherwise a worker waits for ever for one that was killed, and its memory stays taken. In other processes it does nothing."""
+    # a worker that is being spawned imports its modules before it knows its parent
+    starting = getattr(multiprocessing.current_process(), "_inheriting", False)
+    if multiprocessing.parent_process() is None and not starting:
+        return
+    first = os.getppid()
+
+    def look():
+        while True:
+            time.sleep(_LOOK)
+            parent = multiprocessing.parent_process()
+            if os.getppid() != first or (parent is not None and not parent.is_alive()):
+                os._exit(1)
+
+    threading.Thread(target=look, daemon=True, name="end with parent").start()

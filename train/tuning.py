@@ -8,9 +8,8 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
-
-import jax
 
 from train import distributed, job, recipes
 from train.job import check_claim, say
@@ -231,7 +230,7 @@ def _dropout(args: Finetune, config) -> float:
 
 def fine_tune(args: Finetune, out, session: Session):
     """One run of resolved options in directory `out`: on args.split, measured on args.test_split. The loop's Result."""
-    from train.build import make_run, step_options
+    from train.build import make_run, start_from, step_options
     from train.data import check_classes, open_source
     from train.data.identity import seen
     from train.loop import train
@@ -241,11 +240,13 @@ def fine_tune(args: Finetune, out, session: Session):
     check_classes(source, held_out)
     distributed.agree(images=seen(source, held_out))
     who, config = identity(full), session.pretrained.config
-    rate, tx = make_optimizer(full, depth=config.depth)
+    if (full.layer_decay or 1) < 1 and not hasattr(config, "depth"):
+        raise ValueError(f"--layer-decay {full.layer_decay}: {full.init} is a ResNet, without a ViT's blocks: leave it out")
+    rate, tx = make_optimizer(full, depth=getattr(config, "depth", 0))
     spec = make_run(
         full, out, who, _described(full, config), sources=(source, held_out), config=config, mesh=session.mesh,
         tx=tx, learning_rate=rate, options=step_options(full, session.ops, pixels=session.pretrained.pixels), early_stop=0,
-        start=lambda: _start(session.pretrained, session.mesh, tx, polyak=bool(full.polyak)),
+        start=partial(start_from, session.pretrained, session.mesh, tx, polyak=bool(full.polyak)),
     )  # fmt: skip
     if distributed.rank() == 0:
         check_claim(out, who)
@@ -261,21 +262,6 @@ def make_optimizer(full, *, depth: int):
         return rate, sgd(rate, momentum=full.momentum, dtype=full.momentum_dtype)
     decays = dict(weight_decay=full.weight_decay, layer_decay=full.layer_decay)
     return rate, adamw(rate, depth=depth, mu_dtype=full.momentum_dtype, **decays)
-
-
-def _start(pretrained, mesh, tx, *, polyak: bool):
-    """The TrainState at step 0 with pretrained parameters."""
-    import jax.numpy as jnp
-
-    from train.frozen import put_params
-    from train.step import TrainState, shardings, state_specs
-
-    def rest(params):
-        average = jax.tree.map(jnp.copy, params) if polyak else None
-        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params), average)
-
-    specs = state_specs(pretrained.config, mesh, tx, polyak=polyak)
-    return jax.jit(rest, out_shardings=shardings(mesh, specs))(put_params(pretrained.params, pretrained.config, mesh))
 
 
 def _described(args: Finetune, config) -> dict:

@@ -22,13 +22,15 @@ class Block(NamedTuple):
     leaves: (config) -> the leaves of one layer, with neither the layer axis nor "blocks" in front. apply: (x [B, T, D], w, config,
     layer) -> [B, T, D]; w are the layer's weights ready for use, `layer` a `context.Layer`. maps: (x, w, config, layer) -> the
     attention probabilities [B, N, T, T] float32 of the block for its input x, N the heads of this device; None for a block that has
-    none. check: (config) raises ValueError for a configuration that it cannot take.
+    none. check: (config) raises ValueError for a configuration that it cannot take. outside: the paths of those of its leaves that
+    it uses outside its sums over the model axis, such as a scale of what a half block adds; none is split over "model".
     """
 
     leaves: Callable
     apply: Callable
     maps: Callable | None = None
     check: Callable = lambda config: None
+    outside: tuple[tuple[str, ...], ...] = ()
 
 
 # --- the paper's block: attention half and MLP half, pre-norm ----------------------------------------------------------------

@@ -46,7 +46,8 @@ def _axes(entry) -> tuple[str, ...]:
 def gather(params, specs, mesh: MeshShape | None, dtype):
     """Parameters ready for use: matrices whole over "data" and in `dtype`, vectors float32 and varying over "data".
 
-    With nothing to gather, matrices stay float32: the ops round what they need, and no layer's copy is kept for the backward pass.
+    Where there is nothing to gather, matrices stay float32: the ops round them, and no rounded copy of a layer is saved for the
+    backward pass.
     """
     if mesh is None:
         return params
@@ -80,7 +81,8 @@ MIDDLE = "tokens between the halves of a block"
 
 
 def recompute_gathers(keeps):
-    """Checkpoint policy of a block: keep what its ops keep (`Ops.keeps`) but no gathered weights, which would be L whole layers."""
+    """Checkpoint policy of a block: save what its ops save (`Ops.keeps`), but not the gathered weights, which would be L layers of
+    weights on every device."""
 
     def policy(prim, *avals, **params):
         if prim is lax.all_gather_p:
@@ -95,17 +97,28 @@ def _vary_axes(x, axes):
     return lax.pcast(x, new, to="varying") if new else x
 
 
-def vary(tree, mesh: MeshShape | None, specs=None):
+def vary(tree, mesh: MeshShape | None, specs=None, outside: tuple[tuple[str, ...], ...] = ()):
     """Mark values as differing between the devices of both axes, so that a sum over them appears in the backward pass.
 
-    With `specs`, parameters split over "data" are left as they are: `gather` sees to them.
+    With `specs`, parameters split over "data" are left as they are: `gather` sees to them. outside: paths of parameters that are
+    used outside the sums over "model": they are marked along "data" alone.
     """
     if mesh is None:
         return tree
     if specs is None:
         return jax.tree.map(lambda x: _vary_axes(x, AXES), tree)
     split = jax.tree.map(lambda spec: any("data" in _axes(entry) for entry in spec), specs)
-    return jax.tree.map(lambda x, s: x if s else _vary_axes(x, AXES), tree, split)
+
+    def one(path, x, split):
+        axes = ("data",) if tuple(key.key for key in path) in outside else AXES
+        return x if split else _vary_axes(x, axes)
+
+    return jax.tree.map_with_path(one, tree, split)
+
+
+def varies_over_model(x) -> bool:
+    """Whether x differs, or may, between the devices of a model axis."""
+    return "model" in jax.typeof(x).manual_axis_type.varying
 
 
 def vary_like(x, like):

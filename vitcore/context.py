@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from kernels.dropout import Dropout
 from vitcore.collectives import MeshShape, gather
-from vitcore.ops import Ops
 
 
 class Capture(NamedTuple):
@@ -25,14 +24,15 @@ class Capture(NamedTuple):
 class Context(NamedTuple):
     """How a forward pass runs. All but dropout_key and first_example is static.
 
-    ops: the functions it is made of, None for what suits the platform. dtype: of activations and of the operands of products.
-    mesh: inside a `shard_map` the shape of the mesh, else None. remat: as in `vitcore.apply`. dropout_key: a JAX PRNG key, or None.
-    first_example: the global index of images[0], which keys the dropout masks. edit: a function (patch embeddings [B, N, D] in
-    dtype, first_example) -> the same shape and dtype, between the projection and the position embedding; or None. capture: what to
-    keep of the blocks, None for nothing. specs: the PartitionSpecs of the parameters, which `vitcore.model` fills in.
+    ops: the `vitcore.ops.Ops` it is made of, None for what suits the platform. dtype: of activations and of the operands of
+    products. mesh: inside a `shard_map` the shape of the mesh, else None. remat: as in `vitcore.apply`. dropout_key: a JAX PRNG
+    key, or None. first_example: the global index of images[0], which keys the dropout masks. edit: a function (patch embeddings
+    [B, N, D] in dtype, first_example) -> the same shape and dtype, between the projection and the position embedding; or None.
+    capture: what to keep of the blocks, None for nothing. specs: the PartitionSpecs of the parameters, which `vitcore.model`
+    fills in.
     """
 
-    ops: Ops | None = None
+    ops: Any = None  # Ops or None: `vitcore.model.prepared` chooses, so that whoever reads it finds Ops
     dtype: Any = jnp.float32
     mesh: MeshShape | None = None
     remat: int = 0

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vitcore.collectives import gather, layer_specs, recompute_gathers, sum_over_model, vary, vary_like
+from vitcore.collectives import gather, layer_specs, recompute_gathers, sum_over_model, varies_over_model, vary, vary_like
 from vitcore.context import Context, Layer
 
-PART = 24576  # tokens of a part of the batch, where several blocks are made again: few, and the kernels' grids still long
+PART = 24576  # most tokens of a part of the batch in rematerialised blocks: little memory, and still long grids for the kernels
 
 _nothing = jax.checkpoint_policies.nothing_saveable
 _again = partial(jax.checkpoint, policy=_nothing, prevent_cse=False)  # inside a loop
@@ -33,7 +33,7 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         raise ValueError(f"remat is {remat} and results of blocks are asked for: they are kept with remat=0 only")
 
     extra, tokens = -x.shape[1] % ops.multiple, None
-    if extra:  # rows that no token sees
+    if extra:  # padding, to which no token attends
         x, tokens = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), config.tokens
     at_block = config.entries.position.at_block
 
@@ -42,10 +42,18 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         if at_block:
             table = at_block(p, w, config)
             x = (x + jnp.pad(table, ((0, extra), (0, 0)))).astype(x.dtype)
-        return config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens)), x
+        y = config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens))
+        if mesh and varies_over_model(y):
+            raise ValueError(
+                f"block={config.block!r} returns tokens that differ along the model axis: it must end in `sum_over_model`, and "
+                "name the leaves that it uses behind that in `Block.outside`"
+            )
+        return y, x
 
     # vectors are replicated over "data": made varying here, outside the scan, their gradients are summed once, not once a layer
-    layers = vary(blocks, mesh, specs), keys
+    added = config.entries.position.block_leaves(config) if at_block else ()
+    outside = (*config.entries.block.outside, *(leaf.path for leaf in added))
+    layers = vary(blocks, mesh, specs, outside), keys
     scan = _unrolled if ("remat" if remat else "forward") in ops.unrolled else lax.scan
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled)
     if remat > 1:
@@ -156,10 +164,11 @@ def _put(found, value, slot):
 
 
 def _rematerialised(block, x, row, layers, every: int, specs, context: Context, scan):
-    """`scan` over the blocks, of which the backward pass keeps the input of every n-th and makes those in between again.
+    """`scan` over the blocks that keeps the input of every n-th block for the backward pass, which computes the others again.
 
-    It does so for a part of the batch at a time: the inputs in between are a part's, and little. A weight's gradients are summed
-    over the parts in float32. block: (x, row, weights, key) -> x. Raises ValueError where n does not divide the depth.
+    The backward pass takes a part of the batch at a time, so that the inputs of the blocks in between exist for one part only. A
+    weight's gradients are summed over the parts in float32. block: (x, row, weights, key) -> x. Raises ValueError where n does
+    not divide the depth.
     """
     mesh, dtype = context.mesh, context.dtype
     depth, tokens = jax.tree.leaves(layers)[0].shape[0], x.shape[1]
@@ -191,8 +200,8 @@ def _rematerialised(block, x, row, layers, every: int, specs, context: Context, 
 
 
 def _parts(batch: int, tokens: int) -> int:
-    """Into how many equal parts rematerialised blocks take the batch: the fewest of at most PART tokens; 1 where they would be
-    less than an eighth of that, as of a prime number of images."""
+    """The number of equal parts in which rematerialised blocks take the batch: the fewest with at most PART tokens each. It is 1
+    where the parts would have less than an eighth of that, as when the number of images is prime."""
     most = max(1, PART // tokens)
     images = next(n for n in range(min(batch, most), 0, -1) if batch % n == 0)
     return batch // images if 8 * images >= most else 1

@@ -47,9 +47,9 @@ def apply(
 def features(params, images, config, *, ops: Ops | None = None, dtype=jnp.float32, remat=0, blocks: tuple[int, ...] | None = None):
     """The image representation y of Eq. 4, [B, D] float32: the class token after the last norm, or the mean of the patches.
 
-    blocks: those, counted from 1, whose outputs are wanted instead: a tuple of [B, T, D] float32, in that order, before the last
-    norm; with a class token it is the first of T. The last block is followed by the norm in no result. Raises ValueError as
-    `apply`, and for a block that there is not, or with remat.
+    blocks: the blocks, counted from 1, whose outputs are wanted instead: a tuple of [B, T, D] float32 in the order asked for. They
+    are the tokens as the next block reads them, the class token first where there is one; the last norm is applied to none. Raises
+    ValueError as `apply`, for a block that the model does not have, and where both blocks and remat are given.
     """
     check(params, images, config)
     if blocks is None:

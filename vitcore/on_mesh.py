@@ -1,7 +1,7 @@
 """The model on a user's own mesh: `apply`, `features` and `attention_maps` as functions to be called under jit.
 
-The mesh has the axes ("data", "model"), of any sizes. Images are split over "data" (B divisible by it), parameters as
-`partition_specs(config, mesh)` says, and what comes back is split over "data".
+The mesh has the axes ("data", "model"), of any sizes, Auto or Explicit. Images are split over "data" (B divisible by it),
+parameters as `partition_specs(config, mesh)` says, and what comes back is split over "data". What lies elsewhere is brought there.
 
     mesh = jax.make_mesh((8, 4), ("data", "model"))
     specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), vitcore.partition_specs(config, mesh))
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vitcore.collectives import MeshShape
@@ -74,6 +74,9 @@ def _mapped(mesh: Mesh, config, context: Context, local: Callable, out_specs):
             own = context._replace(mesh=shape, dropout_key=key[0] if key else None, first_example=first)
             return local(params, images, config, own)
 
+        if AxisType.Explicit in mesh.axis_types:  # such axes are part of an array's type, which must be right beforehand
+            params = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), params, specs)
+            images = jax.reshard(images, NamedSharding(mesh, P("data")))
         keys = () if dropout_key is None else (dropout_key,)
         in_specs = (specs, P("data"), *(P() for _ in keys))
         return jax.shard_map(here, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(params, images, *keys)

@@ -25,12 +25,12 @@ class Ops(NamedTuple):
     """What a ViT is made of; each function has the signature and meaning of that of its name in `kernels/*/reference.py`.
 
     multiple: the model pads its tokens to a multiple of this, once, and half blocks take `tokens=`, how many of T are real.
-    unrolled: of "forward", "train" (a training step) and "remat" (one that rematerialises its blocks) those whose blocks are not
-    one loop, compiled once, but compiled one after the other: what waits for the backward pass then stays where it was made, and
-    is given up when it is done with, where a loop copies it to and from arrays with a layer axis.
-    keeps: the checkpoint policy of a block whose weights were gathered over a mesh and are gathered again for the backward pass: it
-    says yes to what these ops keep where no checkpoint stands around them. None says yes to everything but gathered weights, which
-    suits ops that choose behind a `custom_vjp` what they keep, and those that leave the choice to differentiation.
+    unrolled: the programs, of "forward", "train" (a training step) and "remat" (a step that rematerialises its blocks), in which
+    the blocks are compiled one after the other instead of as one loop. Without a loop, what the backward pass needs stays where
+    it was made and is freed after its use; a loop copies it into and out of arrays with a layer axis. keeps: the checkpoint
+    policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
+    save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
+    inside a `custom_vjp` what they save, and ops that leave it to differentiation.
     """
 
     patch_embed: Callable

@@ -60,5 +60,5 @@ def _resample(x: np.ndarray, size: int, method: str, axis: int) -> np.ndarray:
         place = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
     low = np.minimum(np.floor(place).astype(int), max(old - 2, 0))
     high = np.minimum(low + 1, old - 1)
-    share = (place - low).reshape(-1, *(1 for _ in range(x.ndim - axis - 1)))
-    return x.take(low, axis) * (1 - share) + x.take(high, axis) * share
+    weight = (place - low).reshape(-1, *(1 for _ in range(x.ndim - axis - 1)))
+    return x.take(low, axis) * (1 - weight) + x.take(high, axis) * weight

@@ -45,7 +45,7 @@ def pooled(params, x, config: ViTConfig, context: Context):
     """Tokens [B, T, D] of the last block to the representation [B, D] in the same dtype: the last norm, and the pool."""
     p = context.take(params, "norm")
     return config.entries.pool.pool(
-        params, x, lambda x: context.ops.layer_norm(x, p["scale"], p["bias"]), config, context  # pyright: ignore
+        params, x, lambda x: context.ops.layer_norm(x, p["scale"], p["bias"]), config, context
     )  # fmt: skip
 
 

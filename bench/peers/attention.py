@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention.core import attention as ours
+from kernels.attention.tpu import attention as ours
 from kernels.device import LANES
 from kernels.launch import Launch
 

@@ -7,7 +7,6 @@ x [..., D] is seen as [R, D] rows. Bytes moved: forward x once in, z once out; b
 saved: mean and r are recomputed. All arithmetic is float32. Ba et al. 2016, arXiv:1607.06450; where the paper uses it: Eq. 2-4.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,34 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels.device import LANES, Device
-from kernels.launch import Launch, call, vary_alike, vmem_limit
+from kernels.launch import Launch, call, vary_alike
+from kernels.layer_norm.plan import Plan
+from kernels.layer_norm.plan import plan as choose
 from kernels.layer_norm.reference import EPS
-
-# Blocks of some 2 MiB in float32 keep the DMA engines busy and leave room for the two copies of each that the pipeline holds.
-_BLOCK_BYTES = 2 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """rows: of one grid step, a multiple of 16 (the bfloat16 tile)."""
-
-    rows: int
-
-
-def _vmem_bytes(rows: int, d: int) -> int:
-    """Of a step's blocks and what they become in float32."""
-    return rows * (-(-d // LANES) * LANES) * 4 * 10
-
-
-def tiles(shape: tuple[int, int], device: Device) -> Tiles:
-    """The tiles for [R, D] rows on a device. NotImplementedError where not even 16 rows fit its VMEM."""
-    r, d = shape
-    lanes = -(-d // LANES) * LANES
-    if _vmem_bytes(16, d) > device.vmem_bytes:
-        raise NotImplementedError(f"layer_norm of width {d} does not fit the {device.vmem_bytes} bytes of VMEM; use the reference")
-    rows = min(512, _BLOCK_BYTES // (lanes * 4), device.vmem_bytes // _vmem_bytes(1, d))
-    return Tiles(rows=max(16, min(rows // 16 * 16, r // 16 * 16)))
 
 
 def cost(shape: tuple[int, int], itemsize: int, *, backward: bool) -> pl.CostEstimate:
@@ -97,14 +72,14 @@ def _pad(x, rows):
     return jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, 0)))  # only fewer rows than one tile of 16 are ever padded
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _layer_norm(launch, x, scale, bias):
-    return _forward(launch, x, scale, bias)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _layer_norm(launch, plan, x, scale, bias):
+    return _forward(launch, plan, x, scale, bias)[0]
 
 
-def _forward(launch, x, scale, bias):
+def _forward(launch, plan: Plan, x, scale, bias):
     r, d = x.shape
-    rows = tiles(x.shape, launch.device).rows
+    rows = plan.rows
     row, vector = _specs(rows, d)
     padded = _pad(x, rows)
     (z,) = call(
@@ -117,15 +92,15 @@ def _forward(launch, x, scale, bias):
         out_shapes=[(padded.shape, x.dtype)],
         semantics=("parallel",),
         cost=cost(x.shape, x.dtype.itemsize, backward=False),
-        vmem_bytes=vmem_limit(launch.device, _vmem_bytes(rows, d)),
+        needs=plan.needs,
     )(padded, scale[None].astype(jnp.float32), bias[None].astype(jnp.float32))
     return z[:r], (x, scale, bias)
 
 
-def _backward(launch, saved, dz):
+def _backward(launch, plan: Plan, saved, dz):
     x, scale, bias = saved
     r, d = x.shape
-    rows = tiles(x.shape, launch.device).rows
+    rows = plan.rows
     row, vector = _specs(rows, d)
     padded = _pad(x, rows)
     dx, dscale, dbias = call(
@@ -138,7 +113,7 @@ def _backward(launch, saved, dz):
         out_shapes=[(padded.shape, x.dtype), ((1, d), jnp.float32), ((1, d), jnp.float32)],
         semantics=("arbitrary",),
         cost=cost(x.shape, x.dtype.itemsize, backward=True),
-        vmem_bytes=vmem_limit(launch.device, _vmem_bytes(rows, d)),
+        needs=plan.needs,
     )(padded, _pad(dz, rows), scale[None].astype(jnp.float32))
     return dx[:r], dscale[0].astype(scale.dtype), dbias[0].astype(bias.dtype)
 
@@ -146,7 +121,7 @@ def _backward(launch, saved, dz):
 _layer_norm.defvjp(_forward, _backward)
 
 
-def layer_norm(x, scale, bias, *, launch: Launch):
+def layer_norm(x, scale, bias, *, launch: Launch, plan: Plan | None = None):
     """(x - mean) / sqrt(var + 1e-6) * scale + bias over the last axis, as `reference.layer_norm`, in one kernel each way.
 
     x [..., D] float32 or bfloat16, scale and bias [D] -> [..., D] in x's dtype. ValueError for other shapes or dtypes.
@@ -160,5 +135,8 @@ def layer_norm(x, scale, bias, *, launch: Launch):
     if x.size == 0:
         raise ValueError(f"x has shape {x.shape}: there is no row to normalise")
     x, scale, bias = vary_alike(x, scale, bias)
-    y: Any = _layer_norm(launch, x.reshape(-1, d), scale, bias)  # Any: pyright cannot see through custom_vjp
+    rows = x.reshape(-1, d)
+    y: Any = _layer_norm(
+        launch, plan or choose(rows.shape, launch.device), rows, scale, bias
+    )  # Any: pyright cannot see through custom_vjp
     return y.reshape(x.shape)

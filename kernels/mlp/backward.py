@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.body import from_float32, to_float32
+from kernels.body import dot, dropout, from_float32, iota, sweep, to_float32
 from kernels.device import LANES
 from kernels.layer_norm.tpu import normalise, normalise_back
 from kernels.mlp.body import (
@@ -21,18 +21,16 @@ from kernels.mlp.body import (
     Block,
     at,
     by_tile,
-    dot,
     for_pieces,
     gelu,
     gelu_slope,
     hidden_columns,
     hidden_rows,
-    iota,
     keep,
-    loop,
     sum_by_tile,
 )
-from kernels.mlp.tiling import Tiling, round_up
+from kernels.mlp.plan import Tiling
+from kernels.vmem import round_up
 
 ONES = 16  # rows of ones under z': one bfloat16 tile
 _SPAN = 128  # hidden values recomputed at a time, for all rows: what registers can carry from the two products to the GELU
@@ -126,12 +124,11 @@ def kernel(
     """
     i, j = pl.program_id(0), pl.program_id(1)
     d = dzt.shape[0]
-    keep_scale = 1 / (1 - spec.rate)
     block = Block(t, i, *view)
     sums = Sums((dw_in, dw_out), (slots_in, slots_out), semaphores, t, i, j)
 
     def natural(b, r, n):
-        return normalise(jnp.where(block.valid(b, r, n), to_float32(x[b, pl.ds(r, n)], t.by_words), 0.0))
+        return normalise(jnp.where(block.valid(b, r, n), to_float32(x[b, pl.ds(r, n)], t.unpack), 0.0))
 
     def lay(target, b, r, n, value):
         if nat is None:
@@ -142,10 +139,10 @@ def kernel(
     def turn(target):
         if nat is not None:
 
-            def square(c, nat=nat):
+            def square(c, _, nat=nat):
                 target[:d, pl.ds(c, PIECE)] = nat[pl.ds(c, PIECE)].T.astype(target.dtype)
 
-            loop(t.columns // PIECE, PIECE, square)
+            sweep(t.columns, PIECE, square)
 
     @pl.when((i == 0) & (j == 0))
     def _():
@@ -162,9 +159,9 @@ def kernel(
             lay(zt, b, r, n, by_tile(lambda v: v * scale[...] + bias[...], normal))
 
         def lay_g(b, r, n):
-            g = jnp.where(block.valid(b, r, n), to_float32(dy[b, pl.ds(r, n)], t.by_words), 0.0)
+            g = jnp.where(block.valid(b, r, n), to_float32(dy[b, pl.ds(r, n)], t.unpack), 0.0)
             if spec.rate:
-                g = jnp.where(keep(scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), g * keep_scale, 0.0)
+                g = dropout(g, keep(scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), spec.rate)
             db_out[...] += spec.residual_scale * sum_by_tile(g)
             lay(gt, b, r, n, g)
 
@@ -184,11 +181,11 @@ def kernel(
         if spec.rate:
             columns = scalars[3] + j * t.hidden + k + iota(span, 0)
             mask = keep(scalars, 0, block.all_global_rows(t.columns, 1), columns, spec.rate)
-            h, da = jnp.where(mask, h * keep_scale, 0.0), jnp.where(mask, da * keep_scale, 0.0)
+            h, da = dropout(h, mask, spec.rate), dropout(da, mask, spec.rate)
         ht[pl.ds(k, span)], dat[pl.ds(k, span)] = h.astype(ht.dtype), da.astype(dat.dtype)
 
     into_in, into_out = sums.ready()
-    loop(t.hidden // span, span, hidden)
+    sweep(t.hidden, span, lambda k, _: hidden(k))
     dzt[...] += dot(hidden_columns(w_in, first, t.hidden), dat[...], x.dtype)
     # One product each, not bands of them in a loop: v3 takes 6 % more cycles with bands of 256 rows.
     of_w_in = dot(zt[...], dat[...], x.dtype, (1, 1))
@@ -201,10 +198,10 @@ def kernel(
     def _():
         if nat is not None:
 
-            def square(c, nat=nat):
+            def square(c, _, nat=nat):
                 nat[pl.ds(c, PIECE)] = dzt[:, pl.ds(c, PIECE)].T
 
-            loop(t.columns // PIECE, PIECE, square)
+            sweep(t.columns, PIECE, square)
 
         def finish(b, r, n):
             normal, rsd = natural(b, r, n)
@@ -212,9 +209,9 @@ def kernel(
             dz = dzt[:, rows].T if nat is None else nat[rows]
             dscale[...] += sum_by_tile(dz * normal)
             dbias[...] += sum_by_tile(dz)
-            found = spec.residual_scale * to_float32(dy[b, pl.ds(r, n)], t.by_words)
+            found = spec.residual_scale * to_float32(dy[b, pl.ds(r, n)], t.unpack)
             found = found + normalise_back(by_tile(lambda v: v * scale[...], dz), normal, rsd)
-            dx[b, pl.ds(r, n)] = from_float32(found, dx.dtype, t.by_words)
+            dx[b, pl.ds(r, n)] = from_float32(found, dx.dtype, t.unpack)
 
         for_pieces(t, finish)
 

@@ -1,4 +1,4 @@
-"""What the bodies of the forward and the backward kernel share: products, GELU, masks, and the walk over a block's images."""
+"""What the bodies of the forward and the backward kernel share: GELU, masks, and the walk over a block's images."""
 
 import math
 
@@ -6,19 +6,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels import dropout as drop
-from kernels.body import unpacked_row
+from kernels.body import iota, kept, sweep, unpacked_row
 from kernels.device import LANES, SUBLANES
-from kernels.mlp.tiling import Tiling
+from kernels.mlp.plan import Tiling
 
 PIECE = 128  # rows normalised or transposed at a time: one square of the transpose unit
-
-
-def dot(a, b, x_dtype, contract=(1, 0)):
-    """As `launch.dot`, but the operands are already what the MXU takes; bfloat16 models are one pass even in float32."""
-    precision = lax.Precision.DEFAULT if x_dtype == jnp.bfloat16 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 _TANH, _CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
@@ -38,11 +30,6 @@ def gelu_slope(a, h, p, kind):
     if kind == "tanh":
         return p + h * (1 - p) * (2 * _TANH + 6 * _CUBIC * (a * a))
     return p + a * jnp.exp(-0.5 * (a * a)) * (1 / math.sqrt(2 * math.pi))
-
-
-def iota(n, axis):
-    """0 .. n-1 along an axis of a 2-D vector."""
-    return lax.broadcasted_iota(jnp.int32, (n, 1) if axis == 0 else (1, n), axis)
 
 
 def by_tile(f, rows):
@@ -69,23 +56,9 @@ def sum_by_tile(rows):
     return total + jnp.where(first, jnp.sum(rows[whole:], axis=0, keepdims=True), 0.0)
 
 
-def loop(count, stride, body):
-    """body(first) for first = 0, stride, 2 stride ...: a loop, so that the registers of one turn are free for the next."""
-    if count == 1:
-        body(0)
-    else:
-        lax.fori_loop(0, count, lambda c, _: body(pl.multiple_of(c * stride, stride)), None)
-
-
 def for_pieces(t: Tiling, body):
     """body(image, first row of it, number of rows) for every piece of every image of a block."""
-
-    def image(b):
-        loop(t.rows // PIECE, PIECE, lambda r: body(b, r, PIECE)) if t.rows >= PIECE else None
-        if t.rows % PIECE:
-            body(b, t.rows // PIECE * PIECE, t.rows % PIECE)
-
-    loop(t.images, 1, image)
+    sweep(t.images, 1, lambda image, _: sweep(t.rows, PIECE, lambda first, rows: body(image, first, rows)))
 
 
 def at(t: Tiling, image, r):
@@ -102,7 +75,7 @@ class Block:
         self.image, self.row = lax.div(i, parts) * t.images, lax.rem(i, parts) * t.rows
 
     def _place(self, n):
-        return unpacked_row(iota(n, 0), self.t.by_words)
+        return unpacked_row(iota(n, 0), self.t.unpack)
 
     def valid(self, image, r, n):
         """bool [n, 1]: which of a piece's rows exist. The others hold anything at all, NaN included."""
@@ -114,14 +87,14 @@ class Block:
 
     def all_global_rows(self, n, axis, first=0):
         """The same for n rows of the block as they lie in VMEM, one stride per image, from `first` on; in the padding anything."""
-        p = unpacked_row(first + iota(n, axis), self.t.by_words)
+        p = unpacked_row(first + iota(n, axis), self.t.unpack)
         image = sum(((p >= k * self.t.stride).astype(jnp.int32) for k in range(1, self.t.images)), jnp.zeros_like(p))
         return self.image * self.rows + self.row + p + image * (self.rows - self.t.stride)
 
 
 def keep(scalars, site, rows, columns, rate):
     """The dropout mask of rows and columns. scalars: keys of sites 0 (hidden) and 1 (output), first row and hidden column."""
-    return drop.keep(drop.row_hash(scalars[site], scalars[2] + rows), columns, rate)
+    return kept(scalars[site], scalars[2] + rows, columns, rate)
 
 
 def hidden_columns(ref, first, size):

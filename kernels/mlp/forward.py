@@ -12,11 +12,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.body import from_float32, to_float32
+from kernels.body import dot, dropout, from_float32, iota, sweep, to_float32
 from kernels.device import SUBLANES
 from kernels.layer_norm.tpu import normalise
-from kernels.mlp.body import Block, by_tile, dot, gelu, hidden_columns, hidden_rows, iota, keep, loop
-from kernels.mlp.tiling import Shape, Tiling
+from kernels.mlp.body import Block, by_tile, gelu, hidden_columns, hidden_rows, keep
+from kernels.mlp.plan import Shape, Tiling
 
 # Twice the code of a taller tile takes minutes to compile (1,664 rows on v5e), and there a pass is a smaller part of the whole.
 FUSED_ROWS = 512
@@ -51,7 +51,6 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
     sum over hidden tiles; scale, bias, b_out, b_in [8, K] eight equal rows."""
     i, j = pl.program_id(0), pl.program_id(1)
     d = acc.shape[1]
-    scaled = 1 / (1 - spec.rate)
     block = Block(t, i, *view)
     flat_x, flat_y = (_Flat(ref, t, interpret=bool(spec.launch.interpret)) for ref in (x, y))
     size = _piece(t)
@@ -60,10 +59,10 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
     def _():
         def begin(first):
             rows = pl.ds(first, size)
-            normal, _ = normalise(to_float32(flat_x.rows(first, size), t.by_words))
+            normal, _ = normalise(to_float32(flat_x.rows(first, size), t.unpack))
             z[rows] = by_tile(lambda n: n * scale[...] + bias[...], normal).astype(z.dtype)
 
-        loop(t.height // size, size, begin)
+        sweep(t.height, size, lambda first, _: begin(first))
 
     def product():
         hidden = j * t.hidden if t.resident else 0
@@ -71,22 +70,22 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
         h: Any = gelu(a, spec.gelu)[0]
         if spec.rate:
             columns = scalars[3] + j * t.hidden + iota(t.hidden, 1)
-            h = jnp.where(keep(scalars, 0, block.all_global_rows(t.height, 0), columns, spec.rate), h * scaled, 0.0)
+            h = dropout(h, keep(scalars, 0, block.all_global_rows(t.height, 0), columns, spec.rate), spec.rate)
         return dot(h.astype(z.dtype), hidden_rows(w_out, hidden, t.hidden), x.dtype)
 
     def finish(first, out):
         n = out.shape[0]
         out = by_tile(lambda a: a + spec.residual_scale * b_out[...], out)
         if spec.rate:
-            out = jnp.where(keep(scalars, 1, block.all_global_rows(n, 0, first), iota(d, 1), spec.rate), out * scaled, 0.0)
+            out = dropout(out, keep(scalars, 1, block.all_global_rows(n, 0, first), iota(d, 1), spec.rate), spec.rate)
         flat_y.store(
-            first, from_float32(spec.residual_scale * to_float32(flat_x.rows(first, n), t.by_words) + out, y.dtype, t.by_words)
+            first, from_float32(spec.residual_scale * to_float32(flat_x.rows(first, n), t.unpack) + out, y.dtype, t.unpack)
         )
 
     last = j + 1 == hidden_tiles
     if t.height > FUSED_ROWS:
         acc[...] = jnp.where(j == 0, 0.0, acc[...]) + product()
-        pl.when(last)(lambda: loop(t.height // size, size, lambda first: finish(first, acc[pl.ds(first, size)])))
+        pl.when(last)(lambda: sweep(t.height, size, lambda first, n: finish(first, acc[pl.ds(first, n)])))
         return
 
     @pl.when(jnp.logical_not(last))

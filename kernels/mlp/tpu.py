@@ -10,7 +10,7 @@ everything between in float32.
 
 The grid of both kernels is (row tiles, hidden tiles), rows outermost. Where VMEM holds both weights (v5 and later) they stay in it
 and HBM sees each array once; elsewhere hidden tiles of them are streamed, and in the backward pass so are the sums dW1 and dW2, by
-hand. How x is cut: `tiling.py`; the backward kernel: `backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
+hand. How x is cut: `plan.py`; the backward kernel: `backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
 
 from dataclasses import dataclass
@@ -28,10 +28,9 @@ from kernels import parts
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.mlp import backward, forward
+from kernels.mlp.plan import Plan, Shape, Tiling, cost
+from kernels.mlp.plan import plan as choose
 from kernels.mlp.reference import MLPWeights
-from kernels.mlp.tiling import Shape, Tiling, cost, tiles, vmem_limit
-
-CHUNK_ROWS = 24576  # tokens at a time through the backward kernel where it takes copies of x and dy without padded rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +75,9 @@ def _specs(t: Tiling, shape: Shape):
     )
 
 
-def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
+def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
     shape = _shape(x, w_in)
-    device = spec.launch.device
-    t = tiles(shape, device).forward
+    t = plan.forward
     view, hidden_tiles = t.view(shape), t.grid(shape)[1]
     in_specs, out_spec = forward.specs(t, shape)
     operands = _weights(spec, x, w_in, w_out)
@@ -93,7 +91,7 @@ def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
         out_shapes=[((*view, shape.d), x.dtype)],
         semantics=("parallel", "arbitrary"),
         cost=cost(shape, t, backward=False),
-        vmem_bytes=vmem_limit(shape, device, t, backward=False),
+        needs=t.needs,
         scratch=forward.scratch(t, shape.d, operands[0].dtype),
         prefetch=1,
     )(
@@ -111,17 +109,15 @@ def _forward(spec: _Spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
     return y, (scalars, checkpoint_name(x, "mlp_half_in"), scale, bias, w_in, b_in, w_out, b_out)
 
 
-def _backward(spec: _Spec, saved, dy):
+def _backward(spec: _Spec, plan: Plan, saved, dy):
     scalars, x, *weights = saved
-
-    copies = tiles(_shape(x, weights[2]), spec.launch.device).backward.flat and x.shape[1] % SUBLANES
-    n = parts.count(x, CHUNK_ROWS) if copies else 1
+    n = x.shape[0] // (plan.backward_images or x.shape[0])
 
     def step(first, dy):
         if n == 1:
-            return _backward_part(spec, scalars, x, dy, *weights)
+            return _backward_part(spec, plan.backward, scalars, x, dy, *weights)
         part, g = (lax.dynamic_slice_in_dim(a, first, x.shape[0] // n) for a in (x, dy))
-        dx, sums = _backward_part(spec, scalars.at[2].add(first * x.shape[1]), part, g, *weights)
+        dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * x.shape[1]), part, g, *weights)
         return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
 
     dx, sums = parts.backward(step, n, x, dy)
@@ -130,10 +126,9 @@ def _backward(spec: _Spec, saved, dy):
     return None, dx, *(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
 
 
-def _backward_part(spec: _Spec, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out):
+def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out):
     """(dx, the gradients of the parameters in float32)."""
     shape = _shape(x, w_in)
-    t = tiles(shape, spec.launch.device).backward
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
     rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
     if not t.resident:  # half the VMEM for a stall of some percent, once a row tile: the rows it makes room for are worth more
@@ -164,7 +159,7 @@ def _backward_part(spec: _Spec, scalars, x, dy, scale, bias, w_in, b_in, w_out, 
         ],
         semantics=("arbitrary", "arbitrary"),
         cost=cost(shape, t, backward=True),
-        vmem_bytes=vmem_limit(shape, spec.launch.device, t, backward=True),
+        needs=t.needs,
         scratch=backward.scratch(t, d, hidden_tiles, operands[0].dtype),
         prefetch=1,
         aliases={2: 0},  # a row tile of dy is read before that of dx is written
@@ -181,9 +176,9 @@ def _backward_part(spec: _Spec, scalars, x, dy, scale, bias, w_in, b_in, w_out, 
     return dx.reshape(x.shape), (dscale.sum(0), dbias.sum(0), dw_in, db_in.reshape(f), dw_out, db_out.sum(0))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlp_half(spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
-    return _forward(spec, scalars, x, scale, bias, w_in, b_in, w_out, b_out)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mlp_half(spec, plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
+    return _forward(spec, plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out)[0]
 
 
 _mlp_half.defvjp(_forward, _backward)
@@ -206,11 +201,11 @@ def _check(x, weights: MLPWeights, gelu, dropout) -> None:
         raise ValueError(f"dropout.rate is {dropout.rate}; it must be in [0, 1)")
 
 
-def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, launch: Launch):
+def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, launch: Launch, plan: Plan | None = None):
     """The MLP half of a block, as `reference.mlp_half` (shapes and meaning there), in one kernel forward and one backward.
 
-    launch: where the kernels run. Differentiable in every array. ValueError for input the op does not take; NotImplementedError for
-    widths that no tiling fits on the device.
+    launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses. Differentiable in x and
+    all weights. ValueError for input the op does not take; NotImplementedError for widths that no tiling fits on the device.
     """
     _check(x, weights, gelu, dropout)
     rate = 0.0 if dropout is None else float(dropout.rate)
@@ -218,7 +213,8 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
     if dropout is not None and rate:
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
+    plan = plan or choose(_shape(x, weights.in_kernel), launch.device)
     spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale))
     arrays = vary_alike(scalars, x, *weights)
-    y: Any = _mlp_half(spec, *arrays)  # Any: pyright cannot see through custom_vjp
+    y: Any = _mlp_half(spec, plan, *arrays)  # Any: pyright cannot see through custom_vjp
     return y

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.launch import call, vmem_limit
+from kernels.launch import call
 from kernels.patch_embed.body import (
     Static,
     dot,
@@ -23,15 +23,15 @@ from kernels.patch_embed.body import (
     upscale,
     with_order,
 )
-from kernels.patch_embed.tiling import Shape, Tiles, cost, tiles, vmem_bytes
+from kernels.patch_embed.plan import Plan, Shape, cost
 
 
 def _parameters_backward(
-    static, t, scalars_ref, planes_ref, order_ref, g_ref, dw_ref, da_ref, rows_ref, turned_ref, padded_ref, patches_ref
+    static, t, scalars_ref, planes_ref, order_ref, g_ref, dw_ref, da_ref, rows_ref, transposed_ref, padded_ref, patches_ref
 ):
     s = static.shape
     tile, block, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    patchify(static, t, chunk, planes_ref, order_ref, rows_ref, turned_ref, padded_ref)
+    patchify(static, t, chunk, planes_ref, order_ref, rows_ref, transposed_ref, padded_ref)
 
     @pl.when((block == 0) & (chunk == 0))
     def _():
@@ -49,7 +49,7 @@ def _parameters_backward(
             dw_ref[...] += dot(patches_ref[image, : s.tokens, :], g, static, (0, 0))
 
 
-def _unpatchify(s: Shape, t: Tiles, chunk, padded_ref, turned_ref, dplanes_ref):
+def _unpatchify(s: Shape, t: Plan, chunk, padded_ref, transposed_ref, dplanes_ref):
     """The reverse of `patchify`: a block of the image's gradient from the padded scratch."""
     p, side = s.patch, s.side
 
@@ -58,16 +58,16 @@ def _unpatchify(s: Shape, t: Tiles, chunk, padded_ref, turned_ref, dplanes_ref):
             start = place(s, image, chunk * t.rows + row)
             for j in range(p):
                 column = padded_ref[pl.ds(start, s.columns), j * side : (j + 1) * side]
-                turned_ref.at[slot][pl.ds(j, s.columns, stride=p), :] = column
+                transposed_ref.at[slot][pl.ds(j, s.columns, stride=p), :] = column
         for slot, (image, row) in enumerate(where):
-            rows = turned_ref[slot].T
+            rows = transposed_ref[slot].T
             for c in range(s.channels):
                 dplanes_ref[image, c, row] = rows[c * p : (c + 1) * p, :].astype(dplanes_ref.dtype)
 
     each_group(t, body)
 
 
-def _image_backward(static, t, scalars_ref, g_ref, w_ref, dplanes_ref, turned_ref, padded_ref, patches_ref):
+def _image_backward(static, t, scalars_ref, g_ref, w_ref, dplanes_ref, transposed_ref, padded_ref, patches_ref):
     """Grid (images, steps): the tiles of D, summed into dpatch, then the blocks of the image; the last tile is the first block."""
     s = static.shape
     block, step, summed = pl.program_id(0), pl.program_id(1), s.width // t.width
@@ -91,10 +91,10 @@ def _image_backward(static, t, scalars_ref, g_ref, w_ref, dplanes_ref, turned_re
 
     @pl.when(step >= summed - 1)
     def _():
-        _unpatchify(s, t, step - (summed - 1), padded_ref, turned_ref, dplanes_ref)
+        _unpatchify(s, t, step - (summed - 1), padded_ref, transposed_ref, dplanes_ref)
 
 
-def _image_scratch(static: Static, t: Tiles):
+def _image_scratch(static: Static, t: Plan):
     s = static.shape
     _, _, padded, patches = scratch(static, t)
     return [pltpu.VMEM((t.group, s.patch * s.columns, s.side), jnp.float32), padded, patches]
@@ -102,7 +102,7 @@ def _image_scratch(static: Static, t: Tiles):
 
 def parameters(static: Static, planes, g, scalars):
     s = static.shape
-    t = tiles(s, static.launch.device)
+    t = static.plan
     body, order, order_specs = with_order(_parameters_backward, static, t)
     dw, da = call(
         body,
@@ -119,14 +119,14 @@ def parameters(static: Static, planes, g, scalars):
         semantics=("parallel", "arbitrary", "arbitrary"),
         cost=cost(s, backward=True),
         scratch=scratch(static, t),
-        vmem_bytes=vmem_limit(static.launch.device, vmem_bytes(s, t)),
+        needs=t.needs,
     )(scalars, planes, *order, g)
     return dw, da
 
 
 def image(static: Static, weight, g, scalars):
     s = static.shape
-    t = tiles(s, static.launch.device)
+    t = static.plan
     summed, blocks = s.width // t.width, s.rows // t.rows
 
     def tile(step):
@@ -153,6 +153,6 @@ def image(static: Static, weight, g, scalars):
         semantics=("parallel", "arbitrary"),
         cost=cost(s, backward=True),
         scratch=_image_scratch(static, t),
-        vmem_bytes=vmem_limit(static.launch.device, vmem_bytes(s, t)),
+        needs=t.needs,
     )(scalars, g, operand(weight, static))
     return dplanes.astype(static.dtype)

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels import dropout as drop
-from kernels.launch import Launch, call, vary_alike, vmem_limit
+from kernels.launch import Launch, call, vary_alike
 from kernels.patch_embed import backward
 from kernels.patch_embed.body import (
     Static,
@@ -43,13 +43,16 @@ from kernels.patch_embed.body import (
     upscale,
     with_order,
 )
-from kernels.patch_embed.tiling import Shape, cost, tiles, vmem_bytes
+from kernels.patch_embed.plan import Plan, Shape, cost
+from kernels.patch_embed.plan import plan as choose
 
 
-def _forward(static, t, scalars_ref, planes_ref, order_ref, w_ref, a_ref, out_ref, rows_ref, turned_ref, padded_ref, patches_ref):
+def _forward(
+    static, t, scalars_ref, planes_ref, order_ref, w_ref, a_ref, out_ref, rows_ref, transposed_ref, padded_ref, patches_ref
+):
     s = static.shape
     tile, block, chunk = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    patchify(static, t, chunk, planes_ref, order_ref, rows_ref, turned_ref, padded_ref)
+    patchify(static, t, chunk, planes_ref, order_ref, rows_ref, transposed_ref, padded_ref)
 
     @pl.when(chunk == s.rows // t.rows - 1)
     def _():
@@ -69,7 +72,7 @@ def _planes(s: Shape, images):
 
 def _run_forward(static: Static, images, weight, added, scalars):
     s = static.shape
-    t = tiles(s, static.launch.device)
+    t = static.plan
     body, order, order_specs = with_order(_forward, static, t)
     held = pl.Buffered(1)  # constant while the images go by: a second buffer would never fill
     (tokens,) = call(
@@ -89,7 +92,7 @@ def _run_forward(static: Static, images, weight, added, scalars):
         semantics=("parallel", "parallel", "arbitrary"),
         cost=cost(s),
         scratch=scratch(static, t),
-        vmem_bytes=vmem_limit(static.launch.device, vmem_bytes(s, t)),
+        needs=t.needs,
     )(scalars, _planes(s, images), *order, operand(weight, static), added)
     return tokens
 
@@ -146,7 +149,9 @@ def _shape(images, kernel, bias, cls, position) -> Shape:
     return Shape(batch=b, channels=c, rows=y // p, columns=x // p, patch=p, width=d, tokens=tokens, itemsize=images.dtype.itemsize)
 
 
-def patch_embed(images, kernel, bias, cls, position, *, dropout: drop.Dropout | None = None, launch: Launch):
+def patch_embed(
+    images, kernel, bias, cls, position, *, dropout: drop.Dropout | None = None, launch: Launch, plan: Plan | None = None
+):
     """dropout([cls; patches @ kernel + bias] + position): images to tokens; `kernels.patch_embed.reference` on a TPU.
 
     images [B, Y, X, C] float32 or bfloat16; kernel [P, P, C, D]; bias [D]; cls [D] or None; position [T, D] or None.
@@ -158,8 +163,8 @@ def patch_embed(images, kernel, bias, cls, position, *, dropout: drop.Dropout | 
     if dropout is not None and dropout.rate > 0.0:
         rate = float(dropout.rate)
         scalars = jnp.stack([drop.site_key(dropout.key, drop.EMBEDDING), jnp.asarray(dropout.row, jnp.int32)])
-    static = Static(shape=s, rate=rate, launch=launch, dtype=images.dtype)
-    tiles(s, launch.device)
+    plan = plan or choose(s, launch.device)
+    static = Static(shape=s, plan=plan, rate=rate, launch=launch, dtype=images.dtype)
     weight = kernel.transpose(1, 2, 0, 3).reshape(s.contracted, s.width)  # (j, c, i): the order in which patches are gathered
     added = jnp.broadcast_to(bias.astype(jnp.float32), (s.rows * s.columns, s.width))
     if cls is not None:

@@ -21,6 +21,37 @@ def test_an_instruction_may_hold_line_breaks():
     assert sum(op.cycles for op in found) == 50
 
 
+SLICES = """HloModule m
+
+%change (p: f32[12,8,128], q: f32[1,8,128], i: s32[]) -> f32[12,8,128] {
+  %p = f32[12,8,128]{2,1,0:T(8,128)} parameter(0)
+  %q = f32[1,8,128]{2,1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  ROOT %d = f32[12,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%p, %q, %i)
+}
+
+%take (p: f32[12,8,128], i: s32[]) -> f32[1,8,128] {
+  %p = f32[12,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %d = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p, %i), dynamic_slice_sizes={1,8,128}
+}
+
+ENTRY %main (a: f32[12,8,128], b: f32[1,8,128], i: s32[]) -> f32[12,8,128] {
+  %a = f32[12,8,128]{2,1,0:T(8,128)} parameter(0)
+  %b = f32[1,8,128]{2,1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  %taken = f32[1,8,128]{2,1,0:T(8,128)} fusion(%a, %i), kind=kLoop, calls=%take
+  %whole = f32[12,8,128]{2,1,0:T(8,128)} copy(%a)
+  ROOT %changed = f32[12,8,128]{2,1,0:T(8,128)} fusion(%whole, %b, %i), kind=kLoop, calls=%change
+}
+"""
+
+
+def test_fusions_that_slice_move_their_slices_alone():
+    found = {op.name: op.moved for op in operations(SLICES)}
+    assert found == {"taken": 2 * 4096, "whole": 2 * 12 * 4096, "changed": 2 * 4096}
+
+
 COLLECTIVES = """HloModule m
 
 ENTRY %main (a: bf16[8,128]) -> f32[16,128] {

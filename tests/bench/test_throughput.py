@@ -13,7 +13,7 @@ import pytest
 
 from bench import calibration, device_study, plots, slices, tables
 from bench.cases import Case, Notebook, cases
-from bench.target_study import first_batch, out_of_hbm, too_much
+from bench.target_study import _program, first_batch, out_of_hbm, too_much
 from bench.throughput import Throughput, run
 from bench.timing import still_rising, summary
 from bench.tpu_compiler import Cache, Compiler, CompilerMissing, Kernel, Program, Report
@@ -87,6 +87,16 @@ def test_cases_move_sizes_only_when_asked():
     moved = cases(models=["ViT-H/14", "ViT-B/32"], sizes=[64, 128, 224, 384, 512], move=True, **same)
     assert [c.size for c in moved] == [70, 126, 224, 378, 518, 64, 128, 224, 384, 512]
     assert [c.asked for c in moved[:5]] == [64, 128, 224, 384, 512]
+
+
+@pytest.mark.parametrize("mesh", [None, "1x1"])
+@pytest.mark.parametrize(("mode", "build"), [("train", "train_step"), ("forward", "whole_forward")])
+def test_the_peer_is_compiled_and_not_our_kernels_under_its_name(mode, build, mesh):
+    same: dict[str, Any] = dict(where="v3", model="ViT-B/16", size=224, asked=224, mode=mode, dtype="bfloat16", mesh=mesh)
+    program = _program(Case(**same, library="flax", ops=""), 8)
+    assert program.build == f"bench.programs:{build}"
+    assert program.arguments["kernels"] == "flax"
+    assert _program(Case(**same, ops="fused"), 8).arguments["kernels"] is True
 
 
 def test_slices_are_the_smallest_that_hold_the_mesh():

@@ -1,5 +1,6 @@
 """The attention kernels: as exact as the reference in value and every gradient, lawful, safe under scan, remat and meshes."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from kernels.attention import core, heads, reference, tiling, tpu
+from kernels.attention import reference, tiling, tpu
+from kernels.attention.plan import CorePlan, FusedForward, GeneralBackward, GeneralForward, Plan, Refused, core_plan, plan
 from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch
@@ -30,6 +32,10 @@ reference_half = oracle.flat(reference.attention_half, reference.AttentionWeight
 def launch(device="cpu"):
     """Interpreted with the tiles and the operand types of a device."""
     return Launch(device=DEVICES[device], interpret=SIMULATED)
+
+
+def shape(b, t, d, n, h, dtype):
+    return tiling.Shape(b, t, d, n, h, jnp.dtype(dtype))
 
 
 def plain_core(qkv, num_heads):
@@ -65,9 +71,9 @@ def arguments(b, t, d, n, h, dtype, seed=0):
     )
 
 
-def check_half(b, t, d, n, h, dtype, *, where=None, dropout=None, residual_scale=1.0, seed=0):
+def check_half(b, t, d, n, h, dtype, *, where=None, dropout=None, residual_scale=1.0, seed=0, plan=None):
     where = where or launch()
-    ours = partial(attention_half, num_heads=n, dropout=dropout, residual_scale=residual_scale, launch=where)
+    ours = partial(attention_half, num_heads=n, dropout=dropout, residual_scale=residual_scale, launch=where, plan=plan)
     plain = partial(reference_half, num_heads=n, dropout=dropout, residual_scale=residual_scale)
     oracle.check(ours, plain, arguments(b, t, d, n, h, dtype, seed), names=NAMES, seed=seed)
 
@@ -81,7 +87,7 @@ DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
 @given(b=st.integers(1, 3), t=TOKENS, heads=HEADS, dtype=DTYPES, device=st.sampled_from(["v3", "v5e"]), seed=st.integers(0, 99))
 def test_core_agrees(b, t, heads, dtype, device, seed):
     n, h = heads
-    ours = partial(core.attention, num_heads=n, launch=launch(device))
+    ours = partial(tpu.attention, num_heads=n, launch=launch(device))
     oracle.check(ours, partial(plain_core, num_heads=n), [packed(b, t, n, h, dtype, seed, sharpness=2.0)], seed=seed)
 
 
@@ -96,19 +102,18 @@ def test_core_agrees(b, t, heads, dtype, device, seed):
     ],
     ids=["queries in tiles", "online", "keys in chunks", "one row left over", "queries in the grid"],
 )
-def test_core_agrees_in_tiles(monkeypatch, t, n, h, queries, keys, streamed):
+def test_core_agrees_in_tiles(t, n, h, queries, keys, streamed):
     """Tiles of queries and the online softmax, with a shorter last tile of both."""
-    few = heads.CoreTiles(images=1, lanes=n * h, queries=queries, keys=keys, streamed=streamed)
-    monkeypatch.setattr(core, "tiles", lambda *_, **__: few)
-    ours = partial(core.attention, num_heads=n, launch=launch())
+    few = tiling.CoreTiles(images=1, lanes=n * h, queries=queries, keys=keys)
+    chosen = CorePlan(forward=few, backward=replace(few, streamed=streamed))
+    ours = partial(tpu.attention, num_heads=n, launch=launch(), plan=chosen)
     oracle.check(ours, partial(plain_core, num_heads=n), [packed(1, t, n, h, jnp.float32, sharpness=3.0)])
 
 
-def test_core_agrees_in_groups_of_heads(monkeypatch):
+def test_core_agrees_in_groups_of_heads():
     """Several grid steps over the heads and several images a step."""
-    few = heads.CoreTiles(images=2, lanes=128, queries=9, keys=9)
-    monkeypatch.setattr(core, "tiles", lambda *_, **__: few)
-    ours = partial(core.attention, num_heads=4, launch=launch("v5e"))
+    few = tiling.CoreTiles(images=2, lanes=128, queries=9, keys=9)
+    ours = partial(tpu.attention, num_heads=4, launch=launch("v5e"), plan=CorePlan(forward=few, backward=few))
     oracle.check(ours, partial(plain_core, num_heads=4), [packed(4, 9, 4, 64, jnp.bfloat16)])
 
 
@@ -147,28 +152,33 @@ def test_half_agrees_at_the_sizes_of_models(b, t, d, n, h):
     check_half(b, t, d, n, h, jnp.bfloat16, where=launch("v3"), dropout=Dropout(0.1, jnp.int32(1)))
 
 
-def test_half_agrees_in_tiles(monkeypatch):
+def test_half_agrees_in_tiles():
     """Rows in tiles with a shorter last one, and the weights streamed section by section, column by column; with dropout."""
+    few = tiling.ProductTiles(images=1, rows=16, columns=128, sections=1)
+    core = tiling.CoreTiles(images=2, lanes=256, queries=21, keys=21)
+    forward = GeneralForward(images=2, project=few, core=core, output=few)
+    steps = ("project", "output_gradient", "output_weights", "projection_weights", "input_gradient")
+    backward = GeneralBackward(images=2, core=core, **dict.fromkeys(steps, few))
+    chosen = Plan(head_lanes=64, forward=forward, backward=backward)
+    check_half(2, 21, 256, 4, 64, jnp.bfloat16, dropout=Dropout(0.4, jnp.int32(5), jnp.int32(77)), plan=chosen)
 
-    def few(step, shape, *_):
-        return tiling.HalfTiles(images=1, rows=16, columns=128, sections=1)
 
-    monkeypatch.setattr(tiling, "tiles", few)
-    check_half(2, 21, 256, 4, 64, jnp.bfloat16, dropout=Dropout(0.4, jnp.int32(5), jnp.int32(77)))
-
-
-def test_half_agrees_where_heads_take_whole_columns(monkeypatch):
+def test_half_agrees_where_heads_take_whole_columns():
     """Heads of width 80 that are padded to 128 lanes, as on the cores with 16 MiB: the weights are padded, the scale is not."""
-    monkeypatch.setattr(core, "head_lanes", lambda *_: 128)
-    check_half(1, 9, 128, 2, 80, jnp.float32)
+    chosen = replace(plan(shape(1, 9, 128, 2, 128, jnp.float32), DEVICES["v5e"]), head_lanes=128)
+    check_half(1, 9, 128, 2, 80, jnp.float32, where=launch("v5e"), plan=chosen)
 
 
-@pytest.mark.parametrize("device", ["cpu", "v3"])
-def test_half_agrees_in_parts_of_the_batch(device, monkeypatch):
+@pytest.mark.parametrize("device", ["v5e", "v3"])
+def test_half_agrees_in_parts_of_the_batch(device):
     """A batch taken in parts, which lie in the whole arrays; dropout knows its rows all the same. On v3, float32 rows."""
-    monkeypatch.setattr(tpu, "FORWARD_ROWS", 32)
-    monkeypatch.setattr(tpu, "BACKWARD_ROWS", 32)
-    check_half(6, 11, 128, 2, 64, jnp.float32, where=launch(device), dropout=Dropout(0.3, jnp.int32(2), jnp.int32(5)))
+    rows = {"forward_rows": 32, "backward_rows": 64 if device == "v3" else 32}
+    chosen = plan(shape(6, 11, 128, 2, 64, jnp.float32), DEVICES[device], **rows)
+    assert not isinstance(chosen.backward, Refused)
+    assert chosen.backward.images < 6
+    assert isinstance(chosen.forward, FusedForward) or chosen.forward.images < 6
+    where, dropout = launch(device), Dropout(0.3, jnp.int32(2), jnp.int32(5))
+    check_half(6, 11, 128, 2, 64, jnp.float32, where=where, dropout=dropout, plan=chosen)
 
 
 def test_kernels_ran():
@@ -214,7 +224,7 @@ def test_permuted_tokens_give_permuted_outputs():
 def test_shifted_logits_change_nothing():
     """A constant added to all keys shifts every logit of a query; so the keys' bias has no gradient either."""
     qkv = packed(2, 17, 2, 64, jnp.float32)
-    attend = jax.jit(partial(core.attention, num_heads=2, launch=launch()))
+    attend = jax.jit(partial(tpu.attention, num_heads=2, launch=launch()))
     np.testing.assert_allclose(attend(qkv), attend(qkv.at[1].add(3.0)), atol=1e-5)
     gradient = jax.jit(jax.grad(lambda qkv: jnp.square(attend(qkv)).sum()))(qkv)
     np.testing.assert_allclose(gradient[1].sum(axis=1), 0.0, atol=2e-5)
@@ -224,14 +234,14 @@ def test_shifted_logits_change_nothing():
 def test_images_do_not_mix():
     """The gradient of one image's output is zero at every other image."""
     qkv = packed(3, 9, 1, 64, jnp.float32)
-    gradient = jax.jit(jax.grad(lambda qkv: core.attention(qkv, 1, launch=launch())[1].sum()))(qkv)
+    gradient = jax.jit(jax.grad(lambda qkv: tpu.attention(qkv, 1, launch=launch())[1].sum()))(qkv)
     assert np.abs(gradient[:, 1]).max() > 0
     assert not gradient[:, [0, 2]].any()
 
 
 def test_huge_logits_stay_finite():
     qkv = packed(1, 9, 1, 64, jnp.float32, sharpness=1e3)
-    value, pullback = jax.vjp(partial(core.attention, num_heads=1, launch=launch()), qkv)
+    value, pullback = jax.vjp(partial(tpu.attention, num_heads=1, launch=launch()), qkv)
     assert np.isfinite(value).all()
     assert np.isfinite(pullback(value)[0]).all()
 
@@ -294,8 +304,8 @@ def test_rejects():
     with pytest.raises(ValueError, match=r"qkv_bias has shape \(8,\); required \(3, 8\)"):
         attention_half(x, *weights, num_heads=2, launch=where)
     with pytest.raises(ValueError, match=r"required \[3, B, T, N\*H\]"):
-        core.attention(jnp.zeros((2, 1, 3, 8)), 2, launch=where)
+        tpu.attention(jnp.zeros((2, 1, 3, 8)), 2, launch=where)
     with pytest.raises(NotImplementedError, match=r"attention over 200000 tokens: .* 16 MiB of VMEM of a v3"):
-        core.tiles((1, 200_000, 12, 64), DEVICES["v3"], jnp.bfloat16, backward=False)
+        core_plan(shape(1, 200_000, 768, 12, 64, jnp.bfloat16), DEVICES["v3"])
     with pytest.raises(NotImplementedError, match="project: 128 tokens of width 65536"):
-        tiling.tiles("project", (1, 197, 65536, 65536), DEVICES["v3"], jnp.bfloat16)
+        plan(shape(1, 197, 65536, 1024, 64, jnp.bfloat16), DEVICES["v3"])

@@ -11,7 +11,6 @@ import pytest
 from jax.experimental import pallas as pl
 
 from kernels import body
-from kernels.attention import core
 from kernels.attention import reference as attention
 from kernels.attention import tpu as attention_tpu
 from kernels.device import DEVICES
@@ -100,7 +99,7 @@ def op(name: str, launch: Launch, dtype):
     d, x = 128, _normal(0, 2, 19, 128, dtype=dtype)
     norm, bias = (1 + _normal(1, d, scale=0.1), _normal(2, d, scale=0.1)), _normal(3, d, scale=0.1)
     if name == "attention":
-        ours, plain = partial(core.attention, num_heads=2, launch=launch), plain_attention
+        ours, plain = partial(attention_tpu.attention, num_heads=2, launch=launch), plain_attention
         return ours, plain, [_normal(4, 2, 3, 19, 128, dtype=dtype)]
     if name == "attention_half":
         w = (_normal(4, 3, d, 128, scale=0.1), _normal(5, 3, 128), _normal(6, 128, d, scale=0.1), bias)

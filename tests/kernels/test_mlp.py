@@ -1,7 +1,6 @@
 # pyright: reportCallIssue=false
 """The MLP half as TPU kernels, interpreted: against its reference, by laws, under every transformation, on a mesh."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -19,7 +18,7 @@ from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch, vary_alike
 from kernels.mlp import forward, reference, tpu
-from kernels.mlp.tiling import Shape, Tiles, Tiling, cost, tiles, vmem_bytes
+from kernels.mlp.plan import Plan, Shape, Tiling, cost, plan, vmem_bytes
 from tests import oracle
 
 NAMES = ("x", *reference.MLPWeights._fields)
@@ -32,17 +31,15 @@ mlp_half = oracle.flat(tpu.mlp_half, reference.MLPWeights)
 reference_half = oracle.flat(reference.mlp_half, reference.MLPWeights)
 
 # Two and more steps along every axis of the grid, with tails: images of their own, flat rows, weights resident and streamed.
-WORDS = Tiling(flat=False, images=2, rows=47, stride=48, hidden=128, resident=False, by_words=True)
+WORDS = Tiling(flat=False, images=2, rows=47, stride=48, hidden=128, resident=False, unpack=True)
 RESIDENT = Tiling(flat=False, images=2, rows=17, stride=32, hidden=128, resident=True)
 PARTS = Tiling(flat=False, images=1, rows=16, stride=16, hidden=128, resident=False)
 STREAMED = Tiling(flat=True, images=1, rows=128, stride=128, hidden=128, resident=False)
 
 
-@contextmanager
-def cut(t: Tiling | None):
-    """Within it, mlp_half takes these tiles whatever the shape."""
-    with mock.patch.object(tpu, "tiles", return_value=Tiles(forward=t, backward=t)) if t else mock.MagicMock():
-        yield
+def cut(t: Tiling | None, **options) -> Plan | None:
+    """A plan of these tiles for both kernels."""
+    return t and Plan(forward=t, backward=t, **options)
 
 
 def arrays(b, t, d, f, dtype=jnp.float32, seed=0):
@@ -54,11 +51,10 @@ def arrays(b, t, d, f, dtype=jnp.float32, seed=0):
     return (jnp.asarray(x, dtype), *(jnp.asarray(a, jnp.float32) for a in rest))
 
 
-def judge(args, launch, t=None, **options):
-    ours = partial(mlp_half, launch=launch, **options)
-    with cut(t):
-        oracle.assert_kernel_ran(ours, *args, name="mlp_half_forward")
-        oracle.check(ours, partial(reference_half, **options), args, names=NAMES)
+def judge(args, launch, plan=None, **options):
+    ours = partial(mlp_half, launch=launch, plan=plan, **options)
+    oracle.assert_kernel_ran(ours, *args, name="mlp_half_forward")
+    oracle.check(ours, partial(reference_half, **options), args, names=NAMES)
 
 
 @settings(max_examples=6)
@@ -101,28 +97,26 @@ def test_many_shapes_agree_with_the_reference(bt, df, dtype, gelu, rate, launch,
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_way_to_cut_agrees_with_the_reference(t, dtype):
     t = replace(t, rows=47, stride=48) if t is RESIDENT else t
-    judge(arrays(3, 47, 64, 384, dtype), FAST, t, dropout=Dropout(0.3, jnp.int32(5), 9, 4))
+    judge(arrays(3, 47, 64, 384, dtype), FAST, cut(t), dropout=Dropout(0.3, jnp.int32(5), 9, 4))
 
 
 @pytest.mark.parametrize("t", [47, 21], ids=["squares", "a border within 16 rows"])
-def test_rows_taken_apart_by_words_agree_with_the_reference(t):
+def test_rows_taken_apart_unpack_agree_with_the_reference(t):
     """As v2 and v3 do: even rows beside odd ones in VMEM, images that begin in the middle of 16 rows, each row's own dropout."""
-    both = Tiles(forward=replace(WORDS, rows=t, stride=-(-t // 8) * 8), backward=replace(WORDS, rows=48, stride=48))
+    both = Plan(forward=replace(WORDS, rows=t, stride=-(-t // 8) * 8), backward=replace(WORDS, rows=48, stride=48))
     args = arrays(3, t, 64, 384, jnp.bfloat16)
     options = {"dropout": Dropout(0.3, jnp.int32(5), 9, 4)}
-    with mock.patch.object(tpu, "tiles", return_value=both):
-        judge(args, WIDE, **options)
+    judge(args, WIDE, both, **options)
 
 
 def test_a_batch_in_parts_agrees_with_the_reference(monkeypatch):
     """Flat rows, which are copied: the backward pass two images at a time, gradients summed over the parts; dropout knows its rows
     all the same. Images as they lie are not copied, and take no parts."""
-    monkeypatch.setattr(tpu, "CHUNK_ROWS", 50)
     args, counted = arrays(6, 21, 64, 384), []
     each = tpu.parts.backward
     monkeypatch.setattr(tpu.parts, "backward", lambda step, n, *rest: counted.append(n) or each(step, n, *rest))
-    for t, parts in ((STREAMED, 3), (replace(RESIDENT, rows=21), 1)):
-        judge(args, FAST, t, dropout=Dropout(0.3, jnp.int32(5), 9, 4))
+    for t, images, parts in ((STREAMED, 2, 3), (replace(RESIDENT, rows=21), 6, 1)):
+        judge(args, FAST, cut(t, backward_images=images), dropout=Dropout(0.3, jnp.int32(5), 9, 4))
         assert set(counted) == {parts}
         counted.clear()
 
@@ -131,7 +125,7 @@ def test_tall_row_tiles_agree_with_the_reference():
     """Which finish in a pass of their own, without code of their own for the last hidden tile."""
     args, options = arrays(3, 21, 64, 256), {"dropout": Dropout(0.3, jnp.int32(5), 9, 4), "residual_scale": 0.5}
     with mock.patch.object(forward, "FUSED_ROWS", 0):
-        judge(args, FAST, replace(RESIDENT, rows=21), **options)
+        judge(args, FAST, cut(replace(RESIDENT, rows=21)), **options)
 
 
 @pytest.mark.parametrize("t", [RESIDENT, STREAMED], ids=["resident", "streamed"])
@@ -141,7 +135,7 @@ def test_no_race_and_no_uninitialised_memory(t):
         arrays(*((3, 17) if t is RESIDENT else (1, 150)), 32, 256 if t is RESIDENT else 384),
         {"dropout": Dropout(0.2, jnp.int32(5))},
     )
-    judge(args, STRICT, t, **options)
+    judge(args, STRICT, cut(t), **options)
 
 
 def test_rows_are_independent_and_in_any_order():
@@ -255,7 +249,7 @@ def test_backward_is_one_kernel_that_saves_no_hidden_values():
 def test_tiles_fit_and_cover(shape, device):
     for itemsize in (2, 4):
         s = Shape(*shape, itemsize)
-        both = tiles(s, device)
+        both = plan(s, device)
         for backward, t in ((False, both.forward), (True, both.backward)):
             assert vmem_bytes(s, device, t, backward=backward) <= device.vmem_bytes
             row_tiles, hidden_tiles = t.grid(s)
@@ -285,4 +279,4 @@ def test_rejects_what_it_cannot_take():
     with pytest.raises(ValueError, match="must be in"):
         call(dropout=Dropout(1.0, jnp.int32(0)))
     with pytest.raises(NotImplementedError, match="multiple of 128 can be tiled"):
-        tiles(Shape(1, 197, 4096, 16384 + 1, 4), DEVICES["v3"])
+        plan(Shape(1, 197, 4096, 16384 + 1, 4), DEVICES["v3"])

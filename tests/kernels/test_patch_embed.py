@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch
-from kernels.patch_embed import reference, tiling, tpu
+from kernels.patch_embed import plan as planning
+from kernels.patch_embed import reference, tpu
 from tests import oracle
 
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -102,7 +103,7 @@ def test_tiles_of_the_width_and_blocks_of_the_image():
     args = arrays(2, 6, 2, 3, 8, 256, dtype=jnp.bfloat16)
     launch = small(680 * 1024)
     shape = tpu._shape(*args)
-    found = tiling.tiles(shape, launch.device)
+    found = planning.plan(shape, launch.device)
     assert found.width < shape.width
     assert found.rows < shape.rows  # the image goes by in blocks
     check(args, launch=launch, dropout=Dropout(0.5, jnp.int32(3), jnp.int32(24)))
@@ -110,7 +111,7 @@ def test_tiles_of_the_width_and_blocks_of_the_image():
 
 def test_several_images_share_a_step():
     args = arrays(6, 3, 2, 1, 2, 64)
-    assert tiling.tiles(tpu._shape(*args), LAUNCH.device).images == 6
+    assert planning.plan(tpu._shape(*args), LAUNCH.device).images == 6
     check(args, dropout=Dropout(0.2, jnp.int32(3)))
 
 
@@ -118,13 +119,13 @@ def test_tiles_hold_the_named_shapes_on_every_generation():
     for device in DEVICES.values():
         for rows, p, d in ((14, 16, 768), (16, 14, 1280), (32, 16, 1024), (37, 14, 1280), (28, 8, 768), (7, 32, 768)):
             for itemsize in (2, 4):
-                shape = tiling.Shape(
+                shape = planning.Shape(
                     batch=8, channels=3, rows=rows, columns=rows, patch=p, width=d, tokens=rows * rows + 1, itemsize=itemsize
                 )
-                found = tiling.tiles(shape, device)
+                found = planning.plan(shape, device)
                 assert shape.width % found.width == 0
                 assert shape.rows % found.rows == 0
-                assert tiling.vmem_bytes(shape, found) < device.vmem_bytes
+                assert planning.vmem_bytes(shape, found) < device.vmem_bytes
 
 
 def test_permuting_patches_permutes_tokens():

@@ -76,10 +76,13 @@ class Job:
             raise AssertionError(f"still there after {timeout} s: {self.stdout}{self.stderr}") from None
 
 
-def start(folder, *options, faults=(), cache=None, name="job") -> Job:
-    """One process of the job. faults: of fault_worker.py."""
+def start(folder, *options, faults=(), cache=None, name="job", mounted=None) -> Job:
+    """One process of the job. faults: of fault_worker.py. mounted: where this process alone sees another file system."""
     log = Path(folder) / name
     command = [sys.executable, str(WORKER), *faults, "--", *JOB, *map(str, options)]
+    if mounted is not None:
+        become = ["unshare", "-m"] if os.getuid() == 0 else ["unshare", "-rm"]
+        command = [*become, "sh", "-c", f'mount -t tmpfs none {mounted} && exec "$@"', "sh", *command]
     with open(log.with_suffix(".out"), "w") as out, open(log.with_suffix(".err"), "w") as err:
         return Job(subprocess.Popen(command, cwd=ROOT, env=environment(cache), stdout=out, stderr=err), log)
 

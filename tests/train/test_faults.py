@@ -360,16 +360,17 @@ def test_with_checkpoint_wait_a_save_is_whole_before_the_next_step(tmp_path, mon
 
 def test_a_claim_cut_short_is_none(tmp_path, monkeypatch):
     """Killed while config.json is written, a run starts in its directory as if that had not been."""
-    out, write = place(tmp_path / "run"), type(place(tmp_path)).write_text
+    out = place(tmp_path / "run")
 
-    def cut(path, text):
-        write(path, text[: len(text) // 2])
+    def cut(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(out), "write_text", cut)
+        patch.setattr(os, "replace", cut)
         with pytest.raises(KeyboardInterrupt):
             claim(out, {"seed": 1}, {"seed": 1})
+    assert os.listdir(out) == []
+    (out / "config.json.tmp").write_text('{"see')  # what a kill leaves
     claim(out, {"seed": 1}, {"seed": 1})
     assert os.listdir(out) == ["config.json"]
 

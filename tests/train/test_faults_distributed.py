@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.fault_jobs import losses, records, start, start_two, steps
+from tests.train.fault_jobs import free_port, losses, records, start, start_two, steps
 from train import distributed
 from train import mesh as meshes
 
@@ -110,11 +110,47 @@ def test_processes_that_differ_do_not_start(tmp_path, cache):
     options = [*RUN, "--steps", "12", "--out", tmp_path / "run"]
     jobs = start_two(tmp_path, *options, each=(["--seed", "0"], ["--seed", "1"]), cache=cache)
     assert set(job.end() for job in jobs) <= {1, 2}  # 1 where the other was told first
-    assert "the processes differ in configuration: process" in jobs[0].stderr + jobs[1].stderr
+    assert (
+        "the processes differ in --seed: process 1 of 2 holds another one than the rest (1, 0)" in jobs[0].stderr + jobs[1].stderr
+    )
     jobs = start_two(tmp_path, *options, faults=["other-code:1"], cache=cache)
     assert set(job.end() for job in jobs) <= {1, 2}
     assert "the processes differ in code: process" in jobs[0].stderr + jobs[1].stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("each", "words"),
+    [
+        (lambda out: (["--out", out / "a"], ["--out", out / "b"]), "the processes differ in --out: process "),
+        (lambda out: (["--eval-every", "5"], ["--eval-every", "6"]), "the processes differ in --eval-every: process "),
+        (lambda out: ([], ["--subset", "96"]), "the processes differ in --subset: process "),
+    ],
+    ids=["out", "when to evaluate", "data"],
+)
+def test_options_that_would_make_one_wait_for_the_other_are_refused(tmp_path, cache, each, words):
+    options = [*RUN, "--steps", "12", "--out", tmp_path / "run"]
+    began = time.monotonic()
+    jobs = start_two(tmp_path, *options, each=each(tmp_path), cache=cache)
+    assert set(job.end() for job in jobs) <= {1, 2}
+    assert words in jobs[0].stderr + jobs[1].stderr
+    assert time.monotonic() - began < 120
+    assert not any((tmp_path / name).exists() for name in ("run", "a", "b"))
+
+
+def test_a_directory_that_is_not_shared_is_refused(tmp_path, cache):
+    """Each process has a file system of its own mounted at the same place."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    port, jobs = free_port(), []
+    for rank in range(2):
+        options = [*RUN, "--steps", "12", "--out", place / "run", "--distributed", f"localhost:{port},2,{rank}"]
+        jobs.append(start(tmp_path, *options, cache=cache, name=f"rank{rank}", mounted=place))
+    began = time.monotonic()
+    assert set(job.end() for job in jobs) <= {1, 2}
+    said = jobs[0].stderr + jobs[1].stderr
+    assert f"--out {place / 'run'} is not shared: process 1 of 2 does not see what process 0 writes there" in said
+    assert time.monotonic() - began < 120
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------------
@@ -259,6 +295,7 @@ def test_a_job_within_a_job_joins_once(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append(args))
     monkeypatch.setattr(distributed, "_end_with_the_others", lambda: None)
+    monkeypatch.setattr(distributed.meeting, "meet", lambda *args, **kwargs: None)
     layout = distributed.Layout(name="a", address="127.0.0.1:1", count=2, index=1)
     distributed.start(layout, heartbeat=10, shutdown=10)
     monkeypatch.setattr(distributed, "_client", object)

@@ -1,5 +1,6 @@
 """The records of a run: lines, resumes, damage, the picture and the progress line."""
 
+import importlib.util
 import io
 import json
 import os
@@ -162,6 +163,23 @@ def test_a_line_says_what_a_record_holds():
     assert log_line(record, 1205) == "step 50 of 1205: loss 1.2346, 3,799 images/s, validation 87.61%, loss 0.4000"
     few = {"step": 1, "loss": None, "fewshot_5": 0.5, "fewshot_25": 0.75}
     assert log_line(few, 2) == "step 1 of 2: 5-shot 50.00%, 25-shot 75.00%"
+
+
+def test_tensorboard_gets_the_records_or_a_line_says_what_is_missing(tmp_path, monkeypatch):
+    """A resumed run's records take the place of those that were lost. Where its package is not there, what to install."""
+    if importlib.util.find_spec("tensorboard") is not None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        for step, losses in ((0, (2.0, 1.5)), (1, (1.25,))):
+            with Recorder(tmp_path, total_steps=5, step=step, tensorboard=True) as recorder:
+                for i, loss in enumerate(losses, step + 1):
+                    recorder.write(i, loss=loss)
+        found = EventAccumulator(str(tmp_path / "tensorboard"))
+        found.Reload()
+        assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 2.0), (2, 1.25)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'vitcore\[tensorboard\]', or leave it out"):
+        Recorder(tmp_path, total_steps=5, tensorboard=True)
 
 
 def test_few_shots_have_curves(tmp_path):

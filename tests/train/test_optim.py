@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from train import pretrain, tuning
 from train.optim import adamw, optimizer, schedule, sgd
 from train.step import StepOptions, make_init, make_train_step
-from vitcore.config import variant
+from vitcore.families import variant
 
 BASE, TOTAL, WARMUP = 3e-3, 40, 8
 

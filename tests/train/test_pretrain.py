@@ -408,6 +408,23 @@ def test_default_name_is_the_runs_own():
     assert pretrain.directory(a).name.startswith("ViT-Nano_4-digits-")
 
 
+def test_a_longer_run_starts_from_a_finished_one(whole, tmp_path, capsys):
+    run(*TINY, "--out", whole, "--steps", 20, fails=True)
+    said = capsys.readouterr().err
+    assert "holds another run (steps 12 there, 20 now" in said
+    assert f"a longer run starts from that one, its schedule anew: --init {whole} and another --out" in said
+    run(*TINY, "--init", whole, "--out", tmp_path / "on", "--steps", 2, "--eval-every", 1, "--learning-rate", 1e-9, "--dropout", 0)
+    assert records(tmp_path / "on")[0]["val_accuracy"] == records(whole)[-1]["val_accuracy"], (
+        "its parameters, and a rate of nothing"
+    )
+    for option, words in (
+        (("--model", "ViT-Nano/2"), "patch_size 4 there, 2 here"),
+        (("--data", "digits:0-4"), "num_classes 10 there, 5"),
+    ):
+        run(*TINY, "--init", whole, "--out", tmp_path / "other", *option, fails=True)
+        assert words in capsys.readouterr().err
+
+
 def test_a_run_of_before_there_were_these_options_goes_on():
     """Its config.json lacks them; its directory's name, made then, is the same now."""
     now = pretrain.resolve(pretrain.Pretrain(), examples=1442)

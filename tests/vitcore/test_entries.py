@@ -143,19 +143,16 @@ def noisy(config, seed=0):
 
 
 CASES = [
-    {"position": "none"},
+    {"position": "none", "pool": "gap"},
     {"position": "1d-layers"},
-    {"position": "1d-shared"},
+    {"position": "1d-shared", "pool": "none"},
     {"position": "2d"},
     {"position": "2d-layers", "pool": "gap"},
-    {"position": "2d-shared"},
+    {"position": "2d-shared", "pool": "first"},
     {"position": "relative"},
     {"position": "relative", "pool": "gap"},
     {"position": "sincos2d"},
-    {"position": "sincos2d", "pool": "gap"},
     {"pool": "map"},
-    {"pool": "first"},
-    {"pool": "none"},
     {"block": "axial", "pool": "gap"},
     {"block": "axial", "pool": "map", "position": "2d-layers"},
     {"stem": ResNetStem(depths=(1,), width_factor=0.5), "patch_size": 1, "image_size": 12, "channels": 3},
@@ -223,7 +220,7 @@ MESHES = [
     ({"position": "relative"}, (2, 2)),
     ({"position": "2d-layers", "pool": "map"}, (2, 2)),
     ({"block": "axial", "pool": "gap", "dropout": 0.3}, (2, 2)),
-    ({"stem": ResNetStem(depths=(1, 2), width_factor=0.5), "patch_size": 1, "image_size": 16, "channels": 3}, (2, 2)),
+    ({"stem": ResNetStem(depths=(2,), width_factor=0.5), "patch_size": 1, "image_size": 12, "channels": 3}, (2, 2)),
 ]
 
 

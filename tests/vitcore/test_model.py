@@ -188,9 +188,12 @@ def test_dropout_stands_where_the_paper_puts_it(monkeypatch):
     from kernels import dropout as drop
 
     sites, original = [], drop.apply
-    monkeypatch.setattr(
-        drop, "apply", lambda x, dropout, site, column=0: (sites.append((site, x.shape)), original(x, dropout, site, column))[1]
-    )
+
+    def seen(x, dropout, site, *column, **options):
+        sites.append((site, x.shape))
+        return original(x, dropout, site, *column, **options)
+
+    monkeypatch.setattr(drop, "apply", seen)
     params, images = small_inputs()
     images = images[:5]  # a batch not traced before
     vitcore.apply(params, images, SMALL, dropout_key=jax.random.key(0))

@@ -166,6 +166,28 @@ def test_a_leaf_is_added_in_one_place(scaled, tmp_path):
         vitcore.load(tmp_path / "scaled.npz", plain)
 
 
+@pytest.mark.parametrize("width", [64, 62], ids=["split", "whole"])
+def test_a_leaf_outside_the_sums_is_the_same_on_a_mesh(monkeypatch, width):
+    """Split over "data" or whole (62 columns do not divide over 4), in value and gradient. A block that does not say so is told."""
+    monkeypatch.setitem(blocks.BLOCKS, "scaled", SCALED._replace(outside=(("scale",),)))
+    monkeypatch.setitem(blocks.BLOCKS, "silent", SCALED)
+    config = dataclasses.replace(small("token"), block="scaled", width=width, depth=2, num_heads=2)
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    params = vitcore.init(jax.random.key(3), config)
+    params["head"]["kernel"] += 0.1 * jax.random.normal(jax.random.key(4), params["head"]["kernel"].shape)
+    images = jax.random.uniform(jax.random.key(5), (8, 8, 8, 1), minval=-1)
+
+    def both(run):
+        return jax.jit(jax.value_and_grad(lambda p: jnp.square(run(p, images)).sum()))(params)
+
+    want, found = both(lambda p, x: vitcore.apply(p, x, config)), both(vitcore.apply_on(mesh, config))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-6)
+    if width == 62:
+        with pytest.raises(ValueError, match=r"block='silent' returns tokens that differ along the model axis: .* `Block.outside`"):
+            vitcore.apply_on(mesh, dataclasses.replace(config, block="silent"))(params, images)
+
+
 def test_a_block_without_maps_says_so(scaled):
     params = vitcore.init(jax.random.key(3), scaled)
     with pytest.raises(ValueError, match=r"block='scaled' has no attention maps: ask for the features"):
@@ -188,9 +210,9 @@ def test_unknown_entries_are_refused_with_those_that_there_are():
 
 def test_a_config_json_without_the_newer_fields_is_a_plain_vit():
     """As runs wrote it before a stem, a position embedding and a block could be chosen."""
-    fields = dataclasses.asdict(small("gap"))
+    fields: dict = dataclasses.asdict(small("gap")) | {"image_size": [8, 16]}
     assert {fields.pop(name) for name in ("stem", "position", "block")} == {None, "1d", "encoder"}
-    assert vitcore.ViTConfig(**(fields | {"image_size": [8, 16]})) == small("gap")
+    assert vitcore.ViTConfig(**fields) == small("gap")
 
 
 def test_a_model_without_a_head_gives_what_a_head_would_read():

@@ -2,12 +2,15 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import tyro
+
+from train.signals import TERMINATED, Stop
 
 
 def run_job(options: type, run: Callable[[Any], None], name: str, argv: list[str] | None = None) -> int:
@@ -26,8 +29,14 @@ def run_job(options: type, run: Callable[[Any], None], name: str, argv: list[str
         said = re.split(r"Argument helptext:|For full helptext", said)[0].strip(" .")
         print(f"{name}: error: {said}: python -m {name} --help lists the options", file=sys.stderr)
         return 2
+
+    def stop():
+        print(f"{name}: asked to stop: ended, nothing is left half-written", file=sys.stderr, flush=True)
+        os._exit(TERMINATED)
+
     try:
-        run(args)
+        with Stop(stop):
+            run(args)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

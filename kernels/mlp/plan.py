@@ -3,16 +3,19 @@
 A kernel sees x [B, T, D] either as it is, some whole images (or a part of one) a step, or flat, as one image of B*T rows. Flat is a
 free view where T is a multiple of the 8 rows of an HBM tile, else a copy by XLA of every array that passes, as dear on v5e as
 a quarter of the forward kernel. Not flat, every image is padded in VMEM to whole register tiles, and the rows of a backward
-step to whole squares of 128. `tiles` weighs one against the other.
+step to whole squares of 128. `plan` weighs one against the other.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
+from kernels import parts
 from kernels.device import LANES, SUBLANES, Device, MiB
+from kernels.vmem import round_up
 
 _ROWS = (2048, 1664, 1536, 1280, 1024, 896, 768, 640, 512, 384, 256, 128)  # most rows of a step, those of the padding included
 # by backward: there, 512 gains 2 % on v6e and ran out of VMEM on v5e
@@ -20,11 +23,8 @@ _HIDDEN = {False: (1024, 768, 512, 384, 256, 128), True: (256, 128)}
 _STEP_CYCLES = 600  # what a grid step costs beside its products: filling and draining the pipelines, the sums' read-modify-write
 # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
 _COPY_BYTES = 1.6
+BACKWARD_ROWS = 24576  # at a time through the backward kernel where it takes copies of x and dy without padded rows
 _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
-
-
-def round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
 
 
 class Shape(NamedTuple):
@@ -46,7 +46,7 @@ class Tiling:
     """Of one kernel. A grid step takes `rows` rows of each of `images` images and `hidden` of the F hidden values.
 
     flat: x is taken as one image of B*T rows. stride: from one image to the next in VMEM, rows rounded up to whole register tiles.
-    by_words: bfloat16 rows are unpacked and packed by integer arithmetic (`kernels/body.py`); the height is a multiple of 16.
+    unpack: bfloat16 rows are unpacked and packed by integer arithmetic (`kernels/body.py`); the height is a multiple of 16.
     resident: the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
     """
 
@@ -56,7 +56,8 @@ class Tiling:
     stride: int
     hidden: int
     resident: bool
-    by_words: bool = False
+    unpack: bool = False
+    needs: int = 0  # bytes of VMEM
 
     @property
     def height(self) -> int:
@@ -79,9 +80,12 @@ class Tiling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
+class Plan:
+    """Of both kernels. backward_images: at a time through the backward kernel, a divisor of B; None: all of them."""
+
     forward: Tiling
     backward: Tiling
+    backward_images: int | None = None
 
 
 def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> int:
@@ -98,11 +102,6 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
     scratch = t.columns * (d * (2 * operand + 4) + hidden * 2 * operand) + natural
     blocks = (6 if t.resident else 3) * block
     return blocks + 2 * weights + sums + scratch + t.columns * LANES * 4 * 2 + 2 * d * LANES * 4
-
-
-def vmem_limit(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> int:
-    """The kernel's limit: all of a small VMEM; of a large one what it needs; XLA may keep arrays in the rest."""
-    return min(device.vmem_bytes, max(16 * MiB, int(vmem_bytes(shape, device, t, backward=backward) / _VMEM_SHARE)))
 
 
 def cost(shape: Shape, t: Tiling, *, backward: bool) -> pl.CostEstimate:
@@ -136,12 +135,12 @@ def _candidates(shape: Shape, device: Device, backward: bool) -> Iterator[Tiling
     for flat, images, rows, stride in sorted(heights, reverse=True):
         for h in hidden:
             for resident in (True, False) if shape.f // h > 2 else (True,):  # three slots take turns
-                by_words = shape.itemsize == 2 and not device.bf16_matmul
-                if by_words and backward:
-                    by_words = rows % 16 == 0
-                elif by_words and images * stride % 16:
+                unpack = shape.itemsize == 2 and not device.bf16_matmul
+                if unpack and backward:
+                    unpack = rows % 16 == 0
+                elif unpack and images * stride % 16:
                     continue
-                yield Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident, by_words=by_words)
+                yield Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident, unpack=unpack)
 
 
 def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float:
@@ -156,18 +155,16 @@ def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float
     return row_tiles * (max(products, moved) + hidden_tiles * _STEP_CYCLES + _STEP_CYCLES) + copied
 
 
-def tiles(shape: Shape, device: Device) -> Tiles:
-    """The only choice of tiles: of those that fit the VMEM, the one of the fewest estimated cycles.
+@cache
+def plan(shape: Shape, device: Device) -> Plan:
+    """The only choice of tiles: of those that fit the VMEM, the ones of the fewest estimated cycles.
 
     NotImplementedError, with the reason, where none fits.
     """
 
-    def best(backward):
-        fitting = [
-            t
-            for t in _candidates(shape, device, backward)
-            if vmem_bytes(shape, device, t, backward=backward) <= _VMEM_SHARE * device.vmem_bytes
-        ]
+    def best(shape, backward):
+        counted = (replace(t, needs=vmem_bytes(shape, device, t, backward=backward)) for t in _candidates(shape, device, backward))
+        fitting = [t for t in counted if t.needs <= _VMEM_SHARE * device.vmem_bytes]
         if not fitting:
             raise NotImplementedError(
                 f"mlp_half: no tiling of D={shape.d}, F={shape.f} fits the {device.vmem_bytes // MiB} MiB VMEM of {device.name}; a "
@@ -175,4 +172,8 @@ def tiles(shape: Shape, device: Device) -> Tiles:
             )
         return min(fitting, key=lambda t: _cycles(shape, device, t, backward=backward))
 
-    return Tiles(forward=best(False), backward=best(True))
+    forward, backward, images = best(shape, False), best(shape, True), shape.b
+    if backward.flat and shape.t % SUBLANES:  # copies of x and dy, of a part of the batch at a time
+        images = shape.b // parts.count(shape.b, shape.t, BACKWARD_ROWS)
+        backward = best(shape._replace(b=images), True)
+    return Plan(forward=forward, backward=backward, backward_images=images)

@@ -1,10 +1,12 @@
 """What a patch embedding measures, how it is cut into grid steps on each TPU generation, and what that costs: no arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from jax.experimental import pallas as pl
 
 from kernels.device import LANES, SUBLANES, Device
+from kernels.vmem import padded_bytes, round_up
 
 # Rows of patches in flight: the transposes of one hide behind the loads and stores of the others. Interpreted, unrolling only
 # lengthens the compilation; two still walk both the loop and its remainder.
@@ -46,42 +48,36 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """images of a grid step, rows of patches of a block of the image, width of a tile of D, rows of patches in flight."""
+class Plan:
+    """Of all three kernels."""
 
-    images: int
-    rows: int
-    width: int
-    group: int
-
-
-def round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
+    images: int  # of a grid step
+    rows: int  # of patches, of a block of the image
+    width: int  # of a tile of D
+    group: int  # rows of patches in flight
+    strided_loads: bool  # loads gather the pixels of a patch; else a product does
+    needs: int = 0  # bytes of VMEM
 
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(n, 0, -1) if n % d == 0]
 
 
-def _block(rows: int, lanes: int, itemsize: int) -> int:
-    """Bytes of a two-dimensional block in VMEM, padded to tiles."""
-    return round_up(rows, SUBLANES * (4 // itemsize)) * round_up(lanes, LANES) * itemsize
-
-
-def vmem_bytes(s: Shape, t: Tiles) -> int:
+def vmem_bytes(s: Shape, t: Plan) -> int:
     """VMEM of the hungriest of the three kernels at tiles t: the parameters' gradient, or the image's."""
     long = s.patch * round_up(s.columns, SUBLANES)
-    image = 2 * t.images * s.channels * t.rows * _block(s.patch, long, s.itemsize)
-    padded = t.images * s.rows * _block(round_up(s.columns, SUBLANES), s.contracted, 4)
-    patches = t.images * _block(s.tokens, s.contracted, 4)
-    tokens = 2 * t.images * _block(s.tokens, t.width, s.itemsize)
-    weight = 2 * _block(s.contracted, t.width, 4)
-    added = 2 * _block(s.tokens, t.width, 4)
-    turned = t.group * (_block(long, s.side, 4) + 2 * _block(s.side, long, 4)) + _block(long, long, 4)
-    return image + padded + patches + tokens + weight + added + turned + t.images * _block(s.tokens, t.width, 4)
+    image = 2 * t.images * s.channels * t.rows * padded_bytes(s.patch, long, s.itemsize)
+    padded = t.images * s.rows * padded_bytes(round_up(s.columns, SUBLANES), s.contracted, 4)
+    patches = t.images * padded_bytes(s.tokens, s.contracted, 4)
+    tokens = 2 * t.images * padded_bytes(s.tokens, t.width, s.itemsize)
+    weight = 2 * padded_bytes(s.contracted, t.width, 4)
+    added = 2 * padded_bytes(s.tokens, t.width, 4)
+    turned = t.group * (padded_bytes(long, s.side, 4) + 2 * padded_bytes(s.side, long, 4)) + padded_bytes(long, long, 4)
+    return image + padded + patches + tokens + weight + added + turned + t.images * padded_bytes(s.tokens, t.width, 4)
 
 
-def tiles(s: Shape, device: Device) -> Tiles:
+@cache
+def plan(s: Shape, device: Device) -> Plan:
     """The tiles for a shape: all of D if it fits, then whole images, then as many images as fill the MXU.
 
     NotImplementedError where not even one row of patches at 128 columns of D fits the core's VMEM.
@@ -90,23 +86,25 @@ def tiles(s: Shape, device: Device) -> Tiles:
     budget = _VMEM_SHARE * device.vmem_bytes
     group = _GROUP_INTERPRETED if device.name == "cpu" else _GROUP
 
-    def at(images: int, rows: int, width: int) -> Tiles:
-        return Tiles(images=images, rows=rows, width=width, group=min(group, images * rows))
+    def at(images: int, rows: int, width: int) -> Plan:
+        flight = min(group, images * rows)
+        t = Plan(images=images, rows=rows, width=width, group=flight, strided_loads=device.strided_loads)
+        return replace(t, needs=vmem_bytes(s, t))
 
     # a block of fewer rows than fit in flight leaves the transposes exposed: narrower tiles of D come first
     for fewest in (min(group, s.rows), 1):
         for width in widths:
             for rows in (r for r in _divisors(s.rows) if r >= fewest):
-                if vmem_bytes(s, at(1, rows, width)) > budget:
+                if at(1, rows, width).needs > budget:
                     continue
                 room = min(_IMAGES_A_STEP, max(1, _ROWS_A_STEP // round_up(s.tokens, SUBLANES)))
-                return next(t for n in _divisors(s.batch) if n <= room and vmem_bytes(s, t := at(n, rows, width)) <= budget)
-    least = vmem_bytes(s, at(1, 1, widths[-1]))
-    if least <= _VMEM_SHARE_OF_SMALLEST * device.vmem_bytes:
-        return at(1, 1, widths[-1])
+                return next(t for n in _divisors(s.batch) if n <= room and (t := at(n, rows, width)).needs <= budget)
+    least = at(1, 1, widths[-1])
+    if least.needs <= _VMEM_SHARE_OF_SMALLEST * device.vmem_bytes:
+        return least
     raise NotImplementedError(
-        f"patch_embed: {s.tokens} tokens of {s.contracted} pixels take {least / 2**20:.0f} MiB of VMEM and a {device.name} core "
-        f"has {device.vmem_bytes / 2**20:.0f}; use larger patches, smaller images, or the reference op"
+        f"patch_embed: {s.tokens} tokens of {s.contracted} pixels take {least.needs / 2**20:.0f} MiB of VMEM and a {device.name} "
+        f"core has {device.vmem_bytes / 2**20:.0f}; use larger patches, smaller images, or the reference op"
     )
 
 

@@ -1,0 +1,310 @@
+"""The backward pass of the attention half on float32 rows, for v2 and v3, where float32 feeds the MXU without a pause.
+
+Between the kernels every image has R rows, T rounded up to 8, in the order of `float32_forward.unpacked`; so [B, R, .] is [B R, .]
+without a copy, and a product over all rows of the batch pads nothing. Rows behind T hold zeros in z and g, and nothing reads the
+others. From x and dy alone, with s = residual_scale:
+
+    z = LN(x),  g = dropout(dy)                                               prepare
+    q, k, v = z qkv_kernel + qkv_bias;  do = g out_kernel^T                   product
+    dq, dk, dv, o                                                             core
+    d out_kernel = o^T g,  d qkv_kernel = z^T dqkv,  sums of g and of dqkv    weight_gradient
+    dz = dqkv qkv_kernel^T                                                    product
+    dx = s dy + LN'(dz), with the sums for norm_scale and norm_bias           finish
+
+What the MXU rounds, it rounds to bfloat16, as the reference does; nothing is rounded in between. The core works on transposed
+logits, as in general_backward.py.
+"""
+
+import math
+from functools import partial, reduce
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.attention.float32_forward import (
+    PIECE,
+    ByColumns,
+    column_slices,
+    drop,
+    gather,
+    pack_into,
+    packed,
+    pad_rows,
+    pieces,
+    token,
+    unpack_into,
+    unpacked,
+)
+from kernels.attention.general_forward import Static, core_cost
+from kernels.attention.plan import Float32Backward
+from kernels.attention.tiling import FlatTiles, Float32Core, Head, heads_of
+from kernels.body import F32, dot
+from kernels.device import LANES, SUBLANES
+from kernels.launch import Launch, call
+from kernels.layer_norm.tpu import normalise, normalise_back
+from kernels.vmem import round_up
+
+
+def _images(t: int, d: int):
+    """Block specs of one image of [B, T, D], from image scalars[2] on, of [b, R, D] and of a vector [1, D]."""
+    return (
+        pl.BlockSpec((1, t, d), lambda i, scalars: (scalars[2] + i, 0, 0)),
+        pl.BlockSpec((1, round_up(t, SUBLANES), d), lambda i, _: (i, 0, 0)),
+        pl.BlockSpec((1, d), lambda i, _: (0, 0)),
+    )
+
+
+def _cost(b: int, t: int, d: int, arrays: int) -> pl.CostEstimate:
+    return pl.CostEstimate(flops=8 * b * t * d, transcendentals=b * t, bytes_accessed=4 * arrays * b * t * d)
+
+
+def prepare(scalars, x, dy, norm, b: int, static: Static):
+    """z = LN(x) and g = dropout(dy) of b images, both [b, R, D] float32 with zeros behind row T."""
+    _, t, d = x.shape
+    padded = round_up(t, SUBLANES)
+    image, rows, vector = _images(t, d)
+
+    def kernel(scalars, x, dy, scale, bias, z, g):
+        for a, n in pieces(t, PIECE):
+            normal, _ = normalise(unpacked(x[0, a : a + n]))
+            z[0, a : a + n] = normal * scale[...] + bias[...]
+            row = pl.program_id(0) * t + token(a, n, x.dtype)
+            g[0, a : a + n] = drop(unpacked(dy[0, a : a + n]), scalars, row, static.rate)
+        if padded > t:
+            z[0, t:] = g[0, t:] = jnp.zeros((padded - t, d), F32)
+
+    return call(
+        kernel,
+        launch=static.launch,
+        name="attention_prepare_backward",
+        grid=(b,),
+        in_specs=[image, image, vector, vector],
+        out_specs=[rows, rows],
+        out_shapes=[((b, padded, d), F32)] * 2,
+        semantics=("parallel",),
+        cost=_cost(b, t, d, 3),
+        prefetch=1,
+    )(scalars, x, dy, *norm)
+
+
+def finish(scalars, x, dy, dz, norm_scale, static: Static):
+    """dx in the place of dy [B, T, D], for the images of dz [b, R, D], and those of norm_scale and norm_bias [D] float32."""
+    b, (_, t, d) = dz.shape[0], x.shape
+    image, rows, vector = _images(t, d)
+
+    def kernel(_, x, dy, dz, scale, dx, sums):
+        of_scale, of_bias = jnp.zeros((1, d), F32), jnp.zeros((1, d), F32)
+        for a, n in pieces(t, PIECE):
+            normal, inverse = normalise(unpacked(x[0, a : a + n]))
+            u = dz[0, a : a + n]
+            of_scale, of_bias = of_scale + (u * normal).sum(0, keepdims=True), of_bias + u.sum(0, keepdims=True)
+            back = normalise_back(u * scale[...], normal, inverse)
+            dx[0, a : a + n] = packed(static.residual_scale * unpacked(dy[0, a : a + n]) + back, x.dtype)
+        sums[0] = jnp.concatenate([of_scale, of_bias])
+
+    dx, sums = call(
+        kernel,
+        launch=static.launch,
+        name="attention_finish_backward",
+        grid=(b,),
+        in_specs=[image, image, rows, vector],
+        out_specs=[image, pl.BlockSpec((1, 2, d), lambda i, _: (i, 0, 0))],
+        out_shapes=[(x.shape, x.dtype), ((b, 2, d), F32)],
+        semantics=("parallel",),
+        cost=_cost(b, t, d, 3),
+        prefetch=1,
+        aliases={2: 0},
+    )(scalars, x, dy, dz, norm_scale)
+    return dx, *sums.sum(0)
+
+
+def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch):
+    """sum_s arrays[s] w[s] (+ bias): arrays of [M, I], w [S, I, J], bias [1, J] -> [M, J], all float32.
+
+    One array a product, not one [S, M, I]: a block of several sections would be as many transfers.
+    """
+    (m, i), (s, _, j) = arrays[0].shape, w.shape
+
+    def kernel(*refs):
+        (*inputs, w), bias, out = (refs[:-1], None, refs[-1]) if bias_spec is None else (refs[:-2], *refs[-2:])
+        for part in column_slices(t.columns):
+            value = reduce(jnp.add, [dot(a[...], w[q, :, part], dtype) for q, a in enumerate(inputs)])
+            out[:, part] = value if bias is None else value + bias[:, part]
+
+    bias_spec = None if bias is None else pl.BlockSpec((1, t.columns), lambda c, r: (0, c))
+    return call(
+        kernel,
+        launch=launch,
+        name=name,
+        grid=(j // t.columns, pl.cdiv(m, t.rows)),
+        in_specs=[
+            *[pl.BlockSpec((t.rows, i), lambda c, r: (r, 0))] * s,
+            pl.BlockSpec((s, i, t.columns), lambda c, r: (0, 0, c), pipeline_mode=pl.Buffered(1)),
+            *([] if bias_spec is None else [bias_spec]),
+        ],
+        out_specs=[pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c))],
+        out_shapes=[((m, j), F32)],
+        semantics=("parallel", "parallel"),
+        cost=pl.CostEstimate(flops=2 * m * i * j * s, transcendentals=0, bytes_accessed=4 * m * (s * i + j)),
+    )(*arrays, w, *([] if bias is None else [bias]))[0]
+
+
+def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch):
+    """dw [I, J] = a^T g and the column sums [1, J] of g: a [M, I], g [M, J], all float32."""
+    (m, i), j = a.shape, g.shape[1]
+
+    def kernel(a, g, dw, db, transposed):
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            dw[...] = jnp.zeros_like(dw)
+            db[...] = jnp.zeros_like(db)
+
+        def existing(value):
+            if m % t.rows == 0:
+                return value
+            row = pl.program_id(1) * t.rows + lax.broadcasted_iota(jnp.int32, (t.rows, 1), 0)
+            return jnp.where(row < m, value, 0.0)
+
+        transposed[...] = existing(a[...]).T
+        for part in column_slices(t.columns):
+            value = existing(g[:, part])
+            db[:, part] += value.sum(0, keepdims=True)
+            dw[:, part] += dot(transposed[...], value, dtype)
+
+    return call(
+        kernel,
+        launch=launch,
+        name=name,
+        grid=(j // t.columns, pl.cdiv(m, t.rows)),
+        in_specs=[
+            pl.BlockSpec((t.rows, i), lambda c, r: (r, 0)),
+            pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c)),
+        ],
+        out_specs=[pl.BlockSpec((i, t.columns), lambda c, r: (0, c)), pl.BlockSpec((1, t.columns), lambda c, r: (0, c))],
+        out_shapes=[((i, j), F32), ((1, j), F32)],
+        semantics=("parallel", "arbitrary"),
+        cost=pl.CostEstimate(flops=2 * m * i * j, transcendentals=0, bytes_accessed=4 * m * (i + j)),
+        scratch=[pltpu.VMEM((i, t.rows), F32)],
+    )(a, g)
+
+
+# ---- the core
+
+
+def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype) -> None:
+    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of a run of heads; refs [R, lanes], do zero behind T."""
+    q, k, v, do = arrays
+    rows = q.shape[0]
+    keys, whole = round_up(rows, LANES), t // SUBLANES * SUBLANES
+    queries, outputs = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys)) for ref in (q, do))
+    transposed_q, transposed_do = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys).T) for ref in (q, do))
+    sums: list[dict] = [{} for _ in out]
+    for head in run:
+        columns = slice(head.lo, head.hi)
+        key, value = k[:, columns], v[:, columns]
+        s, dp = dot(head.mask(key), transposed_q[head], dtype), dot(head.mask(value), transposed_do[head], dtype)
+        if whole < rows:
+            row = whole + lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0)
+            last = jnp.where(row < t, s[whole:], -jnp.inf)
+            s = jnp.concatenate([s[:whole], last]) if whole else last
+        p = jnp.exp2((s - s.max(0, keepdims=True)) * (scale * math.log2(math.e)))
+        p = p * (1.0 / p.sum(0, keepdims=True))
+        ds = p * (dp - (p * dp).sum(0, keepdims=True))
+        dk, dv = dot(ds, queries[head], dtype) * scale, dot(p, outputs[head], dtype)
+        dq = dot(pad_rows(ds, keys).T[:rows], pad_rows(key, keys), dtype) * scale
+        found = [dq, dk, dv]
+        if len(out) == 4:
+            found.append(dot(pad_rows(p, keys).T[:rows], pad_rows(value, keys), dtype))
+        for total, part in zip(sums, found, strict=True):
+            gather(total, head, part)
+    for ref, total in zip(out, sums, strict=True):
+        for (lo, hi), value in total.items():
+            ref[:, lo:hi] = value
+
+
+def _half_core(tiles: Float32Core, arrays, t: int, dtype, static: Static):
+    """dq, dk, dv and o of q, k, v and do, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them."""
+    b, padded, k = arrays[0].shape
+    lanes, n = tiles.lanes, static.num_heads
+
+    def kernel(*refs):
+        given, out = [ref.at[0] for ref in refs[:4]], [ref.at[0] for ref in refs[4:]]
+        for run in heads_of(lanes, k // n):
+            _differentiate(run, given, out, t=t, scale=static.width**-0.5, dtype=dtype)
+
+    rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
+    flops, exponentials = 12 * b * t * t * k, b * n * t * t
+    return call(
+        kernel,
+        launch=static.launch,
+        name="attention_core_backward",
+        grid=(b, k // lanes),
+        in_specs=[rows] * 4,
+        out_specs=[rows] * 4,
+        out_shapes=[((b, padded, k), F32)] * 4,
+        semantics=("parallel", "parallel"),
+        cost=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=32 * b * padded * k),
+    )(*arrays)
+
+
+def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Launch):
+    """dqkv of qkv [3, B, T, K] and do [B, T, K]: attention by itself, arrays of any float dtype, float32 in VMEM."""
+    _, b, t, k = qkv.shape
+    lanes, padded = tiles.lanes, round_up(t, SUBLANES)
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, out, *scratch):
+        arrays, found = scratch[:4], scratch[4:]
+        for ref, target in zip((q_ref.at[0, 0], k_ref.at[0, 0], v_ref.at[0, 0], do_ref.at[0]), arrays, strict=True):
+            unpack_into(target, ref, t)
+        for run in heads_of(lanes, k // num_heads):
+            _differentiate(run, arrays, found, t=t, scale=width**-0.5, dtype=qkv.dtype)
+        for c, source in enumerate(found):
+            pack_into(out.at[c, 0], source, t)
+
+    section = [pl.BlockSpec((1, 1, t, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
+    return call(
+        kernel,
+        launch=launch,
+        name="attention_core_backward",
+        grid=(b, k // lanes),
+        in_specs=[*section, pl.BlockSpec((1, t, lanes), lambda i, g: (i, 0, g))],
+        out_specs=[pl.BlockSpec((3, 1, t, lanes), lambda i, g: (0, i, 0, g))],
+        out_shapes=[(qkv.shape, qkv.dtype)],
+        semantics=("parallel", "parallel"),
+        cost=core_cost(b, t, k, num_heads, qkv.dtype.itemsize, backward=True),
+        scratch=[pltpu.VMEM((padded, lanes), F32)] * 7,
+    )(qkv, qkv, qkv, do)[0]
+
+
+# ---- the half
+
+
+def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static):
+    """dy with dx in its place for plan.images images, from image scalars[2] on, and the gradients of the weights over them.
+
+    weights: as rows and operands, in the order of `AttentionWeights`.
+    """
+    norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
+    b, (_, t, d) = plan.images, x.shape
+    z, g = prepare(scalars, x, dy, (norm_scale, norm_bias), b, static)
+    padded, k = z.shape[1], w_out.shape[0]
+
+    def flat(value) -> Any:
+        return value.reshape(b * padded, value.shape[-1])
+
+    multiply: Any = partial(product, dtype=x.dtype, launch=static.launch)
+    gradient: Any = partial(weight_gradient, dtype=x.dtype, launch=static.launch)
+    qkv = [multiply(plan.project, [flat(z)], w_qkv[c, None], b_qkv[c], name="attention_project") for c in range(3)]
+    do = multiply(plan.output_gradient, [flat(g)], w_out.T[None], name="attention_output_gradient")
+    arrays = [a.reshape(b, padded, k) for a in (*qkv, do)]
+    *dqkv, o = map(flat, _half_core(plan.core, arrays, t, x.dtype, static))
+    dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights")
+    of_qkv = [gradient(plan.projection_weights, flat(z), a, name="attention_projection_weights") for a in dqkv]
+    dw_qkv, db_qkv = zip(*of_qkv, strict=True)
+    dz = multiply(plan.input_gradient, dqkv, w_qkv.swapaxes(1, 2), name="attention_input_gradient")
+    dx, dscale, dbias = finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, static)
+    db_out = static.residual_scale * db_out
+    return dx, (dscale[None], dbias[None], jnp.stack(dw_qkv), jnp.stack(db_qkv), dw_out, db_out)

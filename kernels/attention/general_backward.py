@@ -1,0 +1,342 @@
+"""The backward pass of the attention half on arrays as they lie in HBM; general_forward.py has the forward pass and the layout.
+
+From x and dy alone: `project` makes qkv again, and with g the masked dy, s = residual_scale
+
+    do = g out_kernel^T                                                   output_gradient
+    dqkv, o                                                               core
+    d out_kernel = o^T g,  d out_bias = s sum g                           output_weights
+    d qkv_kernel = LN(x)^T dqkv,  d qkv_bias = sum dqkv                   projection_weights
+    dx = s dy + LN'(dqkv qkv_kernel^T), sums for norm_scale, norm_bias    input_gradient
+
+The core recomputes the probabilities p (Dao et al. 2022) and works on the transpose, logits' = k q^T, so that the sums of the
+softmax run over sublanes and only dq and o need a transposed product:
+
+    dv = p' do,  dp' = v do^T,  ds' = p' * (dp' - sum_s(p' * dp')),  dk = ds' q / sqrt(H),  dq = ds'^T k / sqrt(H)
+
+Its grid step holds whole images; or, for tokens too many for that (`streamed` tiles), the tiles of queries are the innermost
+dimension of the grid, and a group of heads' keys, values and their gradients stay in VMEM while it runs. Everything between the
+products is float32; their operands are rounded to the dtype of the arrays, where the reference rounds them too. HBM traffic of the
+core: 8 arrays of B * T * K.
+"""
+
+import math
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.attention.general_forward import Static, Step, Sums, core_cost, over_chunks
+from kernels.attention.tiling import CoreTiles, ProductTiles, heads_of
+from kernels.body import F32, cast_dot, operand, sweep
+from kernels.device import Device
+from kernels.launch import Launch, call
+from kernels.layer_norm.tpu import normalise
+
+
+def output_gradient(tiles: ProductTiles, scalars, dy, w, b: int, static: Static):
+    """do [b, T, K], the gradient of o; dy [B, T, D], w [D, K] (the output projection, transposed)."""
+    s = Step("output_gradient", tiles, b, dy, w.shape[1], static)
+
+    def kernel(scalars_ref, dy_ref, w_ref, out_ref, *scratch):
+        g = s.operands(lambda i: operand(s.drop(dy_ref[i].astype(F32), scalars_ref, i), dy.dtype, s.device), scratch)
+        for i in range(s.images):
+            out_ref[i] = cast_dot(g(i), w_ref[...], s.device).astype(out_ref.dtype)
+
+    return s(
+        kernel,
+        (scalars, dy, w),
+        [s.tokens(s.d, whole=True), s.weight(s.d, s.columns, column=1)],
+        [s.tile()],
+        [((s.b, s.t, s.k), dy.dtype)],
+        scratch=s.operand_scratch(),
+        products=1,
+        moved=2,
+    )[0]
+
+
+def input_gradient(tiles: ProductTiles, scalars, x, norm_scale, dqkv, dy, w, static: Static):
+    """dx in the place of dy [B, T, D], for the images of dqkv [3, b, T, K], and the gradients of norm_scale and norm_bias, both [D]
+    float32; w [3, K, D] (the projections, transposed)."""
+    s = Step("input_gradient", tiles, dqkv.shape[1], x, w.shape[1], static)
+
+    def kernel(_, x_ref, scale_ref, dqkv_ref, dy_ref, w_ref, dx_ref, sums_ref, *acc_ref):
+        def part(i):
+            return sum(cast_dot(dqkv_ref[c, i], w_ref[c], s.device) for c in range(s.tiles.sections))
+
+        def finish(dzs):
+            sums = [jnp.zeros((1, s.d), F32)] * 2
+            for i, dz in enumerate(dzs):
+                if s.t % s.rows:
+                    row = pl.program_id(1) * s.rows + lax.broadcasted_iota(jnp.int32, (s.rows, 1), 0)
+                    dz = jnp.where(row < s.t, dz, 0.0)
+                xhat, inverse = normalise(s.load(x_ref, i))
+                sums = [sums[0] + (dz * xhat).sum(0, keepdims=True), sums[1] + dz.sum(0, keepdims=True)]
+                dz = dz * scale_ref[...]
+                dz = dz - dz.mean(-1, keepdims=True) - xhat * (dz * xhat).mean(-1, keepdims=True)
+                dx_ref[i] = (static.residual_scale * dy_ref[i].astype(F32) + inverse * dz).astype(dx_ref.dtype)
+            sums_ref[0] = jnp.concatenate(sums)
+
+        if s.resident:
+            finish(part(i) for i in range(s.images))
+            return
+        step = pl.program_id(2) * s.weights[1] + pl.program_id(3)
+        for i in range(s.images):
+            before = jnp.where(step == 0, 0.0, acc_ref[0][i])  # the first sum meets uninitialised memory
+            acc_ref[0][i] = before + part(i)
+
+        @pl.when(step == s.weights[0] * s.weights[1] - 1)
+        def _():
+            finish(acc_ref[0][i] for i in range(s.images))
+
+    steps = s.batch[0] * s.batch[1]
+    dx, sums = s(
+        kernel,
+        (scalars, x, norm_scale, dqkv, dy, w),
+        [
+            s.tokens(s.d, whole=True),
+            s.whole(1, s.d),
+            s.sections(),
+            s.tokens(s.d, whole=True),
+            s.weight(s.tiles.sections, s.columns, s.d, section=0, column=1),
+        ],
+        [s.tokens(s.d, whole=True), s.spec((1, 2, s.d), lambda i, j, c, n: (i * s.batch[1] + j, 0, 0))],
+        [(x.shape, x.dtype), ((steps, 2, s.d), F32)],
+        scratch=[] if s.resident else [pltpu.VMEM((s.images, s.rows, s.d), F32)],
+        aliases={4: 0},  # a block of dy is read before that of dx is written
+        products=3,
+        moved=6,
+    )
+    return dx, *sums.sum(0)
+
+
+def _clear(s: Step, *refs):
+    """Zero sums, at the first of the steps that add to them."""
+
+    @pl.when(s.first())
+    def _():
+        for ref in refs:
+            ref[...] = jnp.zeros_like(ref)
+
+
+def _accumulate(s: Step, ref, index, a, g):
+    """ref[index] += a^T g, 256 columns at a time: a [rows, D], g [rows, columns], as operands."""
+    width = 256 if s.columns % 256 == 0 else s.columns
+    for n in range(0, s.columns, width):
+        ref[(*index, slice(None), slice(n, n + width))] += cast_dot(a, g[:, n : n + width], s.device, contract=(0, 0))
+
+
+def output_weights(tiles: ProductTiles, scalars, o, dy, static: Static):
+    """Gradients of out_kernel [K, D] and out_bias [1, D], float32, summed over the images of o [b, T, K]; dy [B, T, D]."""
+    s = Step("output_weights", tiles, o.shape[0], dy, o.shape[2], static)
+
+    def kernel(scalars_ref, o_ref, dy_ref, dw_ref, db_ref):
+        _clear(s, dw_ref, db_ref)
+        for i in range(s.images):
+            g = s.drop(s.load(dy_ref, i), scalars_ref, i, pl.program_id(1) * s.columns)
+            db_ref[...] += static.residual_scale * g.sum(0, keepdims=True)
+            a = operand(s.load(o_ref, i), dy.dtype, s.device)
+            _accumulate(s, dw_ref, (), a, operand(g, dy.dtype, s.device))
+
+    return s(
+        kernel,
+        (scalars, o, dy),
+        [s.tokens(s.k), s.tile(whole=True)],
+        [s.weight(s.k, s.columns, column=1), s.weight(1, s.columns, column=1)],
+        [((s.k, s.d), F32), ((1, s.d), F32)],
+        products=1,
+        moved=2,
+    )
+
+
+def projection_weights(tiles: ProductTiles, scalars, x, norm, dqkv, static: Static):
+    """Gradients of qkv_kernel [3, D, K] and qkv_bias [3, 1, K], float32, summed over the images of dqkv [3, b, T, K]; LN(x) is
+    computed again."""
+    s = Step("projection_weights", tiles, dqkv.shape[1], x, dqkv.shape[3], static)
+
+    def kernel(_, x_ref, scale_ref, bias_ref, dqkv_ref, dw_ref, db_ref):
+        _clear(s, dw_ref, db_ref)
+        for i in range(s.images):
+            z = operand(normalise(s.load(x_ref, i))[0] * scale_ref[...] + bias_ref[...], x.dtype, s.device)
+            for c in range(s.tiles.sections):
+                g = s.load(dqkv_ref.at[c], i)
+                db_ref[c] += g.sum(0, keepdims=True)
+                _accumulate(s, dw_ref, (c,), z, operand(g, x.dtype, s.device))
+
+    return s(
+        kernel,
+        (scalars, x, *norm, dqkv),
+        [s.tokens(s.d, whole=True), s.whole(1, s.d), s.whole(1, s.d), s.sections()],
+        [
+            s.weight(s.tiles.sections, s.d, s.columns, section=0, column=2),
+            s.weight(s.tiles.sections, 1, s.columns, section=0, column=2),
+        ],
+        [((3, s.d, s.k), F32), ((3, 1, s.k), F32)],
+        products=3,
+        moved=4,
+    )
+
+
+# ---- the core
+
+
+class _Core:
+    """The body of the core: one grid step. Refs [images, rows, lanes]; the rows of q, do, dq and o are one tile where tiles are
+    streamed; o may be None. scratch: float32 sums of dk and dv, where several tiles of queries or chunks of keys add to them."""
+
+    def __init__(self, inputs, outputs, scratch, t: CoreTiles, h: int, scale: float, device: Device):
+        self.q, self.k, self.v, self.do = inputs
+        self.dq, self.dk, self.dv, self.o = outputs
+        self.scratch, self.t, self.h, self.scale, self.device = scratch, t, h, scale, device
+        self.images, self.total, self.lanes = self.k.shape
+        self.dtype, self.factor = self.do.dtype, scale * math.log2(math.e)
+
+    def run(self):
+        sweep(self.images, 1, lambda i, _: self.image(i))
+
+    def image(self, i):
+        begins = (pl.program_id(2) == 0) if self.t.streamed else True
+        ends = (pl.program_id(2) == pl.num_programs(2) - 1) if self.t.streamed else True
+
+        @pl.when(begins)
+        def _():
+            for ref in self.scratch:
+                ref[...] = jnp.zeros_like(ref)
+
+        for run in heads_of(self.lanes, self.h):
+            dks, dvs = Sums(), Sums()
+            tile = partial(self.tile, i, run, partial(self.emit, dks, dvs))
+            if self.t.streamed:
+                tile(0, self.t.queries)
+            else:
+                sweep(self.total, self.t.queries, tile)
+            for ref, sums in ((self.dk, dks), (self.dv, dvs)):
+                sums.store(ref, (i, slice(None)), self.dtype)
+
+        @pl.when(ends)
+        def _():
+            for ref, source in zip((self.dk, self.dv), self.scratch, strict=False):
+                ref[i] = source[...].astype(self.dtype)
+
+    def emit(self, dks, dvs, head, start, size, dk, dv):
+        """Adds dk and dv of a chunk of keys to the sums over tiles of queries and heads of a column."""
+        if self.scratch:
+            self.scratch[0][pl.ds(start, size), head.lo : head.hi] += dk
+            self.scratch[1][pl.ds(start, size), head.lo : head.hi] += dv
+        else:
+            dks.add(head, dk)
+            dvs.add(head, dv)
+
+    def tile(self, i, run, emit, start, size):
+        """A tile of queries with all heads of a run."""
+        dqs, os, shared, rows = Sums(), Sums(), {}, pl.ds(start, size)
+        for head in run:
+            columns = slice(head.lo, head.hi)
+            q = operand(self.existing(head.mask(self.q[i, rows, columns])), self.dtype, self.device)
+            do = operand(self.existing(head.mask(self.do[i, rows, columns])), self.dtype, self.device)
+            dq, o = (self.whole if self.t.keys == self.total else self.online)(i, head, q, do, emit, shared)
+            dqs.add(head, head.mask(dq))
+            os.add(head, head.mask(o))
+        for ref, sums in ((self.dq, dqs), (self.o, os)):
+            if ref is not None:
+                sums.store(ref, (i, rows), self.dtype)
+
+    def existing(self, value):
+        """Queries of a streamed tile, zero behind the last token: what they add to dk and dv is then zero."""
+        if not self.t.streamed or self.total % self.t.queries == 0:
+            return value
+        row = pl.program_id(2) * self.t.queries + lax.broadcasted_iota(jnp.int32, (self.t.queries, 1), 0)
+        return jnp.where(row < self.total, value, 0.0)
+
+    def products(self, i, head, q, do, start, size, shared):
+        """Transposed logits and their gradient before the softmax [S, Tq] of one chunk of keys, the keys and the values."""
+        keys = pl.ds(start, size)
+        k, v = self.k[i, keys, head.lo : head.hi], self.v[i, keys, head.lo : head.hi]
+        if not self.device.bf16_matmul and size == self.total:  # cast once for the heads of a column
+            k, v = shared.setdefault((head.lo, head.hi), (k.astype(F32), v.astype(F32)))
+        return cast_dot(k, q, self.device, contract=(1, 1)), cast_dot(v, do, self.device, contract=(1, 1)), k, v
+
+    def gradients(self, p, dp, delta, q, do, k, v):
+        """dk, dv [S, columns], and dq, o [Tq, columns] of one chunk of keys."""
+        ds, p = operand(p * (dp - delta), self.dtype, self.device), operand(p, self.dtype, self.device)
+        dq = cast_dot(ds, k, self.device, contract=(0, 0)) * self.scale
+        o = dq if self.o is None else cast_dot(p, v, self.device, contract=(0, 0))
+        return cast_dot(ds, q, self.device) * self.scale, cast_dot(p, do, self.device), dq, o
+
+    def whole(self, i, head, q, do, emit, shared):
+        s, dp, k, v = self.products(i, head, q, do, 0, self.total, shared)
+        p = jnp.exp2((s - s.max(0, keepdims=True)) * self.factor)
+        p = p * (1.0 / p.sum(0, keepdims=True))
+        dk, dv, dq, o = self.gradients(p, dp, (p * dp).sum(0, keepdims=True), q, do, k, v)
+        emit(head, 0, self.total, dk, dv)
+        return dq, o
+
+    def online(self, i, head, q, do, emit, shared):
+        """Twice over the keys: first the softmax's maximum, sum and delta of each query, then the gradients."""
+
+        def measure(start, size, carry):
+            m, norm, delta = carry
+            s, dp, _, _ = self.products(i, head, q, do, start, size, shared)
+            new = jnp.maximum(m, s.max(0, keepdims=True))
+            p, shrink = jnp.exp2((s - new) * self.factor), jnp.exp2((m - new) * self.factor)
+            return new, norm * shrink + p.sum(0, keepdims=True), delta * shrink + (p * dp).sum(0, keepdims=True)
+
+        zeros = jnp.zeros((1, q.shape[0]), F32)
+        m, norm, delta = over_chunks(self.total, self.t.keys, measure, (zeros - jnp.inf, zeros, zeros))
+        inverse = 1.0 / norm
+
+        def differentiate(start, size, carry):
+            s, dp, k, v = self.products(i, head, q, do, start, size, shared)
+            p = jnp.exp2((s - m) * self.factor) * inverse
+            dk, dv, dq, o = self.gradients(p, dp, delta * inverse, q, do, k, v)
+            emit(head, start, size, dk, dv)
+            return carry[0] + dq, carry[1] + o
+
+        return over_chunks(self.total, self.t.keys, differentiate, (jnp.zeros(q.shape, F32),) * 2)
+
+
+def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, with_o: bool):
+    """dqkv [3, B, T, K] (and with_o: o) of qkv [3, B, T, K] and do [B, T, K]; width: of a head, whose lanes may be padded."""
+    _, b, total, k = qkv.shape
+    several = (t.queries, t.keys) != (total, total)
+    queries, once = (t.queries, pl.Buffered(1)) if t.streamed else (total, None)
+
+    def tile(i, g, j=0):
+        return i, j, g
+
+    rows = pl.BlockSpec((t.images, queries, t.lanes), tile)
+    of_q = pl.BlockSpec((1, t.images, queries, t.lanes), lambda *at: (0, *tile(*at)))
+    of_k, of_v = (
+        pl.BlockSpec((1, t.images, total, t.lanes), lambda i, g, *_, c=c: (c, i, 0, g), pipeline_mode=once) for c in (1, 2)
+    )
+    both = pl.BlockSpec((2, t.images, total, t.lanes), lambda i, g, *_: (0, i, 0, g))
+    packed = pl.BlockSpec((3, t.images, total, t.lanes), lambda i, g: (0, i, 0, g))
+
+    def kernel(q, k_ref, v, do_ref, *rest):
+        dq, dk, dv = (rest[0], rest[1].at[0], rest[1].at[1]) if t.streamed else (rest[0].at[c] for c in range(3))
+        o, scratch = (rest[1 + t.streamed], rest[2 + t.streamed :]) if with_o else (None, rest[1 + t.streamed :])
+        inputs = q.at[0], k_ref.at[0], v.at[0], do_ref
+        _Core(inputs, (dq, dk, dv, o), scratch, t, k // num_heads, width**-0.5, launch.device).run()
+
+    one = (do.shape, qkv.dtype)
+    out_specs, out_shapes = (
+        ([rows, both], [one, ((2, *do.shape), qkv.dtype)]) if t.streamed else ([packed], [(qkv.shape, qkv.dtype)])
+    )
+    found = call(
+        kernel,
+        launch=launch,
+        name="attention_core_backward",
+        grid=(b // t.images, k // t.lanes, *([pl.cdiv(total, t.queries)] * t.streamed)),
+        in_specs=[of_q, of_k, of_v, rows],
+        out_specs=[*out_specs, *([rows] * with_o)],
+        out_shapes=[*out_shapes, *([one] * with_o)],
+        semantics=("parallel", "parallel", *(["arbitrary"] * t.streamed)),
+        cost=core_cost(b, total, k, num_heads, qkv.dtype.itemsize, backward=True),
+        scratch=[pltpu.VMEM((total, t.lanes), F32)] * (2 * several),
+        needs=t.needs,
+    )(qkv, qkv, qkv, do)
+    if not t.streamed:
+        return found
+    dq, dkdv, *o = found
+    return jnp.concatenate([dq[None], dkdv]), *o

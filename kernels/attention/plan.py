@@ -1,0 +1,160 @@
+"""Which kernels run the attention half, and how they are cut into grid steps: plain arithmetic, no arrays.
+
+There are two formulations, each with a forward and a backward file:
+- general: matrix products around a core of softmax attention, on arrays as they lie in HBM;
+- float32, for v2 and v3, whose MXU is fed float32 and which stall where bfloat16 is packed: forward one fused kernel, if weights
+  and an image fit VMEM together; backward a chain of kernels on float32 rows, while whole rows of keys fit.
+
+`plan` chooses and returns everything that was chosen, as data; an op takes it as `plan=`.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from kernels import parts
+from kernels.attention.tiling import (
+    STEPS,
+    CoreTiles,
+    FlatTiles,
+    Float32Core,
+    ProductTiles,
+    Shape,
+    core_tiles,
+    flat_gradient_tiles,
+    flat_product_tiles,
+    float32_core,
+    fused_bytes,
+    head_lanes,
+    product_tiles,
+)
+from kernels.device import SUBLANES, Device
+from kernels.vmem import round_up
+
+# Tokens at a time through the chains of kernels; between those of ViT-B/16 lie 6 kB a token forward, at most 16 kB backward.
+FORWARD_ROWS = 65536
+BACKWARD_ROWS = 24576
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralForward:
+    """project, core and output on `images` images at a time."""
+
+    images: int
+    project: ProductTiles
+    core: CoreTiles | Float32Core
+    output: ProductTiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedForward:
+    """One kernel, an image a grid step; `needs` bytes of VMEM, of all there is."""
+
+    needs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralBackward:
+    """The forward products again, the gradient of the core, and four products, on `images` images at a time."""
+
+    images: int
+    project: ProductTiles
+    output_gradient: ProductTiles
+    core: CoreTiles
+    output_weights: ProductTiles
+    projection_weights: ProductTiles
+    input_gradient: ProductTiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float32Backward:
+    """The chain on flat float32 rows, on `images` images at a time."""
+
+    images: int
+    project: FlatTiles
+    output_gradient: FlatTiles
+    core: Float32Core
+    output_weights: FlatTiles
+    projection_weights: FlatTiles
+    input_gradient: FlatTiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A pass that nothing fits; `reason` is the error of who asks for it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Of the attention half. head_lanes: of a head in the arrays, H or more; the weights are padded with zeros to it."""
+
+    head_lanes: int
+    forward: FusedForward | GeneralForward
+    backward: Float32Backward | GeneralBackward | Refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorePlan:
+    """Of attention by itself, between the projections."""
+
+    forward: CoreTiles | Float32Core
+    backward: CoreTiles | Float32Core | Refused
+
+
+@cache
+def plan(shape: Shape, device: Device, *, forward_rows: int = FORWARD_ROWS, backward_rows: int = BACKWARD_ROWS) -> Plan:
+    """The plan of the attention half. NotImplementedError where no tiles fit the forward pass.
+
+    forward_rows, backward_rows: most tokens at a time through a chain of kernels (a float32 chain takes half as many).
+    """
+    lanes = head_lanes(shape, device)
+    s = shape._replace(h=lanes)
+    backward = _or_refused(lambda: _backward(s, device, backward_rows))
+    return Plan(head_lanes=lanes, forward=_forward(s, device, forward_rows), backward=backward)
+
+
+@cache
+def core_plan(shape: Shape, device: Device) -> CorePlan:
+    """The plan of attention by itself; D does not matter. NotImplementedError where no tiles fit the forward pass."""
+    float32 = float32_core(shape, device)
+    backward = float32 or _or_refused(lambda: core_tiles(shape, device, backward=True))
+    return CorePlan(forward=float32 or core_tiles(shape, device, backward=False), backward=backward)
+
+
+def _or_refused(choose):
+    """What `choose` finds, or why nothing fits."""
+    try:
+        return choose()
+    except NotImplementedError as error:
+        return Refused(reason=str(error))
+
+
+def _forward(s: Shape, device: Device, rows: int) -> FusedForward | GeneralForward:
+    if (needs := fused_bytes(s, device)) is not None and needs <= device.vmem_bytes:
+        return FusedForward(needs=needs)
+    part = s._replace(b=s.b // parts.count(s.b, s.t, rows))
+    return GeneralForward(
+        images=part.b,
+        project=product_tiles("project", part, device),
+        core=float32_core(part, device) or core_tiles(part, device, backward=False),
+        output=product_tiles("output", part, device),
+    )
+
+
+def _backward(s: Shape, device: Device, rows: int) -> Float32Backward | GeneralBackward:
+    core = float32_core(s, device)
+    part = s._replace(b=s.b // parts.count(s.b, s.t, rows // 2 if core else rows))
+    if core:
+        m = part.b * round_up(s.t, SUBLANES)
+        return Float32Backward(
+            images=part.b,
+            project=flat_product_tiles(m, 1, s.d, s.k, device),
+            output_gradient=flat_product_tiles(m, 1, s.d, s.k, device),
+            core=core,
+            output_weights=flat_gradient_tiles(m, s.k, s.d, device),
+            projection_weights=flat_gradient_tiles(m, s.d, s.k, device),
+            input_gradient=flat_product_tiles(m, 3, s.k, s.d, device),
+        )
+    tiles = {step: product_tiles(step, part, device) for step in STEPS if step != "output"}
+    return GeneralBackward(images=part.b, core=core_tiles(part, device, backward=True), **tiles)

@@ -1,0 +1,265 @@
+"""What every job does about signals, its parent, its directory and what it begins from; without a training step."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vitcore
+from tests.train.fault_jobs import ROOT, environment
+from train.checkpoint import CheckpointError, Checkpoints, abstract
+from train.files import write_atomically
+from train.job import JobOptions, locked, place
+from train.pretrained import open_pretrained
+
+pytestmark = pytest.mark.faults
+
+
+def python(code, *arguments, **more):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=ROOT, env=environment() | more.pop("env", {}), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
+    )  # fmt: skip
+
+
+SAVES = """
+    import sys, time
+    from train.job import guard
+    def work(stop):
+        print("ready", flush=True)
+        while not stop.asked:
+            time.sleep(0.05)
+        print("saved", flush=True)
+    sys.exit(guard("a job", work, saves=sys.argv[1] == "saves"))
+    """
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("how", ["saves", "saves nothing"])
+def test_the_first_signal_is_obeyed(number, how):
+    """By a job that saves, and by one that has nothing to save."""
+    job = python(SAVES, how)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(number)
+    out, err = job.communicate(timeout=30)
+    if how == "saves":
+        assert (out, err, job.returncode) == ("saved\n", "", 0)
+    else:
+        assert (out, job.returncode) == ("", 128 + signal.SIGTERM)
+        assert err == "a job: asked to stop: ended, nothing is left half-written\n"
+
+
+def test_a_hangup_that_the_caller_ignores_is_ignored():
+    """As nohup starts a job."""
+    job = python(SAVES, "saves", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    assert job.communicate(timeout=30)[0] == "saved\n"
+
+
+def test_worker_processes_end_when_their_parent_is_killed():
+    """Within ten seconds, however busy they are."""
+    code = """
+        import multiprocessing, sys, time
+        import train
+        def work(queue):
+            import train
+            queue.put(multiprocessing.current_process().pid)
+            while True:
+                time.sleep(100)
+        if __name__ == "__main__":
+            context = multiprocessing.get_context("spawn")
+            queue = context.Queue()
+            for _ in range(2):
+                context.Process(target=work, args=(queue,), daemon=True).start()
+            print(queue.get(), queue.get(), flush=True)
+            time.sleep(1000)
+        """
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"workers-{os.getpid()}.py"
+    path.write_text(textwrap.dedent(code))
+    job = subprocess.Popen([sys.executable, path], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE)
+    try:
+        assert job.stdout is not None
+        workers = [int(pid) for pid in job.stdout.readline().split()]
+        assert len(workers) == 2
+        job.kill()
+        job.wait()
+        deadline = time.monotonic() + 10
+        while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert [pid for pid in workers if alive(pid)] == []
+    finally:
+        job.kill()
+        path.unlink()
+
+
+def alive(pid) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count():
+    code = """
+        import time
+        from train.signals import Watchdog
+        with Watchdog(4) as watchdog:
+            watchdog.beat("working")
+            print("ready", flush=True)
+            time.sleep(1.5)
+            print("done", flush=True)
+        """
+    job = python(code)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGSTOP)
+    time.sleep(6)  # more than the watchdog's four, less than twice that
+    job.send_signal(signal.SIGCONT)
+    out, err = job.communicate(timeout=60)
+    assert (out, err, job.returncode) == ("done\n", "", 0)
+
+
+def test_one_watchdog_within_another():
+    """The inner one watches; the outer one begins anew when the inner one has gone."""
+    code = """
+        import time
+        from train.signals import Watchdog, beat
+        with Watchdog(2):
+            with Watchdog(1000):
+                time.sleep(4)
+            print("inner done", flush=True)
+            beat("hanging")
+            time.sleep(100)
+        """
+    job = python(code)
+    out, err = job.communicate(timeout=60)
+    assert (out, job.returncode) == ("inner done\n", 1)
+    assert err.startswith("hung for 2 s while hanging (--step-timeout)")
+
+
+def test_output_that_nobody_reads_changes_nothing():
+    code = """
+        import sys, time
+        from train.job import end, guard, say
+        def work(stop):
+            time.sleep(1)
+            for k in range(10000):
+                say("a line that nobody reads")
+            open(sys.argv[1], "w").close()
+        end(guard("a job", work))
+        """
+    for closed in ("stdout", "both"):
+        done = Path(os.environ.get("TMPDIR", "/tmp")) / f"done-{os.getpid()}"
+        job = python(code, done)
+        assert job.stdout is not None
+        assert job.stderr is not None
+        job.stdout.close()
+        if closed == "both":
+            job.stderr.close()
+        assert job.wait(60) == 0
+        done.unlink()
+
+
+# --- the directory ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_link_is_followed_for_the_lock_or_for_what_is_about_to_be_written(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match=r"\.lock is a symbolic link"), locked(place(tmp_path / "run")):
+        pass
+    (tmp_path / "run" / "config.json.tmp").symlink_to(tmp_path / "precious")
+    write_atomically(tmp_path / "run" / "config.json", "new")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / "run" / "config.json").read_text() == "new"
+    assert not (tmp_path / "run" / "config.json").is_symlink()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
+def test_modes_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "file", "x")
+        with Checkpoints(tmp_path / "c") as checkpoints:
+            checkpoints.save(1, {"w": jnp.ones(3)}, {})
+    finally:
+        os.umask(before)
+    files = [tmp_path / "file", *(path for path in (tmp_path / "c").rglob("*") if path.is_file())]
+    assert len(files) > 8
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("name", ["set [1]", "[a", "a*", "b?", "c\\d"])
+def test_a_name_that_would_lose_checkpoints_is_refused_at_once(tmp_path, name):
+    """Orbax looks for what its processes have written by a pattern made of the path."""
+    with pytest.raises(ValueError, match="for a pattern, and loses what it writes"):
+        Checkpoints(tmp_path / name / "checkpoints")
+    with pytest.raises(ValueError, match=r"--out .*: a path without \[, "):
+        place(tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["50 %", "ä {b} 'c'"])
+def test_any_other_name_will_do(tmp_path, name):
+    state = {"w": jnp.arange(3.0)}
+    with Checkpoints(tmp_path / name / "checkpoints", keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state, {"n": step})
+        assert checkpoints.restore(None, abstract(state))[1] == {"n": 3}
+
+
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_by_itself(tmp_path, how):
+    state = {"w": jnp.arange(3.0)}
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert not checkpoints.begun()
+        checkpoints.save(1, state, {})
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.begun()
+    (tmp_path / "c").rename(tmp_path / "elsewhere")
+    if how == "empty":
+        (tmp_path / "c").mkdir()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.raises(CheckpointError, match="has held checkpoints and holds none now: put them back") as error:
+            checkpoints.begun()
+        (tmp_path / "c.begun").unlink()  # as the line says
+        assert str(tmp_path / "c.begun") in str(error.value)
+        assert not checkpoints.begun()
+
+
+# --- what a job begins from, and with ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    config = vitcore.ViTConfig(image_size=8, patch_size=4, width=16, depth=1, mlp_dim=32, num_heads=2, num_classes=2)
+    params = vitcore.init(jax.random.key(0), config)
+    vitcore.save(tmp_path / "good.safetensors", params, config)
+    assert open_pretrained(str(tmp_path / "good.safetensors")).config.width == 16
+    params["head"]["bias"] = params["head"]["bias"].at[1].set(value)
+    vitcore.save(tmp_path / "bad.safetensors", params, config)
+    with pytest.raises(ValueError, match="head/bias holds NaN or infinity"):
+        open_pretrained(str(tmp_path / "bad.safetensors"))
+
+
+def test_a_transfer_guard_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_TRANSFER_GUARD", "log")
+    JobOptions().check_job()
+    monkeypatch.setenv("JAX_TRANSFER_GUARD", "disallow")
+    with pytest.raises(ValueError, match=r"JAX_TRANSFER_GUARD=disallow: .*: unset it"):
+        JobOptions().check_job()
