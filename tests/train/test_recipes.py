@@ -151,6 +151,24 @@ def test_steps_are_the_nearest_whole_batches_and_at_least_one():
     assert dataclasses.replace(r, batch_size=100).steps == 1
 
 
+def test_the_plain_baseline_is_that_of_its_report():
+    """arXiv:2205.01580: what the job makes of it, for S/16 on train[:99%]."""
+    for name, epochs in (("plain", 90), ("plain-300ep", 300)):
+        full = pretrain.resolve(pretrain.Pretrain(recipe=name, data="folder:x"), examples=1_268_355)
+        config = pretrain._model(full, classes=1000, channels=3)
+        assert (full.model, config.pool, config.position, config.dropout) == ("ViT-S/16", "gap", "sincos2d", 0.0)
+        assert (config.representation_size, config.image_size, config.head_bias) == (384, 224, 0.0)
+        assert (full.steps, full.batch_size, full.warmup_steps) == (round(epochs * 1_268_355 / 1024), 1024, 10_000)
+        assert (full.learning_rate, full.weight_decay, full.weight_decay_form) == (1e-3, 1e-4, "independent")
+        assert (full.decay, full.clip_norm, full.first_moment, full.loss) == ("cosine", 1.0, "bfloat16", "softmax")
+        assert (full.randaugment, full.mixup, full.mixup_share, full.preprocess) == ((2, 10), 0.2, "batch", "center")
+        assert full.how.randaugment == (2, 10)
+    adamw = pretrain.resolve(pretrain.Pretrain(recipe="plain", data="folder:x", weight_decay_form="adamw"), examples=10**6)
+    assert adamw.weight_decay == pytest.approx(0.1), "the same decay in the other form"
+    with pytest.raises(ValueError, match="trains plain ViTs, and 'R50x1' is none"):
+        recipe("plain", "R50x1")
+
+
 # --- Table 4 ----------------------------------------------------------------------------------------------------------------
 
 # Data set, steps, base LRs, share of train held out to choose on, warm-up: as printed, and as the releases have it.
