@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -159,7 +160,11 @@ def probe(
     )
 
     def run(params) -> dict[str, float]:
-        found = measure(lambda s: reader.all(lambda images: features(params, images), s, config, mesh)[::2], train, test, protocol)
+        def read(source):
+            x, _, places = reader.all(partial(features, params), source, config, mesh)
+            return x, places
+
+        found = measure(read, train, test, protocol)
         return {f"fewshot_{k}": float(np.mean(values)) for k, values in found.items()}
 
     return run
@@ -245,9 +250,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         config = ViTConfig(image_size=side, patch_size=side, width=1, depth=1, mlp_dim=1, num_heads=1, channels=channels)
         about = "the pixels"
 
-        @jax.jit
-        def features(images):
-            return to_unit(images).reshape(images.shape[0], -1)
+        features: Any = jax.jit(lambda images: to_unit(images).reshape(images.shape[0], -1))
     else:
         model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about
@@ -257,14 +260,17 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         ops = args.choose_ops(mesh, where)
         function = make_features(config, mesh, ops=ops, dtype=jnp.dtype(args.dtype), read=args.features, block=args.block)
 
-        def features(images):
-            return function(params, images)
-
+        features = partial(function, params)
     reader = Reader(
         batch_size=args.batch_size, preprocess=preprocess, antialias=antialias, threads=args.threads, decoder=args.decoder,
         pixels=pixels,
     )  # fmt: skip
-    found = measure(lambda source: reader.all(features, source, config, mesh)[::2], train, test, protocol)
+
+    def read(source):
+        x, _, places = reader.all(features, source, config, mesh)
+        return x, places
+
+    found = measure(read, train, test, protocol)
     if distributed.rank() == 0:
         print(f"{about}; {where}; {len(test)} images of {len(test.classes)} classes, {protocol.seeds} draws")
         for k, values in found.items():

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -167,7 +168,7 @@ class _Loop:
         distributed.share(stop)
         self.any_asked = distributed.AnyProcess(run.mesh)
         self.place = on_mesh(run.mesh)
-        self.step_fn = make_train_step(run.config, run.mesh, run.tx, run.options)
+        self.step_fn: Any = make_train_step(run.config, run.mesh, run.tx, run.options)
         self.eval_fn = make_eval_step(run.config, run.mesh, run.options)
         self.run_device = next(d for d in run.mesh.devices.flat if d.process_index == jax.process_index())
         self.simulated = self.run_device.platform == "cpu"

@@ -23,7 +23,7 @@ def needed(analysis, images: int) -> int:
     return program + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes + BESIDE * images
 
 
-def limit_of(device: jax.Device) -> int | None:
+def limit_of(device) -> int | None:
     """Bytes that programs may take of a device's memory; None where nothing says, as on a CPU."""
     with contextlib.suppress(NotImplementedError, jax.errors.JaxRuntimeError):
         return (device.memory_stats() or {}).get("bytes_limit")

@@ -159,8 +159,8 @@ class Events:
             raise ValueError(
                 f"--tensorboard writes to a local directory, and this is {directory}: give a local --out, or leave it out"
             )
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # pyright: ignore
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # pyright: ignore
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._writer = EventFileWriter(directory)

@@ -46,7 +46,7 @@ def load(
     pool: str | None = None,
     position: str | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
-):
+) -> Any:
     """Parameters for `config` from a file: a nested dict of float32 arrays, as `vitcore.init` makes. Without a config: (parameters,
     the configuration of the file's model).
 

@@ -25,6 +25,7 @@ import vitcore
 from tests import oracle
 from train.optim import optimizer, schedule
 from train.step import StepOptions, make_init, make_train_step
+from vitcore.ops import resolve
 
 pytestmark = pytest.mark.gpu  # `make test-gpu` has jax take memory as it needs it: several processes share the card
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def images(n: int) -> np.ndarray:
 
 def test_this_is_a_gpu_and_takes_its_own_ops():
     assert jax.default_backend() == "gpu"
-    assert vitcore.ops.resolve(None) is vitcore.GPU
+    assert resolve(None) is vitcore.GPU
 
 
 @pytest.mark.parametrize("size", [64, 80])  # 17 tokens and 26
@@ -99,7 +100,7 @@ def test_a_mesh_needs_no_more_memory_a_card_than_one_card_does(shape):
         options = StepOptions(dtype=jnp.bfloat16)
         state = jax.eval_shape(make_init(config, mesh, tx, options), jax.random.key(0))
         batch = jax.ShapeDtypeStruct((64 * shape[0], 224, 224, 3), jnp.float32), jax.ShapeDtypeStruct((64 * shape[0],), jnp.int32)
-        return make_train_step(config, mesh, tx, options).lower(state, *batch).compile().memory_analysis().temp_size_in_bytes
+        return make_train_step(config, mesh, tx, options).lower(state, *batch).compile().memory_analysis().temp_size_in_bytes  # pyright: ignore
 
     layers = 4 * sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(partial(vitcore.init, config=config), jax.random.key(0))))
     assert temporaries(shape) <= 1.1 * temporaries((1, 1)) + layers

@@ -185,8 +185,8 @@ class PowerLoss:
         names, safe, pending, data = {self.root: {}}, {self.root: {}}, {self.root: []}, {}
 
         def change(parent, *changes):
-            for table in (names, safe):
-                table.setdefault(parent, {})
+            names.setdefault(parent, {})
+            safe.setdefault(parent, {})
             pending.setdefault(parent, [])
             for name, inode in changes:
                 names[parent][name] = inode

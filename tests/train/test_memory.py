@@ -1,6 +1,7 @@
 """Whether a step fits is said before the first one: from the program's memory analysis and the device's limit."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -60,10 +61,11 @@ def test_a_run_that_does_not_fit_ends_before_its_first_step_and_one_that_does_go
 
 def test_waiting_is_said_where_it_is_more_than_a_twentieth():
     said = []
-    of = SimpleNamespace(simulated=False, say=said.append)
+    of: Any = SimpleNamespace(simulated=False, say=said.append)
     loop._Loop.say_waiting(of, 0.04)
     assert not said
     loop._Loop.say_waiting(of, 0.06)
     assert "6% of the time the devices waited for images" in said[0]
-    loop._Loop.say_waiting(SimpleNamespace(simulated=True, say=said.append), 0.9)
+    of.simulated = True
+    loop._Loop.say_waiting(of, 0.9)
     assert len(said) == 1

@@ -168,7 +168,7 @@ def test_a_line_says_what_a_record_holds():
 def test_tensorboard_gets_the_records_or_a_line_says_what_is_missing(tmp_path, monkeypatch):
     """A resumed run's records take the place of those that were lost. Where its package is not there, what to install."""
     if importlib.util.find_spec("tensorboard") is not None:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyright: ignore
 
         for step, losses in ((0, (2.0, 1.5)), (1, (1.25,))):
             with Recorder(tmp_path, total_steps=5, step=step, tensorboard=True) as recorder:

@@ -214,7 +214,7 @@ STEPS, WARM, PEAK, DEPTH = 20, 5, 0.03, 2
 
 def pretraining(recipe, **options):
     """Resolved options of a job, its optimizer and its step's options."""
-    full = pretrain.resolve(
+    full: Any = pretrain.resolve(
         pretrain.Pretrain(recipe=recipe, model="ViT-B/16", data="folder:x", steps=STEPS, warmup_steps=WARM, dropout=0.0, **options),
         examples=10**6,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,7 @@ def test_the_first_loss_of_a_recipe(name, options, classes, bias, loss):
     """Of the model that the job makes of a recipe, made small, with as many classes as the data set has."""
     full = pretrain.resolve(pretrain.Pretrain(recipe=name, model="ViT-B/16", data="folder:x", **options), examples=10**6)
     assert full.head_bias == bias
+    full: Any = full
     whole = pretrain._model(full, classes=classes, channels=3)
     config = dataclasses.replace(whole, depth=1, width=8, mlp_dim=8, num_heads=1, representation_size=8, image_size=32)
     params = vitcore.init(jax.random.key(0), config)

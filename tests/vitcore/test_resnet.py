@@ -1,5 +1,7 @@
 """BiT ResNets and the hybrids' root against a second computation in float64 NumPy (tests/tape.py), values and every gradient."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,10 +231,11 @@ def test_what_makes_no_resnet_is_refused():
         ({"width_factor": float("nan")}, "multiple of the 32 groups"),
     ):
         with pytest.raises(ValueError, match=words):
-            ResNetStem(**changes)
+            ResNetStem(**changes)  # pyright: ignore
     with pytest.raises(ValueError, match="groups of GroupNorm=32 is not divisible by the model axis of the 1x3 mesh"):
         parameters.specs(resnet_leaves.leaves(ResNetStem(), (32, 32), 3), MeshShape(1, 3))
-    assert hash(ResNetStem(depths=[3, 4])) == hash(ResNetStem(depths=(3, 4)))
+    listed: Any = [3, 4]
+    assert hash(ResNetStem(depths=listed)) == hash(ResNetStem(depths=(3, 4)))
 
 
 @pytest.mark.parametrize(("n", "side", "stride"), [(224, 7, 2), (7, 3, 1), (27, 3, 2), (1, 3, 2), (14, 1, 2)])

@@ -131,7 +131,7 @@ def test_what_no_file_holds_is_refused(tmp_path):
         ({"position": "relative"}, "blocks/relative"),
         ({"block": "axial", "pool": "gap"}, "blocks/row/norm1/scale"),
     ):
-        config = vitcore.ViTConfig(**SMALL, **changes)
+        config = vitcore.ViTConfig(**SMALL, **changes)  # pyright: ignore
         with pytest.raises(ValueError, match=words):
             vitcore.save(tmp_path / "m.npz", noisy(config), config)
         assert not (tmp_path / "m.npz").exists()

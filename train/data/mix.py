@@ -51,11 +51,11 @@ def cutmix_boxes(draws: np.ndarray, strength: float, sides: tuple[int, int]) -> 
     The box has the image's shape and the share 1 - l of its area, l being Beta-distributed; its centre lies anywhere, and what
     falls outside is cut off. draws: [B, 3], of l and of the centre.
     """
-    sides = np.array(sides)
+    size = np.array(sides)
     cut = np.sqrt(1 - quantile(draws[:, 0], strength))[:, None]
-    half = np.floor(sides * cut).astype(int) // 2
-    centre = np.floor(draws[:, 1:] * sides).astype(int)
-    return np.concatenate([np.maximum(centre - half, 0), np.minimum(centre + half, sides)], axis=1)
+    half = np.floor(size * cut).astype(int) // 2
+    centre = np.floor(draws[:, 1:] * size).astype(int)
+    return np.concatenate([np.maximum(centre - half, 0), np.minimum(centre + half, size)], axis=1)
 
 
 def mixup(images: np.ndarray, labels: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
