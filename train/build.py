@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from functools import partial
 from typing import Any
 
@@ -82,6 +83,18 @@ def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool)
     return sources, data_seen
 
 
+FEW_CORES = 8  # up to which threads feed what the devices take; beyond, one process's threads stand in each other's way
+MOST_WORKERS = 16  # more brought no more images on 32 cores: the process that joins their batches is the limit then
+
+
+def reading_processes(asked: int | None, source: Source) -> int:
+    """The processes that read and decode: those asked for, or with None what suits the source and the cores that we may use."""
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if source.decoded or cores <= FEW_CORES else min(MOST_WORKERS, cores // 2)
+
+
 def make_run(
     full, out, identity: dict, described: dict, *, sources: tuple[Source, Source], config: ViTConfig, mesh: Mesh,
     data: dict[str, Any] | None = None, **own,
@@ -99,7 +112,8 @@ def make_run(
         decoder=full.decoder, pixels="uint8", bad_share=full.bad_share,
     )  # fmt: skip
     batches = train_batches(
-        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, workers=full.workers, how=full.how,
+        source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, how=full.how,
+        workers=reading_processes(full.workers, source),
         mixup=full.mixup, cutmix=full.cutmix, mixup_share=full.mixup_share or "batch", **images, **data or {},
     )  # fmt: skip
     size = meshes.whole_rows(min(full.batch_size // full.accumulate, len(held_out)), mesh)

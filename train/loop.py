@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from train import distributed
+from train import distributed, memory
 from train.checkpoint import Checkpoints, abstract
 from train.data import EvalBatches, TrainBatches
 from train.data.device import on_mesh
@@ -29,6 +29,8 @@ from train.metrics import Recorder, Silence, log_line
 from train.signals import Stop, Watchdog, check_interrupt
 from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
 from vitcore.config import ViTConfig
+
+WAITING = 0.05  # share of a run's time that waiting for data may take unsaid
 
 
 class Diverged(ValueError):
@@ -167,7 +169,9 @@ class _Loop:
         self.place = on_mesh(run.mesh)
         self.step_fn = make_train_step(run.config, run.mesh, run.tx, run.options)
         self.eval_fn = make_eval_step(run.config, run.mesh, run.options)
-        self.simulated = run.mesh.devices.flat[0].platform == "cpu"
+        self.run_device = next(d for d in run.mesh.devices.flat if d.process_index == jax.process_index())
+        self.simulated = self.run_device.platform == "cpu"
+        self.memory = memory.limit_of(self.run_device)  # until the first step is known to fit; None: nobody can tell
         self.unseen: list[tuple[int, dict]] = []  # steps whose metrics nobody has looked at
         self.now = _Progress()
         self.watchdog = stack.enter_context(Watchdog(run.step_timeout))
@@ -254,6 +258,8 @@ class _Loop:
         check_interrupt()
         self.watchdog.beat(f"taking step {self.now.step + 1}")
         self.profile(self.now.step + 1)
+        if self.memory is not None:
+            self.compile(batch)
         self.state, metrics = self.step_fn(self.state, batch["image"], batch["label"])
         self.now.step += 1
         self.unseen.append((self.now.step, metrics))
@@ -262,6 +268,25 @@ class _Loop:
             jax.block_until_ready(self.unseen[-1 - in_flight][1])
         self.settle(in_flight)
         return metrics
+
+    def compile(self, batch) -> None:
+        """Compiles the step for this batch, and raises `memory.TooLarge` where the program does not fit the devices."""
+        run, limit = self.spec, self.memory
+        assert limit is not None
+        self.memory = None  # once
+        compiled = self.step_fn.lower(self.state, batch["image"], batch["label"]).compile()
+        here = self.run_device
+
+        def bytes_here(tree) -> int:
+            shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
+            return sum(shard.data.nbytes for shard in shards if shard.device == here)
+
+        memory.check(
+            compiled.memory_analysis(), bytes_here(batch["image"]), limit=limit, kept=bytes_here(self.state),
+            batch_size=run.batch_size,
+            parts=run.mesh.shape["data"] * run.options.accumulate, device=here.device_kind,
+        )  # fmt: skip
+        self.step_fn = compiled
 
     def profile(self, step: int) -> None:
         """Starts the profiler before the first step of --profile, and stops it before the one behind the last. On process 0."""
@@ -333,7 +358,7 @@ class _Loop:
         else:
             recorder = Silence()
         self.recorder = self.stack.enter_context(recorder)
-        since, whole = _Clock(), _Clock()  # time since the last line, and without the first step
+        since, whole, waited = _Clock(), _Clock(), 0.0  # time since the last line; without the first step; of that, for batches
         if now.due is not None:
             self.finish_step(dict(now.due), 0.0)
         while now.step < run.total_steps and not self.waited_enough and not self.stopping:
@@ -345,6 +370,7 @@ class _Loop:
                 batch = self.next(self.feed, more=more)
             if self.asked():
                 break
+            waiting = time.perf_counter() - tick
             self.loader = self.feed.state  # a batch that came but is not taken is drawn again by the continuation
             metrics = self.step(batch)
             last = now.step == run.total_steps
@@ -357,7 +383,8 @@ class _Loop:
                 self.settle()
             taken = time.perf_counter() - tick
             since = since.after(taken)
-            whole = whole if now.step == self.started + 1 else whole.after(taken)  # the first step compiles
+            if now.step > self.started + 1:  # the first step compiles
+                whole, waited = whole.after(taken), waited + waiting
             self.finish_step(record, since.rate)
             since = _Clock() if record else since
             self.checkpoints.check()
@@ -367,7 +394,16 @@ class _Loop:
                 self.save()
             if due and now.due is None:
                 self.recorder.draw()
+        self.say_waiting(waited / whole.seconds if whole.steps else 0.0)
         return self.result(whole.rate * run.batch_size)
+
+    def say_waiting(self, share: float) -> None:
+        """Says where devices stood idle for want of images. Simulated ones share the cores that decode: there it means nothing."""
+        if share > WAITING and not self.simulated:
+            self.say(
+                f"{share:.0%} of the time the devices waited for images: more --workers, --decoder simplejpeg, or a set packed "
+                "at a smaller size (python -m train.data.pack) brings them faster"
+            )
 
     def diverged(self) -> None:
         self.save()

@@ -72,8 +72,9 @@ class TrainOptions(MeshOptions):
     """Keep only the blocks' inputs for the backward pass: more images fit, a third more arithmetic."""
     remat_every: int = 1
     """With --remat: keep every n-th block's input only, n a divisor of the blocks. 2: an eighth more arithmetic again."""
-    workers: int = 0
-    """Processes that read and decode images instead of threads."""
+    workers: int | None = None
+    """Processes that read and decode images instead of threads. Default: none for images that lie decoded in memory and on few
+    cores, else half as many as there are cores, 16 at most."""
     bad_share: float = 0.01
     """Images that cannot be read are replaced and logged; where they are a larger share, the run stops."""
     log_every: int | None = None

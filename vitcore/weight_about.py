@@ -78,19 +78,24 @@ def _beside(path: str) -> About:
     """What config.json and preprocessor_config.json in the file's folder say, where they are as the hub has them."""
     folder, found = os.path.dirname(path) or ".", About()
     model, processor = (_json(os.path.join(folder, name)) for name in ("config.json", "preprocessor_config.json"))
-    vision = model.get("vision_config") if isinstance(model.get("vision_config"), dict) else model
+    vision = _part(model, "vision_config") or model
     if isinstance(heads := vision.get("num_attention_heads"), int) and not isinstance(heads, bool) and heads > 0:
         found = found._replace(heads=heads)
     if isinstance(act := vision.get("hidden_act"), str):
         if act not in _GELU:
             raise WeightError(f"{path} is of a model with {act!r} by the config.json beside it: 'gelu' is supported")
         found = found._replace(gelu=_GELU[act])
-    cfg = model.get("pretrained_cfg") if isinstance(model.get("pretrained_cfg"), dict) else {}
+    cfg = _part(model, "pretrained_cfg")
     for mean, std in ((processor.get("image_mean"), processor.get("image_std")), (cfg.get("mean"), cfg.get("std"))):
         if mean is not None and std is not None and found.pixels is None:
             with contextlib.suppress(ValueError):
                 found = found._replace(pixels=pixels(mean, std))
     return found
+
+
+def _part(told: dict, name: str) -> dict:
+    found = told.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _json(path: str) -> dict:

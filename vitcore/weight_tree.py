@@ -42,6 +42,9 @@ def load(
     new_head: bool = False,
     allow_nonfinite: bool = False,
     grid: tuple[int, int] | None = None,
+    heads: int | None = None,
+    pool: str | None = None,
+    position: str | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
 ):
     """Parameters for `config` from a file: a nested dict of float32 arrays, as `vitcore.init` makes. Without a config: (parameters,
@@ -50,6 +53,7 @@ def load(
     path: .npz in any of the release's layouts, or .safetensors in timm's or transformers' naming. new_head: leave the file's head
     and pre-logits layer alone, whatever they are; the head is zeros (its bias config.head_bias), and the config must have no
     pre-logits layer. grid: (rows, columns) of the file's position embedding, needed where it is not square.
+    heads, pool, position: without a config, where the file leaves them open.
     interpolation: how the position embedding is fitted to config.grid (`vitcore.posemb`). allow_nonfinite: take arrays with NaN or
     infinities. Raises ValueError, one line, that names every missing, extra and misshapen entry, what the file says of its model
     and the config says otherwise, or what is wrong with the file; OSError.
@@ -58,8 +62,10 @@ def load(
 
     alone = config is None
     if config is None:
-        _, config, _ = describe(path, grid=grid)
-        grid = config.grid
+        style, found, arrays = describe(path, heads=heads, grid=grid, pool=pool, position=position)
+        if isinstance(found, ViTConfig) and not any(_is_head(name, style) for name in _usual_names(arrays)):
+            found = dataclasses.replace(found, num_classes=0)
+        config, grid = found, getattr(found, "grid", None)
     found = read(
         path, config, new_head=new_head, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
     )  # fmt: skip

@@ -72,7 +72,7 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     b, t, d = x.shape
     tokens = tokens or t
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
     if t % TOKENS:
         padded = jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))
         options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens}
@@ -83,13 +83,13 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
         z = layer_norm(x, norm_scale, norm_bias)
         # apart, or XLA makes one product of two, copies them out of its result, and their gradients into one for the backward pass
         q, k, v = (product(z, w) for z, w in zip(lax.optimization_barrier((z, z, z)), w_qkv, strict=True))
-        return checkpoint_name(((q.astype(wide) + b_q).astype(x.dtype), k, v), KEPT)
+        return checkpoint_name(((q.astype(acc_dtype) + b_q).astype(x.dtype), k, v), KEPT)
 
     @again
     def close(x, o, w_out, b_v, b_out):
         bias = residual_scale * b_out + jnp.matmul(b_v, w_out, precision=lax.Precision.HIGHEST)
-        y = product(o, w_out).astype(wide) + bias
-        return rounded(residual_scale * x.astype(wide) + dropped(y, t, dropout, drop.ATTENTION_OUT, tokens), x.dtype)
+        y = product(o, w_out).astype(acc_dtype) + bias
+        return rounded(residual_scale * x.astype(acc_dtype) + dropped(y, t, dropout, drop.ATTENTION_OUT, tokens), x.dtype)
 
     x = x.reshape(b * t, d)
     q, k, v = (a.reshape(b, t, num_heads, -1) for a in project(x, norm_scale, norm_bias, w_qkv, b_qkv[0]))

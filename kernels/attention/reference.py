@@ -32,15 +32,15 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     """
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     b, t, _ = x.shape
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
     w_qkv, w_out = w_qkv.astype(x.dtype), w_out.astype(x.dtype)
     z = layer_norm(x, norm_scale, norm_bias)
-    qkv = jnp.einsum("btd,cdk->cbtk", z, w_qkv, preferred_element_type=wide) + b_qkv[:, None, None]
+    qkv = jnp.einsum("btd,cdk->cbtk", z, w_qkv, preferred_element_type=acc_dtype) + b_qkv[:, None, None]
     q, k, v = qkv.astype(x.dtype).reshape(3, b, t, num_heads, -1)
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=acc_dtype) * q.shape[-1] ** -0.5
     if tokens is not None:
         logits = jnp.where(jnp.arange(t) < tokens, logits, -jnp.inf)
     probs = jax.nn.softmax(logits).astype(x.dtype)
-    o = jnp.einsum("bnts,bsnh->btnh", probs, v, preferred_element_type=wide).astype(x.dtype)
-    y = jnp.einsum("btk,kd->btd", o.reshape(b, t, -1), w_out, preferred_element_type=wide) + residual_scale * b_out
-    return (residual_scale * x.astype(wide) + drop.apply(y, dropout, drop.ATTENTION_OUT, tokens=tokens)).astype(x.dtype)
+    o = jnp.einsum("bnts,bsnh->btnh", probs, v, preferred_element_type=acc_dtype).astype(x.dtype)
+    y = jnp.einsum("btk,kd->btd", o.reshape(b, t, -1), w_out, preferred_element_type=acc_dtype) + residual_scale * b_out
+    return (residual_scale * x.astype(acc_dtype) + drop.apply(y, dropout, drop.ATTENTION_OUT, tokens=tokens)).astype(x.dtype)

@@ -23,10 +23,10 @@ def _layer_norm(x, scale, bias):
 
 
 def _forward(x, scale, bias):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = checkpoint_name(wide.mean(-1, keepdims=True), STATISTICS)
-    r = checkpoint_name(lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + EPS), STATISTICS)
-    return ((wide - mean) * r * scale + bias).astype(x.dtype), (x, mean, r, scale)
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = checkpoint_name(x32.mean(-1, keepdims=True), STATISTICS)
+    r = checkpoint_name(lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + EPS), STATISTICS)
+    return ((x32 - mean) * r * scale + bias).astype(x.dtype), (x, mean, r, scale)
 
 
 def _backward(kept, g):

@@ -11,8 +11,8 @@ def layer_norm(x, scale, bias):
 
     x [..., D], scale and bias [D] -> [..., D] in x's dtype.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    z = x.astype(wide)
+    acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    z = x.astype(acc_dtype)
     z = z - z.mean(-1, keepdims=True)
     z = z * lax.rsqrt(jnp.square(z).mean(-1, keepdims=True) + EPS)
     return (z * scale + bias).astype(x.dtype)

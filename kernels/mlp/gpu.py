@@ -21,7 +21,7 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
     norm_scale, norm_bias, w_in, b_in, w_out, b_out = weights
     b, t, d = x.shape
     tokens = tokens or t
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
 
     @again
     def project(x, norm_scale, norm_bias, w_in):
@@ -29,27 +29,27 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
 
     @again
     def close(x, a, b_in, w_out, b_out):
-        h = _gelu(_plus(wide, *vary_alike(a, b_in)), gelu)
+        h = _gelu(_plus(acc_dtype, *vary_alike(a, b_in)), gelu)
         h = dropped(h, t, dropout, drop.MLP_HIDDEN, tokens, 0 if dropout is None else dropout.column).astype(x.dtype)
-        y = product(h, w_out).astype(wide) + residual_scale * b_out
-        return rounded(residual_scale * x.astype(wide) + dropped(y, t, dropout, drop.MLP_OUT, tokens), x.dtype)
+        y = product(h, w_out).astype(acc_dtype) + residual_scale * b_out
+        return rounded(residual_scale * x.astype(acc_dtype) + dropped(y, t, dropout, drop.MLP_OUT, tokens), x.dtype)
 
     x = x.reshape(b * t, d)
     return close(x, project(x, norm_scale, norm_bias, w_in), b_in, w_out, b_out).reshape(b, t, d)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _plus(wide, a, bias):
-    return a.astype(wide) + bias
+def _plus(acc_dtype, a, bias):
+    return a.astype(acc_dtype) + bias
 
 
-def _plus_backward(wide, kept, g):
+def _plus_backward(acc_dtype, kept, g):
     # the bias's gradient is the sum of the product's, read as that is rounded: else XLA writes it once more, in float32
     g = rounded(g, kept.dtype)
-    return g, g.astype(wide).sum(0)
+    return g, g.astype(acc_dtype).sum(0)
 
 
-_plus.defvjp(lambda wide, a, bias: (_plus(wide, a, bias), jnp.zeros((), a.dtype)), _plus_backward)
+_plus.defvjp(lambda acc_dtype, a, bias: (_plus(acc_dtype, a, bias), jnp.zeros((), a.dtype)), _plus_backward)
 
 
 def _gelu(x, form: str):

@@ -29,12 +29,12 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
     Returns [B, T, D] in x's dtype.
     """
     norm_scale, norm_bias, w_in, b_in, w_out, b_out = weights
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
     w_in, w_out = w_in.astype(x.dtype), w_out.astype(x.dtype)
     z = layer_norm(x, norm_scale, norm_bias)
-    a = jnp.einsum("btd,df->btf", z, w_in, preferred_element_type=wide) + b_in
+    a = jnp.einsum("btd,df->btf", z, w_in, preferred_element_type=acc_dtype) + b_in
     h = jax.nn.gelu(a, approximate=gelu == "tanh")
     column = 0 if dropout is None else dropout.column
     h = drop.apply(h, dropout, drop.MLP_HIDDEN, column, tokens=tokens).astype(x.dtype)
-    y = jnp.einsum("btf,fd->btd", h, w_out, preferred_element_type=wide) + residual_scale * b_out
-    return (residual_scale * x.astype(wide) + drop.apply(y, dropout, drop.MLP_OUT, tokens=tokens)).astype(x.dtype)
+    y = jnp.einsum("btf,fd->btd", h, w_out, preferred_element_type=acc_dtype) + residual_scale * b_out
+    return (residual_scale * x.astype(acc_dtype) + drop.apply(y, dropout, drop.MLP_OUT, tokens=tokens)).astype(x.dtype)

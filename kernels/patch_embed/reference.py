@@ -14,12 +14,12 @@ def patch_embed(images, kernel, bias, cls, position, *, dropout=None):
     """
     p, _, c, d = kernel.shape
     b, y, x, _ = images.shape
-    wide = jnp.promote_types(images.dtype, jnp.float32)
+    acc_dtype = jnp.promote_types(images.dtype, jnp.float32)
     patches = images.reshape(b, y // p, p, x // p, p, c)
-    tokens = jnp.einsum("byixjc,ijcd->byxd", patches, kernel.astype(images.dtype), preferred_element_type=wide) + bias
+    tokens = jnp.einsum("byixjc,ijcd->byxd", patches, kernel.astype(images.dtype), preferred_element_type=acc_dtype) + bias
     tokens = tokens.reshape(b, -1, d)
     if cls is not None:
-        tokens = jnp.concatenate([jnp.broadcast_to(cls.astype(wide), (b, 1, d)), tokens], axis=1)
+        tokens = jnp.concatenate([jnp.broadcast_to(cls.astype(acc_dtype), (b, 1, d)), tokens], axis=1)
     if position is not None:
         tokens = tokens + position
     return drop.apply(tokens, dropout, drop.EMBEDDING).astype(images.dtype)

@@ -185,8 +185,9 @@ class PowerLoss:
         names, safe, pending, data = {self.root: {}}, {self.root: {}}, {self.root: []}, {}
 
         def change(parent, *changes):
-            for table, empty in ((names, {}), (safe, {}), (pending, [])):
-                table.setdefault(parent, empty)
+            for table in (names, safe):
+                table.setdefault(parent, {})
+            pending.setdefault(parent, [])
             for name, inode in changes:
                 names[parent][name] = inode
             pending[parent].append(changes)

@@ -454,3 +454,20 @@ def test_bad_arguments_of_evaluation():
             eval_batches(Numbered(5), **{**good, **options})
     with pytest.raises(ValueError, match="holds no images"):
         eval_batches(Numbered(0), **good)
+
+
+def test_processes_read_where_there_are_cores_for_them(monkeypatch):
+    """By default none on few cores and for images in memory, else half as many as cores, 16 at most; what is asked counts."""
+    from train import build
+
+    class Files:
+        decoded = False
+
+    class Arrays:
+        decoded = True
+
+    for cores, expected in ((2, 0), (8, 0), (12, 6), (32, 16), (96, 16)):
+        monkeypatch.setattr(build.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert build.reading_processes(None, Files()) == expected
+        assert build.reading_processes(None, Arrays()) == 0
+        assert build.reading_processes(3, Arrays()) == 3

@@ -248,3 +248,19 @@ def test_of_two_towers_that_of_the_images_is_read(tmp_path):
     found, config = vitcore.load(tmp_path / "w.npz")
     assert config == TOKEN
     np.testing.assert_array_equal(found["head"]["kernel"], arrays["head/kernel"])
+
+
+def test_a_file_without_a_head_is_a_model_without_one(tmp_path):
+    arrays = {name: a for name, a in release(TOKEN).items() if not name.startswith("head/")}
+    np.savez(tmp_path / "w.npz", **arrays)
+    found, config = vitcore.load(tmp_path / "w.npz")
+    assert config == vitcore.ViTConfig(**{**vars(TOKEN), "num_classes": 0})
+    assert vitcore.features(found, np.zeros((1, 16, 16, 3), np.float32), config).shape == (1, 32)
+
+
+def test_what_a_file_leaves_open_is_asked_for_and_given(tmp_path):
+    config = vitcore.ViTConfig(**{**vars(TOKEN), "pool": "gap"})
+    np.savez(tmp_path / "w.npz", **release(config))
+    with pytest.raises(ValueError, match="no name says which: say pool="):
+        vitcore.load(tmp_path / "w.npz")
+    assert vitcore.load(tmp_path / "w.npz", pool="gap")[1] == config
