@@ -209,7 +209,7 @@ def test_decay_without_parameters_is_refused():
 
 # --- 20 steps of the jobs' own optimizers in the train step ------------------------------------------------------------------
 
-STEPS, WARM, PEAK, DEPTH = 20, 5, 0.03, 2
+STEPS, WARM, PEAK, ADAMW_PEAK, DEPTH = 20, 5, 0.03, 2e-3, 2
 
 
 def pretraining(recipe, **options):
@@ -222,10 +222,10 @@ def pretraining(recipe, **options):
     return full, pretrain._optimizer(full)[1], step
 
 
-def fine_tuning(recipe, **more):
+def fine_tuning(recipe, rate=ADAMW_PEAK, **more):
     """As `pretraining`, of train.finetune."""
     options = tuning.Finetune(
-        init="x.npz", data="folder:x", recipe=recipe, steps=STEPS, warmup_steps=WARM, learning_rate=PEAK, **more
+        init="x.npz", data="folder:x", recipe=recipe, steps=STEPS, warmup_steps=WARM, learning_rate=rate, **more
     )
     full: Any = tuning.resolve(options)
     tx = tuning.make_optimizer(full, depth=DEPTH)[1]
@@ -258,12 +258,12 @@ def layers64(share, weight_decay):
     def run(name, w, gradients):
         if name.startswith("['blocks']"):
             parts = (
-                adam64(PEAK, "cosine", weight_decay, share ** (DEPTH - i))(name, w[i], [g[i] for g in gradients])
+                adam64(ADAMW_PEAK, "cosine", weight_decay, share ** (DEPTH - i))(name, w[i], [g[i] for g in gradients])
                 for i in range(DEPTH)
             )
             return np.stack(list(parts))
         factor = share ** (DEPTH + 1) if name.startswith("['patch_embed']") else 1.0
-        return adam64(PEAK, "cosine", weight_decay, factor)(name, w, gradients)
+        return adam64(ADAMW_PEAK, "cosine", weight_decay, factor)(name, w, gradients)
 
     return run
 
@@ -283,7 +283,7 @@ def momentum64(name, w, gradients):
         (partial(pretraining, "imagenet", loss="sigmoid"), adam64(3e-3, "cosine", 0.3), 1.0),
         (partial(pretraining, "jft"), adam64(8e-4, "linear", 0.1), None),
         (partial(pretraining, "imagenet21k"), adam64(1e-3, "linear", 0.03), None),
-        (partial(fine_tuning, "cifar10"), momentum64, 1.0),
+        (partial(fine_tuning, "cifar10", PEAK), momentum64, 1.0),
         (partial(fine_tuning, "mae-b"), layers64(0.65, 0.05), None),
         (partial(fine_tuning, "pets", optimizer="adamw", layer_decay=0.5), layers64(0.5, 0.0), 1.0),
     ],
