@@ -17,6 +17,7 @@ from bench.target_study import _program, first_batch, out_of_hbm, too_much
 from bench.throughput import Throughput, run
 from bench.timing import still_rising, summary
 from bench.tpu_compiler import Cache, Compiler, CompilerMissing, Kernel, Program, Report
+from bench.yardstick import Line
 
 # ---- bad input: one clear line each, before anything is measured or compiled
 
@@ -192,7 +193,9 @@ def test_rows_are_kept_for_the_same_study_alone(tmp_path, monkeypatch):
 
 def test_the_cache_answers_for_the_same_program_and_machine(tmp_path):
     request = {"target": "v3", "topology": "v3:2x2"}
-    report = Report(name="p", target="v3", kernels=(Kernel(name="k", trips=2, cycles=5),), xla_top=(("a", 1, 2, "s"),))
+    line = Line(name="k", kind="kernel", trips=2, cycles=5, source="schedule", bound="MXU")
+    kernels = (Kernel(name="k", trips=2, cycles=5),)
+    report = Report(name="p", target="v3", kernels=kernels, lines=(line,), xla_top=(("a", 1, 2, "s"),))
     cache = Cache(tmp_path, request)
     cache.save("digest", True, report)
     bare, whole = cache.load("digest", False), cache.load("digest", True)

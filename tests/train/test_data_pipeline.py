@@ -446,7 +446,7 @@ def test_bad_arguments_of_training(options, words):
 def test_bad_arguments_of_evaluation():
     good: dict[str, Any] = dict(image_size=8, channels=1, batch_size=4)
     for options, words in [
-        (dict(preprocess="crop"), "unknown preprocessing 'crop'; the known ones are resize, center"),
+        (dict(preprocess="crop"), "unknown preprocessing 'crop'; the known ones are resize, resize-center, center"),
         (dict(channels=2), "channels 1 or 3"),
         (dict(image_size=0), "side must be >= 1"),
         (dict(shard=(0, 3)), "does not divide"),

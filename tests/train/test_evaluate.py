@@ -13,6 +13,7 @@ from train import mesh as meshes
 from train.data import open_source
 from train.fewshot import ridge, targets
 from train.frozen import Reader, make_predict, put_params
+from vitcore.pixels import to_unit
 from vitcore.sharding import MeshShape
 
 CONFIG = vitcore.variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10)
@@ -87,7 +88,7 @@ def test_images_are_brought_to_size_as_asked(tmp_path):
     light = {}
     for name, antialias in (("resize", False), ("resize", True), ("resize-center", True), ("center", False)):
         reader = Reader(batch_size=1, preprocess=name, antialias=antialias)
-        light[name, antialias] = float(reader.all(lambda x: x.mean((1, 2, 3)), source, CONFIG, mesh)[0][0])
+        light[name, antialias] = float(reader.all(lambda x: to_unit(x).mean((1, 2, 3)), source, CONFIG, mesh)[0][0])
     assert light["resize", False] == pytest.approx(-1 / 4, abs=0.01)  # three of eight columns, which see a pixel each
     assert light["resize", True] == pytest.approx(-1 / 3, abs=0.01)
     assert light["resize-center", True] == pytest.approx(2 * (1 / 3) / (8 / 9) - 1, abs=0.02)  # 8 of 9 columns, from the left

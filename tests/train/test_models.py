@@ -66,6 +66,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # logits and gradients on a mesh are fast tests (tests/vitcore/test_entries.py, test_resnet.py)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_mesh_gives_the_losses_of_one_device(name):
     one, params = steps(MODELS[name], (1, 1))
@@ -77,6 +78,7 @@ def test_a_mesh_gives_the_losses_of_one_device(name):
             assert np.abs(a - b).max() <= 1e-4 * max(np.abs(a).max(), 1e-3), (shape, path)
 
 
+@pytest.mark.slow
 def test_units_made_again_and_bfloat16_train(monkeypatch):
     kept, _ = steps(MODELS["resnet"], (1, 1))
     again, _ = steps(MODELS["resnet"], (1, 1), remat=1)

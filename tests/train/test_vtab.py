@@ -178,7 +178,7 @@ def test_what_jobs_that_train_share_reaches_every_run(weights, sets, tmp_path, m
         "--ops", "interpret", "--bad-steps", 7)  # fmt: skip
     (job,) = seen
     assert (job.options.remat, job.options.accumulate, job.options.ops) == (2, 2, vitcore.INTERPRET)
-    assert (job.keep, job.keep_every, job.checkpoint_every, job.bad_steps) == (1, 2, 3, 7)
+    assert (job.keep, job.keep_every, job.checkpoint_every, job.bad_steps) == (2, 2, 3, 7)
     batch = next(job.batches)
     job.batches.close()
     assert batch["image"].dtype == np.uint8

@@ -22,6 +22,12 @@ STYLES = (Style(), Style(numbering=0, stacked=True), Style(naming="timm"), Style
 CHANGES = ({}, {"pool": "gap", "representation_size": 24, "image_size": (224, 448)})
 
 
+def nameless(name: str, style: Style) -> bool:
+    """Whether nobody publishes such a model in this naming: axial ones at all, hybrids as transformers names things. Writing such a
+    file is refused (tests/vitcore/test_weights_resnets.py)."""
+    return name.startswith("Axial") or ("+" in name and style.naming == "transformers")
+
+
 @pytest.mark.parametrize("changes", CHANGES, ids=["token", "gap"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_leaf_of_every_named_model_appears_everywhere(name, changes):
@@ -45,7 +51,11 @@ def test_every_leaf_of_every_named_model_appears_everywhere(name, changes):
         held: dict = {}
         for entry in entries(config, style):
             held[entry.path] = held.get(entry.path, 0) + math.prod(entry.shape)
-        assert held == {leaf.path: leaf.size for leaf in leaves}, style
+        whole = {leaf.path: leaf.size for leaf in leaves}
+        if nameless(name, style):
+            assert held.items() < whole.items(), style
+        else:
+            assert held == whole, style
 
 
 # Means of the absolute values of the leaves of two small models, drawn from key 3 before there was a list of leaves.
