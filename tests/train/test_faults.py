@@ -555,7 +555,7 @@ def test_a_full_disk_shows_within_an_interval_and_the_last_good_step_loads(tmp_p
     first, after = done.stdout.split("taken: ")
     error = [line for line in done.stderr.splitlines() if line.startswith("train.pretrain: error: ")]
     assert len(error) == 1, done.stderr
-    assert "No space left on device" in error[0]
+    assert "No space left on" in error[0]  # the line is cut where the path is long
     assert "exit: 2" in first
     whole = sorted(int(name) for name in first.split("steps:")[1].split() if name.isdigit())
     taken, failed = int(after.split()[0]), int(error[0].split("/checkpoints/")[1].split(":")[0])

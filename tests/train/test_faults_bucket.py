@@ -87,7 +87,7 @@ def test_a_run_in_a_bucket_stops_and_resumes():
         train.loop.make_train_step = make
         assert pretrain.main(options) == 0
         names = {{name.split("/runs/b/")[1].split("/")[0] for name in Bucket.store}}
-        assert names == {{"config.json", "metrics.jsonl", "curves.png", "checkpoints"}}, names
+        assert names == {{"config.json", "metrics.jsonl", "curves.png", "checkpoints", "checkpoints.begun"}}, names
         lines = Bucket.store["/bucket/runs/b/metrics.jsonl"].getvalue().decode().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
         """
