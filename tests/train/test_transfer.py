@@ -30,7 +30,6 @@ def test_a_mistake_is_one_line(capsys):
     assert said.count("\n") == 1
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_it_keeps_its_promise(tmp_path, capsys):
     """Above 97 % fine-tuned; five shots from the features beat the pixels by the stated margin."""
