@@ -43,7 +43,9 @@ transfer: $(VENV)/.run
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not faults and not peers and not gpu" $(ARGS)
 
-# Everything there is. Each part runs whatever became of those before it, and one that failed fails the whole.
+# Everything there is. Each part runs whatever became of those before it, and one that failed fails the whole. XLA_FLAGS is set, even
+# if to nothing: tests/conftest.py then leaves XLA's compiler for the CPU as a user has it.
+test-all: export XLA_FLAGS := $(XLA_FLAGS)
 test-all: $(VENV)/.peers
 	@failed=0; for tests in "not faults and not clock and not gpu" "faults and not clock" "clock"; do \
 		beside="-n $(WORKERS) --dist loadfile"; [ "$$tests" != clock ] || beside=; \

@@ -13,6 +13,10 @@ import tempfile
 # Before jax is imported, and for the subprocesses of tests too.
 PLATFORM = os.environ["JAX_PLATFORMS"] = os.environ.get("VITCORE_TEST_PLATFORM", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+# A test compiles for much longer than it computes, and half of that is LLVM polishing loops that run once. XLA's own passes, which
+# decide what is computed, stay as a user has them. With XLA_FLAGS set, as `make test-all` does, a user's whole compiler is tested.
+if PLATFORM == "cpu":
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 if "VITCORE_CACHE" not in os.environ:  # kept indices of data: not into the user's own cache
     os.environ["VITCORE_CACHE"] = tempfile.mkdtemp(prefix="vitcore-test-cache-")
     atexit.register(shutil.rmtree, os.environ["VITCORE_CACHE"], ignore_errors=True)

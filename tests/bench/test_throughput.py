@@ -252,9 +252,9 @@ def test_a_trial_that_dies_or_hangs_says_why():
 
 
 def test_what_memory_there_is_decides_on_a_cpu():
-    ask = request(task="edge", start=4, step=1, most=64, budget=50, mode="train")
+    ask = request(task="edge", start=4, step=1, most=16, budget=50, mode="train")
     (*_, whole), error = device_study.start(ask, seconds=60)
-    assert (whole["edge"]["batch"], whole["edge"]["complete"], error) == (64, False, "")
+    assert (whole["edge"]["batch"], whole["edge"]["complete"], error) == (16, False, "")
     of_four = whole["edge"]["attempts"][0]
     assert (of_four["batch"], of_four["fits"]) == (4, True)
     (*_, less), _ = device_study.start({**ask, "memory": of_four["used"]}, seconds=60)

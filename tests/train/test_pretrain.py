@@ -68,7 +68,7 @@ def test_config_json_runs_again_to_the_same_numbers(whole, tmp_path):
         assert (a["step"], a["loss"], a.get("val_accuracy")) == (b["step"], b["loss"], b.get("val_accuracy"))
 
 
-@pytest.mark.parametrize("mesh", ["2x2", "4x1"])
+@pytest.mark.parametrize("mesh", ["2x2", pytest.param("4x1", marks=pytest.mark.slow)])  # -m faults moves between meshes as well
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(whole, tmp_path, monkeypatch, mesh):
     """Stopped after 9 steps, between checkpoints; continued from step 6: bit for bit on the same mesh, to rounding on another."""
     make, taken = train.loop.make_train_step, []
