@@ -15,6 +15,9 @@ from vitcore.ops import INTERPRET as INTERPRET
 from vitcore.ops import REFERENCE as REFERENCE
 from vitcore.ops import Ops as Ops
 from vitcore.ops import fused as fused
+from vitcore.optax_labels import layer_indices as layer_indices
+from vitcore.optax_labels import optax_labels as optax_labels
+from vitcore.optax_labels import per_layer as per_layer
 from vitcore.resnet import ResNetStem as ResNetStem
 from vitcore.resnet_models import ResNetConfig as ResNetConfig
 from vitcore.sharding import partition_specs as partition_specs
