@@ -152,9 +152,6 @@ PLAIN = Recipe(
 PLAIN_RECIPES = {"plain": PLAIN, "plain-300ep": replace(PLAIN, name="plain-300ep", epochs=300)}
 
 
-MASKED_DIGITS_EPOCHS, MASKED_DIGITS_LR = 107, 2e-3
-
-
 def default_model(name: str, *, masked: bool = False) -> str:
     """The model that a recipe is for, where there is one. masked: for masked patch prediction, to which digits of four patches show
     too little."""
@@ -209,23 +206,6 @@ def recipe(name: str, model: str) -> Recipe:
         dropout=row.dropout,
         **DATA[data],
     )
-
-
-def masked(recipe: Recipe) -> Recipe:
-    """A recipe's masked patch prediction (appendix B.1.2): Adam at 2e-4, 10k steps of warm-up, cosine. Data size, epochs, batch and
-    images stay the recipe's.
-
-    What the appendix leaves out is as in the rows of JFT, on which the authors did it: decay 0.1, no dropout, no clipping. There it
-    ran for 1M steps, "ca. 14 epochs"; 100k steps, of ImageNet about its 300 epochs, did nearly as well. The digits are not the
-    paper's: a rate for their small model, and as many passes as suit it.
-    """
-    if recipe.name == "digits":
-        return replace(recipe, epochs=MASKED_DIGITS_EPOCHS, base_lr=MASKED_DIGITS_LR, dropout=0.0)
-    return replace(
-        recipe, epochs=14 if recipe.name == "jft" else recipe.epochs, base_lr=2e-4, decay="cosine", warmup_steps=10_000,
-        weight_decay=0.1, weight_decay_form="adamw", dropout=0.0, clip_norm=None, label_smoothing=0.0, loss="softmax",
-        head_bias=0.0, mixup=0.0, cutmix=0.0,
-    )  # fmt: skip
 
 
 def _find(rows, model: str) -> Row | None:

@@ -186,7 +186,7 @@ def test_the_recipe_is_the_appendix_s():
     assert (full.weight_decay, full.dropout, full.clip_norm, full.masked_target, full.corrupt) == (0.1, 0.0, 0.0, "mean", 0.5)
     assert full.steps == pytest.approx(1e6, rel=0.04)  # "1M steps (ca. 14 epochs)"
     assert pretrain.resolve(pretrain.Pretrain(objective="masked", data="folder:x"), examples=1_281_167).steps == 93_835
-    assert recipes.masked(recipes.recipe("plain", "ViT-S/16")).mixup == 0
+    assert masked.of_appendix(recipes.recipe("plain", "ViT-S/16")).mixup == 0
 
 
 def test_a_draw_of_shots_is_some_of_each_class():
