@@ -118,6 +118,11 @@ def run(args: Evaluate) -> dict:
     model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu, **args.told)
     config = model.config
     check_mesh(config, MeshShape.of(mesh))
+    if not config.num_classes:
+        raise ValueError(
+            f"{args.init} predicts no classes: put a head on it with train.finetune --init {args.init}, or measure its features "
+            "with train.fewshot"
+        )
     if mapped is None and config.num_classes != len(source.classes):
         raise ValueError(
             f"the model has {config.num_classes} classes, {source.name} has {len(source.classes)}: evaluate it on the classes it "

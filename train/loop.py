@@ -46,6 +46,7 @@ class Run:
     config_json: the resolved configuration, kept in every checkpoint; identity: the part of it that a continuation must share.
     start: makes the state at step 0 where that is not a fresh initialisation. claim: called on process 0 when the first batch has
     come, before anything is written. probe: a measurement every probe_every steps, {name: number} into the records.
+    finish: called on every process with the state at the end, unless a signal ended the run.
     step_timeout: seconds, 0 for none. bad_steps, checkpoint_wait: see `train.job.JobOptions`. tensorboard, profile: see
     `train.options.TrainOptions`."""
 
@@ -71,6 +72,7 @@ class Run:
     claim: Callable[[], None] = lambda: None
     probe: Callable[[TrainState], dict[str, float]] = lambda state: {}
     probe_every: int = 0
+    finish: Callable[[TrainState], None] = lambda state: None
     step_timeout: float = 0
     bad_steps: int = 20
     checkpoint_wait: bool = False
@@ -193,6 +195,7 @@ class _Loop:
         """Sums over the validation set, or None if a signal came in between."""
         params = self.state.params if self.state.average is None else self.state.average
         total = {"count": 0.0, "correct": 0.0, "loss": 0.0}
+        first = 0  # of the batch, in the set
         with Feed(self.spec.validation(), self.place) as feed:
             while True:
                 batch = self.next(feed)
@@ -202,7 +205,8 @@ class _Loop:
                     if not total["count"]:
                         raise ValueError("no image of the validation set can be read: mend the files, or name another set")
                     return total
-                sums = self.eval_fn(params, batch["image"], batch["label"], batch["weight"])
+                sums = self.eval_fn(params, batch["image"], batch["label"], batch["weight"], first)
+                first += batch["image"].shape[0]
                 total = {key: total[key] + float(sums[key]) for key in total}
                 self.watchdog.beat(f"evaluating after step {self.now.step}")
 
@@ -416,7 +420,7 @@ class _Loop:
         )
 
     def result(self, rate: float) -> Result:
-        now = self.now
+        run, now = self.spec, self.now
         if self.stopping and now.step > 0:
             self.save()
         scores = now.scores
@@ -424,6 +428,12 @@ class _Loop:
             scores = self.evaluate()
         self.watchdog.beat("writing the last checkpoint")
         self.checkpoints.wait()
+        if not self.stopping:
+            self.watchdog.beat("after the last step")
+            try:
+                run.finish(self.state)
+            except Told:
+                self.stopping = True
         sums = {"correct": 0.0, "count": math.nan} if self.stopping or scores is None else scores
         self.stack.close()
         return Result(
@@ -433,7 +443,7 @@ class _Loop:
             correct=round(sums["correct"]),
             count=0 if math.isnan(sums["count"]) else round(sums["count"]),
             best=now.best,
-            stopped_early=self.waited_enough and now.step < self.spec.total_steps,
+            stopped_early=self.waited_enough and now.step < run.total_steps,
             seconds=time.perf_counter() - self.begun,
             images_per_second=rate,
             skipped=now.skipped,

@@ -3,6 +3,8 @@
     python -m train.pretrain --mesh 8x4                                             the embedded digits, today, on any machine
     python -m train.pretrain --mesh 8x4 --model ViT-B/16 --data folder:PATH --recipe imagenet --dtype bfloat16
 
+    python -m train.pretrain --objective masked                                     masked patch prediction, without labels
+
 A recipe (paper Table 3, `train/recipes.py`) supplies what is not said on the command line. A run leaves one directory:
 config.json (everything resolved: `--config FILE` runs it again), metrics.jsonl, curves.png, checkpoints/. The same command
 again resumes; another mesh may take over, anything else that changes the result is another run and wants another --out.
@@ -21,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from train import distributed, job, options, recipes
+from train import distributed, job, masked, options, recipes
 from train.job import check_claim, end, guard, locked, say, stopped
 from train.options import ImageOptions, check_numbers, resolve_images
 from train.signals import Stop, interruptible
@@ -42,6 +44,14 @@ class Pretrain(ImageOptions):
     init: str | None = None
     """Start from these parameters instead of fresh ones: a run's directory, .npz or .safetensors of the same model and classes. The
     schedule begins anew. Default: fresh ones."""
+    objective: Literal["classes", "masked"] = "classes"
+    """classes: the images' labels. masked: patches of the image that the model does not see, without labels (paper B.1.2); leaves
+    masked.png as well. Of the recipe it keeps data, epochs and batch; rate, warm-up and decay are its own."""
+    masked_target: Literal["mean", "small", "pixels"] | None = None
+    """Of masked. mean: a patch's mean colour in 3 bits a channel. small: the colours of the patch reduced to 4x4. pixels: all of
+    the patch, by L2. Default: mean."""
+    corrupt: float | None = None
+    """Of masked: the share of the patches that is corrupted. Default: 0.5."""
     recipe: str | None = None
     """digits, imagenet, imagenet21k, jft, or with the epochs where Table 3 lists two: jft-14ep; plain, plain-300ep: a later
     baseline. Default: digits or imagenet."""
@@ -112,9 +122,10 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
 
     digits = args.data.partition(":")[0] == "digits"
     name = ("digits" if digits else "imagenet") if args.recipe is None else args.recipe
-    model = (recipes.default_model("digits" if digits else name)) if args.model is None else args.model
+    hides = args.objective == "masked"
+    model = recipes.default_model("digits" if digits else name, masked=hides) if args.model is None else args.model
     shown = variant(model, image_size=_some_size(model))  # an unknown model is the first thing to say
-    recipe = recipes.recipe(name, model)
+    recipe = masked.recipe_of(args, name, model)
     has = families.fields_of(model)
     for field in ("pool", "position", "dropout"):
         if getattr(args, field) and field not in has:
@@ -164,7 +175,8 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         epochs=None,
         batch_size=batch,
         image_size=checked.image_size,
-        representation_size=given(args.representation_size, shown.width if "width" in has else 0),
+        **masked.resolve(args),
+        representation_size=given(args.representation_size, shown.width if "width" in has and not hides else 0),
         dropout=checked.dropout,
         pool=given(args.pool, _own(shown, "pool", recipe.pool)),
         position=given(args.position, _own(shown, "position", recipe.position)),
@@ -248,18 +260,19 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
         full, out, who, dataclasses.asdict(full), sources=(source, held_out), config=config, mesh=mesh,
         data=dict(subset=full.subset, subset_seed=full.subset_seed),
         tx=tx, learning_rate=rate, options=how, early_stop=full.early_stop, start=start,
-        **_fewshot(full, config, mesh, source, held_out, how),
+        **_fewshot(full, config, mesh, source, held_out, how), **masked.finish(full, config, mesh, held_out, how, out),
     )  # fmt: skip
     if distributed.rank() == 0:
         check_claim(out, who)
     named = next(name for name, known in BY_NAME.items() if known is ops)
     if apart := families.family_of(config).by_xla(config):
         named += f" ({' and '.join(apart)} by XLA)"
-    say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images of {len(source.classes)} classes")
+    of = masked.about(full, config) or f"of {len(source.classes)} classes"
+    say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images {of}")
     say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
     with locked(out):
         result = train(spec, say, stop=stop)
-    _report(result, out)
+    _report(result, out, masked.counted(full.objective))
 
 
 def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any]]:
@@ -269,8 +282,9 @@ def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any]]:
     from train.build import start_from
     from train.pretrained import open_pretrained
 
-    found = open_pretrained(full.init, image_size=full.image_size, gelu=full.gelu)
-    has, wants = (dataclasses.asdict(c) | {"dropout": 0.0, "head_bias": 0.0} for c in (found.config, config))
+    found = open_pretrained(full.init, image_size=full.image_size, gelu=full.gelu, masked=full.objective == "masked")
+    same = {"dropout": 0.0, "head_bias": 0.0}
+    has, wants = (dataclasses.asdict(c) | same | masked.described(c) for c in (found.config, config))
     if other := [f"{name} {has[name]} there, {wants[name]} here" for name in wants if has[name] != wants[name]]:
         raise ValueError(
             f"--init {full.init} is another model ({', '.join(other[:3])}): give the options that it has, or put a new head on it "
@@ -296,7 +310,7 @@ def _fewshot(full, config, mesh, source, held_out, how) -> dict[str, Any]:
     }
 
 
-def _report(result, out) -> None:
+def _report(result, out, counted: tuple[str, str]) -> None:
     """How a run went, in a line or two; ends the process where a thread would keep it."""
     if result.steps > result.started:
         say(f"{result.steps - result.started} steps in {result.seconds:.0f} s, {result.images_per_second:,.0f} images/s")
@@ -305,8 +319,9 @@ def _report(result, out) -> None:
     ended = f"stopped early at step {result.steps}" if result.stopped_early else f"finished at step {result.steps}"
     best = f"; best {result.best.accuracy:.2%} at step {result.best.step}" if result.best.accuracy > result.accuracy else ""
     skipped = f"; {result.skipped} steps were skipped" if result.skipped else ""
-    right = f"{result.correct} of {result.count} held-out images right, {result.accuracy:.2%}"
-    say(f"{ended}: {right}{best}{skipped}; {out / 'curves.png'}")
+    what, picture = counted
+    right = f"{result.correct} of {result.count} {what} right, {result.accuracy:.2%}"
+    say(f"{ended}: {right}{best}{skipped}; {out / picture}")
 
 
 def _model(full, *, classes: int, channels: int):
@@ -316,7 +331,7 @@ def _model(full, *, classes: int, channels: int):
     return families.named(
         full.model,
         image_size=full.image_size,
-        num_classes=classes,
+        num_classes=0 if full.objective == "masked" else classes,
         representation_size=full.representation_size or None,
         pool=full.pool,
         position=full.position,
@@ -324,6 +339,7 @@ def _model(full, *, classes: int, channels: int):
         gelu=full.gelu,
         channels=channels,
         head_bias=full.head_bias,
+        masked=masked.of(full),
     )
 
 
@@ -331,7 +347,7 @@ def _optimizer(full):
     """The schedule and the optimizer of resolved options."""
     from train.optim import optimizer, schedule
 
-    recipe = recipes.recipe(full.recipe, full.model)
+    recipe = masked.recipe_of(full, full.recipe, full.model)
     rate = schedule(
         base_lr=full.learning_rate,
         total_steps=full.steps,

@@ -11,6 +11,7 @@ import numpy as np
 from train import mesh as meshes
 from train.data import identity
 from train.job import BEFORE
+from train.masked import of as masked_of
 from vitcore import ViTConfig, families, weight_about, weight_tree
 from vitcore.normalisation import HALF, Pixels
 from vitcore.normalisation import pixels as read_pixels
@@ -45,17 +46,21 @@ def open_pretrained(
     pool: str | None = None,
     position: str | None = None,
     pixels: Pixels | None = None,
+    masked: bool = False,
 ) -> Pretrained:
     """The model at `path`, its position embedding fitted to image_size (default: the one it has).
 
     path: a file of weights, a run's directory (its newest good checkpoint is taken; where the run keeps a Polyak average, that),
     or a run's directory/STEP. num_classes: the whole pre-training head, its hidden layer too, gives way to a linear one that starts
-    at zero, its bias at head_bias; None keeps the head. gelu, heads, pool, position, pixels: what the file does not say. Default of
-    gelu: tanh for the release, erf for timm's and transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in
-    one line for whatever is wrong with what is there; OSError.
+    at zero, its bias at head_bias; None keeps the head. gelu, heads, pool, position, pixels: what the file does not say. masked:
+    keep what masked patch prediction has besides, which is dropped otherwise; such a run has no classes. Default of gelu: tanh for
+    the release, erf for timm's and transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in one line for
+    whatever is wrong with what is there; OSError.
     """
     if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
         config, params, about, held = _from_run(path)
+        if not masked and params.pop("masked", None):
+            config = dataclasses.replace(config, masked=None)
         antialias = bool(held.get("antialias", BEFORE["antialias"]))
         seen = identity.check(held.get(identity.KEY))
         classes = None if seen is None else tuple(seen["classes"])
@@ -84,7 +89,7 @@ def open_pretrained(
     bad = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not np.isfinite(leaf).all()]
     if bad:
         raise WeightError(f"{path}: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)} holds NaN or infinity: no model to go on from")
-    classes = classes if num_classes is None else None
+    classes = classes if num_classes is None and new.num_classes else None
     return Pretrained(families.changed(new, gelu=gelu), params, about, antialias, classes, wanted, seen)
 
 
@@ -105,6 +110,7 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
             config = families.named(
                 held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
                 position=held.get("position"), representation_size=held.get("representation_size") or None,
+                masked=masked_of(held),
             )  # fmt: skip
     except OSError as error:
         wanted = "a run's directory with config.json and checkpoints/, an .npz or a .safetensors is required"
@@ -125,7 +131,7 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
     params = jax.tree.map(np.asarray, params)
     first = params["stem"]["root"]["conv"] if "stem" in params else params["patch_embed"]
     config = dataclasses.replace(
-        config, num_classes=params["head"]["bias"].shape[0], channels=first["kernel"].shape[2]
+        config, num_classes=params["head"]["bias"].shape[0] if "head" in params else 0, channels=first["kernel"].shape[2]
     )  # fmt: skip
     what = ", Polyak average" if state.get("average") else ""
     about = f"{run}, step {step} ({saved.digest(step)}){what}{''.join(f' ({text})' for text in passed)}"

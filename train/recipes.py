@@ -152,8 +152,11 @@ PLAIN = Recipe(
 PLAIN_RECIPES = {"plain": PLAIN, "plain-300ep": replace(PLAIN, name="plain-300ep", epochs=300)}
 
 
-def default_model(name: str) -> str:
-    """The model that a recipe is for, where there is one."""
+def default_model(name: str, *, masked: bool = False) -> str:
+    """The model that a recipe is for, where there is one. masked: for masked patch prediction, to which digits of four patches show
+    too little."""
+    if masked and name == "digits":
+        return "ViT-Nano/2"
     return "ViT-Nano/4" if name == "digits" else "ViT-S/16" if name in PLAIN_RECIPES else "ViT-B/16"
 
 

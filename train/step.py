@@ -19,12 +19,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
+from train.objectives import objective_of
 from vitcore.config import ViTConfig
 from vitcore.context import Context
-from vitcore.model import forward, init
+from vitcore.model import init
 from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops, for_training
-from vitcore.pixels import to_unit
 from vitcore.sharding import AXES, MeshShape, partition_specs
 
 
@@ -112,9 +112,9 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
             dropout_key=key,
             first_example=first_example,
         )
-        logits = forward(params, to_unit(images, options.pixels), config, context)
+        losses = objective_of(config).losses(params, images, labels, config, context, options, key)
         scale = 1.0 / (images.shape[0] * options.accumulate * shape.data)
-        return lax.psum(options.losses(logits, labels).sum() * scale, "data")
+        return lax.psum(losses.sum() * scale, "data")
 
     def step(state, images, labels):
         here = images.shape[0]  # examples on this device
@@ -155,28 +155,24 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
 
 
 def make_eval_step(config: ViTConfig, mesh: Mesh, options: StepOptions):
-    """A compiled function (params, images, labels, weights [B] 0 or 1) -> float32 sums over the images: count, correct, loss.
+    """A compiled function (params, images, labels, weights [B] 0 or 1, first=0) -> float32 sums over the images: count, correct,
+    loss.
 
-    images: as in `make_train_step`.
+    images: as in `make_train_step`. first: the index of images[0] in the set, by which masked patch prediction, whose count is of
+    colours, corrupts the same patches of an image on any mesh and in any batch.
     """
-    context = Context(ops=options.ops, dtype=options.dtype, mesh=MeshShape.of(mesh))
+    shape = MeshShape.of(mesh)
 
-    def step(params, images, labels, weights):
-        logits = forward(params, to_unit(images, options.pixels), config, context)
-        correct = (
-            logits.argmax(-1) == labels
-            if labels.ndim == 1
-            else jnp.take_along_axis(labels, logits.argmax(-1)[:, None], 1)[:, 0] > 0
-        )
-        sums = {
-            "count": weights.sum(),
-            "correct": (weights * correct).sum(),
-            "loss": (weights * options.losses(logits, labels)).sum(),
-        }
-        return lax.psum(sums, "data")
+    def step(params, images, labels, weights, first):
+        first = first + lax.axis_index("data") * images.shape[0]
+        context = Context(ops=options.ops, dtype=options.dtype, mesh=shape, first_example=first)
+        key = jax.random.key(options.seed)
+        found = objective_of(config).sums(params, images, labels, config, context, options, key)
+        return lax.psum({name: (weights * values).sum() for name, values in found.items()}, "data")
 
     specs = partition_specs(config, mesh)
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data"), P("data"), P("data")), out_specs=P()))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data"), P("data"), P("data"), P()), out_specs=P())
+    return jax.jit(lambda params, images, labels, weights, first=0: mapped(params, images, labels, weights, jnp.int32(first)))
 
 
 def global_norm(tree):

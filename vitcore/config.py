@@ -6,9 +6,10 @@ import operator
 import re
 from typing import Any, Literal, NamedTuple
 
-from vitcore import hybrid
+from vitcore import hybrid, masked
 from vitcore.blocks import BLOCKS, Block
 from vitcore.heads import POOLS, Pool
+from vitcore.masked import Masked
 from vitcore.positions import POSITIONS, Position
 from vitcore.stems import STEMS, Stem, stem_of
 
@@ -24,7 +25,8 @@ class ViTConfig:
     or another name of `heads.POOLS`. dropout: rate. channels: C. gelu: "tanh" (the release) or "erf" (exact). head_bias: initial
     value of the head's bias (the release takes -10 for the sigmoid loss on ImageNet-21k). stem: None (a linear projection of
     patches), a name of `stems.STEMS`, or a stem's own record. position: a name of `positions.POSITIONS`. block: a name of
-    `blocks.BLOCKS`. Raises ValueError where a value makes no model.
+    `blocks.BLOCKS`. masked: what masked patch prediction is told, which adds its leaves; None without it. Raises ValueError where a
+    value makes no model.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -43,6 +45,7 @@ class ViTConfig:
     stem: Any = None
     position: str = "1d"
     block: str = "encoder"
+    masked: Masked | None = None
 
     def __post_init__(self):
         self._from_json()
@@ -74,6 +77,8 @@ class ViTConfig:
             raise ValueError(f"dropout={self.dropout}: a rate in [0, 1) is required")
         self.entries.position.check(self)
         self.entries.block.check(self)
+        if self.masked is not None:
+            masked.check(self)
 
     def _from_json(self):
         """Take fields as they come out of config.json: a list for a tuple, a dict for a stem's record."""
@@ -85,6 +90,8 @@ class ViTConfig:
                 known = [name for name, stem in STEMS.items() if stem.options]
                 raise ValueError(f"stem={self.stem!r}: 'kind' must be one of {known}, each with its own fields")
             object.__setattr__(self, "stem", options(**self.stem))
+        if isinstance(self.masked, dict):
+            object.__setattr__(self, "masked", Masked(**self.masked))
 
     @property
     def entries(self) -> "Entries":

@@ -184,14 +184,14 @@ def hidden(params, y, config, context):
     """The representation y [B, D] behind the tanh layer, where the model has one; in the dtype of y."""
     if config.representation_size is None:
         return y
-    return jnp.tanh(_dense(context.take(params, "pre_logits"), y)).astype(y.dtype)
+    return jnp.tanh(linear(context.take(params, "pre_logits"), y)).astype(y.dtype)
 
 
 def logits(params, y, config, context):
     """Logits [B, V] float32 of what the head reads; of a model without classes what the head would read, as float32."""
-    return _dense(context.take(params, "head"), y) if config.num_classes else y.astype(jnp.float32)
+    return linear(context.take(params, "head"), y) if config.num_classes else y.astype(jnp.float32)
 
 
-def _dense(p, x):
+def linear(p, x):
     """x [..., D] @ kernel + bias, accumulated and returned in float32."""
     return jnp.einsum("...d,dv->...v", x, p["kernel"].astype(x.dtype), preferred_element_type=jnp.float32) + p["bias"]

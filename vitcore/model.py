@@ -102,6 +102,12 @@ def encode(params, images, config: ViTConfig, context: Context = PLAIN):
     return vit.encode(params, images, config, prepared(config, context))[0]
 
 
+def masked_predictions(params, images, config: ViTConfig, context: Context, key):
+    """What a model with `config.masked` predicts of the corrupted patches of images: (predictions [B, K, outputs] float32, the
+    `vitcore.masked.Corruption` that says which they are). key: a JAX PRNG key, which with context.first_example decides them."""
+    return vit.predict_masked(params, images, config, prepared(config, context), key)
+
+
 def check(params, images, config) -> None:
     """Raise ValueError where images or parameters do not fit the configuration."""
     want = (*config.image_shape, config.channels)

@@ -14,10 +14,11 @@ from jax import lax
 
 from kernels import dropout as drop
 from kernels.dropout import Dropout
-from vitcore import layers
+from vitcore import layers, masked
 from vitcore.collectives import first_column
 from vitcore.config import ViTConfig
 from vitcore.context import Context
+from vitcore.heads import linear
 from vitcore.parameters import Leaf, norm, stacked
 
 _FINAL = {"release": "Transformer/encoder_norm", "timm": "norm", "transformers": "layernorm"}
@@ -32,6 +33,7 @@ def leaves(config: ViTConfig) -> tuple[Leaf, ...]:
         *position.leaves(config),
         *stacked((*position.block_leaves(config), *block.leaves(config)), config.depth),
         *norm(("norm",), config.width, names=_FINAL),
+        *(masked.leaves(config) if config.masked else ()),
     )
 
 
@@ -64,6 +66,20 @@ def encode(params, images, config: ViTConfig, context: Context):
     p = context.take(params, "patch_embed")
     x = embed(params, p, images.astype(context.dtype), config, context, dropout(None if keys is None else keys[0], row))
     return layers.run(params["blocks"], p, x, row, None if keys is None else keys[1:], dropout, config, context)
+
+
+def predict_masked(params, images, config: ViTConfig, context: Context, key):
+    """Images to (predictions [B, K, outputs] float32 of their corrupted patches, the `masked.Corruption`). key: a JAX PRNG key."""
+    assert config.masked is not None
+    chosen = masked.corruption(key, context.first_example, images.shape[0], config)
+    p, norm = context.take(params, "masked"), context.take(params, "norm")
+
+    def edit(patches, first_example):
+        return masked.corrupted(patches, chosen, p["embedding"])
+
+    x, _ = encode(params, images, config, context._replace(edit=edit))
+    y = context.ops.layer_norm(masked.at(x, chosen.places + config.class_tokens), norm["scale"], norm["bias"])
+    return linear(p["head"], y), chosen
 
 
 def embed(params, p, images, config: ViTConfig, context: Context, dropout: Dropout | None):

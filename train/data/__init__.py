@@ -14,6 +14,7 @@ A part of a split is written behind its name, in brackets that apply from left t
 
     train[:99%]  train[99%:]  train[:800]         a range of a fixed random order of the examples; the first two share none
     train[classes=0-4]  val[classes=cat,dog]      some classes, by name or number, then numbered anew from 0
+    train[shots=10]  train[shots=10:1]            ten examples of each class, and another draw of ten
     train[without=removed.json]                   all but the examples that a file lists (train.data.dedup writes it)
     train[classes=5-9][:10%]                      both
 

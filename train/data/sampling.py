@@ -12,7 +12,7 @@ from threading import Lock
 
 import numpy as np
 
-AUGMENT, SUBSET, RANGE, REPLACE, MIXUP, MIXUP_BATCH = range(6)  # streams: what the draws are for
+AUGMENT, SUBSET, RANGE, REPLACE, MIXUP, MIXUP_BATCH, SHOTS = range(7)  # streams: what the draws are for
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -1,4 +1,5 @@
-"""Which part of a source: `train`, `train[:99%]`, `train[99%:]`, `train[100:200]`, `train[classes=0-4]`, `train[without=FILE]`.
+"""Which part of a source: `train`, `train[:99%]`, `train[99%:]`, `train[100:200]`, `train[classes=0-4]`, `train[shots=10]`,
+`train[without=FILE]`.
 
 Brackets apply from left to right, each to what the one before left: `train[classes=0-4][:90%]` is nine tenths of five classes.
 
@@ -16,11 +17,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from train.data.files import read_text
-from train.data.sampling import RANGE, uniforms
+from train.data.sampling import RANGE, SHOTS, uniforms
 from train.data.source import DataError, Encoded, Example, LeftOut, Source, contents, some
 
 USAGE = (
-    "NAME, then any of [FROM:TO] (counts or percentages), [classes=A,B,4-9], [without=FILE], e.g. train[:99%] or train[classes=0-4]"
+    "NAME, then any of [FROM:TO] (counts or percentages), [classes=A,B,4-9], [shots=K:DRAW], [without=FILE], e.g. train[:99%] "
+    "or train[classes=0-4]"
 )
 
 _NAME = re.compile(r"[A-Za-z0-9_.+-]+")
@@ -50,6 +52,8 @@ def select(source: Source, parts: list[str]) -> Source:
             source = _range(source, part)
         elif kind == "classes":
             source = of_classes(source, value)
+        elif kind == "shots":
+            source = _shots(source, value)
         elif kind == "without":
             source = _without(source, value)
         else:
@@ -184,6 +188,24 @@ def _named(word: str, classes: tuple[str, ...]) -> list[int]:
         numbers = {int(name): k for k, name in enumerate(classes)}
         return [k for n, k in numbers.items() if first <= n <= last] if {first, last} <= numbers.keys() else []
     return list(range(first, last + 1)) if first <= last < len(classes) else []
+
+
+def _shots(source: Source, text: str) -> Selected:
+    """`K` or `K:DRAW`: K examples of each class, drawn at random; a draw of fewer lies inside that of more."""
+    match = re.fullmatch(r"([1-9]\d{0,8})(?::(\d{1,9}))?", text.strip())
+    if not match:
+        raise DataError(
+            f"[shots={text}] is not understood: write the images of each class, and which draw: [shots=10], [shots=10:1]"
+        )
+    wanted, labels = int(match[1]), np.asarray(source.labels())
+    counts = np.bincount(labels, minlength=len(source.classes))
+    if few := [f"{name} has {n}" for name, n in zip(source.classes, counts.tolist(), strict=True) if n < wanted]:
+        raise DataError(f"[shots={text}] wants {wanted} images of each class of {source.name}: {some(few)}; choose fewer")
+    order = np.argsort(uniforms(int(match[2] or 0), np.zeros(len(labels)), np.arange(len(labels)), 1, SHOTS)[:, 0], kind="stable")
+    drawn = [order[labels[order] == label][:wanted] for label in range(len(source.classes))]
+    return Selected(
+        source=source, name=f"{source.name}[shots={text}]", indices=np.sort(np.concatenate(drawn)), classes=source.classes
+    )  # fmt: skip
 
 
 def check_classes(train: Source, other: Source) -> None:
