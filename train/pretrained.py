@@ -11,6 +11,7 @@ import numpy as np
 from train import mesh as meshes
 from train.data import identity
 from train.job import BEFORE
+from train.shape import shape_of
 from vitcore import ViTConfig, families, weight_about, weight_tree
 from vitcore.normalisation import HALF, Pixels
 from vitcore.normalisation import pixels as read_pixels
@@ -104,7 +105,7 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
         else:
             config = families.named(
                 held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
-                position=held.get("position"), representation_size=held.get("representation_size") or None,
+                position=held.get("position"), representation_size=held.get("representation_size") or None, **shape_of(held),
             )  # fmt: skip
     except OSError as error:
         wanted = "a run's directory with config.json and checkpoints/, an .npz or a .safetensors is required"
