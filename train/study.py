@@ -7,8 +7,8 @@
     python -m train.study table8 --scale paper --data folder:/data/jft --to folder:/data/imagenet --mesh 8x4
 
 A study is a list of runs of train.pretrain, train.finetune, train.fewshot and so on (`train/studies/catalogue.py`); each gets its
-directory in OUT/runs and leaves its result in OUT/results. The same command again goes on where it was: in the middle of a run, from
-its checkpoint. What has a result is not done again. What starts from the same pre-training shares it. When every result is there,
+directory in OUT/runs and leaves its result in OUT/results. The same command again goes on where it was: within a run, from its
+checkpoint. What has a result is not done again. What starts from the same pre-training shares it. When every result is there,
 whoever sees it writes OUT/NAME.md and OUT/NAME.png, the paper's numbers beside, marked "paper".
 """
 
@@ -35,15 +35,13 @@ from train.studies import cost, execute, report
 from train.studies.catalogue import ALIASES, STUDIES, study_of
 from train.studies.records import Run, Setting, Study, part_of
 
-SPARED = 0.0  # FLOPs that a run costs at least, so that parts with many small runs are not thought empty
-
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(MeshOptions):
     """One of the paper's tables or figures: all of its runs, its table and its picture."""
 
     name: Positional[str] = ""
-    """table5 (fig3, fig4), fig5 (table6), table7, table8, fig8, fig9, fig2 (table9), fig12, fig13 or masked. Default: lists them."""
+    """table5 (fig3, fig4), fig5 (table6), table7, table8, fig8, fig9, fig2 (table9), fig12, fig13, masked. Default: lists them."""
     data: str | None = None
     """What to pre-train on. Default: the digits 0 to 4."""
     to: str | None = None
@@ -202,8 +200,8 @@ def _at_scale(study: Study) -> "list[str]":
         return ["At the paper's size it trains nothing; it times and compiles."]
     days = cost.core_days(total)
     return [
-        f"At the paper's size ({len(runs)} runs): {total / 1e18:,.0f} exaFLOPs of training; estimated, at the "
-        f"{cost.V3_FLOPS / 1e12:.1f} TFLOP/s that the TPU compiler's schedule gives ViT-B/16's step, {days:,.0f} core-days on TPUv3."
+        f"At the paper's size ({len(runs)} runs): {total / 1e18:,.0f} exaFLOPs of training; estimated: {days:,.0f} core-days on "
+        f"TPUv3, at the {cost.V3_FLOPS / 1e12:.1f} TFLOP/s a core that the TPU compiler's schedule gives ViT-B/16's step."
     ]
 
 

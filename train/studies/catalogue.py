@@ -1,7 +1,7 @@
 """The studies: each a function from a setting to its runs, and what the paper found, as `Study`.
 
-Two sizes of each: the paper's models and steps, and toys that two cores train in minutes on the embedded digits: pre-trained on 0 to
-4, measured on 5 to 9 as the paper measures on ImageNet: 5-shot linear on the frozen representation, and fine-tuned.
+Two sizes of each: the paper's models and steps, and toys that two cores train in minutes on the embedded digits: pre-trained on the
+digits 0 to 4, measured on 5 to 9 as the paper measures on ImageNet: 5-shot linear on the frozen representation, and fine-tuned.
 """
 
 import difflib
@@ -17,7 +17,6 @@ TOY_STEPS = 600
 TOY_TUNE = 100
 SHOTS = {"shots": 5, "seeds": 3}
 RESNET_TOY = {"image_size": 32, "batch_size": 32}  # a ResNet divides its image by 32
-EPOCHS_14 = {"ViT-H/14", "R200x3"}
 
 
 def _name(*parts: Any) -> str:
@@ -29,40 +28,35 @@ def begun(
     s: Setting, at: Mapping[str, Any], model: str, *, toy_steps: float = TOY_STEPS, epochs: int | None = None,
     measures: tuple[str, ...] = ("fewshot",), name: str | None = None, **options: Any,
 ) -> list[Run]:  # fmt: skip
-    """A pre-training and what measures it. at: where it stands in the study. epochs: on JFT, at the paper's size, if not the recipe's
-    first. measures: of "fewshot", "finetune". options: of train.pretrain, over those of the setting."""
+    """A pre-training and what measures it. at: where it stands in the study. epochs: on JFT, at the paper's size, if not those that
+    its recipe lists first. measures: of "fewshot", "finetune". options: of train.pretrain, over those of the setting."""
     name = name or _name(*at.values())
-    resnet = _is_resnet(model)
     if s.toy:
         every = s.steps(toy_steps)
         base: dict[str, Any] = {"recipe": "digits", "representation_size": 0, "batch_size": BATCH}
-        base |= RESNET_TOY if resnet else {}
+        base |= RESNET_TOY if _is_resnet(model) else {}
         base |= {"steps": every, "eval_every": max(1, every // 5), "checkpoint_every": max(1, every // 2), "keep": 1}
     else:
-        known = epochs in (7, 14) and not resnet and model in ("ViT-L/16", "R50+ViT-L/16")
-        recipe = recipes.recipe(f"jft-{epochs}ep" if known else "jft", _rowed(model))
-        steps = recipes.steps_of(epochs or recipe.epochs, recipes.JFT_EXAMPLES, recipe.batch_size)
-        base = {"recipe": recipe.name, "steps": s.steps(steps)}
-        if model != _rowed(model):  # Table 3 has no row: the nearest model's, spelled out
-            base = {"recipe": "jft", "steps": s.steps(steps)}
+        base = _by_table_3(s, model, epochs)
     base |= {"model": model, "data": s.data, "seed": s.seed} | options
     runs = [Run(name=name, job="pretrain", options=words(base), at=at)]
     if "fewshot" in measures:
         few = {"data": s.to, **SHOTS, **({"seeds": 20} if s.toy else {})}
         runs.append(Run(name=f"{name}.fewshot", job="fewshot", options=words(few), after=name))
     if "finetune" in measures:
-        runs.append(tuned(s, name, resnet=resnet))
+        runs.append(tuned(s, name, model))
     return runs
 
 
-def tuned(s: Setting, name: str, *, resnet: bool = False, **options: Any) -> Run:
+def tuned(s: Setting, name: str, model: str, **options: Any) -> Run:
     """The fine-tuning of a pre-training, the paper's ImageNet recipe without its grid."""
     if s.toy:
         steps = s.steps(TOY_TUNE)
         base: dict[str, Any] = {"recipe": "digits", "steps": steps, "eval_every": steps, "checkpoint_every": steps, "keep": 1}
-        base |= RESNET_TOY if resnet else {}
+        base |= RESNET_TOY if _is_resnet(model) else {}
     else:
         base = {"recipe": "imagenet", "steps": s.steps(recipes.TABLE_4["imagenet"].steps)}
+        base |= {"image_size": 378} if model == "ViT-H/14" else {}  # 384 is no multiple of its patches
     base |= {"data": s.to, "seed": s.seed} | options
     return Run(name=f"{name}.finetune", job="finetune", options=words(base), after=name)
 
@@ -71,9 +65,23 @@ def _is_resnet(model: str) -> bool:
     return "ViT" not in model and "Nano" not in model
 
 
-def _rowed(model: str) -> str:
-    """The model whose row of Table 3 a model takes: R200x3 has none, and takes R152x2's."""
-    return "R152x2" if model == "R200x3" else model
+# What Table 3 has for R152x2 and ViT-L/32 on JFT, by value: for R200x3 and for patches of which it has no row.
+NO_ROW: dict[str, Any] = {
+    "recipe": "digits", "batch_size": 4096, "image_size": 224, "learning_rate": 6e-4, "decay": "linear", "weight_decay": 0.1,
+    "dropout": 0, "clip_norm": 0, "loss": "sigmoid", "head_bias": -10, "antialias": "False",
+}  # fmt: skip
+TWO_ROWS = ("ViT-L/16", "R50+ViT-L/16")  # of 7 and of 14 epochs
+
+
+def _by_table_3(s: Setting, model: str, epochs: int | None) -> dict[str, Any]:
+    """The options of a pre-training on JFT as Table 3 has it, with the paper's steps whatever the size of the set."""
+    name = f"jft-{epochs}ep" if epochs and model in TWO_ROWS else "jft"
+    try:
+        recipe = recipes.recipe(name, model)
+    except ValueError:
+        steps = s.steps(recipes.steps_of(epochs or 7, recipes.JFT_EXAMPLES, NO_ROW["batch_size"]))
+        return NO_ROW | {"steps": steps, "warmup_steps": min(10_000, steps // 10)}
+    return {"recipe": name, "steps": s.steps(recipes.steps_of(epochs or recipe.epochs, recipe.examples, recipe.batch_size))}
 
 
 # --- the studies --------------------------------------------------------------------------------------------------------------
@@ -83,7 +91,7 @@ SHARES = {"3%": 9 / 303, "10%": 30 / 303, "30%": 90 / 303, "100%": 1.0}
 
 def table5(s: Setting) -> list[Run]:
     """Subsets of the set, as 9, 30, 90 and 303 million images are of JFT, with early stopping and otherwise one recipe."""
-    whole, models = (721, ("ViT-Nano/4", "ViT-Nano/2", "R14x0.5")) if s.toy else (
+    whole, models = (723, ("ViT-Nano/4", "ViT-Nano/2", "R14x0.5")) if s.toy else (
         recipes.JFT_EXAMPLES, ("ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "R50x1", "R152x2"),
     )  # fmt: skip
     return [
@@ -181,20 +189,9 @@ def fig8(s: Setting) -> list[Run]:
                 continue  # the base, which all axes share
             shape = base | change
             model = f"ViT-{size}/{shape.pop('patch')}"
-            # Table 3 has rows for L/16 and L/32; another patch takes the recipe of L/32 by value
-            named = {} if s.toy or model in ("ViT-L/16", "ViT-L/32") else JFT_L32
             at = {"scaled": "base" if factor == 1 else axis, "factor": factor}
-            runs += begun(
-                s, at, "ViT-L/32" if named else model, toy_steps=300, **(shape | named | ({"model": model} if named else {}))
-            )
+            runs += begun(s, at, model, toy_steps=300, **shape)
     return runs
-
-
-# An "imagenet" recipe takes any ViT; with these it is Table 3's of ViT-L/32 on JFT
-JFT_L32: dict[str, Any] = {
-    "recipe": "imagenet", "learning_rate": 6e-4, "decay": "linear", "weight_decay": 0.1, "dropout": 0, "clip_norm": 0,
-    "loss": "sigmoid", "head_bias": -10,
-}  # fmt: skip
 
 
 def fig9(s: Setting) -> list[Run]:
@@ -234,21 +231,13 @@ def masked(s: Setting) -> list[Run]:
     more = {"learning_rate": None} if s.toy else {"steps": s.steps(100_000)}  # the paper: no more to gain behind these
     learned = begun(s, {"start": "masked patches"}, model, measures=(), **start, **more)
     nothing = begun(s, {"start": "from scratch"}, model, measures=(), **start, **more | {"steps": 1, "learning_rate": 1e-9})
-    return [*learned, tuned(s, learned[0].name, **few), *nothing, tuned(s, nothing[0].name, **few)]
+    return [*learned, tuned(s, learned[0].name, model, **few), *nothing, tuned(s, nothing[0].name, model, **few)]
 
 
 PAPER_MODELS = (
-    "ViT-B/32",
-    "ViT-B/16",
-    "ViT-L/32",
-    "ViT-L/16",
-    "ViT-H/14",
-    "R50x1",
-    "R50x2",
-    "R152x2",
-    "R50+ViT-B/32",
-    "R50+ViT-B/16",
-)
+    "ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "ViT-H/14", "R50x1", "R50x2", "R152x2", "R50+ViT-B/32", "R50+ViT-B/16",
+)  # fmt: skip
+AXIAL_MODELS = ("ViT-B/32", "ViT-B/16", "Axial-ViT-B/32", "Axial-ViT-B/16", "AxialResNet-50", "R50x1")
 
 
 def fig12(s: Setting) -> list[Run]:
@@ -259,14 +248,9 @@ def fig12(s: Setting) -> list[Run]:
 
 def fig13(s: Setting) -> list[Run]:
     """bench.throughput of the axial models and what they are compared with."""
-    models = (
-        ("ViT-B/32", "Axial-ViT-B/32")
-        if s.toy
-        else ("ViT-B/32", "ViT-B/16", "Axial-ViT-B/32", "Axial-ViT-B/16", "AxialResNet-50", "R50x1")
-    )
-    options: dict[str, Any] = {"models": models, "sizes": (224,)}
+    options: dict[str, Any] = {"models": AXIAL_MODELS, "sizes": (224,)}
     if s.toy:
-        options |= {"minutes": 3 * s.budget, "batch_sizes": (8,)}
+        options |= {"models": ("ViT-B/32", "Axial-ViT-B/32"), "minutes": 3 * s.budget, "batch_sizes": (8,)}
     return [Run(name="throughput", job="throughput", options=(*words(options), "--no-largest"))]
 
 
@@ -297,7 +281,7 @@ STUDIES: dict[str, Study] = {
             xlabel="exaFLOPs of pre-training",
         ),
         Study(
-            name="fig9", title="Figure 9: class token or mean, and their learning rates", runs=fig9, x="rate", line="head", log=True,
+            name="fig9", title="Figure 9: class token or mean, and learning rates", runs=fig9, x="rate", line="head", log=True,
             xlabel="peak learning rate",
         ),
         Study(name="fig2", title="Figure 2, Table 9: VTAB", runs=fig2),

@@ -42,7 +42,8 @@ def _pretrained(run: Run, setting: Setting) -> tuple[Any, int]:
     """The model of a pre-training, and the images that it is shown."""
     full = resolved(run)
     where = dict(classes=DIGITS_CLASSES, channels=1) if setting.toy else dict(classes=JFT_CLASSES, channels=3)
-    assert full.steps is not None and full.batch_size is not None
+    assert full.steps is not None
+    assert full.batch_size is not None
     return pretrain.model_of(full, **where), full.steps * full.batch_size
 
 
@@ -66,7 +67,8 @@ def _tuning(run: Run, config, setting: Setting) -> float:
         )
     else:
         full = resolve_finetune(parse(Finetune, "train.finetune", ["--init", "x", *run.options]))
-        assert full.steps is not None and full.batch_size is not None
+        assert full.steps is not None
+        assert full.batch_size is not None
         steps, batch, size = full.steps, full.batch_size, full.image_size
         runs = len(full.learning_rates) + (full.runs or 1) if full.sweep else 1
     classes = DIGITS_CLASSES if setting.toy else IMAGENET_CLASSES

@@ -1,7 +1,8 @@
-"""One run of a study: its job with its directories, and its result as JSON. What is interrupted goes on from the job's own files."""
+"""One run of a study: its job with its directories, and its result as JSON. An interrupted one goes on from the job's files."""
 
 import contextlib
-import importlib
+import dataclasses
+import importlib.util
 import math
 import os
 import subprocess
@@ -44,7 +45,7 @@ def check(runs: list[Run]) -> None:
             elif run.job in CLASSES:
                 options_of(run, "x")
         except ValueError as error:
-            raise ValueError(f"this study needs {' '.join(run.options)} of {MODULES[run.job]}, which says: {error}") from None
+            raise ValueError(f"{run.name} is not to be had of {MODULES[run.job]} as it is here: {error}") from None
 
 
 def options_of(run: Run, init: str) -> Any:
@@ -59,8 +60,6 @@ def run(run: Run, out, shared: Mapping[str, Any], stop: Stop | None) -> dict[str
     shared: options of every job, of the devices and the like. A result has "value", an accuracy in [0, 1], None where the run
     diverged, and "steps" taken "of_steps".
     """
-    import dataclasses
-
     if run.job == "throughput":
         return _command(run, out / "runs" / run.name, stop)
     args = dataclasses.replace(options_of(run, str(out / "runs" / (run.after or ""))), **shared)
