@@ -37,7 +37,7 @@ def table(study: Study, rows: list[Row], setting: Setting, lines: Iterable[str] 
     out = [f"# {study.title}", "", f"Ours, {where}; budget {setting.budget:g}, seed {setting.seed}.", ""]
     out += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row, paper in zip(rows, beside, strict=True):
-        cells = [_cell(row[key]) for key in keys] + [str(row["steps"]), f"{row['exaFLOPs']:.3g}"]
+        cells = [_cell(row[key]) for key in keys] + [str(row["steps"] or ""), f"{row['exaFLOPs']:.3g}"]
         cells += [_percent(row.get(key)) for key in ("validation", *measured)]
         cells += [_percent(paper)] if any(v is not None for v in beside) else []
         out.append("| " + " | ".join(cells) + " |")
