@@ -61,7 +61,7 @@ class StudyOptions(MeshOptions):
     """Default: runs/study-NAME-HASH."""
 
 
-def main(argv: "list[str] | None" = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The job. Returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
 
@@ -71,7 +71,7 @@ def main(argv: "list[str] | None" = None) -> int:
     return guard("train.study", work)
 
 
-def parsed(argv: "list[str]") -> StudyOptions:
+def parsed(argv: list[str]) -> StudyOptions:
     """The command line. ValueError, with the nearest option, for one there is not."""
     known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(StudyOptions)] + ["--help", "--no-list"]
     for word in argv:
@@ -144,7 +144,7 @@ def run(args: StudyOptions, stop: Stop | None = None) -> None:
     conclude(study, runs, setting, costs, out, at_scale)
 
 
-def conclude(study: Study, runs: "list[Run]", setting: Setting, costs: Mapping[str, float], out, at_scale: "list[str]") -> None:
+def conclude(study: Study, runs: list[Run], setting: Setting, costs: Mapping[str, float], out, at_scale: list[str]) -> None:
     """Table and picture, if every run has its result; otherwise says how many have. On process 0."""
     if distributed.rank() != 0:
         return
@@ -172,13 +172,13 @@ def conclude(study: Study, runs: "list[Run]", setting: Setting, costs: Mapping[s
 # --- what it costs ------------------------------------------------------------------------------------------------------------
 
 
-def _named() -> "list[str]":
+def _named() -> list[str]:
     also = {name: [other for other, of in ALIASES.items() if of == name] for name in STUDIES}
     lines = [f"  {' '.join([name, *also[name]]):<20s} {study.title}" for name, study in STUDIES.items()]
     return ["python -m train.study NAME, one of", *lines]
 
 
-def _listed(study: Study, mine: "list[Run]", costs: Mapping[str, float], part: int, parts: int) -> "list[str]":
+def _listed(study: Study, mine: list[Run], costs: Mapping[str, float], part: int, parts: int) -> list[str]:
     """The runs with their command lines and FLOPs."""
     lines = [f"{study.title}: {len(mine)} runs" + ("" if parts == 1 else f" in part {part} of {parts}")]
     for one in mine:
@@ -188,7 +188,7 @@ def _listed(study: Study, mine: "list[Run]", costs: Mapping[str, float], part: i
     return [*lines, f"in all {sum(costs[one.name] for one in mine):.2e} FLOPs of training"]
 
 
-def _at_scale(study: Study) -> "list[str]":
+def _at_scale(study: Study) -> list[str]:
     """What the study would cost with the paper's models on JFT, in a line."""
     setting = Setting(toy=False, data="folder:jft", to="folder:imagenet", vtab="vtab")
     runs = study.runs(setting)
@@ -208,7 +208,7 @@ def _at_scale(study: Study) -> "list[str]":
 # --- the directory of a study -------------------------------------------------------------------------------------------------
 
 
-def _identity(study: Study, setting: Setting, args: StudyOptions, runs: "list[Run]") -> dict[str, Any]:
+def _identity(study: Study, setting: Setting, args: StudyOptions, runs: list[Run]) -> dict[str, Any]:
     """What makes a study's results what they are: all that is run, and in which numbers."""
     what = json.dumps([[run.name, run.job, run.after, list(run.options)] for run in runs], sort_keys=True)
     return {
