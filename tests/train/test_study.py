@@ -41,6 +41,13 @@ def test_every_run_is_one_that_its_job_takes(name, setting):
     assert sum(cost.of_runs(tenth, setting).values()) == pytest.approx(sum(costs.values()) / 10, rel=0.1)
 
 
+def test_own_images_are_shrunk_to_what_a_toy_takes():
+    mine = Setting(toy=True, data="folder:mine", to="folder:mine")
+    for run in [run for run in STUDIES["fig5"].runs(mine) if run.job == "pretrain"]:
+        side = cost.resolved(run).image_size
+        assert side == (32 if run.at["family"].startswith("ResNet") else 16)
+
+
 def test_a_wrong_option_of_a_run_is_said_before_anything_runs():
     with pytest.raises(ValueError, match=r"^x is not to be had of train.pretrain as it is here: unknown model 'ViT-Q/4'"):
         execute.check([Run(name="x", job="pretrain", options=("--model", "ViT-Q/4"))])

@@ -33,8 +33,7 @@ def begun(
     name = name or _name(*at.values())
     if s.toy:
         every = s.steps(toy_steps)
-        base: dict[str, Any] = {"recipe": "digits", "representation_size": 0, "batch_size": BATCH}
-        base |= RESNET_TOY if _is_resnet(model) else {}
+        base: dict[str, Any] = {"recipe": "digits", "representation_size": 0, "batch_size": BATCH} | _small(s, model)
         base |= {"steps": every, "eval_every": max(1, every // 5), "checkpoint_every": max(1, every // 2), "keep": 1}
     else:
         base = _by_table_3(s, model, epochs)
@@ -53,12 +52,17 @@ def tuned(s: Setting, name: str, model: str, **options: Any) -> Run:
     if s.toy:
         steps = s.steps(TOY_TUNE)
         base: dict[str, Any] = {"recipe": "digits", "steps": steps, "eval_every": steps, "checkpoint_every": steps, "keep": 1}
-        base |= RESNET_TOY if _is_resnet(model) else {}
+        base |= _small(s, model)
     else:
         base = {"recipe": "imagenet", "steps": s.steps(recipes.TABLE_4["imagenet"].steps)}
         base |= {"image_size": 378} if model == "ViT-H/14" else {}  # 384 is no multiple of its patches
     base |= {"data": s.to, "seed": s.seed} | options
     return Run(name=f"{name}.finetune", job="finetune", options=words(base), after=name)
+
+
+def _small(s: Setting, model: str) -> dict[str, Any]:
+    """How large a toy's images are, where not as the digits are: your own are shrunk to 16 pixels."""
+    return RESNET_TOY if _is_resnet(model) else {} if s.digits else {"image_size": 16}
 
 
 def _is_resnet(model: str) -> bool:
@@ -215,7 +219,7 @@ def fig2(s: Setting) -> list[Run]:
     model = "ViT-Nano/4" if s.toy else "ViT-L/16"
     options: dict[str, Any] = {"data": s.vtab, "seed": s.seed}
     if s.toy:
-        options |= {"steps": s.steps(TOY_TUNE), "batch_size": 64, "image_size": 8}
+        options |= {"steps": s.steps(TOY_TUNE), "batch_size": 64, "image_size": 8 if s.digits else 16}
         start = begun(s, {"model": model}, model, measures=())
     else:
         options |= {"steps": s.steps(recipes.TABLE_4["vtab"].steps)}

@@ -41,7 +41,9 @@ def core_days(total: float) -> float:
 def _pretrained(run: Run, setting: Setting) -> tuple[Any, int]:
     """The model of a pre-training, and the images that it is shown."""
     full = resolved(run)
-    where = dict(classes=DIGITS_CLASSES, channels=1) if setting.toy else dict(classes=JFT_CLASSES, channels=3)
+    where = (
+        dict(classes=DIGITS_CLASSES, channels=1 if setting.digits else 3) if setting.toy else dict(classes=JFT_CLASSES, channels=3)
+    )
     assert full.steps is not None
     assert full.batch_size is not None
     return pretrain.model_of(full, **where), full.steps * full.batch_size

@@ -43,6 +43,11 @@ class Setting:
     seed: int = 0
     vtab: str | None = None
 
+    @property
+    def digits(self) -> bool:
+        """Whether the embedded digits, grey images of 8x8, are what it pre-trains on."""
+        return self.data.partition(":")[0] == "digits"
+
     def steps(self, steps: float) -> int:
         """Of a run that takes `steps` at the full budget."""
         return max(1, round(steps * self.budget))
