@@ -213,7 +213,11 @@ def directory(args: Pretrain):
 
 def main(argv: list[str] | None = None) -> int:
     """The job. Returns the exit code: 0, or 2 with one line on stderr for whatever a user can mend."""
-    return guard("train.pretrain", lambda stop: run(parse(sys.argv[1:] if argv is None else argv), stop))
+
+    def work(stop):
+        run(parse(sys.argv[1:] if argv is None else argv), stop)
+
+    return guard("train.pretrain", work)
 
 
 def parse(argv: list[str]) -> Pretrain:

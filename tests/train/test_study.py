@@ -37,8 +37,9 @@ def test_every_run_is_one_that_its_job_takes(name, setting):
     execute.check(runs)
     costs = cost.of_runs(runs, setting)
     assert all(costs[run.name] > 0 for run in runs if run.job in ("pretrain", "finetune", "vtab"))
-    tenth = STUDIES[name].runs(dataclasses.replace(setting, budget=0.1))
-    assert sum(cost.of_runs(tenth, setting).values()) == pytest.approx(sum(costs.values()) / 10, rel=0.1)
+    if setting is TOY:
+        tenth = STUDIES[name].runs(dataclasses.replace(setting, budget=0.1))
+        assert sum(cost.of_runs(tenth, setting).values()) == pytest.approx(sum(costs.values()) / 10, rel=0.1)
 
 
 def test_own_images_are_shrunk_to_what_a_toy_takes():

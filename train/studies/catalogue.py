@@ -141,11 +141,11 @@ def table7(s: Setting) -> list[Run]:
     """ResNets by Adam as everywhere, and by SGD with BiT's values: 0.03 for every 256 images, momentum 0.9, decay 1e-4."""
     models = ("R14x0.5", "R14x1") if s.toy else ("R50x1", "R152x2")
     batch = RESNET_TOY["batch_size"] if s.toy else 4096
-    by_sgd = {"sgd": 0.9, "learning_rate": 0.03 * batch / 256, "weight_decay": 1e-4}
+    by_sgd: dict[str, Any] = {"sgd": 0.9, "learning_rate": 0.03 * batch / 256, "weight_decay": 1e-4}
     return [
         run
         for model in models
-        for optimizer, options in (("Adam", {}), ("SGD", by_sgd))
+        for optimizer, options in (("Adam", dict[str, Any]()), ("SGD", by_sgd))
         for run in begun(
             s, {"model": model, "optimizer": optimizer}, model, toy_steps=40, measures=("fewshot", "finetune"), **options
         )
@@ -181,7 +181,7 @@ TOY_SHAPES: dict[str, tuple[tuple[int, dict[str, Any]], ...]] = {
 
 def fig8(s: Setting) -> list[Run]:
     """One measure of the model at a time, and all together, from one base, which is trained once."""
-    base = (
+    base: dict[str, Any] = (
         {"depth": 1, "width": 32, "num_heads": 2, "mlp_dim": 64, "patch": 4}
         if s.toy
         else {"depth": 8, "width": 1024, "num_heads": 16, "mlp_dim": 2048, "patch": 32}
@@ -231,8 +231,8 @@ def masked(s: Setting) -> list[Run]:
     """Masked patch prediction and none, each then fine-tuned at ten images a class, by train.finetune."""
     model = "ViT-Nano/2" if s.toy else "ViT-B/16"
     few = {"split": "train[:50]"} if s.toy else {"split": "train[:10000]"}  # ten of each class, about: drawn at random
-    start = {"objective": "masked", "masked_target": "mean"}
-    more = {"learning_rate": None} if s.toy else {"steps": s.steps(100_000)}  # the paper: no more to gain behind these
+    start: dict[str, Any] = {"objective": "masked", "masked_target": "mean"}
+    more: dict[str, Any] = {} if s.toy else {"steps": s.steps(100_000)}  # the paper: no more to gain behind these
     learned = begun(s, {"start": "masked patches"}, model, measures=(), **start, **more)
     nothing = begun(s, {"start": "from scratch"}, model, measures=(), **start, **more | {"steps": 1, "learning_rate": 1e-9})
     return [*learned, tuned(s, learned[0].name, model, **few), *nothing, tuned(s, nothing[0].name, model, **few)]
