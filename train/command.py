@@ -12,6 +12,7 @@ JOBS = {
     "evaluate": ("train.evaluate", "measure one on a labelled set"),
     "fewshot": ("train.fewshot", "few-shot evaluation of frozen features"),
     "transfer": ("train.transfer", "pre-training to transfer, end to end, on handwritten digits"),
+    "study": ("train.study", "a table or figure of the paper, for your data and budget"),
     "vtab": ("train.vtab", "nineteen tasks of a thousand images each"),
     "pack": ("train.data.pack", "any source to ArrayRecord shards"),
     "inspect": ("train.data.inspect", "what is in a source, and what augmentation makes of it"),

@@ -84,14 +84,25 @@ def optimizer(
 
 
 def sgd(
-    learning_rate: optax.Schedule, *, momentum: float = 0.9, dtype: Literal["float32", "bfloat16"] = "float32"
+    learning_rate: optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
-    """m = momentum m + g; w -= lr_t m: the paper's fine-tuning (Table 4), without weight decay. State as in `optimizer`.
+    """m = momentum m + g + wd w; w -= lr_t m: the paper's fine-tuning (Table 4), without weight decay, and BiT's pre-training, with
+    (paper D.1). State as in `optimizer`.
 
-    dtype: what m is kept in between steps; the update itself uses the float32 value.
+    weight_decay: wd, of kernels only. dtype: what m is kept in between steps; the update itself uses the float32 value.
+    Raises ValueError for a negative decay.
     """
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay={weight_decay}: a decay of 0 or more is required")
     trace = _kept_in(optax.trace(decay=momentum), "trace", jnp.dtype(dtype))
-    return optax.chain(trace, optax.scale_by_learning_rate(learning_rate))
+    parts = (trace, optax.scale_by_learning_rate(learning_rate))
+    return (
+        optax.chain(_decay_kernels(weight_decay), *parts) if weight_decay else optax.chain(*parts)
+    )  # states of before it are as they were
 
 
 def adamw(

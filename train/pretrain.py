@@ -26,11 +26,12 @@ from typing import Any, Literal
 from train import distributed, job, masked, options, recipes
 from train.job import check_claim, end, guard, locked, say, stopped
 from train.options import ImageOptions, check_numbers, resolve_images
+from train.shape import AblationOptions, shape_of
 from train.signals import Stop, interruptible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(ImageOptions):
+class Pretrain(AblationOptions, ImageOptions):
     """Pre-train a Vision Transformer. Whatever is not given comes from the recipe (paper Table 3)."""
 
     model: str | None = None
@@ -131,6 +132,8 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         if getattr(args, field) and field not in has:
             raise ValueError(f"--{field} {getattr(args, field)}: {model} is a ResNet, which has no {field}: leave it out")
 
+    args.check_ablation(model)
+
     def given(value, default):
         return default if value is None else value
 
@@ -176,7 +179,7 @@ def resolve(args: Pretrain, *, examples: int) -> Pretrain:
         batch_size=batch,
         image_size=checked.image_size,
         **masked.resolve(args),
-        representation_size=given(args.representation_size, shown.width if "width" in has and not hides else 0),
+        representation_size=given(args.representation_size, given(args.width, shown.width) if "width" in has and not hides else 0),
         dropout=checked.dropout,
         pool=given(args.pool, _own(shown, "pool", recipe.pool)),
         position=given(args.position, _own(shown, "position", recipe.position)),
@@ -222,7 +225,11 @@ def directory(args: Pretrain):
 
 def main(argv: list[str] | None = None) -> int:
     """The job. Returns the exit code: 0, or 2 with one line on stderr for whatever a user can mend."""
-    return guard("train.pretrain", lambda stop: run(parse(sys.argv[1:] if argv is None else argv), stop))
+
+    def work(stop):
+        run(parse(sys.argv[1:] if argv is None else argv), stop)
+
+    return guard("train.pretrain", work)
 
 
 def parse(argv: list[str]) -> Pretrain:
@@ -230,8 +237,8 @@ def parse(argv: list[str]) -> Pretrain:
     return options.parse(Pretrain, "train.pretrain", argv)
 
 
-def run(args: Pretrain, stop: Stop | None = None) -> None:
-    """Train as `args` say; prints where, what and how it went, on process 0. stop: who is asked to stop."""
+def run(args: Pretrain, stop: Stop | None = None):
+    """Train as `args` say; prints where, what and how it went, on process 0. stop: who is asked to stop. The loop's Result."""
     args.join()
 
     from train.build import check_fit, make_run, step_options
@@ -250,7 +257,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
         resolved, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", augment=args.augment or source.augment
     )
     ops = full.choose_ops(mesh, where)
-    config = _model(full, classes=len(source.classes), channels=source[0].image.shape[2] if source.decoded else 3)
+    config = model_of(full, classes=len(source.classes), channels=source[0].image.shape[2] if source.decoded else 3)
     check_fit(full, config, mesh, full.model)
     rate, tx = _optimizer(full)
     start, pixels = _start(full, config, mesh, tx)
@@ -273,6 +280,7 @@ def run(args: Pretrain, stop: Stop | None = None) -> None:
     with locked(out):
         result = train(spec, say, stop=stop)
     _report(result, out, masked.counted(full.objective))
+    return result
 
 
 def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any]]:
@@ -324,7 +332,7 @@ def _report(result, out, counted: tuple[str, str]) -> None:
     say(f"{ended}: {right}{best}{skipped}; {out / picture}")
 
 
-def _model(full, *, classes: int, channels: int):
+def model_of(full, *, classes: int, channels: int):
     """The configuration of resolved options."""
     from vitcore import families
 
@@ -340,12 +348,13 @@ def _model(full, *, classes: int, channels: int):
         channels=channels,
         head_bias=full.head_bias,
         masked=masked.of(full),
+        **shape_of(vars(full)),
     )
 
 
 def _optimizer(full):
     """The schedule and the optimizer of resolved options."""
-    from train.optim import optimizer, schedule
+    from train.optim import optimizer, schedule, sgd
 
     recipe = masked.recipe_of(full, full.recipe, full.model)
     rate = schedule(
@@ -355,6 +364,8 @@ def _optimizer(full):
         decay=full.decay,
         linear_end=min(recipe.linear_end, full.learning_rate),
     )
+    if full.sgd is not None:
+        return rate, sgd(rate, momentum=full.sgd, weight_decay=full.weight_decay, dtype=full.first_moment)
     tx = optimizer(
         rate,
         base_lr=full.learning_rate,

@@ -12,6 +12,7 @@ from train import mesh as meshes
 from train.data import identity
 from train.job import BEFORE
 from train.masked import of as masked_of
+from train.shape import shape_of
 from vitcore import ViTConfig, families, weight_about, weight_tree
 from vitcore.normalisation import HALF, Pixels
 from vitcore.normalisation import pixels as read_pixels
@@ -110,7 +111,7 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
             config = families.named(
                 held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
                 position=held.get("position"), representation_size=held.get("representation_size") or None,
-                masked=masked_of(held),
+                masked=masked_of(held), **shape_of(held),
             )  # fmt: skip
     except OSError as error:
         wanted = "a run's directory with config.json and checkpoints/, an .npz or a .safetensors is required"

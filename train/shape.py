@@ -1,0 +1,49 @@
+"""A model of another shape than its name says, and SGD in place of Adam: the paper's ablations of pre-training (D.1, D.2)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vitcore import families
+
+SHAPE = ("width", "depth", "mlp_dim", "num_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions:
+    """What only pre-training has besides. None: as the model's name and the recipe have it."""
+
+    width: int | None = None
+    """Of the model, where it is not its name's (paper Fig. 8)."""
+    depth: int | None = None
+    mlp_dim: int | None = None
+    """Hidden width of each block's MLP."""
+    num_heads: int | None = None
+    """A divisor of the width."""
+    sgd: float | None = None
+    """Train by SGD with this momentum, not by Adam (paper Table 7): 0.9. Wants --learning-rate and --weight-decay, for the recipe's
+    are Adam's; the decay is of kernels, and part of the gradient."""
+
+    def check_ablation(self, model: str) -> None:
+        """Raises ValueError for what does not fit the model, and for SGD with open values."""
+        args: Any = self
+        for name, value in shape_of(vars(self)).items():
+            option = f"--{name.replace('_', '-')} {value}"
+            if name not in families.fields_of(model):
+                raise ValueError(f"{option}: {model} is a ResNet, whose shape its name says: leave it out")
+            if value < 1:
+                raise ValueError(f"{option}: a positive number is required")
+        if self.sgd is None:
+            return
+        if not 0 <= self.sgd < 1:
+            raise ValueError(f"--sgd {self.sgd}: a momentum in [0, 1) is required")
+        if args.learning_rate is None or args.weight_decay is None or args.weight_decay_form is not None:
+            raise ValueError(
+                f"--sgd {self.sgd}: --learning-rate and --weight-decay are required, and no --weight-decay-form: those of the "
+                "recipe are Adam's; BiT has 0.03 for every 256 images of the batch, and 0.0001"
+            )
+
+
+def shape_of(held: Mapping[str, Any]) -> dict[str, int]:
+    """The fields of a model's configuration that options, or a run's config.json, set apart from its name."""
+    return {name: held[name] for name in SHAPE if held.get(name) is not None}
