@@ -110,7 +110,7 @@ TINY = [
         ("R14x0.5", ["--mesh", "2x2"]),
         ("R14+Nano/16", ["--mesh", "2x1", "--position", "relative"]),
         ("Axial-ViT-Nano/8", ["--mesh", "2x1"]),
-        ("AxialResNet-14x0.5", ["--mesh", "2x1"]),
+        ("AxialResNet-14x0.5", ["--mesh", "2x2"]),
     ],
 )
 def test_a_run_resumes_bit_for_bit_and_opens_again(model, options, tmp_path, capsys):
@@ -143,7 +143,10 @@ def test_a_run_resumes_bit_for_bit_and_opens_again(model, options, tmp_path, cap
             "the groups of GroupNorm=32 is not divisible by the model axis",
             ["--model", "R14x1", "--image-size", "32", "--mesh", "1x3"],
         ),
-        ("the devices of an axial unit=1", ["--model", "AxialResNet-14", "--image-size", "32", "--mesh", "1x2"]),
+        (
+            "the heads of axial attention=8 is not divisible by the model axis",
+            ["--model", "AxialResNet-14", "--image-size", "32", "--mesh", "1x3"],
+        ),
         ("made again unit by unit", ["--model", "R14x1", "--image-size", "32", "--remat", "--remat-every", "2"]),
     ],
 )
