@@ -75,6 +75,7 @@ def load(
         path, theirs, new_head=new_head, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
     )  # fmt: skip
     if theirs is not config:
+        assert isinstance(config, ViTConfig)
         found["patch_embed"]["kernel"] = posemb.fit_patches(found["patch_embed"]["kernel"], config.patch_size)
     params = jax.tree.map(jnp.asarray, found)
     return (params, config) if alone else params
