@@ -6,6 +6,7 @@ about. Rows of a target carry "compiler_estimate": true; no others do.
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,10 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vitcore import ViTConfig, variant
+from vitcore import ResNetConfig, ViTConfig, variant
 
-FIGURE_12 = ("ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "ViT-H/14")
+FIGURE_12 = (
+    *("ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "ViT-H/14"),
+    *("R50x1", "R50x2", "R152x2", "R50+ViT-B/32", "R50+ViT-B/16"),
+)
 FIGURE_12_SIZES = (64, 128, 224, 384, 512)
+XLA = "xla"  # the code of a model that no op of ours is in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +45,17 @@ class Case:
     remat: int = 0
 
     @property
-    def config(self) -> ViTConfig:
+    def config(self) -> ViTConfig | ResNetConfig:
         return variant(self.model, image_size=self.size, num_classes=1000)
+
+    @property
+    def tokens(self) -> int:
+        """Of an image; of a ResNet the places of its map at a sixteenth of the image, the tokens that patches of 16 pixels make."""
+        config = self.config
+        if isinstance(config, ViTConfig):
+            return config.tokens
+        rows, columns = config.image_shape
+        return -(-rows // 16) * -(-columns // 16)
 
     @property
     def label(self) -> str:
@@ -68,10 +82,14 @@ def cases(
     move: bool,
     **same: Any,
 ) -> list[Case]:
-    """Every combination, models outermost. ValueError for an unknown model or a size that its patch does not divide."""
+    """Every combination, models outermost. ValueError for an unknown model, a size that its patch does not divide, or a peer that
+    has no such model. A ResNet compiled for a TPU is XLA's whatever the ops are, and one case."""
     found: list[Case] = []
     for model in models:
-        patch = _patch(model)
+        patch, plain, resnet = _about(model)
+        if peers and not plain:
+            raise ValueError(f"--peer {peers[0]} has plain Vision Transformers alone: leave {model} out, or --peer")
+        codes = (XLA,) if resnet and where != "device" else ops
         for asked in sizes:
             size = nearest(asked, patch) if move else asked
             if size % patch or size < 1:
@@ -80,16 +98,24 @@ def cases(
                     f"{nearest(asked, patch)}, or --nearest to take the nearest one"
                 )
             for mode in modes:
-                for library, whose in [*(("vitcore", o) for o in ops), *((p, "") for p in peers)]:
+                for library, whose in [*(("vitcore", o) for o in codes), *((p, "") for p in peers)]:
                     fields = dict(model=model, size=size, asked=asked, mode=mode, library=library, ops=whose)
                     found.append(Case(where=where, **fields, **same))
     return found
 
 
-def _patch(model: str) -> int:
-    """Patch side of a named model. ValueError for an unknown one."""
-    side = model.rpartition("/")[2]
-    return variant(model, image_size=int(side) if side.isdecimal() and int(side) else 224).patch_size
+def _about(model: str) -> tuple[int, bool, bool]:
+    """(what a size must be a multiple of, whether it is a plain ViT, whether a ResNet) of a named model. ValueError for an unknown
+    one. A ResNet, also as the stem under patches of one place of its map, rounds up and takes any size that it does not shrink to
+    nothing."""
+    total = model.rpartition("/")[2]
+    side = int(total) if total.isdecimal() and int(total) else 224
+    config = variant(model, image_size=math.lcm(side, 32) if "+" in model else side)
+    if isinstance(config, ResNetConfig):
+        return 1, False, True
+    if config.stem is not None:
+        return (config.patch_size * config.stem.stride if config.patch_size > 1 else 1), False, False
+    return config.patch_size, config.block == "encoder", False
 
 
 @cache
@@ -158,7 +184,7 @@ class Notebook:
 
     def add(self, case: Case, row: dict[str, Any]) -> None:
         """A finished case; `row["complete"]` says whether a later run may take it over."""
-        self.rows.append({"key": self.key(case), **asdict(case), "tokens": case.config.tokens, **row})
+        self.rows.append({"key": self.key(case), **asdict(case), "tokens": case.tokens, **row})
         self.save()
 
     def save(self) -> None:

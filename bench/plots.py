@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_STYLES = {"fused": "-", "gpu": "-", "reference": "--", "timm": "-.", "transformers": ":"}
-_MARKERS = {"fused": "o", "gpu": "o", "reference": "s", "timm": "^", "transformers": "D"}
+_STYLES = {"fused": "-", "gpu": "-", "xla": ":", "reference": "--", "timm": "-.", "transformers": ":"}
+_MARKERS = {"fused": "o", "gpu": "o", "xla": "v", "reference": "s", "timm": "^", "transformers": "D"}
 
 
 def _groups(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple, list[dict[str, Any]]]:
@@ -28,7 +28,13 @@ def _code(row: dict[str, Any]) -> str:
 
 
 def _name(code: str) -> str:
-    return {"fused": "our kernels", "gpu": "ours (cuDNN attention)", "auto": "ours", "reference": "reference ops"}.get(code, code)
+    return {
+        "fused": "our kernels",
+        "gpu": "ours (cuDNN attention)",
+        "auto": "ours",
+        "reference": "reference ops",
+        "xla": "ResNets (XLA)",
+    }.get(code, code)
 
 
 def _panel(axes, rows, value: str, colours: dict[str, Any]) -> None:
@@ -74,7 +80,7 @@ def picture(rows: Sequence[dict[str, Any]], *, title: str):
     kinds = _groups(rows, "mode", "mesh")
     models = list(dict.fromkeys(r["model"] for r in rows))
     codes = list(dict.fromkeys(_code(r) for r in rows))
-    colours = {m: colormaps["tab10"](i % 10) for i, m in enumerate(models)}
+    colours = {m: colormaps["tab10" if len(models) <= 10 else "tab20"](i % 20) for i, m in enumerate(models)}
     figure = Figure(figsize=(11, 0.9 + 4.2 * len(kinds)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(kinds), 2, squeeze=False)

@@ -6,6 +6,7 @@ Each is called as builder(devices, **arguments) with the devices of the topology
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -110,9 +111,11 @@ def op_alone(devices, **asked):
     return jax.jit(fn, in_shardings=best, out_shardings=best), arguments
 
 
-def _config(model: str, image_size: int | None, depth: int | None = None) -> ViTConfig:
+def _config(model: str, image_size: int | None, depth: int | None = None, units: Sequence[int] = ()) -> Any:
+    """units: of the stages of a ResNet or of a hybrid's stem, for fewer than the name has."""
     changes = {"image_size": image_size, "depth": depth}
-    return variant(model, num_classes=1000, **{name: value for name, value in changes.items() if value is not None})
+    config = variant(model, num_classes=1000, **{name: value for name, value in changes.items() if value is not None})
+    return replace(config, stem=replace(config.stem, depths=tuple(units))) if units else config
 
 
 def _bytes(config: ViTConfig, batch: int, sharding=None):
@@ -125,9 +128,9 @@ def _floats(config: ViTConfig, batch: int, dtype):
     return S((batch, *config.image_shape, config.channels), jnp.dtype(dtype))
 
 
-def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None, depth=None):
+def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None, depth=None, units=()):
     """The logits of a whole model for bytes, as jobs have their images; parameters float32, on one core."""
-    config = _config(model, image_size, depth)
+    config = _config(model, image_size, depth, units)
     if kernels == FLAX:
         return partial(vit.forward, dtype=jnp.dtype(dtype)), (vit.shapes(config), _floats(config, batch, dtype))
     context = Context(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
@@ -160,11 +163,13 @@ def train_step(
     accumulate=1,
     image_size=None,
     depth=None,
+    units=(),
     dropout=0.0,
 ):
     """The training step of `train.step`, fed bytes as the loop feeds it, with Adam on a mesh of data x axis cores; `batch` is the
     global batch."""
-    config = replace(_config(model, image_size, depth), dropout=dropout)
+    config = _config(model, image_size, depth, units)
+    config = replace(config, dropout=dropout) if dropout else config  # which a ResNet has none of
     if kernels == FLAX:
         if (data, axis, remat, accumulate, dropout) != (1, 1, 0, 1, 0.0):
             raise ValueError("the peer's step runs on one core, without rematerialisation, accumulation and dropout")

@@ -62,7 +62,7 @@ def _program(case: Case, batch: int) -> Program:
 
 def first_batch(case: Case) -> int:
     """Global batch at which the sweep begins: a power of two of images a core, some _TOKENS tokens."""
-    each = max(1, _TOKENS // case.config.tokens)
+    each = max(1, _TOKENS // case.tokens)
     return (1 << (each.bit_length() - 1)) * _mesh(case).data
 
 

@@ -1,4 +1,4 @@
-"""Images per second and largest batch of a Vision Transformer: the paper's Figure 12 as a tool.
+"""Images per second and largest batch of the paper's models: the paper's Figure 12 as a tool.
 
     python -m bench.throughput                                              the devices present, models that suit them
     python -m bench.throughput --models ViT-B/16 --sizes 224 384 --mode forward train --dtype bfloat16
@@ -38,7 +38,7 @@ class Throughput:
     """Images per second and largest batch, on the devices present or by the TPU compiler."""
 
     models: tuple[str, ...] = ()
-    """ViT-{Ti,S,B,L,H}/P; by default the paper's five, or two small ones on a CPU."""
+    """Any names: ViT-B/16, R50x1, R50+ViT-B/16, Axial-ViT-B/32, ...; by default the paper's ten, or two small ones on a CPU."""
     sizes: tuple[int, ...] = ()
     """Input sizes in pixels; by default those of Figure 12, each moved to the nearest multiple of the patch."""
     mode: tuple[Mode, ...] = ("forward",)

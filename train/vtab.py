@@ -27,7 +27,7 @@ from etils import epath
 from train import distributed, job, recipes
 from train.files import write_atomically, write_picture
 from train.job import claim, end, guard, locked, say, stopped
-from train.options import TRAIN_OPTIONS, TrainOptions, check_init, check_numbers, parse
+from train.options import INIT_OPTIONS, TRAIN_OPTIONS, InitOptions, TrainOptions, check_init, check_numbers, parse
 from train.signals import interruptible
 
 # name here: (name in the paper, group), in the order of Table 9
@@ -56,7 +56,7 @@ GROUPS = ("Natural", "Specialized", "Structured")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vtab(TrainOptions):
+class Vtab(InitOptions, TrainOptions):
     """The nineteen tasks of VTAB-1k with one recipe."""
 
     init: str = ""
@@ -124,6 +124,7 @@ def run(args: Vtab, stop=None) -> dict | None:
 
     check_init(args.init)
     check_numbers(args)
+    _ = args.told  # raises ValueError
     if args.runs < 1 or args.examples < 5:
         raise ValueError(f"--runs {args.runs}, --examples {args.examples}: at least 1 and 5 are required")
     where = places(args)
@@ -143,7 +144,7 @@ def run(args: Vtab, stop=None) -> dict | None:
             base = dict(
                 init=args.init, data=at["data"], split=at["train"], test_split=at["test"], recipe="vtab", steps=args.steps,
                 batch_size=args.batch_size, image_size=args.image_size, augment=args.augment, gelu=args.gelu,
-                head_bias=args.head_bias, seed=args.seed, **{name: getattr(args, name) for name in TRAIN_OPTIONS},
+                head_bias=args.head_bias, seed=args.seed, **{name: getattr(args, name) for name in (*INIT_OPTIONS, *TRAIN_OPTIONS)},
             )  # fmt: skip
             return Finetune(**(base | changes))  # pyright: ignore[reportArgumentType]
 
@@ -197,7 +198,8 @@ def directory(args: Vtab):
 def identity(args: Vtab) -> dict:
     """What makes the results what they are: not which tasks, where it runs, or how many seeds have been asked for."""
     names = "init data sources learning_rates examples steps batch_size image_size augment gelu head_bias dtype seed"
-    return json.loads(json.dumps({name: getattr(args, name) for name in names.split()}))
+    told = {name: getattr(args, name) for name in INIT_OPTIONS if getattr(args, name)}  # a study of before had none of them
+    return json.loads(json.dumps({name: getattr(args, name) for name in names.split()} | told))
 
 
 def _there(task: str, at: dict[str, str], args: Vtab, missing: dict[str, str]) -> bool:

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 
 
 def attend(x, w, heads: int, norm):
-    """x [M, L, C] and one layer's weights to [M, L, C], M lines of L places.
+    """x [M, L, C] and one layer's weights to [M, L, N d], M lines of L places, of N heads: all of them, or those of this device.
 
-    w: "qkv" [C, 2C], of each head q, k (d/2 wide) and v (d wide), d = C / heads; "relative" [2d, 2L-1], the tables r^q, r^k, r^v of
-    offsets 1-L ... L-1; "gn_qkv" and "gn_out", scale and bias. norm: (x [M, L, C], scale and bias) -> GroupNorm of it.
+    w: "qkv" [C, 2 N d], of each head q, k (d/2 wide) and v (d wide); "relative" [2d, 2L-1], the tables r^q, r^k, r^v of
+    offsets 1-L ... L-1; "gn_qkv" and "gn_out", scale and bias. heads: N. norm: (x [M, L, C], scale and bias) -> GroupNorm of it.
     Products accumulate in float32, the softmax is float32.
     """
-    m, length, c = x.shape
+    m, length, _ = x.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    d = c // heads
+    d = w["qkv"].shape[1] // (2 * heads)
     qkv = norm(jnp.einsum("mlc,ck->mlk", x, w["qkv"].astype(x.dtype)), w["gn_qkv"]).reshape(m, length, heads, 2 * d)
     q, k, v = jnp.split(qkv, (d // 2, d), axis=-1)
     offsets = jnp.arange(length) - jnp.arange(length)[:, None] + length - 1  # [o, p]
@@ -31,7 +31,7 @@ def attend(x, w, heads: int, norm):
     logits = einsum("mond,mpnd->mnop", q, k) + einsum("mond,dop->mnop", q, r_q) + einsum("mpnd,dop->mnop", k, r_k)
     share = jax.nn.softmax(logits).astype(x.dtype)
     y = einsum("mnop,mpnd->mond", share, v) + einsum("mnop,dop->mond", share, r_v)
-    return norm(y.astype(x.dtype).reshape(m, length, c), w["gn_out"])
+    return norm(y.astype(x.dtype).reshape(m, length, heads * d), w["gn_out"])
 
 
 def along(x, w, axis: int, heads: int, norm):
@@ -39,5 +39,5 @@ def along(x, w, axis: int, heads: int, norm):
     if axis == 1:
         x = x.swapaxes(1, 2)
     b, lines, length, c = x.shape
-    y = attend(x.reshape(b * lines, length, c), w, heads, norm).reshape(b, lines, length, c)
+    y = attend(x.reshape(b * lines, length, c), w, heads, norm).reshape(b, lines, length, -1)
     return y.swapaxes(1, 2) if axis == 1 else y

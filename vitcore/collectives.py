@@ -71,7 +71,7 @@ def _gather_forward(w, dim, dtype):
 
 
 def _gather_backward(dim, dtype, _, g):
-    return (lax.psum_scatter(g.astype(jnp.float32), "data", scatter_dimension=dim, tiled=True),)
+    return (lax.psum_scatter(g.astype(jnp.promote_types(g.dtype, jnp.float32)), "data", scatter_dimension=dim, tiled=True),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

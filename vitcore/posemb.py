@@ -1,4 +1,5 @@
-"""Fitting a learned position embedding to another grid of patches, as fine-tuning at another resolution needs (paper section 3.2).
+"""Fitting a learned position embedding to another grid of patches, as fine-tuning at another resolution needs (paper section 3.2),
+and a patch projection to patches of another size.
 
 Output row i of m takes the value at place p_i of the n input rows, linear between neighbours, and columns likewise:
 
@@ -49,6 +50,20 @@ def fit_line(table, size: int, method: Literal["corners", "half-pixel"] = "corne
     if table.shape[-2] == size:
         return table.copy()
     return np.moveaxis(_resample(np.moveaxis(table, -2, 0), size, method, 0), 0, -2).astype(np.float32)
+
+
+def fit_patches(kernel, side: int) -> np.ndarray:
+    """A patch projection [P, P, C, D] for patches of another side, [side, side, C, D] float32 (FlexiViT,
+    arXiv:2212.08013, section 3.4).
+
+    w' = pinv(R') w for the bilinear resize R of a patch (half-pixel, no antialiasing): of all projections that whose products with
+    resized patches are nearest to those of w with the patches before; equal to them where side >= P.
+    """
+    out = np.asarray(kernel, np.float64)
+    for axis in (0, 1):
+        resize = _resample(np.eye(out.shape[axis]), side, "half-pixel", 0)  # [side, P]; of a square it is the product of two lines
+        out = np.moveaxis(np.tensordot(np.linalg.pinv(resize.T), out, (1, axis)), 0, axis)
+    return out.astype(np.float32)
 
 
 def _resample(x: np.ndarray, size: int, method: str, axis: int) -> np.ndarray:

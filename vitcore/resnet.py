@@ -14,7 +14,8 @@ The convolutions are XLA's on every platform; statistics are float32, activation
 first unit is apart; the units after it are stacked on a leading axis, like the blocks of a transformer, and run as one loop.
 
 On a mesh the C channels inside a unit are split over "model": conv1 by its outputs, conv2 and conv3 by their inputs, so that a unit
-needs two sums: one scattered over the channels after conv2, and one at its end. Groups stay whole: the axis divides 32.
+needs two sums: one scattered over the channels after conv2, and one at its end. Groups stay whole: the axis divides 32. An axial
+unit splits its heads, gathers channels between columns and rows, and sums at its end: the axis divides the 8 heads.
 Kernels are split over "data" along their output channels, for which standardisation is local, and gathered in the compute dtype.
 """
 
@@ -253,11 +254,14 @@ def _axial(x, w, stride, form, mesh):
     if "conv_proj" in w:
         residual = _norm(convolve(x, w["conv_proj"]["kernel"], stride, form), w["gn_proj"], form)
     y = _relu(_norm(convolve(x, w["conv1"]["kernel"], 1, form), w["gn1"], form))
-    for axis, name in ((1, "height"), (2, "width")):
-        y = axial.along(y, w[name], axis, AXIAL_HEADS, lambda z, n: _norm(z, n, form))
+    heads = AXIAL_HEADS // (mesh.model if mesh else 1)
+    y = axial.along(y, w["height"], 1, heads, lambda z, n: _norm(z, n, form, mesh))
+    if mesh:  # the other heads' channels, of which each head reads all
+        y = lax.all_gather(y, "model", axis=y.ndim - 1, tiled=True)
+    y = axial.along(y, w["width"], 2, heads, lambda z, n: _norm(z, n, form, mesh))
     if stride > 1:
         y = _halved(y)
-    y = _norm(convolve(_relu(y), w["conv3"]["kernel"], 1, form), w["gn3"], form)
+    y = _norm(_sum(convolve(_relu(y), w["conv3"]["kernel"], 1, form), mesh), w["gn3"], form)
     return _relu(residual + y)
 
 

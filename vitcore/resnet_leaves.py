@@ -21,21 +21,26 @@ def leaves(c: ResNetStem, image_shape: tuple[int, int], channels: int, *, under:
     timm: what stands before the names of timm's layout.
     """
     side = _Sides(*image_shape, FORMS[c.form].same)
+    named = (timm, timm if timm and not c.depths else f"{timm}stem.")  # a root alone is all of timm's backbone
     root = _Array(("conv_root", "kernel"), (7, 7, channels, c.root_channels), adds=side.convolve(7, 2) * channels * c.root_channels)
-    out = [_leaf(("root", "conv", "kernel"), [root], None, c.form, timm)]
+    out = [_leaf(("root", "conv", "kernel"), [root], None, c.form, named)]
     if c.form != "pre":
-        out += [_leaf(("root", "norm", a.name[-1]), [a], None, c.form, timm) for a in _norm_arrays("gn_root", c.root_channels)]
+        out += [_leaf(("root", "norm", a.name[-1]), [a], None, c.form, named) for a in _norm_arrays("gn_root", c.root_channels)]
     side.convolve(3, 2)  # the pool
     stages: dict[int, list[list[_Array]]] = {}
     for unit in units(c):
         stages.setdefault(unit.stage, []).append(list(_unit_arrays(unit, c.form, side)))
     for stage, (first, *rest) in stages.items():
-        out += [_leaf((f"stage{stage}", "first", *a.name), [a], (stage, 1), c.form, timm) for a in first]
+        out += [_leaf((f"stage{stage}", "first", *a.name), [a], (stage, 1), c.form, named) for a in first]
         for same in zip(*rest, strict=True):  # one array of every unit
-            out.append(_leaf((f"stage{stage}", "rest", *same[0].name), same, (stage, 2), c.form, timm, stack=True))
+            out.append(_leaf((f"stage{stage}", "rest", *same[0].name), same, (stage, 2), c.form, named, stack=True))
     if c.form == "pre":
-        out += [_leaf(("norm", a.name[-1]), [a], None, c.form, timm) for a in _norm_arrays("norm", c.channels)]
+        out += [_leaf(("norm", a.name[-1]), [a], None, c.form, named) for a in _norm_arrays("norm", c.channels)]
     return tuple(dataclasses.replace(leaf, path=(*under, *leaf.path)) for leaf in out)
+
+
+_GROUPS = ("the groups of GroupNorm", GROUPS)
+_HEADS = ("the heads of axial attention", AXIAL_HEADS)
 
 
 class _Array(NamedTuple):
@@ -49,12 +54,12 @@ class _Array(NamedTuple):
     adds: int = 0
     start: float = 1.0
     deviation: float = 0.0
-    unit: tuple[str, int] = ("the groups of GroupNorm", GROUPS)
+    unit: tuple[str, int] = _GROUPS
 
 
-def _leaf(path, same: Sequence[_Array], where, form: str, timm: str, *, stack=False) -> Leaf:
+def _leaf(path, same: Sequence[_Array], where, form: str, timm: tuple[str, str], *, stack=False) -> Leaf:
     """The leaf of one array, or with `stack` of the same array of several units. where: (stage, number of the first unit) or
-    None."""
+    None. timm: what stands before timm's names, and before those of the root."""
     a = same[0]
     split: list[Split | None] = [None] * len(a.shape)
     if a.name[-1] == "kernel":
@@ -107,15 +112,16 @@ def _unit_arrays(u: Unit, form: str, side: _Sides) -> Iterator[_Array]:
     """The arrays of one unit, whose image `side` is at and leaves behind."""
     grid = side.sides
     pixels = [side.convolve(1, 1), side.convolve(3, u.stride), side.convolve(1, 1)]
-    # the axis split over "model": of conv1 the outputs, of conv2 and conv3 the inputs; an axial unit is whole on every device
-    split = (3, 2, 2) if form != "axial" else (None, None, None)
+    # the axis split over "model": of conv1 the outputs, of conv2 and conv3 the inputs; conv1 before axial attention is whole
+    split = (3, 2, 2) if form != "axial" else (None, None, 2)
     kernels = [("conv1", 1, u.into, u.middle), ("conv2", 3, u.middle, u.middle), ("conv3", 1, u.middle, u.out)]
     for (layer, width, into, out), model, taps in zip(kernels, split, pixels, strict=True):
         if form == "axial" and layer == "conv2":
             yield from _axial_arrays("height", u.middle, grid[0], grid[1])
             yield from _axial_arrays("width", u.middle, grid[1], grid[0])
         else:
-            yield _Array((layer, "kernel"), (width, width, into, out), model, taps * into * out)
+            unit = _HEADS if form == "axial" else _GROUPS
+            yield _Array((layer, "kernel"), (width, width, into, out), model, taps * into * out, unit=unit)
     if u.project:
         yield _Array(("conv_proj", "kernel"), (1, 1, u.into, u.out), None, pixels[2] * u.into * u.out)
     inside = partial(_norm_arrays, channels=u.middle, model=0)
@@ -130,13 +136,12 @@ def _unit_arrays(u: Unit, form: str, side: _Sides) -> Iterator[_Array]:
 def _axial_arrays(axis: str, c: int, length: int, lines: int) -> Iterator[_Array]:
     """The arrays of attention along lines of a grid, so many of this length, of c channels."""
     d = c // AXIAL_HEADS
-    whole = ("the devices of an axial unit", 1)
     # logits: q with k, q and k each with a table, half of c wide; values and their table: c
     adds = lines * (length * c * 2 * c + length * length * 7 * c // 2)
-    yield _Array((axis, "qkv"), (c, 2 * c), 1, adds, deviation=1 / c, unit=whole)
+    yield _Array((axis, "qkv"), (c, 2 * c), 1, adds, deviation=1 / c, unit=_HEADS)
     yield _Array((axis, "relative"), (2 * d, 2 * length - 1), deviation=1 / d)
     for layer, channels in (("gn_qkv", 2 * c), ("gn_out", c)):
-        yield from (a._replace(name=(axis, *a.name)) for a in _norm_arrays(layer, channels))
+        yield from (a._replace(name=(axis, *a.name), unit=_HEADS) for a in _norm_arrays(layer, channels, model=0))
 
 
 def _norm_arrays(layer: str, channels: int, model: int | None = None, start: float = 1.0) -> tuple[_Array, _Array]:
@@ -145,12 +150,12 @@ def _norm_arrays(layer: str, channels: int, model: int | None = None, start: flo
 
 # --- names in published files -------------------------------------------------------------------------------------------------
 
-_TIMM = {"conv_root": "stem.conv", "gn_root": "stem.norm", "conv_proj": "downsample.conv", "gn_proj": "downsample.norm"}
+_TIMM = {"conv_root": "conv", "gn_root": "norm", "conv_proj": "downsample.conv", "gn_proj": "downsample.norm"}
 _LETTERS = {"conv1": "a", "conv2": "b", "conv3": "c", "gn1": "a", "gn2": "b", "gn3": "c", "conv_proj": "a/proj"}
 _GREEK = {"scale": "gamma", "bias": "beta"}
 
 
-def _names(form: str, name: tuple[str, ...], unit: tuple[int, int] | None, timm: str) -> Iterator[tuple[str, Name]]:
+def _names(form: str, name: tuple[str, ...], unit: tuple[int, int] | None, timm: tuple[str, str]) -> Iterator[tuple[str, Name]]:
     """(naming, Name) of one array in every layout. name: (layer, leaf). unit: (stage, number), None outside of the stages.
 
     The release has three layouts: that of the hybrids and of BiT's post-activation form; for the pre-activation form that of the
@@ -167,7 +172,7 @@ def _names(form: str, name: tuple[str, ...], unit: tuple[int, int] | None, timm:
         kind = "standardized_conv2d/kernel" if leaf == "kernel" else f"group_norm/{_GREEK[leaf]}"
         yield "release", Name(f"{block}{first}{kind}", when={"bit": "first"})
         yield "release", Name(f"{block}{'norm-pre-head' if layer == 'norm' else layer}/{leaf}", when={"bit": "later"})
-    place = f"stages.{unit[0] - 1}.blocks.{unit[1] - 1}." if unit else ""
-    theirs = f"{timm}{place}{_TIMM.get(layer, layer.replace('gn', 'norm'))}"
+    place = f"{timm[0]}stages.{unit[0] - 1}.blocks.{unit[1] - 1}." if unit else timm["root" in layer]
+    theirs = f"{place}{_TIMM.get(layer, layer.replace('gn', 'norm'))}"
     axes = (3, 2, 0, 1) if leaf == "kernel" else None
     yield "timm", Name(f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}", axes=axes)

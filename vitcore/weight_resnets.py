@@ -27,6 +27,8 @@ def stem_of(found: Found, naming: str, bit: str, prefix: str) -> tuple[ResNetSte
     if (naming, bit) not in _LAYOUTS:
         return None
     root, norm, unit, _ = _LAYOUTS[naming, bit]
+    if prefix.endswith(HYBRID) and prefix + root not in found:  # a root alone is all of timm's backbone
+        root, norm = root.removeprefix("stem."), norm.removeprefix("stem.")
     kernel = found.get(prefix + root)
     if kernel is None:
         return None

@@ -31,6 +31,8 @@ from vitcore.resnet_models import ResNetConfig
 from vitcore.weight_files import Stored, WeightError
 from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, nameless, shapes, style_of, written
 
+PATCHES = ("patch_embed", "kernel")
+MOST_SIDE = 1024  # of a patch that is to be resampled
 MOST_PATCHES = 2**16  # of a position embedding that is to be fitted: a side of 4096 pixels in patches of 16
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float64))
 
@@ -46,6 +48,7 @@ def load(
     pool: str | None = None,
     position: str | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
+    resample_patches: bool = False,
 ) -> Any:
     """Parameters for `config` from a file: a nested dict of float32 arrays, as `vitcore.init` makes. Without a config: (parameters,
     the configuration of the file's model).
@@ -55,7 +58,8 @@ def load(
     pre-logits layer. grid: (rows, columns) of the file's position embedding, needed where it is not square.
     heads, pool, position: without a config, where the file leaves them open.
     interpolation: how the position embedding is fitted to config.grid (`vitcore.posemb`). allow_nonfinite: take arrays with NaN or
-    infinities. Raises ValueError, one line, that names every missing, extra and misshapen entry, what the file says of its model
+    infinities. resample_patches: take a file of another patch size, its projection resampled (`posemb.fit_patches`).
+    Raises ValueError, one line, that names every missing, extra and misshapen entry, what the file says of its model
     and the config says otherwise, or what is wrong with the file; OSError.
     """
     import jax
@@ -66,11 +70,32 @@ def load(
         if isinstance(found, ViTConfig) and not any(_is_head(name, style) for name in _usual_names(arrays)):
             found = dataclasses.replace(found, num_classes=0)
         config, grid = found, getattr(found, "grid", None)
+    theirs = _with_patches_of(path, config) if resample_patches else config
     found = read(
-        path, config, new_head=new_head, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
+        path, theirs, new_head=new_head, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
     )  # fmt: skip
+    if theirs is not config:
+        assert isinstance(config, ViTConfig)
+        found["patch_embed"]["kernel"] = posemb.fit_patches(found["patch_embed"]["kernel"], config.patch_size)
     params = jax.tree.map(jnp.asarray, found)
     return (params, config) if alone else params
+
+
+def _with_patches_of(path, config):
+    """The configuration with the patch size of a file, on the same grid; itself where that is its own, or the model has no patches
+    of pixels."""
+    if not isinstance(config, ViTConfig) or config.stem is not None:
+        return config
+    with weight_files.opened(os.fspath(path)) as stored:
+        arrays = _usual_names(stored)
+        style = _style(os.fspath(path), arrays)
+        (kernel,) = (e for e in entries(config, style) if e.path == PATCHES)
+        shape = arrays[kernel.name].shape if kernel.name in arrays else ()
+    side = shape[0 if style.naming == "release" else -1] if len(shape) == 4 else 0
+    if not 0 < side <= MOST_SIDE or side == config.patch_size:
+        return config  # which says what is wrong with the file
+    rows, columns = config.grid
+    return dataclasses.replace(config, patch_size=side, image_size=(rows * side, columns * side))
 
 
 def read(path, config, *, new_head: bool = False, grid=None, interpolation="corners", allow_nonfinite: bool = False):
@@ -287,6 +312,8 @@ def _hint(arrays, style, misshapen, need, config) -> str:
     heads = [name for name in misshapen if need[name].path[0] == "head"]
     if heads and len(heads) == len(misshapen):
         return ": new_head=True replaces the head by zeros"
+    if misshapen and all(need[name].path == PATCHES for name in misshapen) and config.stem is None:
+        return ": resample_patches=True takes patches of another size"
     try:
         open_ = {"pool": getattr(config, "pool", None), "position": getattr(config, "position", None)}
         c = infer({name: a.shape for name, a in arrays.items()}, style, **open_)

@@ -39,6 +39,13 @@ BAD = [
     (dict(target=("v3",), peer=("flax",), remat=True), "--peer trains without rematerialisation"),
     (dict(target=("v3",), ops=("gpu",)), "--ops gpu runs on a GPU and --target compiles for a TPU"),
     (dict(slice="4x4"), "--slice belongs to --target"),
+    (dict(target=("v3",), models=("R50x1",), sizes=(16,)), "image_size=16: the ResNet divides it by 32, at least that many"),
+    (dict(target=("v3",), models=("R50x1",), mesh="1x3"), "the groups of GroupNorm=32 is not divisible by the model axis"),
+    (dict(target=("v3",), models=("R50+ViT-B/16",), peer=("flax",)), "--peer flax has plain Vision Transformers alone"),
+    (
+        dict(target=("v3",), models=("R+Ti/16",), sizes=(48,)),
+        "--sizes 48 is not divisible by the patch of R+Ti/16: use a multiple of 32",
+    ),
     (dict(step=0), "--step 0: a positive number is required"),
 ]
 
@@ -123,6 +130,21 @@ def test_a_sweep_goes_on_while_throughput_rises():
     timing = summary([1.0, 2.0, 3.0, 4.0, 100.0])
     assert timing.median == 3.0
     assert timing.spread == (100.0 - 1.0) / 3.0
+
+
+def test_every_model_of_the_paper_is_a_case():
+    """A ResNet is one case whatever the ops are, of any size, and begins at the batch of patches of 16 pixels."""
+    models = ("R50x1", "R50+ViT-B/16", "R50+ViT-B/32", "Axial-ViT-B/32", "AxialResNet-50", "R+Ti/16")
+    same = dict(where="v3", modes=("train",), peers=(), dtype="bfloat16", mesh=None, slice=None, remat=0)
+    found = cases(models=models, sizes=(100, 224), ops=("fused", "reference"), move=True, **same)  # pyright: ignore
+    sizes = {model: sorted({c.size for c in found if c.model == model}) for model in models}
+    assert sizes == {m: [96 if m in ("R+Ti/16", "Axial-ViT-B/32") else 100, 224] for m in models}
+    assert {c.ops for c in found if c.model in ("R50x1", "AxialResNet-50")} == {"xla"}
+    assert len(found) == 2 * (2 + 4 * 2)
+    large = {c.model: c for c in found if c.size == 224}
+    assert (large["R50x1"].tokens, large["R50+ViT-B/16"].tokens) == (196, 197)
+    assert first_batch(large["R50x1"]) == first_batch(large["R50+ViT-B/16"])
+    assert _program(large["R50x1"], 8).arguments["kernels"] is False
 
 
 def test_a_sweep_begins_at_the_same_tokens_for_every_size():

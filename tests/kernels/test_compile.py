@@ -171,3 +171,47 @@ def test_the_training_step_compiles_on_32_cores(model, mesh, parts, remat):
     for op in FUNCTIONS:
         assert not missing(op, report), f"{op}: {[k.kernel for k in report.kernels]}"
     assert {"all-gather", "all-reduce"} <= report.collectives.keys(), report.collectives
+
+
+# ---- the paper's other models: convolutions, hybrids, axial attention
+
+# Name, side of the image, units of the stages in the training step: of the kinds of unit that a ResNet has (first and further ones,
+# with stride and without) every one is in a stage of one and a stage of two, and more of them only take longer.
+MODELS = {
+    "R50x1": (64, (1, 2)),
+    "R50x1-post": (64, (1, 2)),
+    "R50+ViT-B/16": (64, (1, 2)),
+    "Axial-ViT-B/32": (224, ()),
+    "AxialResNet-50": (64, (1, 2)),
+}
+BLOCK = ("attention_half", "mlp_half")  # the ops of a transformer's block, axial ones too
+
+
+def model_programs(model: str) -> list[Program]:
+    """The whole forward pass, and a training step with Adam."""
+    size, units = MODELS[model]
+    common = {"model": model, "image_size": size, "batch": 2}
+    return [
+        Program(build="bench.programs:whole_forward", arguments=common, name=f"{model} forward"),
+        Program(build="bench.programs:train_step", arguments={**common, "units": units}, name=f"{model} training step"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("target", "model"),
+    [
+        pytest.param(target, model, marks=[pytest.mark.ci] if (target, model) == ("v3", "R50x1") else [])
+        for model in MODELS
+        for target in TOPOLOGIES
+    ],
+)
+def test_every_model_of_the_paper_compiles(target, model):
+    forward, step = compile_programs(target, model_programs(model), seconds=SECONDS)
+    assert not forward.error, forward.error
+    assert not step.error, step.error
+    for op in BLOCK if "ViT" in model else ():
+        assert "forward" not in missing(op, forward)
+        assert not missing(op, step)
+    assert bool(forward.kernels) == bool(step.kernels) == ("ViT" in model), "ResNets are XLA's"

@@ -185,6 +185,28 @@ def test_what_jobs_that_train_share_reaches_every_run(weights, sets, tmp_path, m
     assert (job.batches._rows.decoder, job.batches._bad._share) == ("simplejpeg", 0.5)
 
 
+def test_what_the_file_of_the_model_does_not_say_is_told(sets, tmp_path, monkeypatch, capsys):
+    """A released file without a class token: GAP or the first patch? Without the option it is asked for."""
+    config = vitcore.variant("ViT-Nano/4", image_size=8, num_classes=3, representation_size=None, pool="gap")
+    vitcore.save(tmp_path / "gap.npz", jax.jit(lambda: vitcore.init(jax.random.key(3), config))(), config)
+    bare = {name: array for name, array in np.load(tmp_path / "gap.npz").items() if "vitcore" not in name}
+    np.savez(tmp_path / "gap.npz", **bare)
+    seen = []
+
+    def done(run, say, **_):
+        seen.append(run)
+        run.batches.close()
+        return train.loop.Result(1, 1, 0.5, 1, 2, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", done)
+    words = (*TINY, "--init", tmp_path / "gap.npz", "--data", sets, "--out", tmp_path / "o", "--tasks", "pets", "--heads", 4)
+    run(*words, fails=True)
+    assert "its pool is 'gap' or 'first'" in capsys.readouterr().err
+    run(*words, "--init-pool", "gap", "--out", tmp_path / "told")
+    assert [job.config.pool for job in seen] == ["gap"]
+    assert vtab.identity(vtab.Vtab(init="a")).keys() == vtab.identity(vtab.Vtab(init="a", init_pool="gap")).keys() - {"init_pool"}
+
+
 def test_choosing_by_hand():
     dev = {"pets": {"lr-0.1": {"accuracy": 0.5}, "lr-0.01": {"accuracy": 0.7}},
            "svhn": {"lr-0.1": {"accuracy": 0.9}, "lr-0.01": {"accuracy": 0.7}}}  # fmt: skip

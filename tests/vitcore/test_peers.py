@@ -253,3 +253,43 @@ def test_half_pixel_positions_are_torch_s_interpolation(torch):
         theirs = torch.nn.functional.interpolate(patches, size=(9, 3), mode="bilinear", align_corners=corners)
         ours = fit(position, grid=(6, 4), to=(9, 3), class_slots=1, method=method)  # pyright: ignore[reportArgumentType]
         np.testing.assert_allclose(ours[1:], theirs.numpy().transpose(0, 2, 3, 1).reshape(27, 8), atol=1e-5)
+
+
+# ---- BiT ResNets and hybrids: timm's models by their names, at small images
+
+# timm's name, ours, the side of the image, timm's options
+RESNETS = [
+    ("resnetv2_50x1_bit", "R50x1", 64, {}),
+    ("vit_tiny_r_s16_p8_224", "R+Ti/16", 64, {"img_size": 64}),
+    ("vit_small_r26_s32_224", "R26+S/32", 64, {"img_size": 64}),
+    pytest.param("vit_base_r50_s16_224", "R50+ViT-B/16", 64, {"img_size": 64}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("theirs", "name", "size", "options"), RESNETS, ids=["bit-50x1", "r+ti", "r26+s", "r50+b"])
+def test_resnets_and_hybrids_are_timm_s(tmp_path, torch, timm, theirs, name, size, options):
+    """Our file into timm's model, and timm's names out of it again: every array is there, and the logits are the same."""
+    from safetensors.torch import load_file, save_file
+
+    config = vitcore.variant(name, image_size=size, num_classes=CLASSES, **({"gelu": "erf"} if "+" in name else {}))
+    rng = np.random.default_rng(1)
+
+    def drawn(path, leaf):
+        """Near what a model starts from, but that no branch is silent, and kernels that are standardised have a deviation of 1: the
+        release divides by std + 1e-5, timm by sqrt(var + 1e-8)."""
+        kind, layer = path[-1].key, path[-2].key
+        middle = float(kind == "scale" and layer != "gn3")
+        deviation = 0.3 if kind == "scale" else 1.0 if kind == "kernel" and path[0].key == "stem" else 0.02
+        return (middle + deviation * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: vitcore.init(jax.random.key(0), config))
+    params = jax.tree_util.tree_map_with_path(drawn, shapes)
+    images = images_of(config)
+    vitcore.save(tmp_path / "ours.safetensors", params, config)
+    model = sys.modules["timm"].create_model(theirs, num_classes=CLASSES, **options).eval()
+    model.load_state_dict(load_file(tmp_path / "ours.safetensors"), strict=True)
+    logits = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    save_file(model.state_dict(), tmp_path / "theirs.safetensors")
+    read = vitcore.load(tmp_path / "theirs.safetensors", config)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    agree(jax.jit(lambda p, x: vitcore.apply(p, x, config))(read, images), logits)

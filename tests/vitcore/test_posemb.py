@@ -1,12 +1,13 @@
 """Position embeddings on another grid, against scipy's zoom (which the release uses) and against interpolation written out."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from vitcore.posemb import fit
+from vitcore.posemb import fit, fit_patches
 
 GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
@@ -67,3 +68,24 @@ def test_the_same_grid_is_the_same_bits():
 def test_what_does_not_fit_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         fit(table((4, 4), 1), **({"grid": (4, 4), "to": (2, 2), "class_slots": 1} | change))
+
+
+def resized(patches, side):
+    """Patches [n, P, P, C] at another side, by jax's own resize."""
+    return np.asarray(jax.image.resize(patches, (len(patches), side, side, patches.shape[3]), "linear", antialias=False))
+
+
+@pytest.mark.parametrize("side", [5, 8, 12, 3])
+def test_a_patch_projection_answers_to_resized_patches_as_it_did(side):
+    """Upwards the products are the same for any patch; downwards none has a smaller error, by least squares over whole patches."""
+    rng = np.random.default_rng(0)
+    kernel, patches = rng.standard_normal((5, 5, 2, 4)), rng.standard_normal((7, 5, 5, 2))
+    found = fit_patches(kernel, side)
+    assert (found.shape, found.dtype) == ((side, side, 2, 4), np.float32)
+    if side >= 5:
+        want = np.einsum("nyxc,yxcd->nd", patches, kernel)
+        np.testing.assert_allclose(np.einsum("nyxc,yxcd->nd", resized(patches, side), found), want, rtol=1e-4, atol=1e-4)
+    units = np.eye(25).reshape(25, 5, 5, 1)  # patches of one pixel: their resizes are the matrix of the resize
+    matrix = resized(units, side).reshape(25, side * side)
+    best = np.linalg.lstsq(matrix.astype(np.float64), kernel.reshape(25, -1), rcond=None)[0]
+    np.testing.assert_allclose(found.reshape(side * side, -1), best, rtol=1e-4, atol=1e-4)

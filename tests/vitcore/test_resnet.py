@@ -207,12 +207,26 @@ def mapped(stem, params, images, mesh_shape, remat=False, unrolled=False):
 
 
 @pytest.mark.parametrize(
-    ("form", "mesh", "more"), [("post", (2, 2), {"remat": True}), ("pre", (2, 2), {}), ("pre", (1, 4), {"unrolled": True})]
+    ("form", "mesh", "more"),
+    [
+        ("post", (2, 2), {"remat": True}),
+        ("pre", (2, 2), {}),
+        ("pre", (1, 4), {"unrolled": True}),
+        pytest.param("axial", (2, 2), {}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_mesh_changes_no_number(form, mesh, more):
-    """Channels over 2 and 4, kernels over 2: the same loss and gradients; units in a loop, made again, and without a loop."""
+    """Channels over 2 and 4, kernels over 2: the same loss and gradients; units in a loop, made again, and without a loop. Axial
+    units, whose softmax has large logits, in float64."""
+    with jax.enable_x64(form == "axial"):
+        _a_mesh_changes_no_number(form, mesh, more)
+
+
+def _a_mesh_changes_no_number(form, mesh, more):
     stem = ResNetStem(depths=(1, 2), width_factor=0.5, form=form)
     params, images = noisy(stem), jax.random.uniform(jax.random.key(3), (4, 16, 16, 3), minval=-1)
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
     want, wanted = jax.jit(jax.value_and_grad(lambda p: jnp.square(resnet.feature_map(p, images, stem)).sum() / 4))(params)
     specs, (loss, gradients) = mapped(stem, params, images, mesh, **more)
     axes = {a for spec in jax.tree.leaves(specs) for entry in spec for a in (entry if isinstance(entry, tuple) else (entry,))}

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import vitcore
 from vitcore import families, parameters, weights
+from vitcore.posemb import fit_patches
 from vitcore.resnet import ResNetStem
 from vitcore.weight_tree import WeightError
 
@@ -148,3 +149,32 @@ def test_a_new_head_on_a_resnet(tmp_path):
     same(params["stem"], got["stem"])
     assert not np.asarray(got["head"]["kernel"]).any()
     assert (np.asarray(got["head"]["bias"]) == -2).all()
+
+
+@pytest.mark.parametrize("file", ["m.npz", "m.safetensors"])
+def test_a_file_of_another_patch_size_is_resampled_where_asked(file, tmp_path):
+    """All else is the file's; the same patch size changes no bit; and what is said without the option."""
+    config = vitcore.ViTConfig(**{**SMALL, "image_size": 16, "patch_size": 4})
+    new = vitcore.ViTConfig(**{**SMALL, "image_size": 24, "patch_size": 6})
+    params = noisy(config)
+    vitcore.save(tmp_path / file, params, config)
+    same(params, vitcore.load(tmp_path / file, config, resample_patches=True))
+    got = vitcore.load(tmp_path / file, new, resample_patches=True)
+    kernel = got["patch_embed"].pop("kernel")
+    np.testing.assert_array_equal(kernel, fit_patches(params["patch_embed"].pop("kernel"), 6))
+    same(params, got)
+    with pytest.raises(WeightError, match=r"misshapen.*resample_patches=True") as caught:
+        vitcore.load(tmp_path / file, new)
+    assert "\n" not in str(caught.value)
+    large = vitcore.ViTConfig(**{**SMALL, "image_size": 32, "patch_size": 4})
+    assert vitcore.load(tmp_path / file, large, resample_patches=True)["patch_embed"]["position"].shape[0] == large.tokens
+
+
+def test_the_root_alone_has_timms_names(tmp_path):
+    config = vitcore.ViTConfig(**{**SMALL, "image_size": 32, "patch_size": 4, "stem": vitcore.ResNetStem(depths=())})
+    params = noisy(config)
+    vitcore.save(tmp_path / "m.safetensors", params, config)
+    arrays = weights.describe(tmp_path / "m.safetensors")[2]
+    assert {"patch_embed.backbone.conv.weight", "patch_embed.backbone.norm.bias", "patch_embed.proj.weight"} <= arrays.keys()
+    save_bare(tmp_path / "bare.safetensors", config)
+    assert weights.describe(tmp_path / "bare.safetensors", heads=2)[1].stem == config.stem
