@@ -12,6 +12,7 @@ The grid is groups of heads, images, tiles of queries; the first tile of an imag
 and lie in the order of `float32_forward.unpacked`, which is undone outside, where it matters. Statistics have no gradient here.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -38,32 +39,35 @@ QUERIES = (512, 256, 128)  # of a tile, whole columns of lanes
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsTiles:
-    """heads: of a group. head_lanes: of a head, H or more. queries: of a tile. rows: of the keys. needs: bytes of VMEM."""
+    """heads: of a group. head_lanes: of a head, H or more. queries: of a tile. rows: of the keys. copies: of
+    an image in VMEM, 2 where the next one comes while one is worked on. needs: bytes of VMEM."""
 
     heads: int
     head_lanes: int
     queries: int
     rows: int
+    copies: int
     needs: int
 
 
 @cache
 def tiles(shape: Shape, device: Device, *, mean: bool, distance: bool) -> StatisticsTiles:
-    """As many heads, then as many queries, a step as fit VMEM. NotImplementedError where nothing does."""
-    s, h = shape, round_up(shape.h, SUBLANES)
-    rows = round_up(s.t, PACKED_ROWS if operand_dtype(s.dtype, device) == jnp.bfloat16 else SUBLANES)
-    weight = jnp.dtype(operand_dtype(s.dtype, device)).itemsize
-    once = 2 * padded_bytes(s.t, s.d, s.itemsize) + padded_bytes(rows, s.d, 4)
-    for heads in (n for n in range(s.n, 0, -1) if s.n % n == 0 and (n == s.n or n * h % LANES == 0)):
-        lanes = heads * h
-        copies = 1 if heads == s.n else 2
-        weights = copies * 2 * padded_bytes(s.d, lanes, weight)
-        for queries in (min(n, round_up(s.t, LANES)) for n in QUERIES):
-            qk = padded_bytes(round_up(s.t, queries) + rows, lanes, 4)
-            of_maps = (TEMPORARIES + 2 * distance + 2 * mean) * padded_bytes(rows, queries, 4)
-            needs = once + weights + qk + of_maps
-            if needs <= SHARE * device.vmem_bytes:
-                return StatisticsTiles(heads=heads, head_lanes=h, queries=queries, rows=rows, needs=needs)
+    """As many heads, then as many queries, a step as fit VMEM; where they do, with room for the next image.
+
+    NotImplementedError where nothing fits.
+    """
+    s, weight = shape, jnp.dtype(operand_dtype(shape.dtype, device)).itemsize
+    rows = round_up(s.t, PACKED_ROWS if weight == 2 else SUBLANES)
+    for h, copies in itertools.product(sorted({round_up(s.h, SUBLANES), round_up(s.h, LANES)}), (2, 1)):
+        once = copies * padded_bytes(s.t, s.d, s.itemsize) + padded_bytes(rows, s.d, 4)
+        for heads in (n for n in range(s.n, 0, -1) if s.n % n == 0 and (n == s.n or n * h % LANES == 0)):
+            for queries in (min(n, round_up(s.t, LANES)) for n in QUERIES):
+                weights = 2 * padded_bytes(s.d, heads * h, weight)
+                qk = padded_bytes(round_up(s.t, queries) + rows, heads * h, 4)
+                of_maps = (TEMPORARIES + 2 * distance + 2 * mean) * padded_bytes(rows, queries, 4)
+                needs = once + weights + qk + of_maps
+                if needs <= SHARE * device.vmem_bytes:
+                    return StatisticsTiles(heads=heads, head_lanes=h, queries=queries, rows=rows, copies=copies, needs=needs)
     raise NotImplementedError(
         f"attention statistics of {s.t} tokens of width {s.d} with {s.n} heads do not fit the {device.vmem_bytes // 2**20} MiB of "
         f"VMEM of a {device.name}: use the reference ops"
@@ -220,10 +224,11 @@ def _launch(x, norm, w, b, distances, static: Static):
     groups, lanes = static.num_heads // tiles.heads, tiles.heads * tiles.head_lanes
     padded, rows = round_up(t, tiles.queries), tiles.rows
     steps = padded // tiles.queries if static.mean or static.distance else 1
-    once = {"pipeline_mode": pl.Buffered(1)} if groups == 1 else {}
+    once = {"pipeline_mode": pl.Buffered(1)}  # weights change with the group of heads: the room is worth more than the wait
+    image = {} if tiles.copies > 1 else once
     vector = pl.BlockSpec((1, d), lambda g, i, j: (0, 0))
     in_specs = [
-        pl.BlockSpec((1, t, d), lambda g, i, j: (i, 0, 0)),
+        pl.BlockSpec((1, t, d), lambda g, i, j: (i, 0, 0), **image),
         *(vector, vector),
         pl.BlockSpec((2, d, lanes), lambda g, i, j: (0, 0, g), **once),
         pl.BlockSpec((2, 1, lanes), lambda g, i, j: (0, 0, g)),
