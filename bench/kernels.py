@@ -295,6 +295,7 @@ def statistics(options: Kernels, target: str) -> list[dict]:
         print(f"{report.name:<36}{f'{cycles / options.batch:,.0f}' if cycles else 'failed: ' + _why(report)[:300]:>12}")
     plain, looked = found.values()
     if plain and looked:
+        print(yardstick.table(reports[1].lines, images=options.batch))
         print(f"distances and class rows of all blocks add {looked / plain - 1:.1%}", flush=True)
     record = {"target": target, "what": "statistics", "batch": options.batch, "dtype": options.dtype, "cycles": found}
     return [{**record, "ours": {"error": "; ".join(filter(None, map(_why, reports)))}}]

@@ -5,8 +5,8 @@
 
 It writes filters.png (principal components of the patch projection), positions.png (similarity of position embeddings),
 distances.png (mean attention distance of every head in every block, in pixels), rollout.png (attention from what the head reads
-back to the image) and inspect.json, which has the numbers, each file whole or not at all. What a model has none of is said in a line.
-Images are whatever Pillow reads: of each the middle, of the model's own aspect, resized. `vitcore.look` and
+back to the image) and inspect.json, which has the numbers. Each file is whole or not there. What a model has none of is said in a
+line. Images are whatever Pillow reads: of each the middle, of the model's own aspect, resized. `vitcore.look` and
 `vitcore.attention_statistics` are the same in a program.
 """
 

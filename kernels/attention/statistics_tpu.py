@@ -4,9 +4,9 @@
     mean[t, s] = sum_n p'_n[s, t] / N,   row[n, s] = p'_n[s, 0],   distance[n, t] = sum_s p'_n[s, t] d[t, s]
 
 q and k are made of the block's input in VMEM, so that a step reads x and weights and writes what is asked for: of ViT-B/16 9 kB an
-image for the distances and 100 kB for the class rows, where maps are 1.9 MB. Keys lie along sublanes: the softmax and the sum of
+image for the distances and as much for the class rows, where maps are 1.9 MB. Keys lie along sublanes: the softmax and the sum of
 a distance are additions of whole registers, and only their last step goes across one. The logits' factor is in q. The first
-tokens' rows of all heads are one more product: k times a matrix that has a head's q_0 in the head's own lanes of a row.
+tokens' rows of all heads are one more product: a matrix that has a head's q_0 in the head's own lanes of a row, times k'.
 
 The grid is groups of heads, images, tiles of queries; the first tile of an image makes its q and k. On v2 and v3 rows are float32
 and lie in the order of `float32_forward.unpacked`, which is undone outside, where it matters. Statistics have no gradient here.
@@ -132,15 +132,16 @@ def _exponentials(s):
 
 
 def _first_rows(out, q, k, static: Static) -> None:
-    """The first token's probabilities of all heads, [S, N]."""
-    h, n, device = static.tiles.head_lanes, out.shape[3], static.launch.device
+    """The first token's probabilities of all heads, [N, S]."""
+    h, n, device = static.tiles.head_lanes, out.shape[2], static.launch.device
     count, lanes = round_up(n, PACKED_ROWS), q.shape[1]
     first = lax.broadcasted_iota(jnp.int32, (count, lanes), 0) * h
     lane = lax.broadcasted_iota(jnp.int32, (count, lanes), 1)
     own = jnp.where((lane >= first) & (lane < first + h), q[0:1], 0.0)
-    s = dot(operand(k[...], static.dtype, device), operand(own, static.dtype, device), static.dtype, (1, 1))
-    e, norm = _exponentials(_masked(s, static.tokens))
-    out[0, 0] = (e * (1.0 / norm))[:, :n]
+    s = dot(operand(own, static.dtype, device), operand(k[...], static.dtype, device), static.dtype, (1, 1))
+    s = jnp.where(iota(k.shape[0], 1) < static.tokens, s, -jnp.inf)
+    e = jnp.exp2(s - s.max(1, keepdims=True))
+    out[0, 0] = (e * (1.0 / e.sum(1, keepdims=True)))[:n]
 
 
 def _own_rows(value, head):
@@ -219,7 +220,7 @@ def _sixteens(a, axis: int, t: int, parts: tuple[int, int]):
 
 
 def _launch(x, norm, w, b, distances, static: Static):
-    """What the kernel writes, as a dict: mean [G, B, S, Q], row [G, B, S, N/G], distance [G, B, N/G, Q], rows as in VMEM."""
+    """What the kernel writes, as a dict: mean [G, B, S, Q], row [G, B, N/G, S], distance [G, B, N/G, Q], rows as in VMEM."""
     tiles, (images, t, d) = static.tiles, x.shape
     groups, lanes = static.num_heads // tiles.heads, tiles.heads * tiles.head_lanes
     padded, rows = round_up(t, tiles.queries), tiles.rows
@@ -236,7 +237,7 @@ def _launch(x, norm, w, b, distances, static: Static):
     ]
     of = {
         "mean": ((rows, padded), (rows, tiles.queries), lambda g, i, j: (g, i, 0, j)),
-        "row": ((rows, tiles.heads), (rows, tiles.heads), lambda g, i, j: (g, i, 0, 0)),
+        "row": ((tiles.heads, rows), (tiles.heads, rows), lambda g, i, j: (g, i, 0, 0)),
         "distance": ((tiles.heads, padded), (tiles.heads, tiles.queries), lambda g, i, j: (g, i, 0, j)),
     }
     asked = {name: of[name] for name in Statistics._fields if getattr(static, name)}
@@ -301,7 +302,7 @@ def _results(found: dict, static: Static) -> Statistics:
         means = found["mean"].sum(0) if found["mean"].shape[0] > 1 else found["mean"][0]
         out["mean"] = order(order(means[:, :t, :t].swapaxes(1, 2), 1, t), 2, t)
     if static.row:
-        rows = found["row"].transpose(1, 0, 3, 2)  # [B, G, N/G, S]
+        rows = found["row"].swapaxes(0, 1)
         out["row"] = order(rows.reshape(rows.shape[0], static.num_heads, -1)[..., :t], 2, t)
     if static.distance:
         sums = found["distance"][..., :t].sum(-1) / t
