@@ -4,6 +4,7 @@
     python -m bench.kernels --target v3                                     cycles, every op at ViT-B/16 and 224 pixels
     python -m bench.kernels --target v3 v5e v6e --op attention --batch 64
     python -m bench.kernels --target v3 --whole ViT-B/16 --batch 128 --train
+    python -m bench.kernels --target v3 --whole ViT-B/16 --statistics       and what looking at every head's attention costs
     python -m bench.kernels --target v3 --largest-batch ViT-B/16 --remat
     python -m bench.kernels --target v5e v6e --calibrate --batch 8 --save
     python -m bench.kernels --target v3 v5e --plan                          which kernels and tiles; compiles nothing
@@ -52,6 +53,8 @@ class Kernels:
     """Instead of ops: a whole model, e.g. ViT-B/16."""
     train: bool = False
     """With --whole: the training step, not the forward pass."""
+    statistics: bool = False
+    """With --whole: the forward pass with and without the distance of every head and the class token's row of every block."""
     remat: bool = False
     """With --train or --largest-batch: rematerialise every block."""
     remat_every: int = 1
@@ -94,6 +97,8 @@ class Kernels:
             raise ValueError("--whole, --largest-batch and --calibrate ask the compiler: name a --target, e.g. --target v3")
         if not self.target and self.plan:
             raise ValueError("--plan prints what a TPU generation would run: name a --target, e.g. --target v3")
+        if self.statistics and (not self.whole or self.train):
+            raise ValueError("--statistics is of a whole forward pass: give --whole, e.g. --whole ViT-B/16, and no --train")
         if self.calibrate and set(self.target) - set(PROFILED):
             raise ValueError(f"--calibrate needs a static profile, which exists for {', '.join(PROFILED)} only")
 
@@ -278,6 +283,24 @@ def whole(options: Kernels, target: str) -> list[dict]:
     return records
 
 
+def statistics(options: Kernels, target: str) -> list[dict]:
+    """A whole forward pass, alone and with the statistics of every block's attention."""
+    arguments = {"model": options.whole, "batch": options.batch, "dtype": options.dtype}
+    builds = {"forward": "bench.programs:whole_forward", "forward with statistics": "bench.programs:forward_with_statistics"}
+    reports = _compile(target, [Program(build=build, arguments=arguments, name=name) for name, build in builds.items()])
+    found = {report.name: _cycles(report) for report in reports}
+    print(f"{target}, {options.whole}, batch {options.batch}, {options.dtype}: cycles an image (compiler estimate)")
+    for report in reports:
+        cycles = found[report.name]
+        print(f"{report.name:<36}{f'{cycles / options.batch:,.0f}' if cycles else 'failed: ' + _why(report)[:300]:>12}")
+    plain, looked = found.values()
+    if plain and looked:
+        print(yardstick.table(reports[1].lines, images=options.batch))
+        print(f"distances and class rows of all blocks add {looked / plain - 1:.1%}", flush=True)
+    record = {"target": target, "what": "statistics", "batch": options.batch, "dtype": options.dtype, "cycles": found}
+    return [{**record, "ours": {"error": "; ".join(filter(None, map(_why, reports)))}}]
+
+
 def _breakdown(record: dict[str, Any]) -> str:
     """Where the cycles of each side go, operation by operation, and how ours stand to the better of the others."""
     sides = [(name, record[name]) for name in ("ours", FLAX, "xla") if name in record and record[name]["cycles"]]
@@ -435,6 +458,8 @@ def run(options: Kernels) -> list[dict]:
                 calibration.save(records)
         elif options.largest_batch:
             records += [largest_batch(options, target, kernels=side) for side in ((True,) if options.ours_only else (True, False))]
+        elif options.statistics:
+            records += statistics(options, target)
         elif options.whole:
             records += whole(options, target)
         else:

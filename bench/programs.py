@@ -20,6 +20,7 @@ from jax.experimental.layout import Format, Layout
 from bench import shapes
 from bench.peers import FLAX, vit
 from bench.peers import attention as peers
+from kernels.attention import statistics_tpu
 from kernels.attention.reference import AttentionWeights
 from kernels.device import from_kind
 from kernels.dropout import Dropout
@@ -29,7 +30,8 @@ from train.step import StepOptions, make_train_step, state_specs
 from train.step import shardings as shardings_of
 from vitcore import ViTConfig, apply_on, partition_specs, variant
 from vitcore.context import Context
-from vitcore.model import forward, init
+from vitcore.heads import logits
+from vitcore.model import asked_for, forward, init, prepared, representation
 from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, REFERENCE, Ops
 from vitcore.pixels import to_unit
 
@@ -44,7 +46,9 @@ def ops_for(device, *, kernels: bool) -> Ops:
     """The ops of a program compiled for `device`."""
     if not kernels:
         return REFERENCE
-    return FUSED._replace(**{op: partial(_kernel(op), launch=launch_for(device)) for op in FUNCTIONS})
+    launch = launch_for(device)
+    looks = partial(statistics_tpu.attention_statistics, launch=launch)
+    return FUSED._replace(**{op: partial(_kernel(op), launch=launch) for op in FUNCTIONS}, attention_statistics=looks)
 
 
 def launch_for(device) -> Launch:
@@ -136,6 +140,34 @@ def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, imag
     context = Context(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     return (lambda p, x: forward(p, to_unit(x), config, context)), (params, _bytes(config, batch))
+
+
+def forward_with_statistics(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None, depth=None):
+    """`whole_forward`, and of every block the distance of each head and the class token's row."""
+    config = _config(model, image_size, depth)
+    capture = asked_for(config, None, mean=False, row=True, distance=True)
+    context = Context(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), capture=capture)
+    params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+
+    def run(p, x):
+        y, found = representation(p, to_unit(x), config, context, behind_hidden=True)
+        return logits(p, y, config, prepared(config, context)), found
+
+    return run, (params, _bytes(config, batch))
+
+
+def statistics_alone(devices, *, shape, batch, dtype="bfloat16", mean=True, row=True, distance=True):
+    """The kernel of attention statistics at a named shape."""
+    c = shapes.shape(shape).config
+    d, f32 = c.width, jnp.float32
+    weights = AttentionWeights(*(S(s, f32) for s in ((d,), (d,), (3, d, d), (3, d), (d, d), (d,))))
+    launch = launch_for(devices[0])
+
+    def run(x, distances, weights):
+        asked = {"mean": mean, "row": row, "distances": distances if distance else None}
+        return statistics_tpu.attention_statistics(x, weights, num_heads=c.num_heads, launch=launch, **asked)
+
+    return run, (S((batch, c.tokens, d), jnp.dtype(dtype)), S((c.tokens, c.tokens), f32), weights)
 
 
 def mesh_forward(devices, *, model, batch, data=1, axis=1, dtype="bfloat16", kernels=True, image_size=None):

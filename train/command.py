@@ -19,6 +19,7 @@ JOBS = {
     "dedup": ("train.data.dedup", "near-duplicates of test images in a training set"),
     "pretrained": ("train.pretrained", "a run's parameters as a file of weights"),
     "weights": ("vitcore.weights", "what is in a file of weights; another form of it"),
+    "look": ("vitcore.inspect", "what a model has learned: filters, positions, attention"),
     "export": ("vitcore.export", "a model as one file, for a program without this library"),
 }
 

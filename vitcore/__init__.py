@@ -2,12 +2,18 @@
 
 from vitcore.config import ViTConfig as ViTConfig
 from vitcore.families import variant as variant
+from vitcore.look import attention_rollout as attention_rollout
+from vitcore.look import position_similarity as position_similarity
+from vitcore.look import projection_filters as projection_filters
+from vitcore.look import token_distances as token_distances
 from vitcore.model import apply as apply
 from vitcore.model import attention_maps as attention_maps
+from vitcore.model import attention_statistics as attention_statistics
 from vitcore.model import features as features
 from vitcore.model import init as init
 from vitcore.on_mesh import apply_on as apply_on
 from vitcore.on_mesh import attention_maps_on as attention_maps_on
+from vitcore.on_mesh import attention_statistics_on as attention_statistics_on
 from vitcore.on_mesh import features_on as features_on
 from vitcore.ops import FUSED as FUSED
 from vitcore.ops import GPU as GPU

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.attention import statistics
 from kernels.attention.reference import AttentionWeights
-from kernels.layer_norm import reference
 from kernels.mlp.reference import MLPWeights
 from vitcore.collectives import MIDDLE, sum_over_model, vary
 from vitcore.context import Layer
@@ -22,13 +21,15 @@ class Block(NamedTuple):
     leaves: (config) -> the leaves of one layer, with neither the layer axis nor "blocks" in front. apply: (x [B, T, D], w, config,
     layer) -> [B, T, D]; w are the layer's weights ready for use, `layer` a `context.Layer`. maps: (x, w, config, layer) -> the
     attention probabilities [B, N, T, T] float32 of the block for its input x, N the heads of this device; None for a block that has
-    none. check: (config) raises ValueError for a configuration that it cannot take. outside: the paths of those of its leaves that
-    it uses outside its sums over the model axis, such as a scale of what a half block adds; none is split over "model".
+    none. statistics: (x, w, config, layer, mean=, row=, distances=) -> `kernels.attention.statistics.Statistics` of the same; None
+    likewise. check: (config) raises ValueError for a configuration that it cannot take. outside: the paths of those of its leaves
+    that it uses outside its sums over the model axis, such as a scale of what a half block adds; none is split over "model".
     """
 
     leaves: Callable
     apply: Callable
     maps: Callable | None = None
+    statistics: Callable | None = None
     check: Callable = lambda config: None
     outside: tuple[tuple[str, ...], ...] = ()
 
@@ -195,17 +196,31 @@ def transform(x, w, config, layer: Layer):
 
 def attention_maps(x, w, config, layer: Layer):
     """The probabilities of the attention half, [B, N, T, T] float32, by the formula of `kernels/attention/reference.py`."""
+    return statistics.probabilities(*_looked_at(x, w, layer), num_heads=_heads(config, layer), extra=_extra(w, config))
+
+
+def attention_statistics(x, w, config, layer: Layer, **asked):
+    """`Statistics` of the attention half, over the heads of this device. asked: mean, row, distances."""
+    x, weights = _looked_at(x, w, layer)
+    if (extra := _extra(w, config)) is not None:  # relative positions: the attention half has no kernel for them either
+        return statistics.attention_statistics(x, weights, num_heads=_heads(config, layer), extra=extra, **asked)
+    return layer.context.ops.attention_statistics(x, weights, num_heads=_heads(config, layer), **asked)
+
+
+def _looked_at(x, w, layer: Layer):
+    """A block's input without padding, and the weights of its attention half."""
+    x = vary(x if layer.tokens is None else x[:, : layer.tokens], layer.context.mesh)
+    return x, AttentionWeights(*_pair(w["norm1"]), *_pair(w["qkv"]), *_pair(w["out"]))
+
+
+def _heads(config, layer: Layer) -> int:
     mesh = layer.context.mesh
-    n = config.num_heads // (mesh.model if mesh else 1)
-    x = vary(x if layer.tokens is None else x[:, : layer.tokens], mesh)
-    z = reference.layer_norm(x, w["norm1"]["scale"], w["norm1"]["bias"])
-    kernel, bias = w["qkv"]["kernel"][:2].astype(x.dtype), w["qkv"]["bias"][:2]
-    qk = jnp.einsum("btd,cdk->cbtk", z, kernel, preferred_element_type=jnp.float32) + bias[:, None, None]
-    q, k = qk.astype(x.dtype).reshape(2, *x.shape[:2], n, -1)
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
-    if (extra := config.entries.position.logits) is not None:
-        logits = logits + extra(q, w, config)
-    return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
+    return config.num_heads // (mesh.model if mesh else 1)
+
+
+def _extra(w, config):
+    logits = config.entries.position.logits
+    return None if logits is None else lambda q: logits(q, w, config)
 
 
 def _encoder(x, w, config, layer: Layer):
@@ -260,6 +275,11 @@ def _check_axial(config) -> None:
 
 
 BLOCKS: dict[str, Block] = {
-    "encoder": Block(leaves=lambda config: (*attention_leaves(config), *mlp_leaves(config)), apply=_encoder, maps=attention_maps),
+    "encoder": Block(
+        leaves=lambda config: (*attention_leaves(config), *mlp_leaves(config)),
+        apply=_encoder,
+        maps=attention_maps,
+        statistics=attention_statistics,
+    ),
     "axial": Block(leaves=_axial_leaves, apply=_axial, check=_check_axial),
 }

@@ -12,13 +12,17 @@ from vitcore.collectives import MeshShape, gather
 class Capture(NamedTuple):
     """What a forward pass keeps of its blocks, which are counted from 1.
 
-    features: the blocks whose outputs are kept. maps: the blocks whose attention maps are kept. mean: the maps' mean over the
-    heads instead of a map a head.
+    features: the blocks whose outputs are kept. maps: the blocks whose attention maps are kept. statistics: the blocks of whose
+    attention these statistics are kept: mean, the maps' mean over the heads; row, the first token's row of each head's map;
+    distances, of pairs of tokens, [T, T] numbers: how far each head looks (`kernels/attention/statistics.py`).
     """
 
     features: tuple[int, ...] = ()
     maps: tuple[int, ...] = ()
+    statistics: tuple[int, ...] = ()
     mean: bool = False
+    row: bool = False
+    distances: Any = None
 
 
 class Context(NamedTuple):

@@ -93,71 +93,106 @@ def _unrolled(block, x, layers):
 
 
 def _captured(one, x, row, layers, config, context: Context, scan, tokens: int | None):
-    """`run` with the results of some blocks: the loop carries an array for each kind, which the blocks that are asked for fill.
+    """`run` with the results of some blocks: those of a kind that every block is asked for are results of the loop; for others the
+    loop carries arrays, which the blocks that are asked for fill.
 
-    Returns (tokens, {"features": [K, B, T, D] in x's dtype, "maps": [K, B, N, T, T], or with `mean` [K, B, T, T], float32}), a K
-    for each block asked for, in that order, N the heads of this device.
+    Returns (tokens, {"features": [K, B, T, D] in x's dtype, "maps": [K, B, N, T, T] float32, "statistics": `Statistics` of arrays
+    with a leading K}), a K for each block asked for, in that order, N the heads of this device.
     """
-    capture, mesh, maps = context.capture, context.mesh, config.entries.block.maps
-    assert capture is not None
-    for asked in (capture.features, capture.maps):
-        if wrong := [block for block in asked if not 1 <= block <= config.depth]:
-            raise ValueError(f"block {wrong[0]}: the model has blocks 1 to {config.depth}")
-    if capture.maps and maps is None:
-        raise ValueError(f"block={config.block!r} has no attention maps: ask for the features of its blocks")
-
-    def features(x, y, w):
-        return y if tokens is None else y[:, :tokens]
-
-    def attention(x, y, w):
-        found = maps(x, w, config, Layer(context, None, tokens))
-        return sum_over_model(found.sum(1), mesh) / config.num_heads if capture.mean else found
-
-    kinds = {"features": (features, capture.features), "maps": (attention, capture.maps)}
-    kinds = {name: (of, asked) for name, (of, asked) in kinds.items() if asked}
+    kinds = _kinds(config, context, tokens)
     order = {name: sorted(set(asked)) for name, (_, asked) in kinds.items()}  # a block's place in the array of its kind
+    every = {name for name in kinds if len(order[name]) == config.depth}
 
     def places(block: int) -> dict[str, int]:
         return {name: order[name].index(block) if block in order[name] else -1 for name in kinds}
 
     slots = [places(block) for block in range(1, config.depth + 1)]
-    t, heads = config.tokens, config.num_heads // (mesh.model if mesh else 1)
-    maps_shape = (x.shape[0], t, t) if capture.mean else (x.shape[0], heads, t, t)
-    shape = {"features": ((x.shape[0], t, x.shape[2]), x.dtype), "maps": (maps_shape, jnp.float32)}
-
-    def empty(name):
-        found = jnp.zeros((len(order[name]), *shape[name][0]), shape[name][1])
-        split = name == "maps" and not capture.mean
-        return vary(found, mesh) if split else vary_like(found, x)
 
     def step(carry, layer, slot):
         (x, found), (w, key) = carry, layer
-        w = gather(w, layer_specs(context.specs["blocks"]), mesh, context.dtype)
+        w = gather(w, layer_specs(context.specs["blocks"]), context.mesh, context.dtype)
         y, x = one(x, row, w, key)
-        return y, {name: _put(found[name], partial(of, x, y, w), slot[name]) for name, (of, _) in kinds.items()}
+        made = {name: partial(of, x, y, w) for name, (of, _) in kinds.items()}
+        found = {name: _put(found[name], made[name], slot[name]) for name in found}
+        return (y, found), {name: made[name]() for name in every}
 
+    def empty(name):
+        def made(x, layer):
+            w = gather(layer[0], layer_specs(context.specs["blocks"]), context.mesh, context.dtype)
+            return kinds[name][0](x, x, w)
+
+        like = jax.eval_shape(made, x, jax.tree.map(lambda a: a[0], layers))
+        zeros = jax.tree.map(lambda a: jnp.zeros((len(order[name]), *a.shape), a.dtype), like)
+        return jax.tree.map(lambda z, a: vary_like(z, a), zeros, like)
+
+    carry = x, {name: empty(name) for name in kinds if name not in every}
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled, policy=recompute_gathers(context.ops.keeps))
-    kept = checkpoint if mesh and mesh.data > 1 else lambda step: step
-    carry = x, {name: empty(name) for name in kinds}
+    kept = checkpoint if context.mesh and context.mesh.data > 1 else lambda step: step
     if scan is _unrolled:
+        results = []
         for layer, slot in zip(_split(layers), slots, strict=True):
-            carry = kept(partial(step, slot=slot))(carry, layer)
+            carry, made = kept(partial(step, slot=slot))(carry, layer)
+            results.append(made)
+        results = jax.tree.map(lambda *a: jnp.stack(a), *results)
     else:
         stacked = {name: jnp.array([slot[name] for slot in slots]) for name in kinds}
         one_step = kept(step)
-        carry = lax.scan(lambda carry, both: (one_step(carry, *both), None), carry, (layers, stacked))[0]
+        carry, results = lax.scan(lambda carry, both: one_step(carry, *both), carry, (layers, stacked))
     y, found = carry
-    found = {name: found[name][jnp.array([order[name].index(i) for i in asked])] for name, (_, asked) in kinds.items()}
+    places_of = {name: [order[name].index(i) for i in asked] for name, (_, asked) in kinds.items()}
+    found = {name: _taken({**found, **results}[name], places_of[name]) for name in kinds}
     return (y if tokens is None else y[:, :tokens]), found
 
 
+def _taken(found, places: list[int]):
+    """The arrays' entries at these places of the first axis; as they are where that is all of them in order."""
+    leaves = jax.tree.leaves(found)
+    if places == list(range(leaves[0].shape[0])):
+        return found
+    return jax.tree.map(lambda a: a[jnp.array(places)], found)
+
+
+def _kinds(config, context: Context, tokens: int | None) -> dict:
+    """What is asked for: name -> (function of a block's input, output and weights, blocks). ValueError for what there is not."""
+    capture, mesh, block = context.capture, context.mesh, config.entries.block
+    assert capture is not None
+    for asked in (capture.features, capture.maps, capture.statistics):
+        if wrong := [number for number in asked if not 1 <= number <= config.depth]:
+            raise ValueError(f"block {wrong[0]}: the model has blocks 1 to {config.depth}")
+    if (capture.maps and block.maps is None) or (capture.statistics and block.statistics is None):
+        raise ValueError(f"block={config.block!r} has no attention maps: ask for the features of its blocks")
+    layer = Layer(context, None, tokens)
+
+    def features(x, y, w):
+        return y if tokens is None else y[:, :tokens]
+
+    def maps(x, y, w):
+        return block.maps(x, w, config, layer)
+
+    def statistics(x, y, w):
+        options = {"mean": capture.mean, "row": capture.row, "distances": capture.distances}
+        found = block.statistics(x, w, config, layer, **options)
+        if found.mean is None or not mesh:
+            return found
+        return found._replace(mean=sum_over_model(found.mean, mesh) / mesh.model)  # each device's is over its own heads
+
+    kinds = {
+        "features": (features, capture.features),
+        "maps": (maps, capture.maps),
+        "statistics": (statistics, capture.statistics),
+    }
+    return {name: (of, asked) for name, (of, asked) in kinds.items() if asked}
+
+
 def _put(found, value, slot):
-    """`found` with value() at an index; as it is, and nothing computed, where the index is negative."""
+    """The arrays of `found` with those of value() at an index; as they are, and nothing computed, where the index is negative."""
     if isinstance(slot, int):
-        return found.at[slot].set(value()) if slot >= 0 else found
-    return lax.cond(
-        slot >= 0, lambda found: lax.dynamic_update_index_in_dim(found, value(), slot, 0), lambda found: found, found
-    )  # fmt: skip
+        return jax.tree.map(lambda a, v: a.at[slot].set(v), found, value()) if slot >= 0 else found
+
+    def put(found):
+        return jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, slot, 0), found, value())
+
+    return lax.cond(slot >= 0, put, lambda found: found, found)
 
 
 # --- blocks made again for the backward pass ---------------------------------------------------------------------------------

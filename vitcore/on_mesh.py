@@ -17,9 +17,10 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kernels.attention.statistics import Statistics
 from vitcore.collectives import MeshShape
 from vitcore.context import Capture, Context
-from vitcore.model import check, forward, representation
+from vitcore.model import asked_for, blocks_of, check, forward, representation
 from vitcore.sharding import partition_specs
 
 
@@ -51,10 +52,30 @@ def attention_maps_on(
 ):
     """`attention_maps` on a mesh: a function (params, images) -> [K, B, N, T, T] with N split over "model", or, with `mean`,
     [K, B, T, T]."""
-    capture = Capture(maps=tuple(range(1, config.depth + 1)) if blocks is None else tuple(blocks), mean=mean)
-    where = P(None, "data") if mean else P(None, "data", "model")
+    if mean:
+        run = attention_statistics_on(mesh, config, blocks=blocks, mean=True, ops=ops, dtype=dtype)
+        return lambda *given: run(*given).mean
+    context = Context(ops=ops, dtype=dtype, capture=Capture(maps=blocks_of(config, blocks)))
+    return _mapped(mesh, config, context, lambda *given: representation(*given)[1]["maps"], P(None, "data", "model"))
+
+
+def attention_statistics_on(
+    mesh: Mesh,
+    config,
+    *,
+    blocks: tuple[int, ...] | None = None,
+    mean: bool = False,
+    row: bool = False,
+    distance: bool = False,
+    ops=None,
+    dtype=jnp.float32,
+):
+    """`attention_statistics` on a mesh: a function (params, images) -> `Statistics`, whose N is split over "model"."""
+    capture = asked_for(config, blocks, mean=mean, row=row, distance=distance)
+    heads = P(None, "data", "model")
+    where = Statistics(P(None, "data") if mean else None, heads if row else None, heads if distance else None)
     context = Context(ops=ops, dtype=dtype, capture=capture)
-    return _mapped(mesh, config, context, lambda *given: representation(*given)[1]["maps"], where)
+    return _mapped(mesh, config, context, lambda *given: representation(*given)[1]["statistics"], where)
 
 
 def _mapped(mesh: Mesh, config, context: Context, local: Callable, out_specs):

@@ -8,6 +8,8 @@ import jax
 
 from kernels.attention import gpu as attention_gpu
 from kernels.attention import reference as attention
+from kernels.attention import statistics as attention_statistics
+from kernels.attention import statistics_tpu as attention_statistics_tpu
 from kernels.attention import tpu as attention_tpu
 from kernels.device import DEVICES
 from kernels.launch import Launch, here
@@ -31,6 +33,8 @@ class Ops(NamedTuple):
     policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
     save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
     inside a `custom_vjp` what they save, and ops that leave it to differentiation.
+    attention_statistics: what `kernels/attention/statistics.py` says of a block's attention. No logits need it, and by default XLA
+    does it.
     """
 
     patch_embed: Callable
@@ -40,16 +44,23 @@ class Ops(NamedTuple):
     multiple: int = 1
     unrolled: tuple[str, ...] = ()
     keeps: Callable | None = None
+    attention_statistics: Callable = attention_statistics.attention_statistics
 
 
 FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's settings
 
-_KERNELS = (patch_embed_tpu.patch_embed, attention_tpu.attention_half, mlp_tpu.mlp_half, layer_norm_tpu.layer_norm)
+_KERNELS = (
+    patch_embed_tpu.patch_embed,
+    attention_tpu.attention_half,
+    mlp_tpu.mlp_half,
+    layer_norm_tpu.layer_norm,
+    attention_statistics_tpu.attention_statistics,
+)
 
 
 def _kernels(started: Callable) -> Ops:
-    embed, attend, transform, normalise = map(started, _KERNELS)
-    return Ops(embed, attend, transform, normalise)
+    embed, attend, transform, normalise, look = map(started, _KERNELS)
+    return Ops(embed, attend, transform, normalise, attention_statistics=look)
 
 
 @cache
