@@ -1,9 +1,10 @@
-"""The attention half of a block on a GPU: XLA's own products around cuDNN's flash attention; no kernel of ours.
+"""The attention half of a block on a GPU: XLA's own products around our kernel for short rows on Hopper, or cuDNN's attention.
 
 The same as `reference.py` but for what goes through memory:
 - An activation is rounded to x's dtype where it is made (the accumulator inside is float32). The reference keeps products float32,
   and then those of the backward pass read float32 operands, which costs the tensor cores two to four times as much.
-- Probabilities never exist in memory: cuDNN makes them from q, k, v, forward and backward. What it does not take goes through XLA.
+- Probabilities never exist in memory: the kernel in `hopper.py` makes them from q, k, v, forward and backward, or else cuDNN does.
+  What neither takes goes through XLA. `implementation` says which it is, `hopper_plan.refuses` why it is not ours.
 - What the backward pass needs is x, its rows' statistics, q, k, v and the heads' output, in x's dtype; all that is elementwise is
   computed again.
 - Keys and values take no bias, and so no pass over them: a key's shifts all logits of a query alike, which softmax undoes, and a
@@ -21,6 +22,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
+from kernels.attention.hopper_plan import refuses
 from kernels.attention.reference import AttentionWeights
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import STATISTICS, layer_norm
@@ -67,13 +69,14 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     """As `reference.attention_half`: the same arguments, the same result to rounding.
 
     tokens: how many of x's T are tokens, by default all. The rows behind them are padding: no token sees them, and what is returned
-    there is finite and means nothing. An odd T is padded here, which costs copies of q, k, v and the result.
+    there is finite and means nothing. An odd T is padded here for cuDNN, which costs copies of q, k, v and the result.
     """
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out = weights
     b, t, d = x.shape
     tokens = tokens or t
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    if t % TOKENS:
+    by = implementation(x.dtype, w_qkv.shape[-1] // num_heads, t)
+    if t % TOKENS and by != "hopper":
         padded = jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))
         options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens}
         return attention_half(padded, weights, **options)[:, :t]
@@ -93,10 +96,22 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
 
     x = x.reshape(b * t, d)
     q, k, v = (a.reshape(b, t, num_heads, -1) for a in project(x, norm_scale, norm_bias, w_qkv, b_qkv[0]))
+    o = _core(q, k, v, tokens, by)
+    if by != "cudnn":  # whose output is kept with its statistics: named besides, it would be kept twice
+        o = checkpoint_name(o, KEPT)
+    return close(x, o.reshape(b * t, -1), w_out, b_qkv[2], b_out).reshape(b, t, d)
+
+
+def _core(q, k, v, tokens: int, by: str):
+    """Attention of q, k, v [B, T, N, H], of whose rows the first `tokens` are keys."""
+    if by == "hopper":
+        from kernels.attention.hopper import attention  # Mosaic GPU takes a third of a second to import
+
+        return attention(q, k, v, tokens=tokens)
+    b, t, *_ = q.shape
     # every query is a real one, so that each row of the result is finite; what is padding is no key
     lengths = None if tokens == t else (jnp.full(b, t, jnp.int32), jnp.full(b, tokens, jnp.int32))
-    by = implementation(q.dtype, q.shape[-1])
-    o = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         q,
         k,
         v,
@@ -104,9 +119,6 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
         key_value_seq_lengths=lengths and lengths[1],
         implementation=by,
     )
-    if by != "cudnn":  # whose output is kept with its statistics: named besides, it would be kept twice
-        o = checkpoint_name(o, KEPT)
-    return close(x, o.reshape(b * t, -1), w_out, b_qkv[2], b_out).reshape(b, t, d)
 
 
 def rounded(x, dtype):
@@ -121,7 +133,9 @@ def dropped(y, t: int, dropout, site: int, tokens: int, column=0):
     return drop.apply(y.reshape(-1, t, y.shape[-1]), dropout, site, column, tokens=tokens).reshape(y.shape)
 
 
-def implementation(dtype, head_width: int) -> Literal["cudnn", "xla"]:
-    """Which of `jax.nn.dot_product_attention`'s implementations takes heads of this dtype and width: "cudnn" or "xla"."""
+def implementation(dtype, head_width: int, t: int) -> Literal["hopper", "cudnn", "xla"]:
+    """What attends over rows of t with heads of this dtype and width: our kernel, cuDNN, or products and a softmax by XLA."""
+    if refuses(dtype, head_width, t) is None:
+        return "hopper"
     on_gpu = jax.default_backend() == "gpu"
     return "cudnn" if on_gpu and dtype == jnp.bfloat16 and head_width % 8 == 0 and head_width <= 128 else "xla"

@@ -213,4 +213,4 @@ def test_resolve_takes_what_suits_the_platform(monkeypatch):
 )
 def test_cudnn_is_given_what_it_takes(monkeypatch, dtype, width, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention_gpu.implementation(jnp.dtype(dtype), width) == expected
+    assert attention_gpu.implementation(jnp.dtype(dtype), width, 50) == expected  # a device of no known capability
