@@ -69,11 +69,14 @@ def positions(similar: np.ndarray) -> Any:
 
 def distances(of_heads: np.ndarray, images: int, image_shape: tuple[int, int]) -> Any:
     """Mean attention distances [L, N] in pixels over the blocks, a point a head, and the line of their mean."""
+    from matplotlib import colormaps
+
     blocks = np.arange(1, len(of_heads) + 1)
     figure = _figure(6.4, 4.2)
     axes = figure.add_subplot()
+    shades = colormaps["turbo"](np.linspace(0.03, 0.97, of_heads.shape[1]))
     for n in range(of_heads.shape[1]):
-        axes.scatter(blocks, of_heads[:, n], s=22, color=f"C{n % 10}", alpha=0.8, label=f"head {n + 1}")
+        axes.scatter(blocks, of_heads[:, n], s=22, color=shades[n], alpha=0.8, label=f"head {n + 1}")
     axes.plot(blocks, of_heads.mean(1), color="0.3", lw=1, label="mean of heads")
     axes.set_xlabel("block")
     axes.set_ylabel("mean attention distance (pixels)")

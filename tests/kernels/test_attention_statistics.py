@@ -39,7 +39,7 @@ def by_hand(x, w, num_heads):
     return e / e.sum(-1, keepdims=True)
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(
     shape=SHAPES,
     b=st.integers(1, 2),
@@ -54,7 +54,8 @@ def test_the_kernel_agrees(shape, b, dtype, device, asked, seed):
     options = {"num_heads": n, "mean": asked[0], "row": asked[1], "distances": apart if asked[2] else None}
     ours = partial(statistics_tpu.attention_statistics, launch=launch(device), **options)
     assert oracle.kernels_in(ours, x, weights) == ["attention_statistics"]
-    truth = statistics.of_probabilities(by_hand(x, weights, n), mean=asked[0], row=asked[1], distances=options["distances"])
+    p = by_hand(x, weights, n)
+    truth = p.mean(1), p[:, :, 0], np.einsum("bnts,ts->bn", p, np.asarray(apart)) / t
     plain = statistics.attention_statistics(x, weights, **options)
     for name, found, expected, true in zip(plain._fields, ours(x, weights), plain, truth, strict=True):
         assert (found is None) == (expected is None), name
