@@ -82,11 +82,11 @@ def test_parts_share_out_the_runs(name):
 
 
 def _two(setting):
-    return [
-        Run(name=name + kind, job=job, options=(), after=name if kind else None, at={} if kind else {"x": name})
-        for name in ("a", "b")
-        for kind, job in (("", "pretrain"), (".fewshot", "fewshot"))
-    ]  # fmt: skip
+    runs = []
+    for name in ("a", "b"):
+        runs.append(Run(name=name, job="pretrain", options=(), at={"x": name}))
+        runs.append(Run(name=f"{name}.fewshot", job="fewshot", options=(), after=name))
+    return runs
 
 
 @pytest.fixture

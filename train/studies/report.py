@@ -93,7 +93,8 @@ def draw(study: Study, rows: list[Row], setting: Setting, path) -> None:
         else:
             _bars(axes, study, some, x, value, lines, theirs)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
-        axes.set(title=title, ylabel="accuracy", xlabel=study.xlabel or x)
+        cut = " (the axis is cut)" if axes.patches else ""
+        axes.set(title=title, ylabel=f"accuracy{cut}", xlabel=study.xlabel or x)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if study.line and lines:
