@@ -102,7 +102,7 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     return close(x, o.reshape(b * t, -1), w_out, b_qkv[2], b_out).reshape(b, t, d)
 
 
-def _core(q, k, v, tokens: int, by: str):
+def _core(q, k, v, tokens: int, by: Literal["hopper", "cudnn", "xla"]) -> jax.Array:
     """Attention of q, k, v [B, T, N, H], of whose rows the first `tokens` are keys."""
     if by == "hopper":
         from kernels.attention.hopper import attention  # Mosaic GPU takes a third of a second to import

@@ -65,7 +65,7 @@ def _over_keys(rows, arrays, lse, delta, scale, *, queries: int, p: Plan):
             plgpu.wgmma_wait(0)
         return dk[...], dv[...]
 
-    accumulator = plgpu.ACC((TILE, q.shape[-1]), jnp.float32)
+    accumulator = plgpu.WGMMAAccumulatorRef((TILE, q.shape[-1]), jnp.float32)
     return pl.run_scoped(run, accumulator, accumulator)
 
 

@@ -45,7 +45,7 @@ def product(a, b, columns: int):
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(run, plgpu.ACC((64, columns), jnp.float32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((64, columns), jnp.float32))
 
 
 def along(vector, like, axis: int):
@@ -74,7 +74,7 @@ def widened(x, columns: int):
         zero = mgpu.FragmentedArray.splat(mgpu.c(0, x.mlir_dtype), (rows, columns - have), x.layout, is_signed=x.is_signed)
         return _joined(x, zero)
 
-    return run(x)
+    return run(x)  # pyright: ignore[reportCallIssue]  (the decorator gives the context)
 
 
 def masked(x, tokens: int):
@@ -92,4 +92,4 @@ def masked(x, tokens: int):
         tail = (column < tokens - whole).select(tail, low)
         return _joined(head, tail) if whole else tail
 
-    return run(x)
+    return run(x)  # pyright: ignore[reportCallIssue]  (the decorator gives the context)

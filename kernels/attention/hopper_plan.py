@@ -9,7 +9,7 @@ CAPABILITY = "9.0"  # Hopper: wgmma and the tensor memory accelerator, which the
 HEAD = 64  # one row of a head is 128 bytes, the widest swizzle of shared memory
 TILE = 64  # rows of one wgmma
 MOST = 256  # keys of a whole row: one wgmma's columns, and half a warpgroup's registers
-NARROW = 208  # columns up to which three warpgroups have the registers for their logits
+NARROW = 200  # columns for three warpgroups: a block of four starts with 128 registers a thread, and wgmma with 208 wants 130
 COMPUTE = 2  # warpgroups that multiply, at least; one more loads
 
 

@@ -35,7 +35,7 @@ def arrays(b, t, n, scale=1.0, seed=0):
     return [jnp.asarray(r.standard_normal((b, t, n, 64)) * s, jnp.bfloat16) for s in (scale, scale, 1.0)]
 
 
-@pytest.mark.parametrize("t", [1, 7, 8, 50, 64, 65, 128, 129, 192, 193, 197, 208, 209, 256])
+@pytest.mark.parametrize("t", [1, 7, 8, 50, 64, 65, 128, 129, 192, 193, 197, 201, 208, 209, 256])
 def test_value_and_gradients_agree(t):
     for tokens in {t, max(1, t - 1)}:
         ours, reference = partial(hopper.attention, tokens=tokens), partial(plain, tokens=tokens)
@@ -62,4 +62,5 @@ def test_what_padding_holds_does_not_matter():
 
 def test_the_half_block_takes_them():
     assert attention_gpu.implementation(jnp.dtype(jnp.bfloat16), 64, 197) == "hopper"
-    oracle.assert_kernel_ran(partial(attention_gpu._core, tokens=197, by="hopper"), *arrays(1, 197, 1), name="attention_hopper")
+    core = jax.jit(partial(attention_gpu._core, tokens=197, by="hopper"))
+    assert "mosaic_gpu" in core.lower(*arrays(1, 197, 1)).as_text()
