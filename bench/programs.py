@@ -160,7 +160,8 @@ def statistics_alone(devices, *, shape, batch, dtype="bfloat16", mean=True, row=
     """The kernel of attention statistics at a named shape."""
     c = shapes.shape(shape).config
     d, f32 = c.width, jnp.float32
-    weights = AttentionWeights(*(S(s, f32) for s in ((d,), (d,), (3, d, d), (3, d), (d, d), (d,))))
+    arrays: Any = [S(s, f32) for s in ((d,), (d,), (3, d, d), (3, d), (d, d), (d,))]
+    weights = AttentionWeights(*arrays)
     launch = launch_for(devices[0])
 
     def run(x, distances, weights):

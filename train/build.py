@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kernels.attention.hopper_plan import refuses
 from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches, train_batches
@@ -19,8 +20,9 @@ from train.frozen import put_params
 from train.job import claim, say
 from train.loop import Run
 from train.step import StepOptions, TrainState, shardings, state_specs
+from vitcore import families
 from vitcore.config import ViTConfig
-from vitcore.ops import Ops
+from vitcore.ops import BY_NAME, GPU, Ops
 from vitcore.sharding import MeshShape, check_mesh
 
 
@@ -47,6 +49,18 @@ def step_options(full, ops: Ops, **own) -> StepOptions:
         ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat_every if full.remat else 0, accumulate=full.accumulate,
         label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed, **own,
     )  # fmt: skip
+
+
+def name_of_ops(ops: Ops, config, dtype) -> str:
+    """The ops by name, and what of the model does not go through them or not through our kernels, with the reason."""
+    name = next(name for name, known in BY_NAME.items() if known is ops)
+    if apart := families.family_of(config).by_xla(config):
+        name += f" ({' and '.join(apart)} by XLA)"
+    if ops is GPU and isinstance(config, ViTConfig) and config.block == "encoder":
+        rows = config.tokens + -config.tokens % ops.multiple
+        if why := refuses(jnp.dtype(dtype), config.width // config.num_heads, rows):
+            name += f" (attention without our kernel: {why})"
+    return name
 
 
 # What each process may choose for itself: where it stands in the job, and how its host decodes images

@@ -241,12 +241,10 @@ def run(args: Pretrain, stop: Stop | None = None):
     """Train as `args` say; prints where, what and how it went, on process 0. stop: who is asked to stop. The loop's Result."""
     args.join()
 
-    from train.build import check_fit, make_run, step_options
+    from train.build import check_fit, make_run, name_of_ops, step_options
     from train.data import check_classes, open_source
     from train.data.identity import seen
     from train.loop import train
-    from vitcore import families
-    from vitcore.ops import BY_NAME
 
     source, held_out = open_source(args.data, args.train_split), open_source(args.data, args.val_split)
     check_classes(source, held_out)
@@ -271,9 +269,7 @@ def run(args: Pretrain, stop: Stop | None = None):
     )  # fmt: skip
     if distributed.rank() == 0:
         check_claim(out, who)
-    named = next(name for name, known in BY_NAME.items() if known is ops)
-    if apart := families.family_of(config).by_xla(config):
-        named += f" ({' and '.join(apart)} by XLA)"
+    named = name_of_ops(ops, config, full.dtype)
     of = masked.about(full, config) or f"of {len(source.classes)} classes"
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images {of}")
     say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")

@@ -50,7 +50,7 @@ def positions(similar: np.ndarray) -> Any:
     rows, columns = (list(dict.fromkeys(np.linspace(0, n - 1, min(n, LABELLED)).round().astype(int))) for n in similar.shape[:2])
     figure = _figure(0.62 * len(columns) + 1.8, 0.62 * len(rows) + 1.2)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    drawn = None
+    drawn: Any = None
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             axes = grid[i, j]
@@ -70,6 +70,7 @@ def positions(similar: np.ndarray) -> Any:
 def distances(of_heads: np.ndarray, images: int, image_shape: tuple[int, int]) -> Any:
     """Mean attention distances [L, N] in pixels over the blocks, a point a head, and the line of their mean."""
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     blocks = np.arange(1, len(of_heads) + 1)
     figure = _figure(6.4, 4.2)
@@ -81,7 +82,7 @@ def distances(of_heads: np.ndarray, images: int, image_shape: tuple[int, int]) -
     axes.set_xlabel("block")
     axes.set_ylabel("mean attention distance (pixels)")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"{image_shape[0]} x {image_shape[1]} pixels, mean over {images} image{'s' * (images != 1)}", fontsize=10)
     axes.legend(fontsize=7, ncols=1 + of_heads.shape[1] // 9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -16,7 +16,7 @@ bits are the upper three of a byte, of means in exact arithmetic. An image of on
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,7 @@ def levels(patches, cells: int):
     return jnp.round(sums).astype(jnp.int32) // (py * px << (8 - BITS))
 
 
-def colour(levels):
+def colour(levels) -> Any:
     """int32 [..., C] of BITS bits each to one number [...], the first channel's foremost."""
     channels = levels.shape[-1]
     return sum(levels[..., c] << (BITS * (channels - 1 - c)) for c in range(channels))

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention.hopper_parts import COLUMNS, LOG2E, PARAMS, along, buffer, masked, product, transposed, widened
+from kernels.attention.hopper_parts import COLUMNS, LOG2E, PARAMS, along, buffer, load, masked, product, transposed, widened
 from kernels.attention.hopper_plan import COMPUTE, TILE, Plan, plan
 
 PROCESSORS = 132
@@ -56,11 +56,11 @@ def _over_keys(rows, arrays, lse, delta, scale, *, queries: int, p: Plan):
             whole = -(-width // TILE) * TILE
             part, filled = pl.ds(start, width), pl.ds(start, whole)
             s = product(k.at[rows], transposed(q.at[part]), width)
-            e = jnp.exp2(s * scale - along(plgpu.load(lse.at[part], (), layout=COLUMNS), s, 1))
+            e = jnp.exp2(s * scale - along(load(lse.at[part], COLUMNS), s, 1))
             e = lax.optimization_barrier(e.astype(q.dtype))
             dp = product(v.at[rows], transposed(g.at[part]), width)
             plgpu.wgmma(dv, widened(e, whole), g.at[filled])
-            ds = e.astype(jnp.float32) * (dp - along(plgpu.load(delta.at[part], (), layout=COLUMNS), s, 1))
+            ds = e.astype(jnp.float32) * (dp - along(load(delta.at[part], COLUMNS), s, 1))
             plgpu.wgmma(dk, widened(ds.astype(q.dtype), whole), q.at[filled])
             plgpu.wgmma_wait(0)
         return dk[...], dv[...]

@@ -5,6 +5,7 @@ array: rows that are not there arrive as zeros and are not stored, so that no ro
 to divide.) wgmma reads the tiled one; rows of 128 bytes are swizzled alike in both.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -36,6 +37,12 @@ def buffer(*rows: int, dtype):
 
 def transposed(ref):
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def load(ref, layout):
+    """What is behind ref, in this layout; jax 0.12 takes no index beside the reference."""
+    index = ((),) if jax.__version_info__ < (0, 12) else ()
+    return plgpu.load(ref, *index, layout=layout)
 
 
 def product(a, b, columns: int):

@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,11 @@ PART = 2**26  # most probabilities that exist at a time, 256 MiB
 
 
 class Statistics(NamedTuple):
-    """What was asked for, float32; the rest is None."""
+    """What was asked for, arrays of float32; the rest is None. Elsewhere the same fields hold specs or shapes of these."""
 
-    mean: jax.Array | None = None  # [B, T, T]
-    row: jax.Array | None = None  # [B, N, T]
-    distance: jax.Array | None = None  # [B, N]
+    mean: Any = None  # [B, T, T]
+    row: Any = None  # [B, N, T]
+    distance: Any = None  # [B, N]
 
 
 def probabilities(x, weights: AttentionWeights, *, num_heads: int, extra: Callable | None = None):

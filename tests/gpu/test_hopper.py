@@ -1,6 +1,7 @@
 """The Hopper attention kernels on a card, against plain programs in bfloat16 and float64; nothing to run on other GPUs."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,8 @@ def test_what_padding_holds_does_not_matter():
     tokens, t = 197, 200
     q, k, v = arrays(4, t, 12)
     g = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.bfloat16).at[:, tokens:].set(0)
-    whole, pull = jax.vjp(partial(hopper.attention, tokens=tokens), *(a.at[:, tokens:].set(3.0) for a in (q, k, v)))
+    attend: Any = partial(hopper.attention, tokens=tokens)
+    whole, pull = jax.vjp(attend, *(a.at[:, tokens:].set(3.0) for a in (q, k, v)))
     short, pull_short = jax.vjp(hopper.attention, *(a[:, :tokens] for a in (q, k, v)))
     np.testing.assert_array_equal(whole[:, :tokens], short)
     for long, right in zip(pull(g), pull_short(g[:, :tokens]), strict=True):

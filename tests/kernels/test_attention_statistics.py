@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,8 @@ def test_under_shard_map():
     """Images over "data", heads over "model"."""
     x, weights, apart = case(2, 9, 32, 2, 64, jnp.float32)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
-    heads = AttentionWeights(P(), P(), P(None, None, "model"), P(None, "model"), P("model"), P())
+    specs: Any = [P(), P(), P(None, None, "model"), P(None, "model"), P("model"), P()]
+    heads = AttentionWeights(*specs)
 
     def local(x, weights):
         options = {"num_heads": 1, "row": True, "distances": apart, "launch": launch()}

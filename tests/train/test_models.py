@@ -27,7 +27,7 @@ ROWS = [(row.data, model.replace("*", "B/16")) for row in recipes.TABLE_3 for mo
 def test_every_row_of_table_3_resolves(data, model):
     """The command line `--model M --recipe D`, without the run: its options, and the model that they make."""
     full = pretrain.resolve(Pretrain(model=model, recipe=data, data="folder:/nowhere"), examples=5000)
-    config = pretrain._model(
+    config = pretrain.model_of(
         dataclasses.replace(full, head_bias=0.0) if hasattr(full, "head_bias") else full, classes=7, channels=3
     )
     assert (full.model, config.image_size, config.num_classes) == (model, 224, 7)

@@ -100,7 +100,7 @@ def test_the_first_loss_of_a_recipe(name, options, classes, bias, loss):
     full = pretrain.resolve(pretrain.Pretrain(recipe=name, model="ViT-B/16", data="folder:x", **options), examples=10**6)
     assert full.head_bias == bias
     full: Any = full
-    whole = pretrain._model(full, classes=classes, channels=3)
+    whole = pretrain.model_of(full, classes=classes, channels=3)
     config = dataclasses.replace(whole, depth=1, width=8, mlp_dim=8, num_heads=1, representation_size=8, image_size=32)
     params = vitcore.init(jax.random.key(0), config)
     images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3), minval=-1, maxval=1)
@@ -157,7 +157,7 @@ def test_the_plain_baseline_is_that_of_its_report():
     """arXiv:2205.01580: what the job makes of it, for S/16 on train[:99%]."""
     for name, epochs in (("plain", 90), ("plain-300ep", 300)):
         full = pretrain.resolve(pretrain.Pretrain(recipe=name, data="folder:x"), examples=1_268_355)
-        config = pretrain._model(full, classes=1000, channels=3)
+        config = pretrain.model_of(full, classes=1000, channels=3)
         assert (full.model, config.pool, config.position, config.dropout) == ("ViT-S/16", "gap", "sincos2d", 0.0)
         assert (config.representation_size, config.image_size, config.head_bias) == (384, 224, 0.0)
         assert (full.steps, full.batch_size, full.warmup_steps) == (round(epochs * 1_268_355 / 1024), 1024, 10_000)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def assert_statistics(found, maps, config):
     np.testing.assert_allclose(found.distance, sums[..., first:].mean(-1), rtol=1e-5)
 
 
-ASKED = {"mean": True, "row": True, "distance": True}
+ASKED: Any = {"mean": True, "row": True, "distance": True}
 
 
 @pytest.mark.parametrize("change", [{}, {"pool": "gap"}, {"position": "relative"}], ids=str)

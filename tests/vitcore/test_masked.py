@@ -20,11 +20,12 @@ from train.step import StepOptions
 from vitcore import masked
 from vitcore.context import Context
 from vitcore.masked import Masked
+from vitcore.sharding import MeshShape
 
 TINY: Any = dict(image_size=(16, 24), patch_size=8, width=16, depth=1, mlp_dim=24, num_heads=2, num_classes=0, channels=1)
 
 
-def config_of(target="mean", rate=0.5, **changes):
+def config_of(target="mean", rate=0.5, **changes) -> Any:
     return vitcore.ViTConfig(**TINY | changes, masked=Masked(target=target, rate=rate))
 
 
@@ -272,7 +273,7 @@ def test_the_kernels_read_corrupted_patches():
         )  # fmt: skip
 
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
-    oracle.check(losses(vitcore.INTERPRET), losses(vitcore.REFERENCE), leaves, names=names)
+    oracle.check(losses(vitcore.INTERPRET), losses(vitcore.REFERENCE), leaves, names=names, seed=1)
     oracle.assert_kernel_ran(losses(vitcore.INTERPRET), *leaves, name="patch_embed")
 
 
@@ -284,7 +285,7 @@ def test_its_leaves_come_and_go_with_it():
     params = vitcore.init(jax.random.key(0), config)
     assert params["masked"]["embedding"].shape == (16,)
     assert params["masked"]["head"]["kernel"].shape == (16, 8)
-    specs = vitcore.partition_specs(config, vitcore.sharding.MeshShape(2, 2))
+    specs = vitcore.partition_specs(config, MeshShape(2, 2))
     assert specs["masked"]["head"]["kernel"] == jax.sharding.PartitionSpec("data", None)
     without = vitcore.init(jax.random.key(0), dataclasses.replace(config, masked=None))
     masks = params.pop("masked")

@@ -1,5 +1,7 @@
 """Optimizers of optax on stacked parameters: what they decay, and that each layer is a matrix of its own where they ask for it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +55,7 @@ def test_the_mask_of_kernels_is_what_the_paper_decays():
     tx = optax.adamw(1.0, weight_decay=0.5, mask=mask)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     for keys, update in jax.tree.leaves_with_path(updates):
-        value = params
+        value: Any = params
         for key in keys:
             value = value[key.key]
         expected = -0.5 * value if keys[-1].key == "kernel" else 0 * value
@@ -86,7 +88,8 @@ def test_without_it_stacked_layers_are_taken_for_one():
     mine = vitcore.per_layer(tx, TINY)
     updates, _ = mine.update(grads, mine.init(params), params)
     kernel = ("blocks", "mlp_in", "kernel")
-    a, b = (tree[kernel[0]][kernel[1]][kernel[2]] for tree in (plain, updates))
+    trees: Any = (plain, updates)
+    a, b = (tree[kernel[0]][kernel[1]][kernel[2]] for tree in trees)
     assert float(jnp.abs(a - b).max()) > 1e-3
 
 
