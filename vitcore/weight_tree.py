@@ -312,19 +312,21 @@ def _hint(arrays, style, misshapen, need, config) -> str:
     heads = [name for name in misshapen if need[name].path[0] == "head"]
     if heads and len(heads) == len(misshapen):
         return ": new_head=True replaces the head by zeros"
-    if misshapen and all(need[name].path == PATCHES for name in misshapen) and config.stem is None:
-        return ": resample_patches=True takes patches of another size"
+    patches = misshapen and isinstance(config, ViTConfig) and config.stem is None
+    patches = patches and all(need[name].path == PATCHES for name in misshapen)
+    other = "resample_patches=True takes patches of another size" if patches else ""
     try:
         open_ = {"pool": getattr(config, "pool", None), "position": getattr(config, "position", None)}
         c = infer({name: a.shape for name, a in arrays.items()}, style, **open_)
     except ValueError:
-        return ""
+        return f": {other}" if other else ""
     if isinstance(c, ResNetConfig):
         return f": the file's model is a ResNet, {c.stem}, num_classes={c.num_classes}"
     hidden = f", representation_size={c.representation_size}" if c.representation_size else ""
     return (
         f": the file's model has patch_size={c.patch_size}, width={c.width}, depth={c.depth}, mlp_dim={c.mlp_dim}, "
         f"num_heads={c.num_heads}, num_classes={c.num_classes}, pool={c.pool}{hidden}"
+        f"{f'; {other}' if other else ''}"
     )
 
 

@@ -210,6 +210,8 @@ def test_options_together_train(tmp_path):
     assert first["loss"] == pytest.approx(10 * np.log(2), rel=1e-3)  # ten sigmoids at zero: the loss is the one asked for
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_interpreted_kernels_train_on_a_mesh_as_the_reference_does(tmp_path, capsys):
     """The whole step on the Pallas kernels, heads and hidden columns split, dropout on: the losses of the einsum path."""
     losses, data = [], folder(tmp_path / "data")

@@ -63,9 +63,14 @@ def test_the_mask_of_kernels_is_what_the_paper_decays():
 
 
 @pytest.mark.parametrize(
-    "tx", [optax.lamb(0.1, weight_decay=0.1), contrib.muon(0.1, ns_steps=1), optax.adamw(0.1), optax.adafactor(0.1)],
-    ids=["lamb", "muon", "adamw", "adafactor"],
-)  # fmt: skip
+    "tx",
+    [
+        pytest.param(optax.lamb(0.1, weight_decay=0.1), id="lamb"),
+        pytest.param(contrib.muon(0.1, ns_steps=1), id="muon", marks=pytest.mark.slow),
+        pytest.param(optax.adamw(0.1), id="adamw"),
+        pytest.param(optax.adafactor(0.1), id="adafactor", marks=pytest.mark.slow),
+    ],
+)
 def test_per_layer_is_the_optimizer_on_layers_that_were_never_stacked(tx):
     params = random_like(vitcore.init(jax.random.key(0), TINY), 0)
     apart, whole = one_by_one(params), params
