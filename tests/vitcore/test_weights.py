@@ -576,3 +576,15 @@ def test_a_bad_file_is_one_line_and_no_memory(tmp_path, monkeypatch, capsys, nam
 def test_a_bad_option_is_one_line(tmp_path, capsys, words):
     assert weights.main(["show", str(tmp_path / "x.npz"), *words]) == 2
     assert capsys.readouterr().err.startswith(f"vitcore.weights: error: {words[0]} {words[1]}: ")
+
+
+@pytest.mark.parametrize("file", ["w.npz", "w.safetensors"])
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_modes_follow_the_umask(tmp_path, file, mask):
+    before = os.umask(mask)
+    try:
+        vitcore.save(tmp_path / file, random_params(CONFIG), CONFIG)
+    finally:
+        os.umask(before)
+    assert (tmp_path / file).stat().st_mode & 0o777 == 0o666 & ~mask
+    assert [path.name for path in tmp_path.iterdir()] == [file]
