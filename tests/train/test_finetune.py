@@ -69,6 +69,7 @@ def test_config_json_runs_again_to_the_same_numbers(whole, tmp_path):
     assert [line["loss"] for line in records(tmp_path / "again")] == [line["loss"] for line in records(whole)]
 
 
+@pytest.mark.slow  # twenty steps of fine-tuning against float64 are a fast test (test_optim.py)
 def test_the_first_step_is_sgd_on_the_loaded_weights(weights, tmp_path):
     """One update, done again here with optax on one device: momentum, clipping, warm-up, head, and all the rest."""
     argv = [

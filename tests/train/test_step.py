@@ -93,7 +93,7 @@ def batch(mesh, n=16, seed=0):
     return jax.device_put(rng.uniform(-1, 1, (n, 8, 8, 1)).astype(np.float32), place), jax.device_put(rng.integers(0, 10, n), place)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 4)])
 def test_step_is_adam_on_the_gradient_of_the_mean_loss(shape):
     mesh = mesh_of(*shape)
     tx = optimizer(schedule(base_lr=1e-2, total_steps=100), base_lr=1e-2, weight_decay=0.1)
