@@ -259,7 +259,7 @@ def test_the_score_counts_colours():
 @pytest.mark.slow
 @pytest.mark.ci
 def test_the_kernels_read_corrupted_patches():
-    """Losses and gradients on the Pallas kernels as good as on the reference, and the projection is the kernel's."""
+    """Losses and gradients on the Pallas kernels are those of the reference, to rounding, and the projection is the kernel's."""
     config = config_of(width=32, num_heads=2)
     params = vitcore.init(jax.random.key(0), config)
     params["masked"]["head"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(1), (32, 8))
@@ -273,7 +273,13 @@ def test_the_kernels_read_corrupted_patches():
         )  # fmt: skip
 
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
-    oracle.check(losses(vitcore.INTERPRET), losses(vitcore.REFERENCE), leaves, names=names, seed=1)
+    (plain, of_plain), (ours, of_ours) = (
+        jax.jit(jax.value_and_grad(lambda leaves, ops=ops: losses(ops)(*leaves).sum()))(leaves)
+        for ops in (vitcore.REFERENCE, vitcore.INTERPRET)
+    )
+    np.testing.assert_allclose(ours, plain, rtol=1e-5)
+    for name, a, b in zip(names, of_ours, of_plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(b).max()), err_msg=name)
     oracle.assert_kernel_ran(losses(vitcore.INTERPRET), *leaves, name="patch_embed")
 
 
