@@ -142,7 +142,7 @@ def timm_model(timm, config, **more):
         ("small", 224),
         ("small", 384),
         ("ViT-B/16", 224),
-        ("ViT-L/32", 384),
+        pytest.param("ViT-L/32", 384, marks=pytest.mark.slow),
         pytest.param("ViT-B/16", 384, marks=pytest.mark.slow),
         pytest.param("ViT-L/32", 224, marks=pytest.mark.slow),
     ],
