@@ -30,7 +30,7 @@ def _code(row: dict[str, Any]) -> str:
 def _name(code: str) -> str:
     return {
         "fused": "our kernels",
-        "gpu": "ours (cuDNN attention)",
+        "gpu": "our ops on a GPU",
         "auto": "ours",
         "reference": "reference ops",
         "xla": "ResNets (XLA)",
