@@ -7,6 +7,7 @@ moment for whoever reads, and is on the disk after an fsync of the directory. On
 import contextlib
 import errno
 import io
+import json
 import os
 import stat
 from pathlib import Path
@@ -69,6 +70,18 @@ def write_atomically(path: epath.Path | Path, content: str | bytes) -> None:
             os.unlink(partial)
         raise
     sync(path.parent)
+
+
+def read_object(path: epath.Path, *, cure: str, holding: tuple[str, ...] = (), wrong: str = "no object") -> dict:
+    """The JSON object in a file, which holds an object under each name of `holding`. ValueError, in one line, for another file:
+    that it is damaged (`wrong`, where it is JSON), and what to do, `cure`. OSError."""
+    try:
+        held = json.loads(path.read_text())
+        if not isinstance(held, dict) or not all(isinstance(held.get(name), dict) for name in holding):
+            raise ValueError(wrong)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {cure}") from None
+    return held
 
 
 def write_picture(figure, path: epath.Path | Path) -> None:

@@ -27,7 +27,7 @@ import jax
 from etils import epath
 
 from train import distributed
-from train.files import make_directory, write_atomically
+from train.files import make_directory, read_object, write_atomically
 from train.meeting import Told
 from train.signals import TERMINATED, Stop
 
@@ -220,12 +220,7 @@ def check_claim(out: epath.Path, identity: dict) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: a directory, new or this run's own, is required")
     if path.exists():
-        try:
-            held = json.loads(path.read_text())
-            if not isinstance(held, dict):
-                raise ValueError("no object")
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
+        held = read_object(path, cure="restore it, or choose another --out")
         other = differing(identity, held)
         if other:
             what = ", ".join(f"{key} {held.get(key, BEFORE.get(key))} there, {identity[key]} now" for key in other[:3])

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from train import distributed, job
-from train.files import make_directory, write_atomically
+from train.files import make_directory, read_object, write_atomically
 from train.job import check_claim, claim, end, guard, place, say
 from train.options import MeshOptions, parse
 from train.signals import Stop, interruptible
@@ -250,12 +250,7 @@ def _result(out, name: str) -> dict | None:
     """A run's result, if there is one; the same for every process of a job. ValueError for a damaged file."""
     path, found = _place_of(out, name), None
     if distributed.rank() == 0 and path.exists():
-        try:
-            found = json.loads(path.read_text())
-            if not isinstance(found, dict):
-                raise ValueError("no object")
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it; that run is then measured again") from None
+        found = read_object(path, cure="remove it; that run is then measured again")
     return distributed.broadcast(found)
 
 

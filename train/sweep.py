@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from train import distributed, recipes
-from train.files import write_atomically, write_picture
+from train.files import read_object, write_atomically, write_picture
 from train.job import claim, locked, say, stopped
 from train.tuning import dev_splits, fine_tune, identity
 
@@ -131,13 +131,8 @@ def _held(out) -> dict | None:
     path = out / "sweep.json"
     if not path.exists():
         return None
-    try:
-        held = json.loads(path.read_text())
-        if not isinstance(held, dict) or not all(isinstance(held.get(k), dict) for k in ("dev", "final")):
-            raise ValueError("no sweep")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it; the runs beside it are then measured again") from None
-    return held
+    cure = "remove it; the runs beside it are then measured again"
+    return read_object(path, cure=cure, holding=("dev", "final"), wrong="no sweep")
 
 
 def _write(out, summary: dict, args, extra: dict | None) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from train import distributed, job, recipes
-from train.files import write_atomically, write_picture
+from train.files import read_object, write_atomically, write_picture
 from train.job import claim, end, guard, locked, say, stopped
 from train.options import INIT_OPTIONS, TRAIN_OPTIONS, InitOptions, TrainOptions, check_init, check_numbers, parse
 from train.signals import interruptible
@@ -301,13 +301,8 @@ def _held(out) -> dict | None:
     path = out / "vtab.json"
     if not path.exists():
         return None
-    try:
-        held = json.loads(path.read_text())
-        if not isinstance(held, dict) or not all(isinstance(held.get(k), dict) for k in ("dev", "final")):
-            raise ValueError("no results")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it; the runs beside it are then measured again") from None
-    return held
+    cure = "remove it; the runs beside it are then measured again"
+    return read_object(path, cure=cure, holding=("dev", "final"), wrong="no results")
 
 
 def _write(out, result: dict, args: Vtab) -> None:

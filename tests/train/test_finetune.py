@@ -11,6 +11,7 @@ from PIL import Image
 
 import train.loop
 import vitcore
+from tests.train.interruption import interrupt_before
 from train import finetune, pretrain
 from train import sweep as sweeps
 from train.data import open_source
@@ -162,20 +163,7 @@ def test_a_larger_image_and_a_pretraining_run_as_the_start(tmp_path):
 
 @pytest.mark.parametrize("mesh", ["2x1", pytest.param("2x2", marks=pytest.mark.slow)])
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(weights, whole, tmp_path, monkeypatch, mesh):
-    make, taken = train.loop.make_train_step, []
-
-    def stopping(*args):
-        step = make(*args)
-
-        def wrapped(*batch):
-            if len(taken) == 3:
-                raise KeyboardInterrupt
-            taken.append(1)
-            return step(*batch)
-
-        return wrapped
-
-    monkeypatch.setattr(train.loop, "make_train_step", stopping)
+    interrupt_before(monkeypatch, 3)
     argv = [*TINY, *FIVE, "--init", str(weights), "--out", str(tmp_path)]
     assert finetune.main(argv) == 130
     monkeypatch.undo()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.loop
 import vitcore
+from tests.train.interruption import interrupt_before
 from train import evaluate, finetune, masked, pretrain, pretrained, recipes
 from train.data import open_source
 from vitcore.masked import Masked
@@ -64,20 +64,7 @@ def test_parts_of_a_batch_give_the_same_losses(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_an_interrupted_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
-    make, taken = train.loop.make_train_step, []
-
-    def stopping(*args):
-        step = make(*args)
-
-        def wrapped(*batch):
-            if len(taken) == 4:
-                raise KeyboardInterrupt
-            taken.append(1)
-            return step(*batch)
-
-        return wrapped
-
-    monkeypatch.setattr(train.loop, "make_train_step", stopping)
+    interrupt_before(monkeypatch, 4)
     assert pretrain.main([*TINY, "--mesh", "1x1", "--out", str(tmp_path)]) == 130
     assert [line["step"] for line in records(tmp_path)] == [1, 2, 3, 4]
     assert not (tmp_path / masked.PICTURE).exists()

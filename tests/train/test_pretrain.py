@@ -16,6 +16,7 @@ from PIL import Image
 
 import train.loop
 import vitcore
+from tests.train.interruption import interrupt_before
 from train import mesh as meshes
 from train import pretrain
 from train.data import DataError, TrainBatches
@@ -71,20 +72,7 @@ def test_config_json_runs_again_to_the_same_numbers(whole, tmp_path):
 @pytest.mark.parametrize("mesh", ["2x2", pytest.param("4x1", marks=pytest.mark.slow)])  # -m faults moves between meshes as well
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(whole, tmp_path, monkeypatch, mesh):
     """Stopped after 9 steps, between checkpoints; continued from step 6: bit for bit on the same mesh, to rounding on another."""
-    make, taken = train.loop.make_train_step, []
-
-    def stopping(*args):
-        step = make(*args)
-
-        def wrapped(*batch):
-            if len(taken) == 9:
-                raise KeyboardInterrupt
-            taken.append(1)
-            return step(*batch)
-
-        return wrapped
-
-    monkeypatch.setattr(train.loop, "make_train_step", stopping)
+    interrupt_before(monkeypatch, 9)
     assert pretrain.main([*TINY, "--out", str(tmp_path)]) == 130
     assert [line["step"] for line in records(tmp_path)] == list(range(1, 10))
     monkeypatch.undo()
