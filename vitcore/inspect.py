@@ -28,6 +28,7 @@ from vitcore.model import attention_statistics
 from vitcore.normalisation import Pixels
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.pixels import to_unit
+from vitcore.weight_files import appearing
 from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS
 from vitcore.weight_tree import about, describe, load
 
@@ -147,19 +148,10 @@ def opened(path: str, args) -> tuple[Any, Any, Pixels]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """A file, whole or not at all. OSError."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(partial, 0o666 & ~mask)  # a temporary file is its owner's alone
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with appearing(path) as (file, _):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _run(args) -> None:

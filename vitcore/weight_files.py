@@ -17,7 +17,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -101,22 +101,31 @@ def write(path, arrays: dict[str, np.ndarray], about: dict[str, str] | None = No
     comment = _COMMENT + base64.b64encode(zlib.compress(json.dumps(about or {}).encode(), 9))
     if form == "npz" and len(comment) > zipfile.ZIP_MAX_COMMENT:
         raise WeightError(f"{path}: the class names do not fit into an .npz: write a .safetensors, or leave them out")
-    partial = f"{path}.{secrets.token_hex(4)}.tmp"
+    with appearing(path) as (file, partial):
+        if form == "npz":
+            np.savez(file, allow_pickle=False, **{k: a.view("V2") if a.dtype == _BF16 else a for k, a in arrays.items()})
+            file.close()
+            if about:
+                with zipfile.ZipFile(partial, "a") as archive:
+                    archive.comment = comment
+        else:
+            from safetensors.numpy import save_file
+
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+            save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, partial, metadata=about)
+            os.chmod(partial, mode)  # safetensors makes a file of its own
+
+
+@contextlib.contextmanager
+def appearing(path: str | os.PathLike) -> Iterator[tuple[BinaryIO, str]]:
+    """A new file to write, and its name meanwhile: behind the block it stands under `path`, after an exception nowhere. OSError."""
+    partial = f"{os.fspath(path)}.{secrets.token_hex(4)}.tmp"
     # not by tempfile, whose files are for their owner alone: modes follow the umask, as those of any other file do
     with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "w+b") as file:
-        mode = os.fstat(file.fileno()).st_mode & 0o777
         try:
-            if form == "npz":
-                np.savez(file, allow_pickle=False, **{k: a.view("V2") if a.dtype == _BF16 else a for k, a in arrays.items()})
-                file.close()
-                if about:
-                    with zipfile.ZipFile(partial, "a") as archive:
-                        archive.comment = comment
-            else:
-                from safetensors.numpy import save_file
-
-                save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, partial, metadata=about)
-                os.chmod(partial, mode)  # safetensors makes a file of its own
+            yield file, partial
+            if not file.closed:
+                file.flush()
             os.replace(partial, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
