@@ -117,8 +117,9 @@ class Stop:
                 terms += 1
                 if terms > 1:
                     os._exit(TERMINATED)
-                self._event.set()
-                if self._at_once is not None:
+                if self._at_once is None:
+                    self._event.set()
+                else:  # without a word to the job, which would end in the ordinary way, in the moment before it is ended
                     self._at_once()
 
 

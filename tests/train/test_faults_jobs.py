@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from train.checkpoint import CheckpointError, Checkpoints, abstract
 from train.files import write_atomically
 from train.job import JobOptions, locked, place
 from train.pretrained import open_pretrained
+from train.signals import Stop
 
 pytestmark = pytest.mark.faults
 
@@ -58,6 +60,20 @@ def test_the_first_signal_is_obeyed(number, how):
     else:
         assert (out, job.returncode) == ("", 128 + signal.SIGTERM)
         assert err == "a job: asked to stop: ended, nothing is left half-written\n"
+
+
+def test_a_job_that_saves_nothing_hears_nothing_before_it_is_ended():
+    """It would otherwise say in that moment that all is well, and end with code 0."""
+    asked, done = [], threading.Event()
+
+    def at_once():
+        asked.append(stop.asked)
+        done.set()
+
+    with Stop(at_once) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert done.wait(10)
+    assert asked == [False]
 
 
 def test_a_hangup_that_the_caller_ignores_is_ignored():
