@@ -153,7 +153,7 @@ def test_rows_behind_the_tokens_are_nothing(rate):
 
 
 MESHES = [
-    (shape, remat)
+    pytest.param(shape, remat, marks=() if remat else pytest.mark.slow)
     for shape, remat in (((1, 1), 0), ((2, 2), 0), ((1, 1), 1), ((2, 2), 2))
     if math.prod(shape) <= len(jax.devices())
 ]

@@ -260,8 +260,8 @@ def test_a_run_moves_between_meshes_and_process_counts(tmp_path, cache):
 @pytest.mark.parametrize(
     ("here", "there"),
     [
-        ("8x1", ["1x1", "4x2"]),
-        ("4x2", ["8x1", "2p 4x2"]),
+        pytest.param("8x1", ["1x1", "4x2"], marks=pytest.mark.slow),
+        pytest.param("4x2", ["8x1", "2p 4x2"], marks=pytest.mark.slow),
         ("2p 4x2", ["1x1", "4x2"]),
         pytest.param("8x1", ["2p 8x1"], marks=pytest.mark.slow),
     ],

@@ -54,7 +54,7 @@ def assert_same_run(a, b, tolerance=1e-5):
         assert np.abs(y - x).max() <= tolerance * np.abs(x).max(), name
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "2x4", "8x4", "1x8"])
+@pytest.mark.parametrize("mesh", ["8x1", "2x4", pytest.param("8x4", marks=pytest.mark.slow), "1x8"])
 def test_every_mesh_gives_the_numbers_of_one_device(mesh, single, tmp_path_factory):
     """Ten steps with dropout, clipping, decay and Polyak average: losses and all parameters to 1e-5 relative (float32)."""
     many = ten_steps(tmp_path_factory, mesh)
@@ -63,7 +63,7 @@ def test_every_mesh_gives_the_numbers_of_one_device(mesh, single, tmp_path_facto
     assert_same_run(single, many)
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [("1x1", 4), ("2x4", 2)])
+@pytest.mark.parametrize(("mesh", "parts"), [pytest.param("1x1", 4, marks=pytest.mark.slow), ("2x4", 2)])
 def test_accumulation_gives_the_numbers_of_one_batch(mesh, parts, single, tmp_path_factory):
     assert_same_run(single, ten_steps(tmp_path_factory, mesh, parts))
 
@@ -133,7 +133,7 @@ def test_evaluation_weighs_every_image_once():
     np.testing.assert_allclose(sums["loss"], softmax_cross_entropy(logits, np.asarray(labels)[:19]).sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bytes_become_floats_inside_the_step(accumulate):
     """The same loss, update and sums for bytes as for the floats that they stand for."""
     mesh = mesh_of(2, 2)

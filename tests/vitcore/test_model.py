@@ -148,8 +148,12 @@ def small_inputs():
     return noisy(SMALL), jax.random.uniform(jax.random.key(2), (6, 16, 16, 3), minval=-1)
 
 
-@pytest.mark.parametrize("unrolled", [(), ("forward", "remat")], ids=["loop", "unrolled"])
-@pytest.mark.parametrize(("remat", "part"), [(0, None), (True, None), (2, None), (2, 34), (4, 51)])
+LOOP, UNROLLED = (), ("forward", "remat")
+MADE_AGAIN = [(0, None, UNROLLED), (True, None, LOOP), (2, None, UNROLLED), (2, 34, LOOP), (4, 51, UNROLLED)]  # each of a kind
+ALSO = [(0, None, LOOP), (True, None, UNROLLED), (2, None, LOOP), (2, 34, UNROLLED), (4, 51, LOOP)]
+
+
+@pytest.mark.parametrize(("remat", "part", "unrolled"), [*MADE_AGAIN, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALSO)])
 def test_remat_and_unrolling_change_no_number(remat, part, unrolled, monkeypatch):
     """Every block made again, or blocks in twos and fours, these with the batch whole or in parts of one, two or three images; the
     blocks in a loop, or one after the other."""

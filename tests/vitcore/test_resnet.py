@@ -134,7 +134,13 @@ def close(got, want, tolerance=1e-5):
     assert np.abs(np.asarray(got, np.float64) - want).max() <= tolerance * np.abs(want).max()
 
 
-CASES = [("post", (1, 2), 24), ("pre", (1, 2), 24), ("post", (1, 1), 27), ("pre", (), 18), ("axial", (1, 2), 16)]
+CASES = [
+    pytest.param("post", (1, 2), 24, marks=pytest.mark.slow),
+    ("pre", (1, 2), 24),
+    ("post", (1, 1), 27),
+    pytest.param("pre", (), 18, marks=pytest.mark.slow),
+    ("axial", (1, 2), 16),
+]
 
 
 @pytest.mark.parametrize(("form", "depths", "side"), CASES)
@@ -210,7 +216,7 @@ def mapped(stem, params, images, mesh_shape, remat=False, unrolled=False):
     ("form", "mesh", "more"),
     [
         ("post", (2, 2), {"remat": True}),
-        ("pre", (2, 2), {}),
+        pytest.param("pre", (2, 2), {}, marks=pytest.mark.slow),
         ("pre", (1, 4), {"unrolled": True}),
         pytest.param("axial", (2, 2), {}, marks=pytest.mark.slow),
     ],
