@@ -153,7 +153,9 @@ MADE_AGAIN = [(0, None, UNROLLED), (True, None, LOOP), (2, None, UNROLLED), (2, 
 ALSO = [(0, None, LOOP), (True, None, UNROLLED), (2, None, LOOP), (2, 34, UNROLLED), (4, 51, LOOP)]
 
 
-@pytest.mark.parametrize(("remat", "part", "unrolled"), [*MADE_AGAIN, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALSO)])
+@pytest.mark.parametrize(
+    ("remat", "part", "unrolled"), [*MADE_AGAIN, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALSO)]
+)
 def test_remat_and_unrolling_change_no_number(remat, part, unrolled, monkeypatch):
     """Every block made again, or blocks in twos and fours, these with the batch whole or in parts of one, two or three images; the
     blocks in a loop, or one after the other."""
