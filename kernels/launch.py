@@ -7,7 +7,7 @@ devices.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -31,10 +31,16 @@ class Launch:
     on a CPU (races, uninitialised memory); True evaluates the kernel as plain jax operations where jax can: its evaluator does not
     know what varies over a mesh, and there `call` takes InterpretParams() instead. `jax.checkpoint` refuses those: simulation has
     side effects. Simulated devices talk to the CPU's thread pool: a mesh of 2 wants 4 threads (`NPROC=8`).
+    needs: bytes of VMEM that the plan counts for one kernel; None: it may take all there is.
     """
 
     device: Device
     interpret: bool | pltpu.InterpretParams = False
+    needs: int | None = None
+
+    def within(self, needs: int | None) -> "Launch":
+        """The launch of a kernel that needs so many bytes of VMEM."""
+        return replace(self, needs=needs)
 
 
 def here() -> Launch:
@@ -78,13 +84,11 @@ def call(
     scratch: Sequence = (),
     prefetch: int = 0,
     aliases: dict[int, int] | None = None,
-    needs: int | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """A thin `pl.pallas_call`: returns a function of the kernel's arrays that returns the tuple of its outputs.
 
     out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading
     arrays are int32 scalars, in SMEM and known to the index maps. aliases: {array: output} that share their memory.
-    needs: bytes of VMEM that the plan counts for it; by default it may take all there is.
     """
     wanted = [tuple(shape) for shape, _ in out_shapes]
     padded = bool(aliases) and launch.interpret is not False
@@ -116,7 +120,9 @@ def call(
             cost_estimate=cost,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=tuple(semantics),
-                vmem_limit_bytes=launch.device.vmem_bytes if WHOLE_VMEM or needs is None else limit(launch.device, needs),
+                vmem_limit_bytes=launch.device.vmem_bytes
+                if WHOLE_VMEM or launch.needs is None
+                else limit(launch.device, launch.needs),
             ),
         )(*arrays)
 

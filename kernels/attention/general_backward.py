@@ -325,7 +325,7 @@ def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, w
     )
     found = call(
         kernel,
-        launch=launch,
+        launch=launch.within(t.needs),
         name="attention_core_backward",
         grid=(b // t.images, k // t.lanes, *([pl.cdiv(total, t.queries)] * t.streamed)),
         in_specs=[of_q, of_k, of_v, rows],
@@ -334,7 +334,6 @@ def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, w
         semantics=("parallel", "parallel", *(["arbitrary"] * t.streamed)),
         cost=core_cost(b, total, k, num_heads, qkv.dtype.itemsize, backward=True),
         scratch=[pltpu.VMEM((total, t.lanes), F32)] * (2 * several),
-        needs=t.needs,
     )(qkv, qkv, qkv, do)
     if not t.streamed:
         return found

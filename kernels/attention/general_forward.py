@@ -122,7 +122,7 @@ class Step:
     def __call__(self, kernel, arrays, in_specs, out_specs, out_shapes, *, scratch=(), aliases=None, products, moved):
         return call(
             kernel,
-            launch=self.static.launch,
+            launch=self.static.launch.within(self.tiles.needs),
             name=f"attention_{self.step}",
             grid=(*self.weights, *self.batch) if self.sums else (*self.batch, *self.weights),
             in_specs=in_specs,
@@ -133,7 +133,6 @@ class Step:
             scratch=scratch,
             prefetch=1,
             aliases=aliases,
-            needs=self.tiles.needs,
         )(*arrays)
 
     def load(self, ref, i):
@@ -331,7 +330,7 @@ def core(tiles: CoreTiles, qkv, *, num_heads: int, width: int, launch: Launch):
 
     return call(
         kernel,
-        launch=launch,
+        launch=launch.within(tiles.needs),
         name="attention_core_forward",
         grid=(b // tiles.images, k // tiles.lanes),
         in_specs=section,
@@ -339,5 +338,4 @@ def core(tiles: CoreTiles, qkv, *, num_heads: int, width: int, launch: Launch):
         out_shapes=[((b, total, k), qkv.dtype)],
         semantics=("parallel", "parallel"),
         cost=core_cost(b, total, k, num_heads, qkv.dtype.itemsize, backward=False),
-        needs=tiles.needs,
     )(qkv, qkv, qkv)[0]

@@ -244,7 +244,7 @@ def _launch(x, norm, w, b, distances, static: Static):
     maps = static.num_heads * t * (t if static.mean or static.distance else 1)
     found = call(
         lambda *refs: _kernel(*refs, static=static),
-        launch=static.launch,
+        launch=static.launch.within(tiles.needs),
         name="attention_statistics",
         grid=(groups, images, steps),
         in_specs=in_specs,
@@ -257,7 +257,6 @@ def _launch(x, norm, w, b, distances, static: Static):
             bytes_accessed=images * groups * t * d * x.dtype.itemsize + 2 * d * w.shape[2] * w.dtype.itemsize,
         ),
         scratch=[pltpu.VMEM((rows, d), F32), pltpu.VMEM((max(padded, rows), lanes), F32), pltpu.VMEM((rows, lanes), F32)],
-        needs=tiles.needs,
     )(x, *norm, w, b, *([distances] if static.distance else []))
     return dict(zip(asked, found, strict=True))
 

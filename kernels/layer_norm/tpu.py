@@ -84,7 +84,7 @@ def _forward(launch, plan: Plan, x, scale, bias):
     padded = _pad(x, rows)
     (z,) = call(
         _forward_kernel,
-        launch=launch,
+        launch=launch.within(plan.needs),
         name="layer_norm_forward",
         grid=(pl.cdiv(r, rows),),
         in_specs=[row, vector, vector],
@@ -92,7 +92,6 @@ def _forward(launch, plan: Plan, x, scale, bias):
         out_shapes=[(padded.shape, x.dtype)],
         semantics=("parallel",),
         cost=cost(x.shape, x.dtype.itemsize, backward=False),
-        needs=plan.needs,
     )(padded, scale[None].astype(jnp.float32), bias[None].astype(jnp.float32))
     return z[:r], (x, scale, bias)
 
@@ -105,7 +104,7 @@ def _backward(launch, plan: Plan, saved, dz):
     padded = _pad(x, rows)
     dx, dscale, dbias = call(
         partial(_backward_kernel, r_total=r),
-        launch=launch,
+        launch=launch.within(plan.needs),
         name="layer_norm_backward",
         grid=(pl.cdiv(r, rows),),
         in_specs=[row, row, vector],
@@ -113,7 +112,6 @@ def _backward(launch, plan: Plan, saved, dz):
         out_shapes=[(padded.shape, x.dtype), ((1, d), jnp.float32), ((1, d), jnp.float32)],
         semantics=("arbitrary",),
         cost=cost(x.shape, x.dtype.itemsize, backward=True),
-        needs=plan.needs,
     )(padded, _pad(dz, rows), scale[None].astype(jnp.float32))
     return dx[:r], dscale[0].astype(scale.dtype), dbias[0].astype(bias.dtype)
 

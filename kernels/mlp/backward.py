@@ -8,6 +8,8 @@ once, and the five products a hidden tile needs take their operands as they lie 
 Under z' stand rows of ones: their part of the product with da is db1, without a reduction over lanes.
 """
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -111,24 +113,103 @@ class Sums:
                     copy.wait()
 
 
-def kernel(
-    scalars, x, dy, scale, bias, w_in, b_in, w_out, dx, dw_in, dw_out, db_in, db_out, dscale, dbias,
-    zt, gt, dzt, ht, dat, slots_in, slots_out, semaphores, nat=None, *, spec, t: Tiling, view: tuple[int, int],
-):  # fmt: skip
-    """One row tile times one hidden tile.
+class Refs(NamedTuple):
+    """The kernel's arrays, in its order.
 
-    dw_in [D, F] and dw_out [F, D] are in HBM; db_in [F/hidden, 1, hidden], db_out, dscale, dbias [8, D] gather over the
-    grid, the last three by row modulo 8; scale, bias are eight equal rows.
-    zt [D+, columns] is z' with ones below, gt [D, columns] is g', dzt the float32 sum of dz'; ht, dat [hidden, columns] h' and da'.
-    nat [columns, D] float32 lays images out at their stride before a transpose; None where every piece is a whole square.
+    scale, bias are eight equal rows. dw_in [D, F] and dw_out [F, D] are in HBM; db_in [F/hidden, 1, hidden], db_out, dscale,
+    dbias [8, D] gather over the grid, the last three by row modulo 8. zt [D+, columns] is z' with ones below, gt [D, columns] is
+    g', dzt the float32 sum of dz'; ht, dat [hidden, columns] h' and da'. nat [columns, D] float32 lays images out at their stride
+    before a transpose; None where every piece is a whole square.
     """
-    i, j = pl.program_id(0), pl.program_id(1)
-    d = dzt.shape[0]
-    block = Block(t, i, *view)
-    sums = Sums((dw_in, dw_out), (slots_in, slots_out), semaphores, t, i, j)
 
-    def natural(b, r, n):
-        return normalise(jnp.where(block.valid(b, r, n), to_float32(x[b, pl.ds(r, n)], t.unpack), 0.0))
+    scalars: Any
+    x: Any
+    dy: Any
+    scale: Any
+    bias: Any
+    w_in: Any
+    b_in: Any
+    w_out: Any
+    dx: Any
+    dw_in: Any
+    dw_out: Any
+    db_in: Any
+    db_out: Any
+    dscale: Any
+    dbias: Any
+    zt: Any
+    gt: Any
+    dzt: Any
+    ht: Any
+    dat: Any
+    slots_in: Any
+    slots_out: Any
+    semaphores: Any
+    nat: Any = None
+
+
+def kernel(*arrays, spec, t: Tiling, view: tuple[int, int]):
+    """One row tile times one hidden tile of the arrays that `Refs` names."""
+    refs = Refs(*arrays)
+    i, j = pl.program_id(0), pl.program_id(1)
+    block = Block(t, i, *view)
+    sums = Sums((refs.dw_in, refs.dw_out), (refs.slots_in, refs.slots_out), refs.semaphores, t, i, j)
+
+    @pl.when((i == 0) & (j == 0))
+    def _():
+        _clear(refs)
+
+    @pl.when(j == 0)
+    def _():
+        _lay_rows(refs, spec, t, block)
+
+    first, span = (j * t.hidden if t.resident else 0), (_SPAN if t.hidden % _SPAN == 0 else t.hidden)
+    zt, gt, ht, dat, dtype = refs.zt, refs.gt, refs.ht, refs.dat, refs.x.dtype
+
+    def hidden(k):
+        """A span of the hidden tile: recompute a and h, and from dh the gradient of a."""
+        a = dot(hidden_columns(refs.w_in, first + k, span), zt[: refs.dzt.shape[0]], dtype, (0, 0)) + refs.b_in[0, pl.ds(k, span)]
+        h, p = gelu(a, spec.gelu)
+        da = dot(hidden_rows(refs.w_out, first + k, span), gt[...], dtype) * gelu_slope(a, h, p, spec.gelu)
+        if spec.rate:
+            columns = refs.scalars[3] + j * t.hidden + k + iota(span, 0)
+            mask = keep(refs.scalars, 0, block.all_global_rows(t.columns, 1), columns, spec.rate)
+            h, da = dropout(h, mask, spec.rate), dropout(da, mask, spec.rate)
+        ht[pl.ds(k, span)], dat[pl.ds(k, span)] = h.astype(ht.dtype), da.astype(dat.dtype)
+
+    into_in, into_out = sums.ready()
+    sweep(t.hidden, span, lambda k, _: hidden(k))
+    refs.dzt[...] += dot(hidden_columns(refs.w_in, first, t.hidden), dat[...], dtype)
+    # One product each, not bands of them in a loop: v3 takes 6 % more cycles with bands of 256 rows.
+    of_w_in = dot(zt[...], dat[...], dtype, (1, 1))
+    into_in[...] = jnp.where(i == 0, 0.0, into_in[...]) + of_w_in[: refs.dzt.shape[0]]
+    refs.db_in[j] += of_w_in[zt.shape[0] - 1 :]
+    into_out[...] = jnp.where(i == 0, 0.0, into_out[...]) + dot(ht[...], gt[...], dtype, (1, 1))
+    sums.send()
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        _finish_rows(refs, spec, t, block)
+
+
+def _clear(refs: Refs):
+    """What gathers over the grid is zero at its start, and the ones stand under z'."""
+    for ref in (refs.db_in, refs.db_out, refs.dscale, refs.dbias):
+        ref[...] = jnp.zeros_like(ref)
+    d = refs.dzt.shape[0]
+    refs.zt[d:] = jnp.ones_like(refs.zt[d:])
+    if refs.nat is not None:  # the padding between images stays zero: nothing but dz', zero there too, is ever written to it
+        refs.nat[...] = jnp.zeros_like(refs.nat)
+
+
+def _normal(refs: Refs, t: Tiling, block: Block, b, r, n):
+    """n rows of image b from row r on, normalised, those behind its last token zero; and 1/deviation."""
+    return normalise(jnp.where(block.valid(b, r, n), to_float32(refs.x[b, pl.ds(r, n)], t.unpack), 0.0))
+
+
+def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
+    """A row tile's z' and g', and their part of db2; the sum of dz' begins."""
+    nat, d = refs.nat, refs.dzt.shape[0]
 
     def lay(target, b, r, n, value):
         if nat is None:
@@ -136,84 +217,53 @@ def kernel(
         else:
             nat[pl.ds(at(t, b, r), n)] = value
 
-    def turn(target):
+    def transpose_into(target):
         if nat is not None:
 
-            def square(c, _, nat=nat):
+            def square(c, _):
                 target[:d, pl.ds(c, PIECE)] = nat[pl.ds(c, PIECE)].T.astype(target.dtype)
 
             sweep(t.columns, PIECE, square)
 
-    @pl.when((i == 0) & (j == 0))
-    def _():
-        for ref in (db_in, db_out, dscale, dbias):
-            ref[...] = jnp.zeros_like(ref)
-        zt[d:] = jnp.ones_like(zt[d:])
-        if nat is not None:  # the padding between images stays zero: nothing but dz', zero there too, is ever written to it
-            nat[...] = jnp.zeros_like(nat)
+    def lay_z(b, r, n):
+        normal, _ = _normal(refs, t, block, b, r, n)
+        lay(refs.zt, b, r, n, by_tile(lambda v: v * refs.scale[...] + refs.bias[...], normal))
 
-    @pl.when(j == 0)
-    def _():
-        def lay_z(b, r, n):
-            normal, _ = natural(b, r, n)
-            lay(zt, b, r, n, by_tile(lambda v: v * scale[...] + bias[...], normal))
-
-        def lay_g(b, r, n):
-            g = jnp.where(block.valid(b, r, n), to_float32(dy[b, pl.ds(r, n)], t.unpack), 0.0)
-            if spec.rate:
-                g = dropout(g, keep(scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), spec.rate)
-            db_out[...] += spec.residual_scale * sum_by_tile(g)
-            lay(gt, b, r, n, g)
-
-        for_pieces(t, lay_z)
-        turn(zt)
-        for_pieces(t, lay_g)
-        turn(gt)
-        dzt[...] = jnp.zeros_like(dzt)
-
-    first, span = (j * t.hidden if t.resident else 0), (_SPAN if t.hidden % _SPAN == 0 else t.hidden)
-
-    def hidden(k):
-        """A span of the hidden tile: recompute a and h, and from dh the gradient of a."""
-        a = dot(hidden_columns(w_in, first + k, span), zt[:d], x.dtype, (0, 0)) + b_in[0, pl.ds(k, span)]
-        h, p = gelu(a, spec.gelu)
-        da = dot(hidden_rows(w_out, first + k, span), gt[...], x.dtype) * gelu_slope(a, h, p, spec.gelu)
+    def lay_g(b, r, n):
+        g = jnp.where(block.valid(b, r, n), to_float32(refs.dy[b, pl.ds(r, n)], t.unpack), 0.0)
         if spec.rate:
-            columns = scalars[3] + j * t.hidden + k + iota(span, 0)
-            mask = keep(scalars, 0, block.all_global_rows(t.columns, 1), columns, spec.rate)
-            h, da = dropout(h, mask, spec.rate), dropout(da, mask, spec.rate)
-        ht[pl.ds(k, span)], dat[pl.ds(k, span)] = h.astype(ht.dtype), da.astype(dat.dtype)
+            g = dropout(g, keep(refs.scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), spec.rate)
+        refs.db_out[...] += spec.residual_scale * sum_by_tile(g)
+        lay(refs.gt, b, r, n, g)
 
-    into_in, into_out = sums.ready()
-    sweep(t.hidden, span, lambda k, _: hidden(k))
-    dzt[...] += dot(hidden_columns(w_in, first, t.hidden), dat[...], x.dtype)
-    # One product each, not bands of them in a loop: v3 takes 6 % more cycles with bands of 256 rows.
-    of_w_in = dot(zt[...], dat[...], x.dtype, (1, 1))
-    into_in[...] = jnp.where(i == 0, 0.0, into_in[...]) + of_w_in[:d]
-    db_in[j] += of_w_in[zt.shape[0] - 1 :]
-    into_out[...] = jnp.where(i == 0, 0.0, into_out[...]) + dot(ht[...], gt[...], x.dtype, (1, 1))
-    sums.send()
+    for_pieces(t, lay_z)
+    transpose_into(refs.zt)
+    for_pieces(t, lay_g)
+    transpose_into(refs.gt)
+    refs.dzt[...] = jnp.zeros_like(refs.dzt)
 
-    @pl.when(j == pl.num_programs(1) - 1)
-    def _():
-        if nat is not None:
 
-            def square(c, _, nat=nat):
-                nat[pl.ds(c, PIECE)] = dzt[:, pl.ds(c, PIECE)].T
+def _finish_rows(refs: Refs, spec, t: Tiling, block: Block):
+    """dx of a row tile from its whole dz', and its part of the layer norm's gradients."""
+    nat, dzt = refs.nat, refs.dzt
+    if nat is not None:
 
-            sweep(t.columns, PIECE, square)
+        def square(c, _):
+            nat[pl.ds(c, PIECE)] = dzt[:, pl.ds(c, PIECE)].T
 
-        def finish(b, r, n):
-            normal, rsd = natural(b, r, n)
-            rows = pl.ds(at(t, b, r), n)
-            dz = dzt[:, rows].T if nat is None else nat[rows]
-            dscale[...] += sum_by_tile(dz * normal)
-            dbias[...] += sum_by_tile(dz)
-            found = spec.residual_scale * to_float32(dy[b, pl.ds(r, n)], t.unpack)
-            found = found + normalise_back(by_tile(lambda v: v * scale[...], dz), normal, rsd)
-            dx[b, pl.ds(r, n)] = from_float32(found, dx.dtype, t.unpack)
+        sweep(t.columns, PIECE, square)
 
-        for_pieces(t, finish)
+    def finish(b, r, n):
+        normal, rsd = _normal(refs, t, block, b, r, n)
+        rows = pl.ds(at(t, b, r), n)
+        dz = dzt[:, rows].T if nat is None else nat[rows]
+        refs.dscale[...] += sum_by_tile(dz * normal)
+        refs.dbias[...] += sum_by_tile(dz)
+        found = spec.residual_scale * to_float32(refs.dy[b, pl.ds(r, n)], t.unpack)
+        found = found + normalise_back(by_tile(lambda v: v * refs.scale[...], dz), normal, rsd)
+        refs.dx[b, pl.ds(r, n)] = from_float32(found, refs.dx.dtype, t.unpack)
+
+    for_pieces(t, finish)
 
 
 def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:

@@ -83,7 +83,7 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     operands = _weights(spec, x, w_in, w_out)
     (y,) = call(
         partial(forward.kernel, spec=spec, t=t, view=view, hidden_tiles=hidden_tiles),
-        launch=spec.launch,
+        launch=spec.launch.within(t.needs),
         name="mlp_half_forward",
         grid=t.grid(shape),
         in_specs=in_specs,
@@ -91,7 +91,6 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
         out_shapes=[((*view, shape.d), x.dtype)],
         semantics=("parallel", "arbitrary"),
         cost=cost(shape, t, backward=False),
-        needs=t.needs,
         scratch=forward.scratch(t, shape.d, operands[0].dtype),
         prefetch=1,
     )(
@@ -137,7 +136,7 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
     operands = _weights(spec, x, w_in, w_out)
     dx, dw_in, dw_out, db_in, db_out, dscale, dbias = call(
         partial(backward.kernel, spec=spec, t=t, view=view),
-        launch=spec.launch,
+        launch=spec.launch.within(t.needs),
         name="mlp_half_backward",
         grid=(row_tiles, hidden_tiles),
         in_specs=[rows, rows, vector, vector, w_in_spec, pl.BlockSpec((1, t.hidden, 1), lambda i, j, _: (j, 0, 0)), w_out_spec],
@@ -159,7 +158,6 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         ],
         semantics=("arbitrary", "arbitrary"),
         cost=cost(shape, t, backward=True),
-        needs=t.needs,
         scratch=backward.scratch(t, d, hidden_tiles, operands[0].dtype),
         prefetch=1,
         aliases={2: 0},  # a row tile of dy is read before that of dx is written

@@ -106,7 +106,7 @@ def parameters(static: Static, planes, g, scalars):
     body, order, order_specs = with_order(_parameters_backward, static, t)
     dw, da = call(
         body,
-        launch=static.launch,
+        launch=static.launch.within(t.needs),
         name="patch_embed_backward",
         grid=grid(s, t),
         prefetch=1,
@@ -119,7 +119,6 @@ def parameters(static: Static, planes, g, scalars):
         semantics=("parallel", "arbitrary", "arbitrary"),
         cost=cost(s, backward=True),
         scratch=scratch(static, t),
-        needs=t.needs,
     )(scalars, planes, *order, g)
     return dw, da
 
@@ -140,7 +139,7 @@ def image(static: Static, weight, g, scalars):
     dtype = static.dtype if static.launch.device.bf16_matmul else jnp.dtype(jnp.float32)
     (dplanes,) = call(
         partial(_image_backward, static, t),
-        launch=static.launch,
+        launch=static.launch.within(t.needs),
         name="patch_embed_image_backward",
         grid=(s.batch // t.images, summed + blocks - 1),
         prefetch=1,
@@ -153,6 +152,5 @@ def image(static: Static, weight, g, scalars):
         semantics=("parallel", "arbitrary"),
         cost=cost(s, backward=True),
         scratch=_image_scratch(static, t),
-        needs=t.needs,
     )(scalars, g, operand(weight, static))
     return dplanes.astype(static.dtype)

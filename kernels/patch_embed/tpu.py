@@ -77,7 +77,7 @@ def _run_forward(static: Static, images, weight, added, scalars):
     held = pl.Buffered(1)  # constant while the images go by: a second buffer would never fill
     (tokens,) = call(
         body,
-        launch=static.launch,
+        launch=static.launch.within(t.needs),
         name="patch_embed",
         grid=grid(s, t),
         prefetch=1,
@@ -92,7 +92,6 @@ def _run_forward(static: Static, images, weight, added, scalars):
         semantics=("parallel", "parallel", "arbitrary"),
         cost=cost(s),
         scratch=scratch(static, t),
-        needs=t.needs,
     )(scalars, _planes(s, images), *order, operand(weight, static), added)
     return tokens
 
