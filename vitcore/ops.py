@@ -35,8 +35,8 @@ class Ops(NamedTuple):
     policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
     save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
     inside a `custom_vjp` what they save, and ops that leave it to differentiation.
-    relative_half: the attention half with relative positions, `kernels/attention/relative.py`, by default that; relative_by_xla: why
-    XLA does it for a `tiling.Shape`, "" where a kernel does.
+    relative_half: the attention half with relative positions, `kernels/attention/relative.py`, by default that; relative_by_xla:
+    why XLA does it for a `tiling.Shape`, "" where a kernel does.
     attention_statistics: what `kernels/attention/statistics.py` says of a block's attention. No logits need it, and by default XLA
     does it.
     """
