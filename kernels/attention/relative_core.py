@@ -14,7 +14,7 @@ the VPU.
 
 Backward recomputes the probabilities from q, k and the table:
 
-    dv = p^T do,  ds = p * (do v^T - sum_s(p * do v^T)),  dm = unskew(ds),  dq = ds k + dm r,  dk = ds^T q,  dr^T = q^T dm
+    dv^T = do^T p,  ds = p * (do v^T - sum_s(p * do v^T)),  dm = unskew(ds),  dq = ds k + dm r,  dk^T = q^T ds,  dr^T = q^T dm
 
 with ds, dq and dr divided by sqrt(H), and without the pairs with the class token in dm. dr is summed over the images in VMEM, which
 are the inner dimension of the grid.
@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -77,6 +78,23 @@ def _widen(value, lanes: int):
 # ---- what both passes share
 
 
+class _Keys:
+    """Keys and values [T, columns] of a column of heads. Where they are cast, they are cast and transposed once for all of them."""
+
+    def __init__(self, k, v, device: Device):
+        self.device, self.once = device, not device.bf16_matmul and k.shape[0] >= SUBLANES
+        self.k, self.v = (k.astype(F32), v.astype(F32)) if self.once else (k, v)
+        self.turned: dict[str, jax.Array] = {}
+
+    def against(self, queries, which: str):
+        """queries [rows, columns] times k^T or v^T."""
+        if not self.once:
+            return cast_dot(queries, getattr(self, which), self.device, contract=(1, 1))
+        if which not in self.turned:
+            self.turned[which] = getattr(self, which).T
+        return cast_dot(queries, self.turned[which], self.device)
+
+
 class _Core:
     """A grid step: refs q, k, v, o or do [images, T, lanes], the table [lanes, L], and [1, lanes] of the class token, or None."""
 
@@ -100,10 +118,10 @@ class _Core:
         return operand(head.mask(ref[i, pl.ds(start, size), head.lo : head.hi]), self.dtype, self.device)
 
     def keys(self, i, head: Head, shared: dict):
-        """k and v in the columns of a head; cast once for the heads of a column, where they are cast."""
+        """k and v in the columns of a head as `_Keys`, one for the heads that touch the same."""
         if (head.lo, head.hi) not in shared:
-            k, v = self.k[i, :, head.lo : head.hi], self.v[i, :, head.lo : head.hi]
-            shared[head.lo, head.hi] = (k, v) if self.device.bf16_matmul else (k.astype(F32), v.astype(F32))
+            columns = slice(head.lo, head.hi)
+            shared[head.lo, head.hi] = _Keys(self.k[i, :, columns], self.v[i, :, columns], self.device)
         return shared[head.lo, head.hi]
 
     def window(self, start, size: int) -> Window:
@@ -120,7 +138,7 @@ class _Core:
     def own_row(self, head: Head):
         return self.own[:, head.lo : head.hi].astype(F32)
 
-    def probabilities(self, head: Head, q, k, start):
+    def probabilities(self, head: Head, q, keys: _Keys, start):
         """(2^(logits - max), their sum) of a tile of queries with all keys."""
         size = q.shape[0]
         w = self.window(start, size)
@@ -128,7 +146,7 @@ class _Core:
         if self.own is not None:
             own = (q.astype(F32) * self.own_row(head)).sum(1, keepdims=True)
             far = jnp.where(self.of_class(start, size), own, far)
-        s = cast_dot(q, k, self.device, contract=(1, 1)) + far
+        s = keys.against(q, "k") + far
         p = jnp.exp2((s - s.max(1, keepdims=True)) * self.factor)
         return p, p.sum(1, keepdims=True)
 
@@ -168,9 +186,9 @@ def forward(tiles: RelativeTiles, qkv, table, own, *, num_heads: int, launch: La
         def tile(i, run, start, size):
             sums, shared = Sums(), {}
             for head in run:
-                keys, values = core.keys(i, head, shared)
+                keys = core.keys(i, head, shared)
                 p, norm = core.probabilities(head, core.rows(core.q, i, head, start, size), keys, start)
-                found = cast_dot(operand(p, qkv.dtype, device), values, device) * (1.0 / norm)
+                found = cast_dot(operand(p, qkv.dtype, device), keys.v, device) * (1.0 / norm)
                 sums.add(head, head.mask(found))
             sums.store(o, (i, pl.ds(start, size)), qkv.dtype)
 
@@ -193,39 +211,57 @@ def forward(tiles: RelativeTiles, qkv, table, own, *, num_heads: int, launch: La
 # ---- backward
 
 
+class _Turned(dict):
+    """Sums over heads of transposed gradients [columns, T], one a column of lanes: transposed once for the heads of a column."""
+
+    def add(self, head: Head, value):
+        for lo, hi in head.columns():
+            part = value[lo - head.lo : hi - head.lo]
+            self[lo, hi] = self[lo, hi] + part if (lo, hi) in self else part
+
+    def sums(self) -> Sums:
+        return Sums({at: value.T for at, value in self.items()})
+
+
 class _Backward(_Core):
     """Of a grid step of the backward pass. outputs: dq, dk, dv and o (None: not wanted) [images, T, lanes], and float32 sums over
     the images of the table's gradient and the class token's; scratch: float32 sums of dk and dv, where there are several tiles."""
 
     def __init__(self, inputs, outputs, scratch, *shared):
-        q, k, v, self.do, table, own = inputs
+        q, k, v, self.do, table, self.natural, own = inputs
         self.dq, self.dk, self.dv, self.o, self.dtable, self.down = outputs
         self.scratch = scratch
         super().__init__(q, k, v, table, own, *shared)
 
     def tile(self, i, run, start, size):
-        dqs, dks, dvs, os, shared = Sums(), Sums(), Sums(), Sums(), {}
+        dqs, dks, dvs, os, shared = Sums(), _Turned(), _Turned(), Sums(), {}
         for head in run:
-            keys, values = self.keys(i, head, shared)
+            keys = self.keys(i, head, shared)
             q, do = self.rows(self.q, i, head, start, size), self.rows(self.do, i, head, start, size)
             p, norm = self.probabilities(head, q, keys, start)
             p = p * (1.0 / norm)
-            dp = cast_dot(do, values, self.device, contract=(1, 1))
+            dp = keys.against(do, "v")
             ds = p * (dp - (p * dp).sum(1, keepdims=True))
             rounded, dlogits = operand(p, self.dtype, self.device), operand(ds, self.dtype, self.device)
-            dq = cast_dot(dlogits, keys, self.device) + self.of_positions(head, q, ds, start)
+            turned = self.turned(q)
+            dq = cast_dot(dlogits, keys.k, self.device) + self.of_positions(head, q, turned, ds, start)
             dqs.add(head, head.mask(dq * self.scale))
-            dks.add(head, cast_dot(dlogits, q, self.device, contract=(0, 0)) * self.scale)
-            dvs.add(head, cast_dot(rounded, do, self.device, contract=(0, 0)))
+            dks.add(head, cast_dot(turned, dlogits, self.device) * self.scale)
+            dvs.add(head, cast_dot(self.turned(do), rounded, self.device))
             if self.o is not None:
-                os.add(head, head.mask(cast_dot(rounded, values, self.device)))
+                os.add(head, head.mask(cast_dot(rounded, keys.v, self.device)))
         dqs.store(self.dq, (i, pl.ds(start, size)), self.dtype)
         if self.o is not None:
             os.store(self.o, (i, pl.ds(start, size)), self.dtype)
         self.of_keys(i, run, start, dks, dvs)
 
+    def turned(self, rows):
+        """rows [size, columns] transposed, an operand."""
+        return operand(rows.astype(F32).T, self.dtype, self.device)
+
     def of_keys(self, i, run, start, dks, dvs):
         """dk and dv: stored, or added up over the tiles of queries."""
+        dks, dvs = dks.sums(), dvs.sums()
         if not self.scratch:
             dks.store(self.dk, (i, slice(None)), self.dtype)
             dvs.store(self.dv, (i, slice(None)), self.dtype)
@@ -236,7 +272,7 @@ class _Backward(_Core):
                 ref[:, lo:hi] = jnp.where(start == 0, 0.0, ref[:, lo:hi]) + value  # the first meets uninitialised memory
             out[i, :, columns] = ref[:, columns].astype(self.dtype)
 
-    def of_positions(self, head: Head, q, ds, start):
+    def of_positions(self, head: Head, q, turned, ds, start):
         """What the table adds to dq [size, columns], not yet scaled; and its own gradient is added to."""
         size = q.shape[0]
         w, dq = self.window(start, size), 0.0
@@ -247,11 +283,11 @@ class _Backward(_Core):
             self.down[:, head.lo : head.hi] += (down * q.astype(F32)).sum(0, keepdims=True) * self.scale
             ds = jnp.where(self.of_class(start, size), 0.0, ds)
         dm = operand(unskew(ds, w.reach, w.lanes), self.dtype, self.device)
-        found = cast_dot(q, dm, self.device, contract=(0, 0)) * self.scale
+        found = cast_dot(turned, dm, self.device) * self.scale
         aligned = head.first % SUBLANES == 0 and head.last % SUBLANES == 0  # else the rows of its neighbours, which are zero
         rows = slice(head.first, head.last) if aligned else slice(head.lo, head.hi)
         self.dtable[rows, pl.ds(w.first, w.lanes)] += found[rows.start - head.lo : rows.stop - head.lo]
-        return cast_dot(dm, self.positions(head, w), self.device, contract=(1, 1)) + dq
+        return cast_dot(dm, self.natural[pl.ds(w.first, w.lanes), head.lo : head.hi], self.device) + dq
 
 
 def backward(tiles: RelativeTiles, qkv, table, own, do, *, num_heads: int, launch: Launch, with_o: bool):
@@ -262,7 +298,7 @@ def backward(tiles: RelativeTiles, qkv, table, own, do, *, num_heads: int, launc
     rows = pl.BlockSpec((tiles.images, t, tiles.lanes), lambda g, i: (i, 0, g))
     packed = pl.BlockSpec((3, tiles.images, t, tiles.lanes), lambda g, i: (0, i, 0, g))
 
-    def kernel(q, k_ref, v, do_ref, table_ref, *rest):
+    def kernel(q, k_ref, v, do_ref, table_ref, natural, *rest):
         rest = list(rest)
         own_ref = rest.pop(0) if class_token else None
         dqkv, o = rest.pop(0), rest.pop(0) if with_o else None
@@ -274,7 +310,7 @@ def backward(tiles: RelativeTiles, qkv, table, own, do, *, num_heads: int, launc
                 if ref is not None:
                     ref[...] = jnp.zeros_like(ref)
 
-        inputs = q.at[0], k_ref.at[0], v.at[0], do_ref, table_ref, own_ref
+        inputs = q.at[0], k_ref.at[0], v.at[0], do_ref, table_ref, natural, own_ref
         outputs = dqkv.at[0], dqkv.at[1], dqkv.at[2], o, dtable, down
         core = _Backward(inputs, outputs, rest, tiles, h, h**-0.5, qkv.dtype, launch.device)
         core.run(core.tile)
@@ -284,7 +320,7 @@ def backward(tiles: RelativeTiles, qkv, table, own, do, *, num_heads: int, launc
         launch=launch,
         name="attention_relative_core_backward",
         grid=(k // tiles.lanes, b // tiles.images),
-        in_specs=[*section, rows, *positions],
+        in_specs=[*section, rows, positions[0], pl.BlockSpec((length, tiles.lanes), lambda g, i: (0, g)), *positions[1:]],
         out_specs=[packed, *([rows] * with_o), *positions],
         out_shapes=[
             (qkv.shape, qkv.dtype),
@@ -296,6 +332,6 @@ def backward(tiles: RelativeTiles, qkv, table, own, do, *, num_heads: int, launc
         cost=_cost(b, t, k, num_heads, qkv.dtype.itemsize, length, backward=True),
         scratch=[pltpu.VMEM((t, tiles.lanes), F32)] * (2 * (tiles.queries < t)),
         needs=tiles.needs,
-    )(qkv, qkv, qkv, do, table, *([own] if class_token else []))
+    )(qkv, qkv, qkv, do, table, table.T, *([own] if class_token else []))
     o = found.pop(0) if with_o else None
     return dqkv, o, found[0], found[1] if class_token else None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from kernels import parts
 from kernels.attention.plan import BACKWARD_ROWS, FORWARD_ROWS, Refused
-from kernels.attention.tiling import CORE_SHARE, UNROLLED, ProductTiles, Shape, group_lanes, heads_of, product_tiles
+from kernels.attention.tiling import UNROLLED, ProductTiles, Shape, group_lanes, heads_of, product_tiles
 from kernels.device import LANES, SUBLANES, Device
 from kernels.parts import divisor
 from kernels.vmem import padded_bytes, round_up
@@ -59,6 +59,7 @@ def length(t: int, queries: int) -> int:
 
 # Float32 arrays that the compiler keeps in VMEM for each head of an unrolled step: [queries, T], [queries, window], [T, columns].
 FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = (2, 1, 3), (4, 2, 5)
+SHARE = 0.84  # of VMEM, by the count below; the rest is for spilled registers
 TOKENS = 1400  # most whose rows of keys are whole
 
 
@@ -67,7 +68,7 @@ def _needs(s: Shape, t: RelativeTiles, *, backward: bool) -> int:
     squares, windows, operands = BACKWARD_TEMPORARIES if backward else FORWARD_TEMPORARIES
     columns, whole = length(s.t, t.queries), t.queries == s.t
     blocks = 2 * arrays * t.images * padded_bytes(s.t, t.lanes, s.itemsize)
-    table = 2 * (4 + 4 * backward) * round_up(t.lanes, SUBLANES) * columns
+    table = 2 * (4 + 8 * backward) * round_up(t.lanes, SUBLANES) * columns
     scratch = 0 if whole or not backward else 2 * padded_bytes(s.t, t.lanes, 4)
     width = max(head.hi - head.lo for run in heads_of(t.lanes, s.h) for head in run)
     one = squares * padded_bytes(t.queries, s.t, 4) + operands * padded_bytes(s.t, width, 4)
@@ -78,13 +79,13 @@ def _needs(s: Shape, t: RelativeTiles, *, backward: bool) -> int:
 
 def core_tiles(s: Shape, device: Device, *, backward: bool) -> RelativeTiles:
     """All heads in one step if they fit, then shorter tiles of queries. NotImplementedError where nothing fits."""
-    group, budget = group_lanes(s), device.vmem_bytes * CORE_SHARE
+    group, budget = group_lanes(s), device.vmem_bytes * SHARE
     lengths = [s.t] * (s.t <= 640) + [q for q in (512, 384, 256, LANES) if q < s.t]
     for queries in lengths if s.t <= TOKENS else []:
         for lanes in (n for n in range(s.k, 0, -1) if s.k % n == 0 and n % group == 0):
             if lanes > group and lanes // s.h * s.t * queries > UNROLLED:
                 continue
-            images = divisor(s.b, 256 // s.t) if lanes == s.k else 1
+            images = divisor(s.b, 128 // round_up(s.t, 2 * SUBLANES)) if lanes == s.k else 1
             found = RelativeTiles(images=images, lanes=lanes, queries=queries)
             while (needs := _needs(s, found, backward=backward)) > budget and found.images > 1:
                 found = replace(found, images=divisor(s.b, found.images - 1))
