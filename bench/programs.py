@@ -20,8 +20,9 @@ from jax.experimental.layout import Format, Layout
 from bench import shapes
 from bench.peers import FLAX, vit
 from bench.peers import attention as peers
-from kernels.attention import statistics_tpu
+from kernels.attention import relative, statistics_tpu
 from kernels.attention.reference import AttentionWeights
+from kernels.attention.relative import RelativeWeights
 from kernels.device import from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
@@ -32,7 +33,7 @@ from vitcore import ViTConfig, apply_on, partition_specs, variant
 from vitcore.context import Context
 from vitcore.heads import logits
 from vitcore.model import asked_for, forward, init, prepared, representation
-from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, REFERENCE, Ops
+from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, OTHERS, REFERENCE, Ops, fused
 from vitcore.pixels import to_unit
 
 S = jax.ShapeDtypeStruct
@@ -47,8 +48,8 @@ def ops_for(device, *, kernels: bool) -> Ops:
     if not kernels:
         return REFERENCE
     launch = launch_for(device)
-    looks = partial(statistics_tpu.attention_statistics, launch=launch)
-    return FUSED._replace(**{op: partial(_kernel(op), launch=launch) for op in FUNCTIONS}, attention_statistics=looks)
+    ours = fused(launch)
+    return FUSED._replace(**{name: getattr(ours, name) for name in (*FUNCTIONS, *OTHERS)})
 
 
 def launch_for(device) -> Launch:
@@ -115,9 +116,11 @@ def op_alone(devices, **asked):
     return jax.jit(fn, in_shardings=best, out_shardings=best), arguments
 
 
-def _config(model: str, image_size: int | None, depth: int | None = None, units: Sequence[int] = ()) -> Any:
+def _config(
+    model: str, image_size: int | None, depth: int | None = None, units: Sequence[int] = (), position: str | None = None
+) -> Any:
     """units: of the stages of a ResNet or of a hybrid's stem, for fewer than the name has."""
-    changes = {"image_size": image_size, "depth": depth}
+    changes = {"image_size": image_size, "depth": depth, "position": position}
     config = variant(model, num_classes=1000, **{name: value for name, value in changes.items() if value is not None})
     return replace(config, stem=replace(config.stem, depths=tuple(units))) if units else config
 
@@ -132,9 +135,11 @@ def _floats(config: ViTConfig, batch: int, dtype):
     return S((batch, *config.image_shape, config.channels), jnp.dtype(dtype))
 
 
-def whole_forward(devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None, depth=None, units=()):
+def whole_forward(
+    devices, *, model, batch, dtype="bfloat16", kernels=True, image_size=None, depth=None, units=(), position=None
+):  # fmt: skip
     """The logits of a whole model for bytes, as jobs have their images; parameters float32, on one core."""
-    config = _config(model, image_size, depth, units)
+    config = _config(model, image_size, depth, units, position)
     if kernels == FLAX:
         return partial(vit.forward, dtype=jnp.dtype(dtype)), (vit.shapes(config), _floats(config, batch, dtype))
     context = Context(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype))
@@ -198,10 +203,11 @@ def train_step(
     depth=None,
     units=(),
     dropout=0.0,
+    position=None,
 ):
     """The training step of `train.step`, fed bytes as the loop feeds it, with Adam on a mesh of data x axis cores; `batch` is the
     global batch."""
-    config = _config(model, image_size, depth, units)
+    config = _config(model, image_size, depth, units, position)
     config = replace(config, dropout=dropout) if dropout else config  # which a ResNet has none of
     if kernels == FLAX:
         if (data, axis, remat, accumulate, dropout) != (1, 1, 0, 1, 0.0):
@@ -220,3 +226,23 @@ def train_step(
     images = _bytes(config, batch, split)
     labels = S((batch,), jnp.int32, sharding=split)
     return make_train_step(config, mesh, tx, options), (state, images, labels)
+
+
+def relative_half(devices, *, shape, batch, dtype="bfloat16", backward=False, kernels=True, class_token=True):
+    """The attention half with relative positions at a named shape: its forward pass, or forward and all gradients."""
+    c, f32 = shapes.shape(shape).config, jnp.float32
+    d, tokens = c.width, c.tokens - (not class_token)
+    x = S((batch, tokens, d), jnp.dtype(dtype))
+    entries = relative.entries(tokens - class_token, class_token)
+    weights: Any = [S(s, f32) for s in ((d,), (d,), (3, d, d), (3, d), (d, d), (d,), (entries, d))]
+    ops = fused(launch_for(devices[0])) if kernels else REFERENCE
+    fn = partial(ops.relative_half, num_heads=c.num_heads, class_token=class_token)
+    arguments = x, RelativeWeights(*weights)
+    if not backward:
+        return fn, arguments
+
+    def both(cotangent, *arrays):
+        value, pullback = jax.vjp(fn, *arrays)
+        return value, pullback(cotangent)
+
+    return both, (x, *arguments)

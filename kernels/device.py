@@ -29,6 +29,7 @@ class Device:
     flops_per_cycle: int  # bfloat16 products with float32 accumulation, all arrays of the core, two FLOPs each
     clock_hz: float
     strided_loads: bool  # loads with a stride over sublanes are one instruction; elsewhere Mosaic makes them of one load a row
+    strided_roll: bool  # Mosaic rotates each row of a register by a lane more than the one before
     topology: str  # libtpu's name of the smallest slice, of which a compiler without a TPU takes one core
     bf16_matmul: bool  # False: Mosaic rejects bfloat16 operands; cast to float32 in VMEM, which is one MXU pass all the same
 
@@ -42,7 +43,9 @@ class Device:
         return self.hbm_bytes_per_second / self.clock_hz
 
 
-def _tpu(name, kind, topology, vmem, hbm, bandwidth, mxu, flops, clock, strided_loads=True, bf16_matmul=True) -> Device:
+def _tpu(
+    name, kind, topology, vmem, hbm, bandwidth, mxu, flops, clock, strided_loads=True, strided_roll=True, bf16_matmul=True
+) -> Device:
     return Device(
         name=name,
         kind=kind,
@@ -54,15 +57,16 @@ def _tpu(name, kind, topology, vmem, hbm, bandwidth, mxu, flops, clock, strided_
         flops_per_cycle=flops,
         clock_hz=clock * 1e9,
         strided_loads=strided_loads,
+        strided_roll=strided_roll,
         bf16_matmul=bf16_matmul,
     )
 
 
 # name, device kind, smallest topology, VMEM MiB, HBM GiB, HBM GB/s, MXU, FLOP/cycle, clock GHz
 _TPUS = (
-    _tpu("v2", "TPU v2", "v2:2x2", 16, 8, 358, 128, 2**15, 0.70, strided_loads=False, bf16_matmul=False),
-    _tpu("v3", "TPU v3", "v3:2x2", 16, 16, 412, 128, 2**16, 0.94, strided_loads=False, bf16_matmul=False),
-    _tpu("v4", "TPU v4", "v4:2x2x1", 16, 16, 615, 128, 2**17, 1.05, strided_loads=False),
+    _tpu("v2", "TPU v2", "v2:2x2", 16, 8, 358, 128, 2**15, 0.70, strided_loads=False, strided_roll=False, bf16_matmul=False),
+    _tpu("v3", "TPU v3", "v3:2x2", 16, 16, 412, 128, 2**16, 0.94, strided_loads=False, strided_roll=False, bf16_matmul=False),
+    _tpu("v4", "TPU v4", "v4:2x2x1", 16, 16, 615, 128, 2**17, 1.05, strided_loads=False, strided_roll=False),
     _tpu("v5e", "TPU v5 lite", "v5e:2x2", 128, 16, 820, 128, 2**17, 1.50),
     _tpu("v5p", "TPU v5", "v5p:2x2x1", 64, 48, 1230, 128, 2**17, 1.75),
     _tpu("v6e", "TPU v6 lite", "v6e:2x2", 128, 32, 1640, 256, 2**19, 1.75),
@@ -70,7 +74,7 @@ _TPUS = (
 )
 
 # Interpreted kernels pick their tiles as on the first target, so that what runs on a CPU is what a v3 would run.
-CPU = _tpu("cpu", "cpu", "", 16, 16, 412, 128, 2**16, 0.94, strided_loads=False)
+CPU = _tpu("cpu", "cpu", "", 16, 16, 412, 128, 2**16, 0.94, strided_loads=False, strided_roll=False)
 
 DEVICES: dict[str, Device] = {device.name: device for device in (*_TPUS, CPU)}
 

@@ -51,10 +51,10 @@ def step_options(full, ops: Ops, **own) -> StepOptions:
     )  # fmt: skip
 
 
-def name_of_ops(ops: Ops, config, dtype) -> str:
+def name_of_ops(ops: Ops, config, dtype, mesh) -> str:
     """The ops by name, and what of the model does not go through them or not through our kernels, with the reason."""
     name = next(name for name, known in BY_NAME.items() if known is ops)
-    if apart := families.family_of(config).by_xla(config):
+    if apart := families.family_of(config).by_xla(config, ops, dtype, getattr(config, "num_heads", 1) // mesh.shape["model"]):
         name += f" ({' and '.join(apart)} by XLA)"
     if ops is GPU and isinstance(config, ViTConfig) and config.block == "encoder":
         rows = config.tokens + -config.tokens % ops.multiple

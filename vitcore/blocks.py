@@ -202,7 +202,7 @@ def attention_maps(x, w, config, layer: Layer):
 def attention_statistics(x, w, config, layer: Layer, **asked):
     """`Statistics` of the attention half, over the heads of this device. asked: mean, row, distances."""
     x, weights = _looked_at(x, w, layer)
-    if (extra := _extra(w, config)) is not None:  # relative positions: the attention half has no kernel for them either
+    if (extra := _extra(w, config)) is not None:  # relative positions: the statistics have no kernel for them
         return statistics.attention_statistics(x, weights, num_heads=_heads(config, layer), extra=extra, **asked)
     return layer.context.ops.attention_statistics(x, weights, num_heads=_heads(config, layer), **asked)
 

@@ -27,9 +27,9 @@ class Family(NamedTuple):
     leaves: (config) -> its leaves but for the head's, which every family shares. represent: (params, images [B, Y, X, C] floats,
     config, context) -> (y [B, D] in context.dtype, what `context.capture` asks for, by its fields' names). parse: (name) -> the
     fields of a named model, None for a name that is not the family's. names: some that it is known by, for suggestions. spelling:
-    of all. fit: (path, array, config, new, method) -> a leaf as a model of another image size has it. by_xla: (config) -> the parts
-    that no op stands for and XLA compiles on every platform, for people. head: (config) -> the head's leaves, the same in every
-    family but for their names in files.
+    of all. fit: (path, array, config, new, method) -> a leaf as a model of another image size has it. by_xla: (config, ops, dtype
+    of activations, heads of a device) -> the parts that XLA compiles, where no op stands for them or these ops leave them to it,
+    for people. head: (config) -> the head's leaves, the same in every family but for their names in files.
     """
 
     leaves: Callable
@@ -58,7 +58,7 @@ FAMILIES: dict[type, Family] = {
         parse=resnet_models.parse,
         names=resnet_models.NAMES,
         fit=resnet_models.fit,
-        by_xla=lambda config: ("convolutions", "axial attention") if config.stem.form == "axial" else ("convolutions",),
+        by_xla=lambda config, *_: ("convolutions", "axial attention") if config.stem.form == "axial" else ("convolutions",),
         head=resnet_models.head,
         spelling="R{50,101,152,200}xW, with -post for the hybrids' form, AxialResNet-50",
     ),

@@ -8,6 +8,8 @@ import jax
 
 from kernels.attention import gpu as attention_gpu
 from kernels.attention import reference as attention
+from kernels.attention import relative as attention_relative
+from kernels.attention import relative_tpu as attention_relative_tpu
 from kernels.attention import statistics as attention_statistics
 from kernels.attention import statistics_tpu as attention_statistics_tpu
 from kernels.attention import tpu as attention_tpu
@@ -33,6 +35,8 @@ class Ops(NamedTuple):
     policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
     save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
     inside a `custom_vjp` what they save, and ops that leave it to differentiation.
+    relative_half: the attention half with relative positions, `kernels/attention/relative.py`, by default that; relative_by_xla:
+    why XLA does it for a `tiling.Shape`, "" where a kernel does.
     attention_statistics: what `kernels/attention/statistics.py` says of a block's attention. No logits need it, and by default XLA
     does it.
     """
@@ -44,23 +48,27 @@ class Ops(NamedTuple):
     multiple: int = 1
     unrolled: tuple[str, ...] = ()
     keeps: Callable | None = None
+    relative_half: Callable = attention_relative.attention_half
+    relative_by_xla: Callable = lambda shape: "these ops have no kernel for them"
     attention_statistics: Callable = attention_statistics.attention_statistics
 
 
 FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's settings
+OTHERS = ("relative_half", "relative_by_xla", "attention_statistics")  # that have the reference where nothing is said
 
 _KERNELS = (
     patch_embed_tpu.patch_embed,
     attention_tpu.attention_half,
     mlp_tpu.mlp_half,
     layer_norm_tpu.layer_norm,
+    attention_relative_tpu.attention_half,
+    attention_relative_tpu.by_xla,
     attention_statistics_tpu.attention_statistics,
 )
 
 
 def _kernels(started: Callable) -> Ops:
-    embed, attend, transform, normalise, look = map(started, _KERNELS)
-    return Ops(embed, attend, transform, normalise, attention_statistics=look)
+    return Ops(**dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True)))
 
 
 @cache

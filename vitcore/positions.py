@@ -132,15 +132,17 @@ def _offsets(config) -> tuple[Leaf, ...]:
 def _attend_relative(x, w, config, layer):
     """The attention half of a block with relative positions, summed over the model axis."""
     mesh = layer.context.mesh
-    y = relative.attention_half(
+    norm, qkv, out = w["norm1"], w["qkv"], w["out"]
+    y = layer.context.ops.relative_half(
         vary(x, mesh),
-        *(w["norm1"]["scale"], w["norm1"]["bias"], w["qkv"]["kernel"], w["qkv"]["bias"], w["out"]["kernel"], w["out"]["bias"]),
-        w["relative"],
+        relative.RelativeWeights(
+            *(norm["scale"], norm["bias"], qkv["kernel"], qkv["bias"], out["kernel"], out["bias"], w["relative"])
+        ),
         num_heads=config.num_heads // (mesh.model if mesh else 1),
         class_token=bool(config.class_tokens),
         dropout=layer.dropout,
-        share=layer.residual_scale,
-        tokens=layer.tokens,
+        residual_scale=layer.residual_scale,
+        **layer.padding,
     )
     return sum_over_model(y, mesh)
 

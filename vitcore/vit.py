@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels import dropout as drop
+from kernels.attention.tiling import Shape
 from kernels.dropout import Dropout
 from vitcore import layers, masked
 from vitcore.collectives import first_column
 from vitcore.config import ViTConfig
 from vitcore.context import Context
 from vitcore.heads import linear
+from vitcore.ops import Ops
 from vitcore.parameters import Leaf, norm, stacked
 
 _FINAL = {"release": "Transformer/encoder_norm", "timm": "norm", "transformers": "layernorm"}
@@ -115,8 +117,12 @@ def fit(path, array, config: ViTConfig, new: ViTConfig, method: str):
     return config.entries.position.fit(path[-1], array, config, new, method)
 
 
-def by_xla(config: ViTConfig) -> tuple[str, ...]:
-    """The parts of a model that are no ops."""
-    entries = config.entries
-    parts = (entries.stem.embed is None, "convolutions"), (entries.position.attend is not None, "relative positions")
-    return tuple(name for there, name in (*parts, (config.pool == "map", "attention pooling")) if there)
+def by_xla(config: ViTConfig, ops: Ops, dtype, heads: int) -> tuple[str, ...]:
+    """The parts of a model that are no ops, or ops that XLA does for these `ops`."""
+    stem, position, _, _ = config.entries
+    positions = False
+    if position.attend is not None:
+        shape = Shape(1, config.tokens, config.width, heads, config.width // config.num_heads, jnp.dtype(dtype))
+        positions = bool(ops.relative_by_xla(shape))
+    parts = (stem.embed is None, "convolutions"), (positions, "relative positions"), (config.pool == "map", "attention pooling")
+    return tuple(name for there, name in parts if there)

@@ -1,5 +1,5 @@
-"""The attention half of a block with relative positions (paper, appendix D.4): plain einsum, the specification and so far every
-path.
+"""The attention half of a block with relative positions (paper, appendix D.4): plain einsum, the specification, and the path
+without kernels.
 
     logits[t, s] = (q_t . k_s + q_t . r_(s-t)) / sqrt(H)
 
@@ -8,11 +8,31 @@ others before the softmax. Offsets are between patches in row-major order; the c
 pairs with it have one entry of their own, the last.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from kernels import dropout as drop
+from kernels.attention.reference import AttentionWeights
 from kernels.layer_norm.reference import layer_norm
+
+
+class RelativeWeights(NamedTuple):
+    """Parameters of the attention half with relative positions on one device, which holds N heads of width H."""
+
+    norm_scale: jax.Array  # [D]
+    norm_bias: jax.Array  # [D]
+    qkv_kernel: jax.Array  # [3, D, N*H]: queries, keys, values
+    qkv_bias: jax.Array  # [3, N*H]
+    out_kernel: jax.Array  # [N*H, D]
+    out_bias: jax.Array  # [D]
+    positions: jax.Array  # [entries, N*H]: of the offsets in order, and last of the pairs with the class token
+
+    @property
+    def half(self) -> AttentionWeights:
+        """Those of the half without positions."""
+        return AttentionWeights(*self[:-1])
 
 
 def entries(patches: int, class_token: bool) -> int:
@@ -20,15 +40,25 @@ def entries(patches: int, class_token: bool) -> int:
     return 2 * patches - 1 + class_token
 
 
-def relative_logits(q, table, *, class_token: bool):
-    """q_t . r_(s-t): q [B, T, N, H], table [entries, N, H] to [B, N, T, T], accumulated in float32.
+def check(positions, tokens: int, *, class_token: bool) -> None:
+    """Raises ValueError where the table of `tokens` tokens, the class token included, has another number of entries."""
+    required = entries(tokens - class_token, class_token)
+    if positions.shape[0] != required:
+        raise ValueError(
+            f"the relative positions have {positions.shape[0]} entries: {required} are required "
+            f"for {tokens - class_token} patches{' and a class token' if class_token else ''}"
+        )
+
+
+def relative_logits(q, positions, *, class_token: bool):
+    """q_t . r_(s-t): q [B, T, N, H], positions [entries, N, H] to [B, N, T, T], accumulated in float32.
 
     Each query meets every offset once; row t of these products, shifted by t, are its logits. The shift is a reshape: rows of one
     element more, read as rows of one element less.
     """
     b, t, n, _ = q.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    products = jnp.einsum("btnh,rnh->bntr", q, table.astype(q.dtype), preferred_element_type=wide)
+    products = jnp.einsum("btnh,rnh->bntr", q, positions.astype(q.dtype), preferred_element_type=wide)
     patches = t - class_token
     rows = products[:, :, class_token:, : 2 * patches - 1]
     rows = jnp.pad(rows, ((0, 0),) * 3 + ((0, 1),)).reshape(b, n, -1)[:, :, : patches * (2 * patches - 1)]
@@ -41,30 +71,27 @@ def relative_logits(q, table, *, class_token: bool):
 
 
 def attention_half(
-    x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, table, *, num_heads, class_token, dropout=None, share=1.0, tokens=None
-):
-    """`reference.attention_half` with relative positions. table [entries, N*H] float32, N*H the columns of this device.
+    x, weights: RelativeWeights, *, num_heads, class_token, dropout=None, residual_scale=1.0, tokens=None
+):  # fmt: skip
+    """`reference.attention_half` with relative positions: arguments and meaning there, and weights.positions.
 
-    tokens: how many of the T are real, None for all: the others are seen by none. Raises ValueError where the table has another
-    number of entries.
+    class_token: whether the first token is one. tokens: how many of the T are real, None for all: the others are seen by none.
+    Raises ValueError where the table has another number of entries.
     """
     b, t, _ = x.shape
     real = t if tokens is None else tokens
-    if table.shape[0] != entries(real - class_token, class_token):
-        raise ValueError(
-            f"the relative positions have {table.shape[0]} entries: {entries(real - class_token, class_token)} are required "
-            f"for {real - class_token} patches{' and a class token' if class_token else ''}"
-        )
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    check(weights.positions, real, class_token=class_token)
+    norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, positions = weights
+    acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
     w_qkv, w_out = w_qkv.astype(x.dtype), w_out.astype(x.dtype)
     z = layer_norm(x[:, :real], norm_scale, norm_bias)
-    qkv = jnp.einsum("btd,cdk->cbtk", z, w_qkv, preferred_element_type=wide) + b_qkv[:, None, None]
+    qkv = jnp.einsum("btd,cdk->cbtk", z, w_qkv, preferred_element_type=acc_dtype) + b_qkv[:, None, None]
     q, k, v = qkv.astype(x.dtype).reshape(3, b, real, num_heads, -1)
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=wide)
-    logits = logits + relative_logits(q, table.reshape(table.shape[0], num_heads, -1), class_token=class_token)
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=acc_dtype)
+    logits = logits + relative_logits(q, positions.reshape(len(positions), num_heads, -1), class_token=class_token)
     probs = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(x.dtype)
-    o = jnp.einsum("bnts,bsnh->btnh", probs, v, preferred_element_type=wide).astype(x.dtype)
-    y = jnp.einsum("btk,kd->btd", o.reshape(b, real, -1), w_out, preferred_element_type=wide) + share * b_out
+    o = jnp.einsum("bnts,bsnh->btnh", probs, v, preferred_element_type=acc_dtype).astype(x.dtype)
+    y = jnp.einsum("btk,kd->btd", o.reshape(b, real, -1), w_out, preferred_element_type=acc_dtype) + residual_scale * b_out
     if real < t:
         y = jnp.pad(y, ((0, 0), (0, t - real), (0, 0)))
-    return (share * x.astype(wide) + drop.apply(y, dropout, drop.ATTENTION_OUT)).astype(x.dtype)
+    return (residual_scale * x.astype(acc_dtype) + drop.apply(y, dropout, drop.ATTENTION_OUT, tokens=tokens)).astype(x.dtype)

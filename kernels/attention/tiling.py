@@ -179,7 +179,7 @@ TILE = 128  # a tile of queries or a chunk of keys is a multiple of this, or all
 CORE_SHARE = 0.94  # of VMEM
 
 
-def _group(s: Shape) -> int:
+def group_lanes(s: Shape) -> int:
     """Lanes of the fewest heads that fill whole columns of lanes."""
     group = math.lcm(s.h, LANES)
     return group if s.k % group == 0 else s.k
@@ -188,11 +188,11 @@ def _group(s: Shape) -> int:
 def _core_bytes(s: Shape, t: CoreTiles, *, backward: bool) -> int:
     arrays, (operands, squares) = (8, BACKWARD_TEMPORARIES) if backward else (4, FORWARD_TEMPORARIES)
     rows, lanes = round_up(s.t, 16), round_up(t.lanes, LANES)
-    window = max(head.hi - head.lo for run in heads_of(_group(s), s.h) for head in run)
+    window = max(head.hi - head.lo for run in heads_of(group_lanes(s), s.h) for head in run)
     whole = (t.queries, t.keys) == (s.t, s.t)
     blocks = 2 * arrays * t.images * rows * lanes * s.itemsize
     scratch = 2 * rows * lanes * 4 if backward and not whole else 0
-    heads = (t.lanes if whole else _group(s)) // s.h
+    heads = (t.lanes if whole else group_lanes(s)) // s.h
     tile = round_up(t.keys, 8) * round_up(t.queries, LANES)
     return blocks + scratch + 4 * heads * (operands * max(t.queries, t.keys) * window + squares * tile)
 
@@ -202,7 +202,7 @@ def core_tiles(s: Shape, device: Device, *, backward: bool) -> CoreTiles:
 
     NotImplementedError if a group of heads that fills whole columns does not fit VMEM even with the smallest tiles.
     """
-    k, group, budget = s.k, _group(s), device.vmem_bytes * CORE_SHARE
+    k, group, budget = s.k, group_lanes(s), device.vmem_bytes * CORE_SHARE
     lengths = [s.t] if s.t <= 640 else []
     lengths += [q for q in (512, 384, 256, TILE) if q < s.t]
     for keys in [s.t, 1024, 512, 256, TILE] if s.t <= WHOLE_ROWS else [1024, 512, 256, TILE]:
@@ -289,7 +289,7 @@ def float32_core(s: Shape, device: Device) -> Float32Core | None:
     if device.bf16_matmul or s.h % SUBLANES:
         return None
     rows, keys = round_up(s.t, SUBLANES), round_up(s.t, LANES)
-    for lanes in range(s.k, 0, -_group(s)):
+    for lanes in range(s.k, 0, -group_lanes(s)):
         blocks = 2 * 8 * rows * round_up(lanes, LANES) * 4
         heads = lanes // s.h * (CORE_TEMPORARIES * rows * keys * 4)
         if s.k % lanes == 0 and blocks + heads <= CORE_SHARE * device.vmem_bytes:

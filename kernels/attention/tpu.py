@@ -40,7 +40,7 @@ def shape_of(x, weights: AttentionWeights, num_heads: int) -> Shape:
 # ---- the half
 
 
-def _operands(x, weights: AttentionWeights, static: Static) -> AttentionWeights:
+def operands(x, weights: AttentionWeights, static: Static) -> AttentionWeights:
     """The weights as the products take them: in the activations' dtype, or float32 where the MXU rounds float32 by itself."""
     dtype = operand_dtype(x.dtype, static.launch.device)
     return weights._replace(qkv_kernel=weights.qkv_kernel.astype(dtype), out_kernel=weights.out_kernel.astype(dtype))
@@ -54,27 +54,32 @@ def _core_forward(tiles: CoreTiles | Float32Core, qkv, **options):
 
 def _forward_part(chosen: GeneralForward, scalars, x, weights: AttentionWeights, static: Static, into=None):
     """The half of chosen.images images of x, from image scalars[2] on; into: the results of the others, if there are any."""
-    norm, w = weights[:2], _operands(x, weights, static)
+    norm, w = weights[:2], operands(x, weights, static)
     qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
     o = _core_forward(chosen.core, qkv, num_heads=static.num_heads, width=static.width, launch=static.launch)
     return general_forward.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into)
 
 
-def _backward_part(chosen: GeneralBackward, scalars, x, weights: AttentionWeights, dy, static: Static):
-    """dy with dx in its place for chosen.images images, from image scalars[2] on, and the gradients of the weights, float32."""
-    norm, w = weights[:2], _operands(x, weights, static)
+def _core_backward(chosen: GeneralBackward, static: Static, qkv, do):
     options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
+    return *general_backward.core(chosen.core, qkv, do, with_o=True, **options), None
+
+
+def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core):
+    """dy with dx in its place for chosen.images images, from image scalars[2] on; the gradients of the weights, float32; and the
+    third of core(qkv, do) -> (dqkv, o, whatever else)."""
+    norm, w = weights[:2], operands(x, weights, static)
     qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
     do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, w.out_kernel.T, chosen.images, static)
-    dqkv, o = general_backward.core(chosen.core, qkv, do, with_o=True, **options)
+    dqkv, o, more = core(qkv, do)
     of_output = general_backward.output_weights(chosen.output_weights, scalars, o, dy, static)
     of_qkv = general_backward.projection_weights(chosen.projection_weights, scalars, x, norm, dqkv, static)
     w_qkv = w.qkv_kernel.swapaxes(1, 2)
     dx, dscale, dbias = general_backward.input_gradient(chosen.input_gradient, scalars, x, norm[0], dqkv, dy, w_qkv, static)
-    return dx, AttentionWeights(dscale[None], dbias[None], *of_qkv, *of_output)
+    return dx, AttentionWeights(dscale[None], dbias[None], *of_qkv, *of_output), more
 
 
-def _part(scalars, first, x):
+def part_scalars(scalars, first, x):
     """The scalars of the part of x that begins with image `first`: its first row, among all of the job's, and that image."""
     return jnp.stack([scalars[0], scalars[1] + first * x.shape[1], first])
 
@@ -84,12 +89,12 @@ def _half(scalars, x, weights: AttentionWeights, static: Static):
     """scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and [3, 1, K]."""
     chosen = static.plan.forward
     if isinstance(chosen, FusedForward):
-        w = _operands(x, weights, static)
+        w = operands(x, weights, static)
         return float32_forward.fused(scalars, x, weights[:2], *w[2:], static)
     n = x.shape[0] // chosen.images
     if n == 1:
         return _forward_part(chosen, scalars, x, weights, static)
-    step = lambda first, y: _forward_part(chosen, _part(scalars, first, x), x, weights, static, y)  # noqa: E731
+    step = lambda first, y: _forward_part(chosen, part_scalars(scalars, first, x), x, weights, static, y)  # noqa: E731
     return parts.forward(step, n, x)
 
 
@@ -105,11 +110,11 @@ def _half_backward(static: Static, residuals, dy):
         raise NotImplementedError(chosen.reason)
 
     def step(first, dy):
-        at = _part(scalars, first, x)
+        at = part_scalars(scalars, first, x)
         if isinstance(chosen, Float32Backward):
-            dx, sums = float32_backward.backward(chosen, at, x, _operands(x, weights, static), dy, static)
+            dx, sums = float32_backward.backward(chosen, at, x, operands(x, weights, static), dy, static)
             return dx, AttentionWeights(*sums)
-        return _backward_part(chosen, at, x, weights, dy, static)
+        return backward_chain(chosen, at, x, weights, dy, static, partial(_core_backward, chosen, static))[:2]
 
     dx, gradients = parts.backward(step, x.shape[0] // chosen.images, x, dy)
     return None, dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)
@@ -134,18 +139,23 @@ def attention_half(
     weights; saves x and the weights only. ValueError for shapes or dtypes that do not fit together; NotImplementedError for a shape
     that no tiles fit.
     """
-    _check(x, weights, num_heads)
+    check_half(x, weights, num_heads)
     shape = shape_of(x, weights, num_heads)
     plan = plan or planning.plan(shape, launch.device)
-    rate = 0.0 if dropout is None else float(dropout.rate)
-    key, row = (0, 0) if dropout is None or rate == 0.0 else (drop.site_key(dropout.key, drop.ATTENTION_OUT), dropout.row)
-    scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (key, row, 0)])
+    scalars, rate = scalars_of(dropout)
     scale, bias, w_qkv, b_qkv, w_out, b_out = weights
     w_qkv, b_qkv, w_out = (_pad_heads(w, axis, shape.h, plan.head_lanes) for w, axis in ((w_qkv, 2), (b_qkv, 1), (w_out, 0)))
     arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
     static = Static(num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), launch=launch, plan=plan)
     scalars, x, *arrays = vary_alike(scalars, x, *arrays)
     return _half(scalars, x, AttentionWeights(*arrays), static)
+
+
+def scalars_of(dropout):
+    """(int32 [3]: dropout key, first row and first image; the rate)."""
+    rate = 0.0 if dropout is None else float(dropout.rate)
+    key, row = (0, 0) if dropout is None or rate == 0.0 else (drop.site_key(dropout.key, drop.ATTENTION_OUT), dropout.row)
+    return jnp.stack([jnp.asarray(s, jnp.int32) for s in (key, row, 0)]), rate
 
 
 def _pad_heads(w, axis: int, width: int, lanes: int):
@@ -157,7 +167,7 @@ def _pad_heads(w, axis: int, width: int, lanes: int):
     return jnp.pad(heads, pads).reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
 
 
-def _check(x, weights: AttentionWeights, num_heads: int) -> None:
+def check_half(x, weights: AttentionWeights, num_heads: int) -> None:
     if x.ndim != 3 or min(x.shape) < 1 or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"attention_half: x is {x.dtype}{list(x.shape)}; required float32 or bfloat16 [B, T, D]")
     d, k = x.shape[2], weights.out_kernel.shape[0] if weights.out_kernel.ndim else 0

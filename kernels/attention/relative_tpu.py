@@ -1,0 +1,184 @@
+"""The attention half with relative positions as Pallas TPU kernels; `relative.py` is the specification.
+
+The products around the core are those of the half without positions (general_forward.py, general_backward.py), the core is
+relative_core.py. Backward saves x and the weights alone. Where `relative_plan.plan` finds no tiles, XLA compiles the specification:
+`by_xla` gives the reason, for the line in which a run says what it runs on.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels import parts
+from kernels.attention import general_forward, relative, relative_core, relative_plan, tpu
+from kernels.attention.general_forward import Static
+from kernels.attention.plan import Refused
+from kernels.attention.relative import RelativeWeights
+from kernels.attention.relative_plan import RelativePlan, RelativeTiles
+from kernels.attention.tiling import Shape
+from kernels.body import operand_dtype
+from kernels.launch import Launch, vary_alike
+
+
+def by_xla(shape: Shape, *, launch: Launch) -> str:
+    """Why the half of this shape is XLA's and not a kernel's; "" where it is a kernel's."""
+    chosen = relative_plan.plan(shape, launch.device)
+    return chosen.reason if isinstance(chosen, Refused) else ""
+
+
+# ---- the table of offsets, as the core takes it
+
+
+def _laid_out(positions, tokens: int, queries: int, *, class_token: bool):
+    """(positions [entries, K] transposed, an offset d at column anchor + d and zeros around; the class token's [1, K] or None)."""
+    offsets = positions[:-1] if class_token else positions
+    before = relative_plan.anchor(tokens, queries) - len(offsets) // 2
+    after = relative_plan.length(tokens, queries) - before - len(offsets)
+    return jnp.pad(offsets, ((before, after), (0, 0))).T, positions[-1:] if class_token else None
+
+
+def _picked(table, own, like, tokens: int, queries: int):
+    """The inverse of `_laid_out`, of gradients: [entries, K]."""
+    offsets = len(like) - (own is not None)
+    first = relative_plan.anchor(tokens, queries) - offsets // 2
+    return jnp.concatenate([table[:, first : first + offsets].T, *([] if own is None else [own])])
+
+
+def _core_forward(tiles: RelativeTiles, qkv, positions, *, class_token: bool, num_heads: int, launch: Launch):
+    positions = positions.astype(qkv.dtype).astype(operand_dtype(qkv.dtype, launch.device))
+    table, own = _laid_out(positions, qkv.shape[2], tiles.queries, class_token=class_token)
+    return relative_core.forward(tiles, qkv, table, own, num_heads=num_heads, launch=launch)
+
+
+def _core_backward(tiles: RelativeTiles, qkv, positions, do, *, class_token: bool, with_o: bool, num_heads: int, launch: Launch):
+    rounded = positions.astype(qkv.dtype).astype(operand_dtype(qkv.dtype, launch.device))
+    table, own = _laid_out(rounded, qkv.shape[2], tiles.queries, class_token=class_token)
+    options = {"num_heads": num_heads, "launch": launch, "with_o": with_o}
+    dqkv, o, dtable, down = relative_core.backward(tiles, qkv, table, own, do, **options)
+    return dqkv, o, _picked(dtable, down, positions, qkv.shape[2], tiles.queries)
+
+
+# ---- the half
+
+
+def _options(static: Static, class_token: bool) -> Any:
+    return {"num_heads": static.num_heads, "launch": static.launch, "class_token": class_token}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _half(scalars, x, weights: RelativeWeights, static: Static, class_token: bool):
+    """scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and [3, 1, K]."""
+    chosen, norm = static.plan.forward, weights[:2]
+    w = tpu.operands(x, weights.half, static)
+
+    def part(scalars, into=None):
+        qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
+        o = _core_forward(chosen.core, qkv, weights.positions, **_options(static, class_token))
+        return general_forward.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into)
+
+    n = x.shape[0] // chosen.images
+    if n == 1:
+        return part(scalars)
+    return parts.forward(lambda first, y: part(tpu.part_scalars(scalars, first, x), y), n, x)
+
+
+def _half_forward(scalars, x, weights, static, class_token):
+    y = checkpoint_name(_half(scalars, x, weights, static, class_token), "attention_half")
+    return y, (scalars, x, weights)
+
+
+def _half_backward(static: Static, class_token: bool, residuals, dy):
+    scalars, x, weights = residuals
+    chosen = static.plan.backward
+
+    def core(qkv, do):
+        options = _options(static, class_token)
+        return _core_backward(chosen.core, qkv, weights.positions, do, with_o=True, **options)
+
+    def step(first, dy):
+        at = tpu.part_scalars(scalars, first, x)
+        dx, of_half, of_positions = tpu.backward_chain(chosen, at, x, weights.half, dy, static, core)
+        return dx, RelativeWeights(*of_half, of_positions)
+
+    dx, gradients = parts.backward(step, x.shape[0] // chosen.images, x, dy)
+    return None, dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)
+
+
+_half.defvjp(_half_forward, _half_backward)
+
+
+def attention_half(
+    x,
+    weights: RelativeWeights,
+    *,
+    num_heads,
+    class_token,
+    dropout=None,
+    residual_scale=1.0,
+    launch: Launch,
+    plan: RelativePlan | None = None,
+) -> Any:
+    """The attention half with relative positions -> [B, T, D], as `relative.attention_half` (arguments and meaning there).
+
+    launch: from `kernels.launch`. plan: which kernels run and how, by default what `relative_plan.plan` chooses, which may be XLA.
+    Differentiable in x and all weights; the kernels save x and the weights only. ValueError for shapes or dtypes that do not fit
+    together.
+    """
+    tpu.check_half(x, weights.half, num_heads)
+    relative.check(weights.positions, x.shape[1], class_token=class_token)
+    shape = tpu.shape_of(x, weights.half, num_heads)
+    chosen = plan or relative_plan.plan(shape, launch.device)
+    options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale}
+    if isinstance(chosen, Refused):
+        return relative.attention_half(x, weights, class_token=class_token, **options)
+    scalars, rate = tpu.scalars_of(dropout)
+    scale, bias, w_qkv, b_qkv, w_out, b_out, positions = weights
+    arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None], positions
+    static = Static(num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), launch=launch, plan=chosen)
+    scalars, x, *arrays = vary_alike(scalars, x, *arrays)
+    return _half(scalars, x, RelativeWeights(*arrays), static, bool(class_token))
+
+
+# ---- attention by itself
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _attention(qkv, positions, num_heads, class_token, launch, forward: RelativeTiles, backward: RelativeTiles):
+    options: Any = {"num_heads": num_heads, "class_token": class_token, "launch": launch}
+    return _core_forward(forward, qkv, positions, **options)
+
+
+def _attention_backward(num_heads, class_token, launch, forward, backward, residuals, do):
+    qkv, positions = residuals
+    options: Any = {"num_heads": num_heads, "class_token": class_token, "launch": launch}
+    dqkv, _, found = _core_backward(backward, qkv, positions, do, with_o=False, **options)
+    return dqkv, found.astype(positions.dtype)
+
+
+_attention.defvjp(
+    lambda qkv, positions, *static: (_attention(qkv, positions, *static), (qkv, positions)), _attention_backward
+)  # fmt: skip
+
+
+def attention(
+    qkv, positions, num_heads: int, *, class_token: bool, launch: Launch, tiles: tuple[RelativeTiles, RelativeTiles] | None = None
+) -> Any:
+    """Softmax attention with relative positions: qkv [3, B, T, N*H] and positions [entries, N*H] -> [B, T, N*H].
+
+    float32 or bfloat16, differentiable in both. tiles: forward and backward, by default the plan's. ValueError for another shape or
+    dtype; NotImplementedError where no tiles fit.
+    """
+    if qkv.ndim != 4 or qkv.shape[0] != 3 or min(qkv.shape) < 1 or num_heads < 1 or qkv.shape[-1] % num_heads:
+        raise ValueError(f"attention: qkv has shape {qkv.shape}; required [3, B, T, N*H] with N = num_heads = {num_heads}")
+    if qkv.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"attention: qkv is {qkv.dtype}; required float32 or bfloat16")
+    _, b, t, k = qkv.shape
+    relative.check(positions, t, class_token=class_token)
+    shape = Shape(b, t, k, num_heads, k // num_heads, jnp.dtype(qkv.dtype))
+    choose = partial(relative_plan.core_tiles, shape, launch.device)
+    forward, backward = tiles or (choose(backward=False), choose(backward=True))
+    qkv, positions = vary_alike(qkv, positions)
+    return _attention(qkv, positions, num_heads, bool(class_token), launch, forward, backward)
