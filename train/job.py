@@ -211,6 +211,18 @@ def directory(out: str | None, name: str, identity: dict) -> epath.Path:
     return place("runs") / f"{name}-{digest}".replace("/", "_")
 
 
+BEGAN_FROM = "began_from"  # of config.json: which weights --init was when the run began, `train.pretrained.Stored.model`
+
+
+def began_from(out: epath.Path) -> dict | None:
+    """Which weights the run in `out` began from, where it has a checkpoint to go on from and says so. Every process calls it."""
+    held = None
+    if distributed.rank() == 0 and (out / "config.json").exists() and (out / "checkpoints").exists():
+        with contextlib.suppress(ValueError):  # damaged: `check_claim` says so
+            held = read_object(out / "config.json", cure="restore it").get(BEGAN_FROM)
+    return distributed.broadcast(held)
+
+
 def check_claim(out: epath.Path, identity: dict) -> None:
     """Raises ValueError where `out` cannot be, or holds, another run than this; changes nothing.
 

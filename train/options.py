@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from train import distributed
 from train import mesh as meshes
-from train.job import BEFORE, JobOptions
+from train.job import BEFORE, BEGAN_FROM, JobOptions
 from train.metrics import need_tensorboard
 from vitcore.normalisation import pixels
 from vitcore.ops import BY_NAME, Ops
@@ -267,7 +267,8 @@ def as_options(cls, program: str, path: str) -> list[str]:
         raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
     known = {field.name: field for field in dataclasses.fields(cls)}
     if isinstance(values, dict):
-        values.pop("data_seen", None)  # what a run knows of its images, not an option
+        for name in ("data_seen", BEGAN_FROM):  # what a run knows of its images and its start, not options
+            values.pop(name, None)
         before = {key: value for key, value in BEFORE.items() if key in known}  # a run of before there was such an option
         if _kind(values.get("augment"), str(values.get("data"))) != "inception":
             before.pop("crop", None)
