@@ -207,6 +207,8 @@ class InitOptions:
     """Of the pixels that the model in --init wants, values in [0, 1]: 0.485 0.456 0.406. Default: as the file says, or 0.5."""
     std: tuple[float, ...] = ()
     """Deviation of the pixels, likewise: 0.229 0.224 0.225. Default: likewise, or 0.5."""
+    allow_nonfinite: bool = False
+    """Take weights of --init that hold NaN or infinities."""
 
     @property
     def told(self) -> dict:
@@ -216,7 +218,13 @@ class InitOptions:
         if bool(self.mean) != bool(self.std):
             raise ValueError("--mean and --std belong together: give both")
         wanted = pixels(self.mean, self.std) if self.mean else None
-        return {"heads": self.heads, "pool": self.init_pool, "position": self.init_position, "pixels": wanted}
+        return {
+            "heads": self.heads,
+            "pool": self.init_pool,
+            "position": self.init_position,
+            "pixels": wanted,
+            "allow_nonfinite": self.allow_nonfinite,
+        }
 
 
 INIT_OPTIONS = tuple(field.name for field in dataclasses.fields(InitOptions))

@@ -45,6 +45,8 @@ class Pretrain(AblationOptions, ImageOptions):
     init: str | None = None
     """Start from these parameters instead of fresh ones: a run's directory, .npz or .safetensors of the same model and classes. The
     schedule begins anew. Default: fresh ones."""
+    allow_nonfinite: bool = False
+    """Take weights of --init that hold NaN or infinities."""
     objective: Literal["classes", "masked"] = "classes"
     """classes: the images' labels. masked: patches of the image that the model does not see, without labels (paper B.1.2); leaves
     masked.png as well. Of the recipe it keeps data, epochs and batch; rate, warm-up and decay are its own."""
@@ -288,7 +290,10 @@ def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any], dict | None]:
     from train.build import start_from
     from train.pretrained import open_pretrained, store
 
-    found = open_pretrained(store(full.init), image_size=full.image_size, gelu=full.gelu, masked=full.objective == "masked")
+    found = open_pretrained(
+        store(full.init), image_size=full.image_size, gelu=full.gelu, masked=full.objective == "masked",
+        allow_nonfinite=full.allow_nonfinite,
+    )  # fmt: skip
     same = {"dropout": 0.0, "head_bias": 0.0}
     has, wants = (dataclasses.asdict(c) | same | masked.described(c) for c in (found.config, config))
     if other := [f"{name} {has[name]} there, {wants[name]} here" for name in wants if has[name] != wants[name]]:

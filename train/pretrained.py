@@ -15,7 +15,7 @@ from train.data.files import open_regular
 from train.job import BEFORE
 from train.masked import of as masked_of
 from train.shape import shape_of
-from vitcore import ViTConfig, families, weight_about, weight_tree
+from vitcore import ViTConfig, families, weight_about, weight_files, weight_tree
 from vitcore.normalisation import HALF, Pixels
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.normalisation import said as pixels_said
@@ -83,6 +83,8 @@ def _is_run(path: str) -> bool:
 
 
 def _hash(path: str) -> str:
+    with weight_files.opened(path):
+        pass  # what is no such file is said there
     try:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -103,6 +105,7 @@ def open_pretrained(
     position: str | None = None,
     pixels: Pixels | None = None,
     masked: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Pretrained:
     """The model at `path`, its position embedding fitted to image_size (default: the one it has).
 
@@ -110,9 +113,9 @@ def open_pretrained(
     or a run's directory/STEP; or what `store` has read of one. num_classes: the whole pre-training head, its hidden layer too,
     gives way to a linear one that starts at zero, its bias at head_bias; None keeps the head. gelu, heads, pool, position, pixels:
     what the file does not say. masked: keep what masked patch prediction has besides, which is dropped otherwise; such a run has no
-    classes. Default of gelu: tanh for
-    the release, erf for timm's and transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in one line for
-    whatever is wrong with what is there; OSError.
+    classes. allow_nonfinite: take parameters that hold NaN or infinities. Default of gelu: tanh for the release, erf for timm's and
+    transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in one line for whatever is wrong with what is
+    there; OSError.
     """
     stored = path if isinstance(path, Stored) else None
     if stored is None and _is_run(str(path)):
@@ -145,13 +148,16 @@ def open_pretrained(
         head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None, head_bias=head_bias)
         new = dataclasses.replace(config, image_size=config.image_size if image_size is None else image_size, **head)
         grid = config.grid
-        params = weight_tree.read(path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation)
+        params = weight_tree.read(
+            path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
+        )
         wanted, words = (wanted, words) if pixels is None else (pixels, f"pixels {pixels_said(pixels)}")
         about = f"{path} ({style.naming} naming; {words})"
     leaves = jax.tree_util.tree_leaves_with_path(params)
     bad = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not np.isfinite(leaf).all()]
-    if bad:
-        raise WeightError(f"{path}: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)} holds NaN or infinity: no model to go on from")
+    if bad and not allow_nonfinite:
+        which = f"{', '.join(bad[:3])}{', ...' * (len(bad) > 3)}"
+        raise WeightError(f"{path}: {which} holds NaN or infinity: take another step or file, or these with --allow-nonfinite")
     classes = classes if num_classes is None and new.num_classes else None
     config = families.changed(new, gelu=gelu)
     return Pretrained(config, params, about, antialias, classes, wanted, seen, None if stored is None else stored.model)
@@ -211,10 +217,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", help="a run's directory, or directory/STEP")
     parser.add_argument("file", help=".npz (the release's layout) or .safetensors")
     parser.add_argument("--naming", choices=["timm", "transformers"], help="of a .safetensors; default timm")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or infinities")
     args = parser.parse_args(argv)
     meshes.prepare(None)
     try:
-        found = open_pretrained(args.run)
+        found = open_pretrained(args.run, allow_nonfinite=args.allow_nonfinite)
         weight_tree.save(
             args.file, found.params, found.config, naming=args.naming, classes=found.classes, pixels=found.pixels, data=found.data
         )  # fmt: skip

@@ -148,9 +148,6 @@ def run(args: Vtab, stop=None) -> dict | None:
         stored = store(args.init, began_with(out / "vtab.json", held))  # of a run that goes on, what it was at the beginning
         result["model"] = stored.model
         distributed.agree(model=stored.model)
-        if first:
-            claim(out, who, dataclasses.asdict(args))
-            _write(out, result, args)
 
         def options(task: str, **changes) -> Finetune:
             at = where[task]
@@ -176,6 +173,11 @@ def run(args: Vtab, stop=None) -> dict | None:
                 _write(out, result, args)
             return True
 
+        if not held:
+            prepare(options(there[0]), stop, stored)  # what is wrong with the model is said before anything is claimed
+        if first:
+            claim(out, who, dataclasses.asdict(args))
+            _write(out, result, args)
         if len(rates) > 1:
             for task in there:
                 train, dev = dev_splits(where[task]["train"], recipe.dev_share)
