@@ -22,7 +22,7 @@ from train import sweep as sweeps
 from train.job import end, guard, locked, say, stopped
 from train.options import parse
 from train.pretrained import store
-from train.signals import Stop, interruptible
+from train.signals import Stop, Watchdog, interruptible
 from train.tuning import Finetune, fine_tune, identity, prepare
 
 
@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
 
     def work(stop):
-        run(parse(Finetune, "train.finetune", words), stop)
+        args = parse(Finetune, "train.finetune", words)
+        with Watchdog(args.step_timeout):
+            run(args, stop)
 
     return guard("train.finetune", work)
 

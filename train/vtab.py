@@ -29,7 +29,7 @@ from train import distributed, job, recipes
 from train.files import read_object, write_atomically, write_picture
 from train.job import check_claim, claim, end, guard, locked, say, stopped
 from train.options import INIT_OPTIONS, TRAIN_OPTIONS, InitOptions, TrainOptions, check_init, check_numbers, parse
-from train.signals import interruptible
+from train.signals import Watchdog, beat, interruptible
 
 # name here: (name in the paper, group), in the order of Table 9
 TASKS = {
@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
 
     def work(stop):
-        run(parse(Vtab, "train.vtab", words), stop)
+        args = parse(Vtab, "train.vtab", words)
+        with Watchdog(args.step_timeout):
+            run(args, stop)
 
     return guard("train.vtab", work)
 
@@ -162,6 +164,7 @@ def run(args: Vtab, stop=None) -> dict | None:
             """One run, unless it is done; False where it was asked to stop."""
             if key in result[kind].get(task, {}):
                 return True
+            beat(f"preparing {kind}, {task}")
             full, session = prepare(finetune, stop, stored)
             found = fine_tune(full, out / kind / task / key, session, of_study=True)
             if stopped(found, out, f" in {kind}/{task}"):

@@ -18,7 +18,7 @@ from train.job import BEGAN_FROM, began_from, place, say
 from train.loop import Diverged
 from train.meeting import Told
 from train.options import parse
-from train.signals import Stop
+from train.signals import Stop, of_this_process
 from train.studies import cost, paper
 from train.studies.records import MODULES, Run
 from train.tuning import Finetune
@@ -104,7 +104,7 @@ def _command(run: Run, folder, stop: Stop | None) -> dict[str, Any] | None:
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise ValueError(f"{module} is not installed here")
     os.makedirs(folder, exist_ok=True)
-    child = subprocess.Popen([sys.executable, "-m", module, *run.options, "--out", str(folder)])
+    child = subprocess.Popen([sys.executable, "-m", module, *run.options, "--out", str(folder)], env=of_this_process(os.environ))
     try:
         while child.poll() is None:
             if stop is not None and stop.asked:
