@@ -8,6 +8,7 @@ compiled before is answered from the cache.
 import hashlib
 import importlib
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict, replace
@@ -16,10 +17,12 @@ from pathlib import Path
 from bench import hlo, llo, yardstick
 from bench.tpu_compiler import MARK, Cache, Kernel, Program, Report, profiles
 from kernels import launch
+from train.signals import before_the_end
 
 
 def main() -> None:
     request = json.loads(sys.stdin.readline())
+    before_the_end(lambda: shutil.rmtree(Path(request["dumps"]).parent, ignore_errors=True))
     import jax
     from jax.experimental import topologies
 

@@ -18,6 +18,7 @@ from typing import Any
 from bench import edge
 from bench.cases import Case
 from bench.trial import records
+from train.signals import of_this_process
 from vitcore.flops import flops
 
 BATCHES = {"cpu": (4, 16, 64, 256), "gpu": (128, 256, 512, 1024, 2048, 4096), "tpu": (64, 128, 256, 512, 1024, 2048)}
@@ -76,7 +77,7 @@ def start(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=environment,
+            env=of_this_process(environment),
             start_new_session=True,
             text=True,
         )

@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from train.signals import TERMINATED, Stop
 
 
 def _unknown(cls: type, words: Sequence[str]) -> None:
@@ -43,12 +46,20 @@ def parse(cls: type, program: str, argv: Sequence[str]) -> Any:
 def command(
     cls: type, program: str, run: Callable[[Any], int], mendable: tuple[type[Exception], ...] = (), *, interrupted=""
 ) -> int:
-    """run(options) as a command: its exit code, 2 with one line for a ValueError or one of `mendable`, 130 where interrupted.
+    """run(options) as a command: its exit code, 2 with one line for a ValueError or one of `mendable`, 130 where interrupted, 143
+    after a SIGTERM or SIGHUP.
 
     interrupted: what to say then of the work that was done.
     """
+
+    def stop():
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            print(f"\n{program}: asked to stop{interrupted and '; '}{interrupted}", file=sys.stderr, flush=True)
+        os._exit(TERMINATED)  # what it started ends with it, each row of its results is whole
+
     try:
-        return run(parse(cls, program, sys.argv[1:]))
+        with Stop(stop):
+            return run(parse(cls, program, sys.argv[1:]))
     except (ValueError, *mendable) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

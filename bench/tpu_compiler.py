@@ -41,6 +41,7 @@ from typing import Any
 
 from bench import yardstick
 from kernels.device import DEVICES
+from train.signals import of_this_process
 
 # Two by two chips of each generation: the smallest topology libtpu builds, of which one core is used.
 TOPOLOGIES = {device.name: device.topology for device in DEVICES.values() if device.topology}
@@ -328,7 +329,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            env=environment,
+            env=of_this_process(environment),
             start_new_session=True,
         )
         self.alive = True

@@ -21,6 +21,7 @@ from typing import Any
 
 from bench import edge
 from bench.timing import Stepper, measure, predicted, still_rising
+from train.signals import end_with_parent as end_with_parent  # done when `train` is imported
 
 MARK = "@@vitcore-trial "
 _STARTED = time.monotonic()

@@ -101,7 +101,7 @@ def run(args: Evaluate) -> dict:
 
     from train.data import by_names, open_source
     from train.frozen import Reader, make_predict, put_params
-    from train.pretrained import open_pretrained
+    from train.pretrained import open_pretrained, store
     from vitcore.sharding import MeshShape, check_mesh
 
     check_init(args.init)
@@ -115,7 +115,8 @@ def run(args: Evaluate) -> dict:
     source: Any = open_source(args.data, args.split)
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    model = open_pretrained(args.init, image_size=args.image_size, gelu=args.gelu, **args.told)
+    stored = store(args.init)
+    model = open_pretrained(stored, image_size=args.image_size, gelu=args.gelu, **args.told)
     config = model.config
     check_mesh(config, MeshShape.of(mesh))
     if not config.num_classes:
@@ -147,7 +148,7 @@ def run(args: Evaluate) -> dict:
     params = put_params(model.params, config, mesh)
     (best, scored), labels, places = reader.all(lambda images: predict(params, images), source, config, mesh)
     wanted = None if wanted is None else [wanted[i] for i in places]
-    result = {"model": model.about} | measure(best, labels, source.classes, config.num_classes, wanted, mapped)
+    result = {"model": model.about} | stored.model | measure(best, labels, source.classes, config.num_classes, wanted, mapped)
     if distributed.rank() == 0:
         lost = f" of {len(source)}; the others cannot be read" if len(labels) < len(source) else ""
         say(f"{model.about} on {source.name}; {where}; {len(labels)} images{lost}")

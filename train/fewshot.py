@@ -222,6 +222,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: Fewshot) -> dict[int, list[float]]:
     """Measures and prints; {shots: accuracies}."""
+    return run_told(args)[0]
+
+
+def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
+    """As `run`, and which weights were measured, `train.pretrained.Stored.model`; None of pixels."""
     import jax
     import jax.numpy as jnp
 
@@ -229,7 +234,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     from train.data import open_source
     from train.data.select import check_classes
     from train.frozen import Reader, make_features, put_params
-    from train.pretrained import open_pretrained
+    from train.pretrained import open_pretrained, store
     from vitcore.config import ViTConfig
     from vitcore.normalisation import HALF
     from vitcore.pixels import to_unit
@@ -243,7 +248,7 @@ def run(args: Fewshot) -> dict[int, list[float]]:
     check_classes(train, test)
     mesh, where = args.make_mesh()
     preprocess, antialias = args.preprocess or usual_preprocess(train), bool(args.antialias)
-    pixels = HALF
+    pixels, told = HALF, None
     channels = train[0].image.shape[2] if train.decoded else 3
     if args.features == "pixels":
         side = args.image_size or train[0].image.shape[0]
@@ -252,7 +257,9 @@ def run(args: Fewshot) -> dict[int, list[float]]:
 
         features: Any = jax.jit(lambda images: to_unit(images).reshape(images.shape[0], -1))
     else:
-        model = open_pretrained(str(args.init), image_size=args.image_size, gelu=args.gelu, **args.told)
+        stored = store(str(args.init))
+        told = stored.model
+        model = open_pretrained(stored, image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about
         pixels = model.pixels
         params = put_params(model.params, config, mesh)
@@ -276,10 +283,14 @@ def run(args: Fewshot) -> dict[int, list[float]]:
         for k, values in found.items():
             print(f"{k:3d}-shot: {np.mean(values):.2%} +- {np.std(values):.2%}")
         if args.out:
-            record = {"options": dataclasses.asdict(args), "accuracy": {str(k): v for k, v in found.items()}}
+            record = (
+                {"options": dataclasses.asdict(args), "model": about}
+                | (told or {})
+                | {"accuracy": {str(k): v for k, v in found.items()}}
+            )
             with open(args.out, "w") as file:
                 json.dump(record, file, indent=2)
-    return found
+    return found, told
 
 
 if __name__ == "__main__":

@@ -10,17 +10,19 @@ with --dev it trains on all but the recipe's share of --split and is measured on
 learning rate of the grid on the dev split, the best one then on all of --split, three times, with other seeds.
 
 A run leaves what pre-training leaves, and resumes likewise. A sweep is a directory of runs with sweep.json, sweep.md and sweep.png;
-each of its runs resumes, and those that are done are not done again.
+each of its runs resumes, and those that are done are not done again. All of them begin from the same weights: where --init is a run
+that goes on, from the step that was its newest when the sweep began.
 """
 
 import sys
 from pathlib import Path
 
 from train import distributed, job
+from train import sweep as sweeps
 from train.job import end, guard, locked, say, stopped
 from train.options import parse
-from train.signals import Stop, interruptible
-from train.sweep import dev_run, sweep
+from train.pretrained import store
+from train.signals import Stop, Watchdog, interruptible
 from train.tuning import Finetune, fine_tune, identity, prepare
 
 
@@ -38,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
 
     def work(stop):
-        run(parse(Finetune, "train.finetune", words), stop)
+        args = parse(Finetune, "train.finetune", words)
+        with Watchdog(args.step_timeout):
+            run(args, stop)
 
     return guard("train.finetune", work)
 
@@ -47,14 +51,19 @@ def run(args: Finetune, stop: Stop | None = None):
     """Fine-tune, or sweep, as `args` say. The Result of a run, or the summary of a sweep; None where it was asked to stop."""
     full, session = prepare(args, stop)
     out = directory(full)
+    if full.sweep and (model := sweeps.begun_with(out)) not in (None, session.model):
+        full, session = prepare(args, stop, store(args.init, model))
     distributed.agree(
-        configuration=identity(full), code=distributed.code_hash(), versions=distributed.versions(), model=session.pretrained.about
+        configuration=identity(full),
+        code=distributed.code_hash(),
+        versions=distributed.versions(),
+        model=[session.pretrained.about, session.model],
     )
     say(f"{session.pretrained.about} on {full.data}, {full.split}; {session.where}; recipe {full.recipe}; {out}")
     if full.sweep:
-        return sweep(full, out, session)
+        return sweeps.sweep(full, out, session)
     if full.dev:
-        full = dev_run(full)
+        full = sweeps.dev_run(full)
     with locked(out):
         result = fine_tune(full, out, session)
     if stopped(result, out):

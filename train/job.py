@@ -181,7 +181,7 @@ BEFORE: dict = {
     "head_bias": 0.0, "antialias": True, "crop": "torchvision", "randaugment": [0, 0], "cutmix": 0.0, "mixup_share": "row",
     "position": "1d", "erase": 0.0, "init": None, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
     "objective": "classes", "masked_target": None, "corrupt": None,
-    "width": None, "depth": None, "mlp_dim": None, "num_heads": None, "sgd": None,
+    "width": None, "depth": None, "mlp_dim": None, "num_heads": None, "sgd": None, "allow_nonfinite": False,
 }  # fmt: skip
 
 NAMED = {"mixup"}  # of these, what pre-training has always named its directories by
@@ -209,6 +209,18 @@ def directory(out: str | None, name: str, identity: dict) -> epath.Path:
     named = {key: value for key, value in identity.items() if key in NAMED or not (key in BEFORE and _as_before(key, value))}
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     return place("runs") / f"{name}-{digest}".replace("/", "_")
+
+
+BEGAN_FROM = "began_from"  # of config.json: which weights --init was when the run began, `train.pretrained.Stored.model`
+
+
+def began_from(out: epath.Path) -> dict | None:
+    """Which weights the run in `out` began from, where it has a checkpoint to go on from and says so. Every process calls it."""
+    held = None
+    if distributed.rank() == 0 and (out / "config.json").exists() and (out / "checkpoints").exists():
+        with contextlib.suppress(ValueError):  # damaged: `check_claim` says so
+            held = read_object(out / "config.json", cure="restore it").get(BEGAN_FROM)
+    return distributed.broadcast(held)
 
 
 def check_claim(out: epath.Path, identity: dict) -> None:

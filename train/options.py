@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from train import distributed
 from train import mesh as meshes
-from train.job import BEFORE, JobOptions
+from train.job import BEFORE, BEGAN_FROM, JobOptions
 from train.metrics import need_tensorboard
 from vitcore.normalisation import pixels
 from vitcore.ops import BY_NAME, Ops
@@ -207,6 +207,8 @@ class InitOptions:
     """Of the pixels that the model in --init wants, values in [0, 1]: 0.485 0.456 0.406. Default: as the file says, or 0.5."""
     std: tuple[float, ...] = ()
     """Deviation of the pixels, likewise: 0.229 0.224 0.225. Default: likewise, or 0.5."""
+    allow_nonfinite: bool = False
+    """Take weights of --init that hold NaN or infinities."""
 
     @property
     def told(self) -> dict:
@@ -216,7 +218,13 @@ class InitOptions:
         if bool(self.mean) != bool(self.std):
             raise ValueError("--mean and --std belong together: give both")
         wanted = pixels(self.mean, self.std) if self.mean else None
-        return {"heads": self.heads, "pool": self.init_pool, "position": self.init_position, "pixels": wanted}
+        return {
+            "heads": self.heads,
+            "pool": self.init_pool,
+            "position": self.init_position,
+            "pixels": wanted,
+            "allow_nonfinite": self.allow_nonfinite,
+        }
 
 
 INIT_OPTIONS = tuple(field.name for field in dataclasses.fields(InitOptions))
@@ -267,7 +275,8 @@ def as_options(cls, program: str, path: str) -> list[str]:
         raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
     known = {field.name: field for field in dataclasses.fields(cls)}
     if isinstance(values, dict):
-        values.pop("data_seen", None)  # what a run knows of its images, not an option
+        for name in ("data_seen", BEGAN_FROM):  # what a run knows of its images and its start, not options
+            values.pop(name, None)
         before = {key: value for key, value in BEFORE.items() if key in known}  # a run of before there was such an option
         if _kind(values.get("augment"), str(values.get("data"))) != "inception":
             before.pop("crop", None)

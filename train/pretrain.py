@@ -45,6 +45,8 @@ class Pretrain(AblationOptions, ImageOptions):
     init: str | None = None
     """Start from these parameters instead of fresh ones: a run's directory, .npz or .safetensors of the same model and classes. The
     schedule begins anew. Default: fresh ones."""
+    allow_nonfinite: bool = False
+    """Take weights of --init that hold NaN or infinities."""
     objective: Literal["classes", "masked"] = "classes"
     """classes: the images' labels. masked: patches of the image that the model does not see, without labels (paper B.1.2); leaves
     masked.png as well. Of the recipe it keeps data, epochs and batch; rate, warm-up and decay are its own."""
@@ -258,11 +260,12 @@ def run(args: Pretrain, stop: Stop | None = None):
     config = model_of(full, classes=len(source.classes), channels=source[0].image.shape[2] if source.decoded else 3)
     check_fit(full, config, mesh, full.model)
     rate, tx = _optimizer(full)
-    start, pixels = _start(full, config, mesh, tx)
+    start, pixels, model = _start(full, config, mesh, tx)
     out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss, **pixels)
+    began = {} if model is None else {job.BEGAN_FROM: job.began_from(out) or model}
     distributed.agree(code=distributed.code_hash(), versions=distributed.versions(), images=seen(source, held_out))
     spec = make_run(
-        full, out, who, dataclasses.asdict(full), sources=(source, held_out), config=config, mesh=mesh,
+        full, out, who, dataclasses.asdict(full) | began, sources=(source, held_out), config=config, mesh=mesh,
         data=dict(subset=full.subset, subset_seed=full.subset_seed),
         tx=tx, learning_rate=rate, options=how, early_stop=full.early_stop, start=start,
         **_fewshot(full, config, mesh, source, held_out, how), **masked.finish(full, config, mesh, held_out, how, out),
@@ -279,14 +282,18 @@ def run(args: Pretrain, stop: Stop | None = None):
     return result
 
 
-def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any]]:
-    """What --init starts from, as `Run` takes it, and as `StepOptions` do the pixels it wants. ValueError for another model."""
+def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any], dict | None]:
+    """What --init starts from, as `Run` takes it; the pixels it wants, as `StepOptions` do; which weights it is. ValueError for
+    another model."""
     if full.init is None:
-        return None, {}
+        return None, {}, None
     from train.build import start_from
-    from train.pretrained import open_pretrained
+    from train.pretrained import open_pretrained, store
 
-    found = open_pretrained(full.init, image_size=full.image_size, gelu=full.gelu, masked=full.objective == "masked")
+    found = open_pretrained(
+        store(full.init), image_size=full.image_size, gelu=full.gelu, masked=full.objective == "masked",
+        allow_nonfinite=full.allow_nonfinite,
+    )  # fmt: skip
     same = {"dropout": 0.0, "head_bias": 0.0}
     has, wants = (dataclasses.asdict(c) | same | masked.described(c) for c in (found.config, config))
     if other := [f"{name} {has[name]} there, {wants[name]} here" for name in wants if has[name] != wants[name]]:
@@ -295,7 +302,7 @@ def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any]]:
             "with train.finetune"
         )
     start = partial(start_from, found._replace(config=config), mesh, tx, polyak=bool(full.polyak))
-    return start, {"pixels": found.pixels}
+    return start, {"pixels": found.pixels}, found.model
 
 
 def _fewshot(full, config, mesh, source, held_out, how) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A trained model from wherever it is: the release's .npz, a .safetensors, or the directory of one of our own runs."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from typing import Literal, NamedTuple
@@ -10,10 +11,11 @@ import numpy as np
 
 from train import mesh as meshes
 from train.data import identity
+from train.data.files import open_regular
 from train.job import BEFORE
 from train.masked import of as masked_of
 from train.shape import shape_of
-from vitcore import ViTConfig, families, weight_about, weight_tree
+from vitcore import ViTConfig, families, weight_about, weight_files, weight_tree
 from vitcore.normalisation import HALF, Pixels
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.normalisation import said as pixels_said
@@ -24,7 +26,8 @@ class Pretrained(NamedTuple):
     """config: of the parameters. params: the tree of `vitcore.init` in host memory (numpy, float32). about: where from. antialias:
     whether a run's images were averaged when they were shrunk; False of a file, as the authors have it. classes: the names of what
     the head tells apart, None where nothing says. pixels: what the model wants. data: what a run, or a file of ours, says of the
-    images behind it (`train.data.identity`)."""
+    images behind it (`train.data.identity`). model: what tells these weights from any other, {"step", "checksum"}: a run's step and
+    its digest, or None and a hash of the file."""
 
     config: ViTConfig
     params: dict
@@ -33,10 +36,64 @@ class Pretrained(NamedTuple):
     classes: tuple[str, ...] | None = None
     pixels: Pixels = HALF
     data: dict | None = None
+    model: dict | None = None
+
+
+class Stored(NamedTuple):
+    """A model as it lies at `path`, to be opened several times: a run's parameters in host memory, as they are stored, with its
+    config.json (`held`); of a file of weights, which does not change as a run does, what tells it from any other alone."""
+
+    path: str
+    model: dict
+    config: ViTConfig | None = None
+    params: dict | None = None
+    about: str = ""
+    held: dict | None = None
+
+
+def store(path: str, model: dict | None = None) -> Stored:
+    """Reads what is at `path` once, for a job that opens it several times while the run there may go on.
+
+    model: what it must be, the `Stored.model` of an earlier call; None for the newest good step of a run. Raises ValueError, in one
+    line, where that is not there any more, and as `open_pretrained`.
+    """
+    if not _is_run(path):
+        found = Stored(path, {"step": None, "checksum": _hash(path)})
+    else:
+        try:
+            found = _from_run(path, None if model is None else model["step"])
+        except WeightError as error:
+            raise error if model is None else WeightError(_another(path, model, str(error))) from error
+    if model is not None and found.model != model:
+        raise WeightError(_another(path, model, f"that is {said_model(found.model)} now"))
+    return found
+
+
+def said_model(model: dict) -> str:
+    """A `Stored.model` in words."""
+    return f"checksum {model['checksum']}" if model["step"] is None else f"step {model['step']}, checksum {model['checksum']}"
+
+
+def _another(path: str, model: dict, why: str) -> str:
+    return f"what is in --out was begun from {path} ({said_model(model)}), and {why}: put that back, or choose another --out"
+
+
+def _is_run(path: str) -> bool:
+    return os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit()
+
+
+def _hash(path: str) -> str:
+    with weight_files.opened(path):
+        pass  # what is no such file is said there
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise WeightError(f"cannot open {path}: {error.strerror}") from error
 
 
 def open_pretrained(
-    path: str,
+    path: str | Stored,
     *,
     image_size: int | None = None,
     num_classes: int | None = None,
@@ -48,18 +105,26 @@ def open_pretrained(
     position: str | None = None,
     pixels: Pixels | None = None,
     masked: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Pretrained:
     """The model at `path`, its position embedding fitted to image_size (default: the one it has).
 
     path: a file of weights, a run's directory (its newest good checkpoint is taken; where the run keeps a Polyak average, that),
-    or a run's directory/STEP. num_classes: the whole pre-training head, its hidden layer too, gives way to a linear one that starts
-    at zero, its bias at head_bias; None keeps the head. gelu, heads, pool, position, pixels: what the file does not say. masked:
-    keep what masked patch prediction has besides, which is dropped otherwise; such a run has no classes. Default of gelu: tanh for
-    the release, erf for timm's and transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in one line for
-    whatever is wrong with what is there; OSError.
+    or a run's directory/STEP; or what `store` has read of one. num_classes: the whole pre-training head, its hidden layer too,
+    gives way to a linear one that starts at zero, its bias at head_bias; None keeps the head. gelu, heads, pool, position, pixels:
+    what the file does not say. masked: keep what masked patch prediction has besides, which is dropped otherwise; such a run has no
+    classes. allow_nonfinite: take parameters that hold NaN or infinities. Default of gelu: tanh for the release, erf for timm's and
+    transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in one line for whatever is wrong with what is
+    there; OSError.
     """
-    if os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit():
-        config, params, about, held = _from_run(path)
+    stored = path if isinstance(path, Stored) else None
+    if stored is None and _is_run(str(path)):
+        stored = _from_run(str(path))
+    path = path.path if isinstance(path, Stored) else path
+    if stored is not None and stored.config is not None:
+        assert stored.params is not None
+        assert stored.held is not None
+        config, params, about, held = stored.config, dict(stored.params), stored.about, stored.held
         if not masked and params.pop("masked", None):
             config = dataclasses.replace(config, masked=None)
         antialias = bool(held.get("antialias", BEFORE["antialias"]))
@@ -83,21 +148,25 @@ def open_pretrained(
         head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None, head_bias=head_bias)
         new = dataclasses.replace(config, image_size=config.image_size if image_size is None else image_size, **head)
         grid = config.grid
-        params = weight_tree.read(path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation)
+        params = weight_tree.read(
+            path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
+        )
         wanted, words = (wanted, words) if pixels is None else (pixels, f"pixels {pixels_said(pixels)}")
         about = f"{path} ({style.naming} naming; {words})"
     leaves = jax.tree_util.tree_leaves_with_path(params)
     bad = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not np.isfinite(leaf).all()]
-    if bad:
-        raise WeightError(f"{path}: {', '.join(bad[:3])}{', ...' * (len(bad) > 3)} holds NaN or infinity: no model to go on from")
+    if bad and not allow_nonfinite:
+        which = f"{', '.join(bad[:3])}{', ...' * (len(bad) > 3)}"
+        raise WeightError(f"{path}: {which} holds NaN or infinity: take another step or file, or these with --allow-nonfinite")
     classes = classes if num_classes is None and new.num_classes else None
-    return Pretrained(families.changed(new, gelu=gelu), params, about, antialias, classes, wanted, seen)
+    config = families.changed(new, gelu=gelu)
+    return Pretrained(config, params, about, antialias, classes, wanted, seen, None if stored is None else stored.model)
 
 
-def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
-    """Configuration and parameters of a run's checkpoint, where they are from, and the run's config.json."""
+def _from_run(path: str, step: int | None = None) -> Stored:
+    """A run's checkpoint: that of `step`, or the one that the path names, or the newest good one."""
 
-    run, step = path.rstrip("/"), None
+    run = path.rstrip("/")
     if os.path.basename(run).isdigit() and not os.path.exists(os.path.join(run, "config.json")):
         step = int(os.path.basename(run))
         run = os.path.dirname(run)
@@ -125,7 +194,7 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
     passed: list[str] = []
     saved = SavedSteps(os.path.join(run, "checkpoints"), say=passed.append)
     try:
-        step, state, _ = saved.load(step)
+        step, digest, state, _ = saved.load_told(step)
     except ValueError as error:
         raise WeightError(str(error)) from error
     params = state["average"] if state.get("average") else state["params"]
@@ -135,8 +204,8 @@ def _from_run(path: str) -> tuple[ViTConfig, dict, str, dict]:
         config, num_classes=params["head"]["bias"].shape[0] if "head" in params else 0, channels=first["kernel"].shape[2]
     )  # fmt: skip
     what = ", Polyak average" if state.get("average") else ""
-    about = f"{run}, step {step} ({saved.digest(step)}){what}{''.join(f' ({text})' for text in passed)}"
-    return config, params, about, held
+    about = f"{run}, step {step} ({digest}){what}{''.join(f' ({text})' for text in passed)}"
+    return Stored(path, {"step": step, "checksum": digest}, config, params, about, held)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,10 +217,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", help="a run's directory, or directory/STEP")
     parser.add_argument("file", help=".npz (the release's layout) or .safetensors")
     parser.add_argument("--naming", choices=["timm", "transformers"], help="of a .safetensors; default timm")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or infinities")
     args = parser.parse_args(argv)
     meshes.prepare(None)
     try:
-        found = open_pretrained(args.run)
+        found = open_pretrained(args.run, allow_nonfinite=args.allow_nonfinite)
         weight_tree.save(
             args.file, found.params, found.config, naming=args.naming, classes=found.classes, pixels=found.pixels, data=found.data
         )  # fmt: skip

@@ -104,13 +104,18 @@ class SavedSteps:
         there is no such step; Damaged where the step, or every step there is, is; CheckpointError where a step cannot be looked
         at (no permission, too many open files), which is no damage.
         """
-        return self._newest_good(step, lambda found: self._read(found, abstract))[1]
+        return self._newest_good(step, lambda found: self._read(found, abstract))[1][1:]
 
     def load(self, step: int | None = None) -> tuple[int, dict, dict]:
         """Reads a step as it is stored onto this process's first device: (step, state as nested dicts by name, extra). step and
         errors as for `restore`."""
-        found, (state, extra) = self._newest_good(step, lambda found: self._read(found, None))
+        found, _, state, extra = self.load_told(step)
         return found, state, extra
+
+    def load_told(self, step: int | None = None) -> tuple[int, str, dict, dict]:
+        """As `load`, with the step's `digest` behind its number: of what was read, whatever the run does meanwhile."""
+        found, (digest, state, extra) = self._newest_good(step, lambda found: self._read(found, None))
+        return found, digest, state, extra
 
     def _newest_good(self, step: int | None, read: Callable):
         """(step, read(step)) of the step asked for or, where that is None, of the newest that is not damaged."""
@@ -148,11 +153,24 @@ class SavedSteps:
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def _read(self, step: int, abstract):
-        """One step, verified and read: (state, extra). abstract: None for what is stored, on this process's first device. Damaged
-        or CheckpointError, on every process, where any of them cannot."""
+        """One step, verified and read: (digest, state, extra). abstract: None for what is stored, on this process's first device.
+        Damaged or CheckpointError, on every process, where any of them cannot."""
         path = self.path(step)
-        verified = _problem(_verify, path) if distributed.rank() == 0 else None
-        _raise(distributed.broadcast(verified))
+        digest = ""
+
+        def verify():
+            nonlocal digest
+            _verify(path)
+            try:
+                digest = self.digest(step)
+            except FileNotFoundError as error:  # the run has deleted it in this moment
+                raise Damaged(f"checkpoint {path} is gone: {error.filename}") from error
+            except OSError as error:
+                raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+
+        verified = _problem(verify) if distributed.rank() == 0 else None
+        verified, digest = distributed.broadcast([verified, digest])
+        _raise(verified)
         loaded = None
 
         def load():
@@ -172,7 +190,7 @@ class SavedSteps:
         assert loaded is not None
         leaves = named(loaded["state"])
         state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named(abstract)])
-        return state, loaded["extra"]
+        return digest, state, loaded["extra"]
 
 
 def handlers() -> ocp.Context:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 TERMINATED = 128 + signal.SIGTERM  # exit code of a process that a second SIGTERM ended
@@ -192,20 +192,39 @@ class Watchdog:
         os._exit(1)
 
 
+_PARENT = "VITCORE_PARENT"  # in a process's environment: the one that started it and that it ends with
+_last: list[Callable[[], Any]] = []
+
+
+def of_this_process(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process, not multiprocessing's, that shall end when this one does: it need only import `train`."""
+    return {**environment, _PARENT: str(os.getpid())}
+
+
+def before_the_end(work: Callable[[], Any]) -> None:
+    """What `end_with_parent` does, in the moment before it ends this process."""
+    _last.append(work)
+
+
 def end_with_parent() -> None:
-    """From now on this process, a worker that multiprocessing started, ends when the one that started it does, however that ends.
-    Otherwise a worker waits for ever for one that was killed, and its memory stays taken. In other processes it does nothing."""
+    """From now on this process, a worker that multiprocessing started or one of `of_this_process`, ends when the one that started
+    it does, however that ends. Otherwise a worker waits for ever for one that was killed, and its memory stays taken; a compiler
+    goes on for minutes. In other processes it does nothing."""
     # a worker that is being spawned imports its modules before it knows its parent
     starting = getattr(multiprocessing.current_process(), "_inheriting", False)
-    if multiprocessing.parent_process() is None and not starting:
+    told = os.environ.pop(_PARENT, "")  # a process that this one starts has another parent
+    if multiprocessing.parent_process() is None and not starting and not told:
         return
-    first = os.getppid()
+    first = int(told) if told.isdigit() else os.getppid()
 
     def look():
         while True:
             time.sleep(_LOOK)
             parent = multiprocessing.parent_process()
             if os.getppid() != first or (parent is not None and not parent.is_alive()):
+                for work in _last:
+                    with contextlib.suppress(Exception):
+                        work()
                 os._exit(1)
 
     threading.Thread(target=look, daemon=True, name="end with parent").start()

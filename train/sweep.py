@@ -16,8 +16,8 @@ import numpy as np
 
 from train import distributed, recipes
 from train.files import read_object, write_atomically, write_picture
-from train.job import claim, locked, say, stopped
-from train.tuning import dev_splits, fine_tune, identity
+from train.job import check_claim, claim, locked, say, stopped
+from train.tuning import began_with, dev_splits, fine_tune, identity
 
 
 def dev_run(args):
@@ -26,28 +26,44 @@ def dev_run(args):
     return dataclasses.replace(args, split=split, test_split=dev, dev=False, sweep=False, learning_rates=(), runs=1)
 
 
+def begun_with(out) -> dict | None:
+    """Which weights the sweep in `out` was begun with, `train.pretrained.Stored.model`; None where it says nothing, or there is
+    none. Every process calls it. ValueError for a damaged sweep.json."""
+    return distributed.broadcast((_held(out) or {}).get("model") if distributed.rank() == 0 else None)
+
+
 def sweep(args, out, session, *, extra: dict | None = None) -> dict | None:
     """Does what is left of a sweep in `out`; None where it was asked to stop.
 
-    Returns {"dev": {rate: run}, "rate": the best, "final": {seed: run}, "mean", "std"}, a run being {"accuracy", "correct",
-    "count"}. Of equal rates the smallest is taken; one rate is not tried first. extra: kept in sweep.json besides.
+    Returns {"model": `Session.model`, "dev": {rate: run}, "rate": the best, "final": {seed: run}, "mean", "std"}, a run being
+    {"accuracy", "correct", "count", "step", "checksum"}. Of equal rates the smallest is taken; one rate is not tried first. extra:
+    kept in sweep.json besides. Raises ValueError where it was begun with other weights than the session's.
     """
     first = distributed.rank() == 0
     with locked(out):
         held = _held(out) if first else None
         if first:
+            check_claim(out, identity(args))
+            model = began_with(out / "sweep.json", held) or session.model
+            if model != session.model:  # another process began it in this moment
+                raise ValueError(f"{out / 'sweep.json'} was begun with other weights in this moment: start again")
             claim(out, identity(args), json.loads(json.dumps(dataclasses.asdict(args))))
         held = distributed.broadcast(held) or {}
-        summary: dict[str, Any] = {"dev": {}, "final": {}} | {k: v for k, v in held.items() if k in ("dev", "final")}
+        summary: dict[str, Any] = {"model": session.model, "dev": {}, "final": {}} | {
+            k: v for k, v in held.items() if k in ("dev", "final")
+        }
+        if first:
+            _write(out, summary, args, extra)
 
         def one(kind: str, key: str, folder: str, options) -> bool:
             """One run, unless it is done; False where it was asked to stop."""
             if key in summary[kind]:
                 return True
-            result = fine_tune(options, out / kind / folder, session)
+            result = fine_tune(options, out / kind / folder, session, of_study=True)
             if stopped(result, out, f" in {kind}/{folder}"):
                 return False
-            summary[kind][key] = {"accuracy": result.accuracy, "correct": result.correct, "count": result.count}
+            found = {"accuracy": result.accuracy, "correct": result.correct, "count": result.count}
+            summary[kind][key] = found | session.model
             say(f"{kind}/{folder}: {result.correct} of {result.count} right, {result.accuracy:.2%}")
             if first:
                 _write(out, summary, args, extra)

@@ -177,23 +177,25 @@ def dev_splits(split: str, share: float) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all runs of a job share. pretrained: opened, with a new head."""
+    """What all runs of a job share. pretrained: opened, with a new head. model: which weights it is, `Stored.model`."""
 
     mesh: Any
     where: str
     ops: Any
     pretrained: Any
     stop: Stop | None
+    model: dict
 
 
-def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Session]:
-    """The devices and the model of a job; the resolved options.
+def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tuple[Finetune, Session]:
+    """The devices and the model of a job; the resolved options. stored: --init as `train.pretrained.store` has read it, where that
+    has been done.
 
     Raises ValueError for whatever a user can mend.
     """
     from train.build import check_fit
     from train.data import open_source
-    from train.pretrained import open_pretrained
+    from train.pretrained import open_pretrained, store
     from vitcore import families
 
     args.join()
@@ -201,10 +203,11 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Session
     classes = open_source(args.data, args.split).classes
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
-    found = open_pretrained(args.init, num_classes=len(classes), gelu=args.gelu, **args.told)
+    stored = store(args.init) if stored is None else stored
+    found = open_pretrained(stored, num_classes=len(classes), gelu=args.gelu, **args.told)
     full = resolve(args, width=found.config.width, patch_size=getattr(found.config, "patch_size", None))
     opened = open_pretrained(
-        args.init, image_size=full.image_size, num_classes=len(classes), head_bias=args.head_bias, gelu=args.gelu,
+        stored, image_size=full.image_size, num_classes=len(classes), head_bias=args.head_bias, gelu=args.gelu,
         interpolation=args.interpolation, **args.told,
     )  # fmt: skip
     full = dataclasses.replace(full, dropout=_dropout(args, opened.config))
@@ -214,7 +217,7 @@ def prepare(args: Finetune, stop: Stop | None = None) -> tuple[Finetune, Session
     if opened.pixels != HALF:  # what the run wants of its pixels, kept with it
         full = dataclasses.replace(full, mean=opened.pixels.mean, std=opened.pixels.std)
     check_fit(full, opened.config, mesh, opened.about)
-    return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop)
+    return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop, model=stored.model)
 
 
 def _dropout(args: Finetune, config) -> float:
@@ -228,8 +231,11 @@ def _dropout(args: Finetune, config) -> float:
     return recipes.finetune_dropout(config.width, across, hybrid=getattr(config, "stem", None) is not None)
 
 
-def fine_tune(args: Finetune, out, session: Session):
-    """One run of resolved options in directory `out`: on args.split, measured on args.test_split. The loop's Result."""
+def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):
+    """One run of resolved options in directory `out`: on args.split, measured on args.test_split. The loop's Result.
+
+    of_study: refuse, with a ValueError, to go on with a run that began from other weights than the session's.
+    """
     from train.build import make_run, start_from, step_options
     from train.data import check_classes, open_source
     from train.data.identity import seen
@@ -242,9 +248,17 @@ def fine_tune(args: Finetune, out, session: Session):
     who, config = identity(full), session.pretrained.config
     if (full.layer_decay or 1) < 1 and not hasattr(config, "depth"):
         raise ValueError(f"--layer-decay {full.layer_decay}: {full.init} is a ResNet, without a ViT's blocks: leave it out")
+    began = job.began_from(out) or session.model
+    if of_study and began != session.model:
+        from train.pretrained import said_model
+
+        raise ValueError(
+            f"{out} began from {full.init} of {said_model(began)}, and this is {said_model(session.model)}: remove that run, or "
+            "choose another --out"
+        )
     rate, tx = make_optimizer(full, depth=getattr(config, "depth", 0))
     spec = make_run(
-        full, out, who, _described(full, config), sources=(source, held_out), config=config, mesh=session.mesh,
+        full, out, who, _described(full, config, began), sources=(source, held_out), config=config, mesh=session.mesh,
         tx=tx, learning_rate=rate, options=step_options(full, session.ops, pixels=session.pretrained.pixels), early_stop=0,
         start=partial(start_from, session.pretrained, session.mesh, tx, polyak=bool(full.polyak)),
     )  # fmt: skip
@@ -264,6 +278,17 @@ def make_optimizer(full, *, depth: int):
     return rate, adamw(rate, depth=depth, mu_dtype=full.momentum_dtype, **decays)
 
 
-def _described(args: Finetune, config) -> dict:
-    """config.json of a run: its options, and its model, which `train.pretrained` needs to open it."""
-    return json.loads(json.dumps(dataclasses.asdict(args))) | {"vit": dataclasses.asdict(config)}
+def _described(args: Finetune, config, began: dict) -> dict:
+    """config.json of a run: its options, its model, which `train.pretrained` needs to open it, and which weights it began from."""
+    options = json.loads(json.dumps(dataclasses.asdict(args)))
+    return options | {"vit": dataclasses.asdict(config), job.BEGAN_FROM: began}
+
+
+def began_with(path, held: dict | None) -> dict | None:
+    """Which weights a study of several runs was begun with, of what its JSON file at `path` holds; None for a new one. A line says
+    so where the file is from before that was kept."""
+    if held is None:
+        return None
+    if "model" not in held and any(held.values()):
+        say(f"{path} does not say of which weights its results are: those to come are of what --init is now")
+    return held.get("model")

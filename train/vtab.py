@@ -8,6 +8,7 @@ images; or --sources FILE, {task: {"data": source, "train": split, "test": split
 With several learning rates, each task is tuned with each on 800 images and measured on the other 200, and the rate that is best
 on the mean of all the tasks there are is taken for all. Then every task is tuned on its 1000 and measured on its test images.
 
+All tasks begin from the same weights: where --init is a run that goes on, from the step that was its newest at the beginning.
 OUT/vtab.json is renewed after each run, and what it holds is not done again; OUT/vtab.md is the table (means by group, as in
 Table 9), OUT/vtab.png the picture (as Figure 2). A task without data is named there and on the screen, and means say of how many.
 """
@@ -26,9 +27,9 @@ from etils import epath
 
 from train import distributed, job, recipes
 from train.files import read_object, write_atomically, write_picture
-from train.job import claim, end, guard, locked, say, stopped
+from train.job import check_claim, claim, end, guard, locked, say, stopped
 from train.options import INIT_OPTIONS, TRAIN_OPTIONS, InitOptions, TrainOptions, check_init, check_numbers, parse
-from train.signals import interruptible
+from train.signals import Watchdog, beat, interruptible
 
 # name here: (name in the paper, group), in the order of Table 9
 TASKS = {
@@ -91,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
 
     def work(stop):
-        run(parse(Vtab, "train.vtab", words), stop)
+        args = parse(Vtab, "train.vtab", words)
+        with Watchdog(args.step_timeout):
+            run(args, stop)
 
     return guard("train.vtab", work)
 
@@ -120,7 +123,8 @@ def places(args: Vtab) -> dict[str, dict[str, str]]:
 
 def run(args: Vtab, stop=None) -> dict | None:
     """All tasks that are not done; what vtab.json holds, or None where it was asked to stop."""
-    from train.tuning import Finetune, dev_splits, fine_tune, prepare
+    from train.pretrained import store
+    from train.tuning import Finetune, began_with, dev_splits, fine_tune, prepare
 
     check_init(args.init)
     check_numbers(args)
@@ -135,9 +139,17 @@ def run(args: Vtab, stop=None) -> dict | None:
     who = identity(args)
     with locked(out):
         if first:
-            claim(out, who, dataclasses.asdict(args))
+            check_claim(out, who)
         held: dict[str, Any] = distributed.broadcast(_held(out) if first else None) or {}
-        result: dict[str, Any] = {"dev": held.get("dev", {}), "final": held.get("final", {}), "missing": {}}
+        result: dict[str, Any] = {"model": {}, "dev": held.get("dev", {}), "final": held.get("final", {}), "missing": {}}
+        there = [task for task in where if _there(task, where[task], args, result["missing"])]
+        for task, reason in result["missing"].items():
+            say(f"{TASKS[task][0]} has no data: {reason}")
+        if not there:
+            raise ValueError(f"none of the {len(where)} tasks has data, the first because {next(iter(result['missing'].values()))}")
+        stored = store(args.init, began_with(out / "vtab.json", held))  # of a run that goes on, what it was at the beginning
+        result["model"] = stored.model
+        distributed.agree(model=stored.model)
 
         def options(task: str, **changes) -> Finetune:
             at = where[task]
@@ -152,23 +164,23 @@ def run(args: Vtab, stop=None) -> dict | None:
             """One run, unless it is done; False where it was asked to stop."""
             if key in result[kind].get(task, {}):
                 return True
-            full, session = prepare(finetune, stop)
-            found = fine_tune(full, out / kind / task / key, session)
+            beat(f"preparing {kind}, {task}")
+            full, session = prepare(finetune, stop, stored)
+            found = fine_tune(full, out / kind / task / key, session, of_study=True)
             if stopped(found, out, f" in {kind}/{task}"):
                 return False
-            result[kind].setdefault(task, {})[key] = {
-                "accuracy": found.accuracy, "correct": found.correct, "count": found.count
-            }  # fmt: skip
+            one = {"accuracy": found.accuracy, "correct": found.correct, "count": found.count}
+            result[kind].setdefault(task, {})[key] = one | stored.model
             say(f"{kind}, {TASKS[task][0]}, {key}: {found.correct} of {found.count} right, {found.accuracy:.2%}")
             if first:
                 _write(out, result, args)
             return True
 
-        there = [task for task in where if _there(task, where[task], args, result["missing"])]
-        for task, reason in result["missing"].items():
-            say(f"{TASKS[task][0]} has no data: {reason}")
-        if not there:
-            raise ValueError(f"none of the {len(where)} tasks has data, the first because {next(iter(result['missing'].values()))}")
+        if not held:
+            prepare(options(there[0]), stop, stored)  # what is wrong with the model is said before anything is claimed
+        if first:
+            claim(out, who, dataclasses.asdict(args))
+            _write(out, result, args)
         if len(rates) > 1:
             for task in there:
                 train, dev = dev_splits(where[task]["train"], recipe.dev_share)

@@ -108,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--std", type=float, nargs="+", help="deviation of the pixels, likewise")
     parser.add_argument("--pool", choices=OPEN_POOLS, help="of a file without class token, which does not say it")
     parser.add_argument("--position", choices=OPEN_POSITIONS, help="of a file without position embedding, which does not say it")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or infinities")
     parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
     args = parser.parse_args(argv)
     try:
@@ -133,7 +134,7 @@ def _write(args) -> str:
         words = f"pixels {said(wanted)}"
     grid = config.grid
     config = dataclasses.replace(config, image_size=args.image_size or config.image_size)
-    params = read(args.source, config, grid=grid)
+    params = read(args.source, config, grid=grid, allow_nonfinite=args.allow_nonfinite)
     data = export(
         params, changed(config, gelu=args.gelu), batch=args.batch, dtype=jnp.dtype(args.dtype),
         platforms=tuple(args.platforms), pixels=wanted,

@@ -132,14 +132,14 @@ def opened(path: str, args) -> tuple[Any, Any, Pixels]:
     if os.path.isdir(path) or (os.path.basename(path.rstrip("/")).isdigit() and not os.path.isfile(path)):
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "weights.safetensors")
-            run = [sys.executable, "-m", "train.pretrained", path, file]
+            run = [sys.executable, "-m", "train.pretrained", path, file, *(["--allow-nonfinite"] if args.allow_nonfinite else [])]
             done = subprocess.run(run, capture_output=True, text=True, check=False)
             if done.returncode or not os.path.exists(file):
                 said = [line for line in done.stderr.splitlines() if line.strip()] or ["it ended without a word"]
                 raise ValueError(said[-1].partition("error: ")[2] or said[-1])
             return opened(file, args)
     style, config, _ = describe(path, heads=args.heads, pool=args.pool, position=args.position)
-    params, config = load(path, heads=args.heads, pool=args.pool, position=args.position)
+    params, config = load(path, heads=args.heads, pool=args.pool, position=args.position, allow_nonfinite=args.allow_nonfinite)
     told = weight_about.pixels_of(path, about(path), style.naming)[0]
     if (args.mean is None) != (args.std is None):
         raise ValueError("--mean and --std belong together: give both, or neither")
@@ -183,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--position", choices=OPEN_POSITIONS, help="of a file without position embedding, which does not say it")
     parser.add_argument("--mean", type=float, nargs="+", help="of the pixels that the model wants, where the file does not say")
     parser.add_argument("--std", type=float, nargs="+", help="deviation of the pixels, likewise")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or infinities")
     args = parser.parse_args(argv)
     try:
         _run(args)

@@ -128,7 +128,7 @@ def read(path, config, *, new_head: bool = False, grid=None, interpolation="corn
                 count = int(array.size - np.isfinite(array).sum())
                 raise WeightError(
                     f"{path}: {count:,} of the {array.size:,} numbers of {entry.name} are NaN or infinite: get another file, or "
-                    "take them with allow_nonfinite=True"
+                    "take them with --allow-nonfinite (allow_nonfinite=True in a program)"
                 )
             if entry.path == POSITION:
                 leaves[POSITION][:] = _position(path, array, config, style, grid, interpolation)
@@ -216,16 +216,19 @@ def about(path) -> weight_about.About:
         return weight_about.read(path, weight_files.metadata(path))
 
 
-def convert(source, target, *, naming=None, dtype="float32", heads=None, grid=None, pool=None, position=None):
-    """Reads one file, writes another; the model's configuration. heads, grid, pool, position: where the source does not say."""
+def convert(
+    source, target, *, naming=None, dtype="float32", heads=None, grid=None, pool=None, position=None, allow_nonfinite=False
+):
+    """Reads one file, writes another; the model's configuration. heads, grid, pool, position: where the source does not say.
+    allow_nonfinite: as in `load`."""
     _, config, arrays = describe(source, heads=heads, grid=grid, pool=pool, position=position)
     claimed, there = sum(4 * math.prod(a.shape) for a in arrays.values()), os.path.getsize(source)
     if claimed > 64 * there + 2**20:  # a model's shapes are not known beforehand here; weights hardly shrink when packed
         raise WeightError(f"{source} claims {claimed:,} bytes of arrays in {there:,} bytes of file: no weights are that empty")
     told = about(source)
     save(
-        target, read(source, config, grid=grid or config.grid), config, naming=naming, dtype=dtype,
-        classes=told.classes, pixels=told.pixels or HALF, data=told.data,
+        target, read(source, config, grid=grid or config.grid, allow_nonfinite=allow_nonfinite), config, naming=naming,
+        dtype=dtype, classes=told.classes, pixels=told.pixels or HALF, data=told.data,
     )  # fmt: skip
     return config
 

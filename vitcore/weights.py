@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     converted.add_argument("target", help=".npz (release) or .safetensors")
     converted.add_argument("--naming", choices=["timm", "transformers"], help="of a .safetensors; default timm")
     converted.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    converted.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or infinities")
     for command in (shown, converted):
         command.add_argument("--heads", type=int, help="number of heads, where the file does not say and the width is unusual")
         command.add_argument("--grid", help="ROWSxCOLUMNS of a position embedding that is not square")
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             config = convert(
                 args.source, args.target, naming=args.naming, dtype=args.dtype, heads=args.heads, grid=grid, pool=args.pool,
-                position=args.position,
+                position=args.position, allow_nonfinite=args.allow_nonfinite,
             )  # fmt: skip
             print(f"{args.target}: {_model_line(config)}")
             silent = isinstance(config, ViTConfig) and about(args.source).config is None

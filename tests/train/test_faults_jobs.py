@@ -124,6 +124,108 @@ def test_worker_processes_end_when_their_parent_is_killed():
         path.unlink()
 
 
+def ended(pids, seconds=10) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(alive(pid) for pid in pids)
+
+
+def test_a_process_that_a_job_starts_ends_with_it_and_clears_up(tmp_path):
+    """As the compilers of bench do; what it starts itself has another parent."""
+    code = """
+        import os, subprocess, sys, time
+        from train.signals import of_this_process
+        child = "import os, sys, time; from train.signals import before_the_end; before_the_end(lambda: os.unlink(sys.argv[1])); "
+        child += "assert 'VITCORE_PARENT' not in os.environ; print('up', flush=True); time.sleep(1000)"
+        words, where = [sys.executable, "-c", child, sys.argv[1]], of_this_process(os.environ)
+        process = subprocess.Popen(words, env=where, start_new_session=True)
+        print(process.pid, flush=True)
+        time.sleep(1000)
+        """
+    (tmp_path / "left").touch()
+    job = python(code, tmp_path / "left")
+    assert job.stdout is not None
+    lines = {job.stdout.readline().strip() for _ in range(2)}
+    (pid,) = [int(line) for line in lines if line != "up"]
+    job.kill()
+    job.wait()
+    assert ended([pid])
+    assert not (tmp_path / "left").exists()
+
+
+def test_a_command_of_bench_ends_at_the_first_signal():
+    code = """
+        import dataclasses, sys, time
+        from bench.options import command
+        @dataclasses.dataclass
+        class Options:
+            pass
+        def job(options):
+            print("ready", flush=True)
+            time.sleep(1000)
+        sys.argv[1:] = []
+        sys.exit(command(Options, "bench.any", job, interrupted="the same command continues"))
+        """
+    job = python(code)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    job.terminate()
+    assert job.communicate(timeout=30)[1].strip() == "bench.any: asked to stop; the same command continues"
+    assert job.returncode == 143
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_compiler_ends_with_its_study(tmp_path, number):
+    """In the middle of a compilation of more than ten seconds."""
+    words = ["--target", "v3", "--models", "ViT-L/16", "--sizes", "384", "--mode", "train", "--out", tmp_path, "--cache", tmp_path]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "bench.throughput", *map(str, words)], cwd=ROOT, env=environment() | {"TMPDIR": str(tmp_path)}
+    )
+    try:
+        children: list[int] = []
+        deadline = time.monotonic() + 120
+        while not any(tmp_path.glob("vitcore-tpu-*/dumps/*.*")):  # the compiler's first files: it is at work
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+        children += [int(k) for t in Path(f"/proc/{job.pid}/task").iterdir() for k in (t / "children").read_text().split()]
+        assert children
+        job.send_signal(number)
+        assert job.wait(10) == (143 if number == signal.SIGTERM else -9)
+        assert ended(children)
+        assert not any(tmp_path.glob("vitcore-tpu-*"))
+    finally:
+        job.kill()
+
+
+HANGS = """
+    import sys, time
+    import train.data.{name} as module
+    from train.data.job import run_job
+    module.{what} = lambda *_: time.sleep(1000)
+    sys.exit(run_job(module.{options}, module.run, "train.data.{name}"))
+    """
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "what", "words", "doing"),
+    [
+        ("pack", "Pack", "_image", ["digits", "O", "--splits", "val"], "packing "),
+        ("dedup", "Dedup", "phash", ["digits", "--against", "digits", "--out", "O"], "hashing "),
+    ],
+)
+def test_a_job_on_data_that_hangs_ends(tmp_path, name, options, what, words, doing):
+    words = [str(tmp_path) if word == "O" else word for word in words]
+    job = python(HANGS.format(name=name, options=options, what=what), *words, "--workers", 1, "--step-timeout", 2)
+    _, err = job.communicate(timeout=100)
+    assert job.returncode == 1
+    assert f"hung for 2 s while {doing}" in err
+    assert "(--step-timeout): the stacks of all threads follow" in err
+
+
 def alive(pid) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -339,6 +340,41 @@ def test_a_sweep_does_each_run_once(weights, tmp_path, monkeypatch, capsys):
     assert (held["rate"], held["mean"], held["std"]) == (0.1, pytest.approx(0.75), pytest.approx(0.05))
     assert "| test, 2 runs | | 75.00% +- 5.00% |" in capsys.readouterr().out
     assert Image.open(tmp_path / "sweep.png").size[0] > 800
+
+
+def test_a_sweep_stays_with_the_step_it_began_from(whole, tmp_path, monkeypatch, capsys):
+    """--init goes on: taken up again, the sweep does not mix its newer step in; it says so where the old one is gone."""
+    live, out, begun = tmp_path / "live", tmp_path / "out", []
+    shutil.copytree(whole, live)
+    (live / "checkpoints" / "6").rename(tmp_path / "6")
+
+    def quick(run, say, **_):
+        if len(begun) == allowed:
+            raise KeyboardInterrupt
+        begun.append(run.config_json["began_from"]["step"])
+        weights = np.asarray(run.start().params["patch_embed"]["kernel"])
+        assert np.array_equal(weights, open_pretrained(str(live / "4")).params["patch_embed"]["kernel"])
+        return train.loop.Result(1, 1, 0.5, 1, 2, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", quick)
+    argv = [*TINY, *FIVE, "--init", str(live), "--out", str(out), *SWEEP]
+    allowed = 1
+    assert finetune.main(argv) == 130
+    (tmp_path / "6").rename(live / "checkpoints" / "6")  # the run goes on
+    allowed = 10
+    run(*argv)
+    assert begun == [4] * 4
+    held = json.loads((out / "sweep.json").read_text())
+    assert held["model"]["step"] == 4
+    assert {(one["step"], one["checksum"]) for kind in ("dev", "final") for one in held[kind].values()} == {
+        (4, held["model"]["checksum"])
+    }
+    capsys.readouterr()
+    shutil.rmtree(live / "checkpoints" / "4")
+    run(*argv, fails=True)
+    said = capsys.readouterr().err
+    assert f"was begun from {live} (step 4, checksum {held['model']['checksum']}), and no checkpoint of step 4" in said
+    assert said.count("\n") == 1
 
 
 def test_of_equal_rates_the_smallest(tmp_path, weights, monkeypatch):

@@ -1,5 +1,6 @@
 """The nineteen tasks on sets made here: what is missing is named, what is done is not done again, one rate for all."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from PIL import Image
 import train.loop
 import vitcore
 from train import vtab
+from train.checkpoint import Checkpoints
 
 CONFIG = vitcore.variant("ViT-Nano/4", image_size=8, num_classes=3, representation_size=None)
 HERE = ("pets", "svhn", "kitti-dist")
@@ -140,6 +142,40 @@ def test_each_task_is_done_once_and_what_is_missing_is_named(weights, sets, tmp_
     assert "| Structured | sNORB-Elev | no data: " in text
     assert text.rstrip() in printed
     assert Image.open(tmp_path / "out" / "vtab.png").size[0] > 1000
+
+
+def test_all_tasks_begin_from_the_step_that_the_first_began_from(sets, tmp_path, monkeypatch, capsys):
+    """--init is a run that goes on, first at step 4 and then at 12; what went wrong before it was opened has claimed nothing."""
+    config, live, out = dataclasses.replace(CONFIG, representation_size=None), tmp_path / "live", tmp_path / "out"
+    argv = [*TINY, "--init", live, "--data", sets, "--out", out]
+    run(*argv, fails=True)
+    assert not (out / "config.json").exists()
+
+    def save(step):
+        params = jax.jit(lambda: vitcore.init(jax.random.key(step), config))()
+        with Checkpoints(live / "checkpoints") as checkpoints:
+            checkpoints.save(step, {"params": params}, {})
+
+    save(4)
+    (live / "config.json").write_text(json.dumps({"vit": dataclasses.asdict(config)}))
+    begun, allowed = [], 1
+
+    def quick(run, say, **_):
+        if len(begun) == allowed:
+            raise KeyboardInterrupt
+        begun.append((run.config_json["began_from"]["step"], np.asarray(run.start().params["patch_embed"]["kernel"]).tobytes()))
+        return train.loop.Result(1, 1, 0.5, 1, 2, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", quick)
+    assert vtab.main([str(a) for a in argv]) == 130
+    save(12)
+    allowed = 9
+    run(*argv)
+    assert len(begun) == 3
+    assert len(set(begun)) == 1
+    held = json.loads((out / "vtab.json").read_text())
+    assert held["model"]["step"] == 4
+    assert {one["checksum"] for runs in held["final"].values() for one in runs.values()} == {held["model"]["checksum"]}
 
 
 def test_sources_from_a_file_and_tables_recipe(weights, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from train.data import open_source
 from train.data.job import run_job
 from train.data.source import BadImage, DataError, Source, said
 from train.files import write_atomically
+from train.signals import Watchdog, beat
 
 TILE = 160
 CHUNK = 256  # images that a process hashes at a time
@@ -50,9 +52,16 @@ class Dedup:
     pairs: int = 40
     """Pairs to draw, those farthest apart first: they are the doubtful ones."""
     workers: int = max(1, os.cpu_count() or 1)
+    step_timeout: int = 1800
+    """Seconds without an image after which every thread's stack is printed and it ends; 0 for never."""
 
 
 def run(args: Dedup) -> None:
+    with Watchdog(args.step_timeout):
+        _run(args)
+
+
+def _run(args: Dedup) -> None:
     if not 0 <= args.distance < 32:
         raise ValueError(f"--distance {args.distance}: 0 to 31 of 64 bits are required")
     if args.workers < 1 or args.pairs < 1 or not args.against:
@@ -119,6 +128,7 @@ def hash_all(source: Source, workers: int) -> tuple[np.ndarray, list[int]]:
         hashes, bad = [], []
 
         def take(part: tuple[np.ndarray, list[int]]) -> None:
+            beat(f"hashing {source.name}")
             hashes.append(part[0])
             bad.extend(part[1])
             bar.update(len(part[0]))
@@ -128,8 +138,11 @@ def hash_all(source: Source, workers: int) -> tuple[np.ndarray, list[int]]:
                 take(_hash_part(part))
         else:
             with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                for part in pool.map(_hash_part, parts):
-                    take(part)
+                try:
+                    for part in pool.map(_hash_part, parts):
+                        take(part)
+                except BrokenProcessPool as error:
+                    raise DataError(f"a process that hashes {source.name} was killed: fewer --workers take less memory") from error
     return np.ma.masked_array(np.concatenate(hashes), mask=np.isin(np.arange(len(source)), bad)), bad
 
 
@@ -137,6 +150,7 @@ def _hash_part(part: tuple[Source, int, int]) -> tuple[np.ndarray, list[int]]:
     source, start, stop = part
     hashes, bad = np.zeros(stop - start, np.uint64), []
     for k, index in enumerate(range(start, stop)):
+        beat(f"hashing {source.example_name(index)}")
         try:
             pixels = source[index].image
         except BadImage:
@@ -173,6 +187,7 @@ def nearest(hashes: np.ndarray, others: np.ndarray, own: np.ndarray | None = Non
     b_at = np.flatnonzero(~missing_others)
     rows = max(1, BLOCK // max(1, len(b_at)))
     for start in range(0, len(a) if len(b_at) else 0, rows):
+        beat("comparing")
         differing = np.bitwise_count(a[start : start + rows, None] ^ b[b_at][None, :])
         if own is not None:
             at = own[start : start + rows, None]

@@ -18,7 +18,9 @@ import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from train.data.job import run_job
 from train.data.rows import BAD_FLOOR
 from train.data.source import BadImage, DataError, Source
 from train.files import write_atomically
+from train.signals import Watchdog, beat
 
 _ANY_NAME: dict = {"unicode_errors": "surrogateescape"}  # a file's name need not be UTF-8
 _WRITER = "group_size:1,uncompressed"  # a record a chunk, for random access; images are compressed already
@@ -61,6 +64,8 @@ class Pack:
     """Images in a shard."""
     workers: int = max(1, os.cpu_count() or 1)
     """Processes that do it."""
+    step_timeout: int = 1800
+    """Seconds without an image after which every thread's stack is printed and it ends; 0 for never."""
     bad_share: float = 0.01
     """Stop when more of the images than this cannot be decoded."""
 
@@ -75,6 +80,7 @@ class _Shard:
     path: str
     shorter_side: int | None
     quality: int
+    step_timeout: int
 
 
 def run(args: Pack) -> None:
@@ -123,6 +129,7 @@ def pack(source: Source, dst: str, name: str, args: Pack) -> str:
             path=str(folder / f"{name}-{k:05d}-of-{count:05d}.arrayrecord"),
             shorter_side=args.shorter_side,
             quality=args.quality,
+            step_timeout=args.step_timeout,
         )
         for k in range(count)
         if k not in done
@@ -173,6 +180,8 @@ def _written(todo: list[_Shard], workers: int):
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise DataError("a process that packs was killed, or hung as it says above: the same command continues") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -182,7 +191,7 @@ def write_shard(shard: _Shard) -> dict[str, Any]:
     partial, labels, bad = f"{shard.path}.tmp", [], []
     writer = array_record_module.ArrayRecordWriter(partial, _WRITER)
     try:
-        for index in range(shard.start, shard.stop):
+        for index in _watched(shard):
             try:
                 data, label, name = _image(shard, index)
             except BadImage as error:
@@ -204,6 +213,14 @@ def write_shard(shard: _Shard) -> dict[str, Any]:
         "shard": int(file.split("-")[-3]), "file": file, "count": len(labels), "seen": shard.stop - shard.start, "bytes": size,
         "sha256": digest, "labels": labels, "bad": bad,
     }  # fmt: skip
+
+
+def _watched(shard: _Shard) -> Iterator[int]:
+    """The shard's examples; the process that packs them ends where one takes more than its time."""
+    with Watchdog(shard.step_timeout):
+        for index in range(shard.start, shard.stop):
+            beat(f"packing {shard.source.example_name(index)}")
+            yield index
 
 
 def _image(shard: _Shard, index: int) -> tuple[bytes, int, str]:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from train import fewshot, finetune, pretrain, vtab
-from train.job import say
+from train.job import BEGAN_FROM, began_from, place, say
 from train.loop import Diverged
 from train.meeting import Told
 from train.options import parse
-from train.signals import Stop
+from train.signals import Stop, of_this_process
 from train.studies import cost, paper
 from train.studies.records import MODULES, Run
 from train.tuning import Finetune
@@ -80,8 +80,9 @@ def run(run: Run, out, shared: Mapping[str, Any], stop: Stop | None) -> dict[str
 
 
 def _few(args) -> dict[str, Any]:
-    (draws,) = fewshot.run(args).values()
-    return {"value": float(np.mean(draws)), "draws": draws}
+    found, model = fewshot.run_told(args)
+    (draws,) = found.values()
+    return {"value": float(np.mean(draws)), "draws": draws, BEGAN_FROM: model}
 
 
 def _trained(args, run: Run, stop) -> dict[str, Any] | None:
@@ -90,7 +91,8 @@ def _trained(args, run: Run, stop) -> dict[str, Any] | None:
     if result is None or result.asked_to_stop:
         return None
     value = max(result.accuracy, result.best.accuracy) if run.job == "pretrain" else result.accuracy
-    return {
+    began = began_from(place(args.out))
+    return ({} if began is None else {BEGAN_FROM: began}) | {
         "value": value if math.isfinite(value) else None, "last": result.accuracy, "count": result.count, "steps": result.steps,
         "of_steps": args.steps, "stopped_early": result.stopped_early,
     }  # fmt: skip
@@ -102,7 +104,7 @@ def _command(run: Run, folder, stop: Stop | None) -> dict[str, Any] | None:
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         raise ValueError(f"{module} is not installed here")
     os.makedirs(folder, exist_ok=True)
-    child = subprocess.Popen([sys.executable, "-m", module, *run.options, "--out", str(folder)])
+    child = subprocess.Popen([sys.executable, "-m", module, *run.options, "--out", str(folder)], env=of_this_process(os.environ))
     try:
         while child.poll() is None:
             if stop is not None and stop.asked:

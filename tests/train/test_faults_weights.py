@@ -1,0 +1,67 @@
+"""Every job that reads weights, as a user calls it, on weights that hold NaN: one line names the leaf; taken where that is said."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import train.loop
+import vitcore
+from train import evaluate, fewshot, finetune, pretrain, pretrained, vtab
+from train.checkpoint import Checkpoints
+from vitcore import export, inspect, weights
+
+pytestmark = pytest.mark.faults
+
+CONFIG = vitcore.variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10, representation_size=None, depth=1)
+LEAF = "encoderblock_0/LayerNorm_0/scale"  # of the release's layout
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """A file and a run of weights of which one is NaN."""
+    folder = tmp_path_factory.mktemp("bad")
+    params = jax.tree.map(np.array, jax.jit(lambda: vitcore.init(jax.random.key(0), CONFIG))())
+    params["blocks"]["norm1"]["scale"][0, 3] = np.nan
+    vitcore.save(folder / "w.npz", params, CONFIG)
+    with Checkpoints(folder / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(7, {"params": jax.tree.map(jax.numpy.asarray, params)}, {})
+    (folder / "run" / "config.json").write_text(json.dumps({"vit": dataclasses.asdict(CONFIG)}))
+    return folder
+
+
+HERE, NANO = ["--mesh", "1x1"], ["--model", "ViT-Nano/4"]
+JOBS = {
+    "evaluate": (evaluate.main, ["--init", "W", *HERE, "--split", "val[:8]", "--out", "O"]),
+    "fewshot": (fewshot.main, ["--init", "W", *HERE, "--shots", "1", "--seeds", "1", "--test-split", "val[:8]"]),
+    "finetune": (finetune.main, ["--init", "W", *HERE, "--image-size", "8", "--out", "O"]),
+    "vtab": (vtab.main, ["--init", "W", *HERE, "--image-size", "8", "--out", "O", "--sources", "S", "--examples", "431"]),
+    "pretrain": (pretrain.main, ["--init", "W", *HERE, *NANO, "--depth", "1", "--representation-size", "0", "--out", "O"]),
+    "pretrained": (pretrained.main, ["R", "O.npz"]),
+    "weights": (weights.main, ["convert", "W", "O.safetensors"]),
+    "look": (inspect.main, ["W", "--out", "O"]),
+    "export": (export.main, ["W", "O.stablehlo"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_weights_that_hold_nan_are_refused_by_the_name_of_the_leaf(bad, tmp_path, monkeypatch, capfd, job):
+    def trained(run, say, **_):
+        run.batches.close()
+        return train.loop.Result(1, 1, 0.5, 1, 2, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", trained)
+    (tmp_path / "s.json").write_text(json.dumps({"dtd": {"data": "digits:0-2", "train": "train[:1000]", "test": "val"}}))
+    known = {"W": bad / "w.npz", "R": bad / "run", "S": tmp_path / "s.json"}
+    main, words = JOBS[job]
+    words = [str(tmp_path / word) if word[:1] == "O" else str(known.get(word, word)) for word in words]
+    assert main(words) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert ("blocks/norm1/scale" if job == "pretrained" else LEAF) in said
+    assert "--allow-nonfinite" in said
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("s.json", ".lock")]
+    assert left == []
+    assert main([*words, "--allow-nonfinite"]) == 0
