@@ -141,6 +141,7 @@ def _attend_relative(x, w, config, layer):
         dropout=layer.dropout,
         share=layer.residual_scale,
         tokens=layer.tokens,
+        eps=config.eps,
     )
     return sum_over_model(y, mesh)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dropout as drop
-from kernels.layer_norm.reference import layer_norm
+from kernels.layer_norm.reference import EPS, layer_norm
 
 
 def entries(patches: int, class_token: bool) -> int:
@@ -41,7 +41,21 @@ def relative_logits(q, table, *, class_token: bool):
 
 
 def attention_half(
-    x, norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, table, *, num_heads, class_token, dropout=None, share=1.0, tokens=None
+    x,
+    norm_scale,
+    norm_bias,
+    w_qkv,
+    b_qkv,
+    w_out,
+    b_out,
+    table,
+    *,
+    num_heads,
+    class_token,
+    dropout=None,
+    share=1.0,
+    tokens=None,
+    eps=EPS,
 ):
     """`reference.attention_half` with relative positions. table [entries, N*H] float32, N*H the columns of this device.
 
@@ -57,7 +71,7 @@ def attention_half(
         )
     wide = jnp.promote_types(x.dtype, jnp.float32)
     w_qkv, w_out = w_qkv.astype(x.dtype), w_out.astype(x.dtype)
-    z = layer_norm(x[:, :real], norm_scale, norm_bias)
+    z = layer_norm(x[:, :real], norm_scale, norm_bias, eps=eps)
     qkv = jnp.einsum("btd,cdk->cbtk", z, w_qkv, preferred_element_type=wide) + b_qkv[:, None, None]
     q, k, v = qkv.astype(x.dtype).reshape(3, b, real, num_heads, -1)
     logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=wide)

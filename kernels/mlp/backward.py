@@ -128,7 +128,7 @@ def kernel(
     sums = Sums((dw_in, dw_out), (slots_in, slots_out), semaphores, t, i, j)
 
     def natural(b, r, n):
-        return normalise(jnp.where(block.valid(b, r, n), to_float32(x[b, pl.ds(r, n)], t.unpack), 0.0))
+        return normalise(jnp.where(block.valid(b, r, n), to_float32(x[b, pl.ds(r, n)], t.unpack), 0.0), spec.eps)
 
     def lay(target, b, r, n, value):
         if nat is None:
