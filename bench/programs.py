@@ -171,7 +171,7 @@ def statistics_alone(devices, *, shape, batch, dtype="bfloat16", mean=True, row=
 
     def run(x, distances, weights):
         asked = {"mean": mean, "row": row, "distances": distances if distance else None}
-        return statistics_tpu.attention_statistics(x, weights, num_heads=c.num_heads, launch=launch, **asked)
+        return statistics_tpu.attention_statistics(x, weights, num_heads=c.num_heads, eps=c.eps, launch=launch, **asked)
 
     return run, (S((batch, c.tokens, d), jnp.dtype(dtype)), S((c.tokens, c.tokens), f32), weights)
 

@@ -181,7 +181,7 @@ BEFORE: dict = {
     "head_bias": 0.0, "antialias": True, "crop": "torchvision", "randaugment": [0, 0], "cutmix": 0.0, "mixup_share": "row",
     "position": "1d", "erase": 0.0, "init": None, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
     "objective": "classes", "masked_target": None, "corrupt": None,
-    "width": None, "depth": None, "mlp_dim": None, "num_heads": None, "sgd": None, "allow_nonfinite": False,
+    "width": None, "depth": None, "mlp_dim": None, "num_heads": None, "sgd": None, "allow_nonfinite": False, "eps": 1e-6,
 }  # fmt: skip
 
 NAMED = {"mixup"}  # of these, what pre-training has always named its directories by

@@ -83,7 +83,9 @@ class Pretrain(AblationOptions, ImageOptions):
     representation_size: int | None = None
     """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper; of a ResNet none."""
     dropout: float | None = None
-    gelu: Literal["tanh", "erf"] = "tanh"
+    gelu: Literal["tanh", "erf", "quick"] = "tanh"
+    eps: float = 1e-6
+    """Of every layer norm of a ViT: 1e-6 in the release and timm, 1e-12 in transformers' ViT, 1e-5 in CLIP."""
 
     learning_rate: float | None = None
     warmup_steps: int | None = None
@@ -348,6 +350,7 @@ def model_of(full, *, classes: int, channels: int):
         position=full.position,
         dropout=full.dropout,
         gelu=full.gelu,
+        eps=full.eps,
         channels=channels,
         head_bias=full.head_bias,
         masked=masked.of(full),

@@ -98,7 +98,7 @@ def open_pretrained(
     image_size: int | None = None,
     num_classes: int | None = None,
     head_bias: float = 0.0,
-    gelu: Literal["tanh", "erf"] | None = None,
+    gelu: Literal["tanh", "erf", "quick"] | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
     heads: int | None = None,
     pool: str | None = None,
@@ -178,7 +178,7 @@ def _from_run(path: str, step: int | None = None) -> Stored:
             config = families.restored(held["vit"])
         else:
             config = families.named(
-                held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"],
+                held["model"], image_size=held["image_size"], pool=held["pool"], gelu=held["gelu"], eps=held.get("eps"),
                 position=held.get("position"), representation_size=held.get("representation_size") or None,
                 masked=masked_of(held), **shape_of(held),
             )  # fmt: skip

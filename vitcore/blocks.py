@@ -175,6 +175,7 @@ def attend(x, w, config, layer: Layer):
         num_heads=config.num_heads // (mesh.model if mesh else 1),
         dropout=layer.dropout,
         residual_scale=layer.residual_scale,
+        eps=config.eps,
         **layer.padding,
     )
     return sum_over_model(y, mesh)
@@ -189,6 +190,7 @@ def transform(x, w, config, layer: Layer):
         gelu=config.gelu,
         dropout=layer.dropout,
         residual_scale=layer.residual_scale,
+        eps=config.eps,
         **layer.padding,
     )
     return sum_over_model(y, mesh)
@@ -196,15 +198,17 @@ def transform(x, w, config, layer: Layer):
 
 def attention_maps(x, w, config, layer: Layer):
     """The probabilities of the attention half, [B, N, T, T] float32, by the formula of `kernels/attention/reference.py`."""
-    return statistics.probabilities(*_looked_at(x, w, layer), num_heads=_heads(config, layer), extra=_extra(w, config))
+    return statistics.probabilities(
+        *_looked_at(x, w, layer), num_heads=_heads(config, layer), eps=config.eps, extra=_extra(w, config)
+    )
 
 
 def attention_statistics(x, w, config, layer: Layer, **asked):
     """`Statistics` of the attention half, over the heads of this device. asked: mean, row, distances."""
     x, weights = _looked_at(x, w, layer)
     if (extra := _extra(w, config)) is not None:  # relative positions: the statistics have no kernel for them
-        return statistics.attention_statistics(x, weights, num_heads=_heads(config, layer), extra=extra, **asked)
-    return layer.context.ops.attention_statistics(x, weights, num_heads=_heads(config, layer), **asked)
+        return statistics.attention_statistics(x, weights, num_heads=_heads(config, layer), eps=config.eps, extra=extra, **asked)
+    return layer.context.ops.attention_statistics(x, weights, num_heads=_heads(config, layer), eps=config.eps, **asked)
 
 
 def _looked_at(x, w, layer: Layer):

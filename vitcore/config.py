@@ -6,12 +6,16 @@ import operator
 import re
 from typing import Any, Literal, NamedTuple
 
+from kernels.layer_norm.reference import EPS
+from kernels.mlp.reference import GELUS
 from vitcore import hybrid, masked
 from vitcore.blocks import BLOCKS, Block
 from vitcore.heads import POOLS, Pool
 from vitcore.masked import Masked
 from vitcore.positions import POSITIONS, Position
 from vitcore.stems import STEMS, Stem, stem_of
+
+SMALLEST_EPS = 1e-30  # of a layer norm: float32, which every kernel normalises in, holds it, and 1 / sqrt of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,8 @@ class ViTConfig:
     a stem that makes one). width: D. depth: L. mlp_dim: F. num_heads: N. num_classes: V, 0 for a model without a head.
     representation_size: width of the pre-logits tanh layer, None for none (the paper has it, as wide as the model, in
     pre-training only). pool: how the tokens become one representation, "token" (class token), "gap" (mean of the patch tokens),
-    or another name of `heads.POOLS`. dropout: rate. channels: C. gelu: "tanh" (the release) or "erf" (exact). head_bias: initial
+    or another name of `heads.POOLS`. dropout: rate. channels: C. gelu: "tanh" (the release), "erf" (exact) or "quick"
+    (CLIP's: a times the logistic function of 1.702 a). eps: of every layer norm. head_bias: initial
     value of the head's bias (the release takes -10 for the sigmoid loss on ImageNet-21k). stem: None (a linear projection of
     patches), a name of `stems.STEMS`, or a stem's own record. position: a name of `positions.POSITIONS`. block: a name of
     `blocks.BLOCKS`. masked: what masked patch prediction is told, which adds its leaves; None without it. Raises ValueError where a
@@ -40,7 +45,8 @@ class ViTConfig:
     pool: str = "token"
     dropout: float = 0.0
     channels: int = 3
-    gelu: Literal["tanh", "erf"] = "tanh"
+    gelu: Literal["tanh", "erf", "quick"] = "tanh"
+    eps: float = EPS
     head_bias: float = 0.0
     stem: Any = None
     position: str = "1d"
@@ -71,8 +77,10 @@ class ViTConfig:
             )
         if self.representation_size is not None and self.representation_size < 1:
             raise ValueError(f"representation_size={self.representation_size}: a positive integer or None is required")
-        if self.gelu not in ("tanh", "erf"):
-            raise ValueError(f"gelu={self.gelu!r}: 'tanh' or 'erf' is required")
+        if self.gelu not in GELUS:
+            raise ValueError(f"gelu={self.gelu!r}: 'tanh', 'erf' or 'quick' is required")
+        if not (isinstance(self.eps, int | float) and SMALLEST_EPS <= self.eps < 1):
+            raise ValueError(f"eps={self.eps!r}: a number from {SMALLEST_EPS:g} to below 1 is required, e.g. 1e-6")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: a rate in [0, 1) is required")
         self.entries.position.check(self)

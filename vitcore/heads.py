@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.layer_norm import reference
+from kernels.mlp.reference import GELUS
 from vitcore.parameters import ROWS, Leaf, Name, constant, dense, lecun, norm, normal, xavier, zeros
 
 
@@ -119,8 +120,8 @@ def _map(params, x, normalise, config, context):
     share = jax.nn.softmax(jnp.einsum("nh,btnh->bnt", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5).astype(x.dtype)
     o = jnp.einsum("bnt,btnh->bnh", share, v, preferred_element_type=wide).astype(x.dtype)
     a = dense("bd,dk->bk", o.reshape(o.shape[0], -1), p["out"]["kernel"], p["out"]["bias"]).astype(x.dtype)
-    y = reference.layer_norm(a, p["norm"]["scale"], p["norm"]["bias"])
-    y = jax.nn.gelu(dense("bd,df->bf", y, p["mlp_in"]["kernel"], p["mlp_in"]["bias"]), approximate=config.gelu == "tanh")
+    y = reference.layer_norm(a, p["norm"]["scale"], p["norm"]["bias"], eps=config.eps)
+    y = GELUS[config.gelu](dense("bd,df->bf", y, p["mlp_in"]["kernel"], p["mlp_in"]["bias"]))
     return a + dense("bf,fd->bd", y.astype(x.dtype), p["mlp_out"]["kernel"], p["mlp_out"]["bias"]).astype(x.dtype)
 
 

@@ -143,6 +143,7 @@ def _attend_relative(x, w, config, layer):
         dropout=layer.dropout,
         residual_scale=layer.residual_scale,
         **layer.padding,
+        eps=config.eps,
     )
     return sum_over_model(y, mesh)
 

@@ -49,7 +49,7 @@ def pooled(params, x, config: ViTConfig, context: Context):
     """Tokens [B, T, D] of the last block to the representation [B, D] in the same dtype: the last norm, and the pool."""
     p = context.take(params, "norm")
     return config.entries.pool.pool(
-        params, x, lambda x: context.ops.layer_norm(x, p["scale"], p["bias"]), config, context
+        params, x, lambda x: context.ops.layer_norm(x, p["scale"], p["bias"], eps=config.eps), config, context
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def predict_masked(params, images, config: ViTConfig, context: Context, key):
         return masked.corrupted(patches, chosen, p["embedding"])
 
     x, _ = encode(params, images, config, context._replace(edit=edit))
-    y = context.ops.layer_norm(masked.at(x, chosen.places + config.class_tokens), norm["scale"], norm["bias"])
+    y = context.ops.layer_norm(masked.at(x, chosen.places + config.class_tokens), norm["scale"], norm["bias"], eps=config.eps)
     return linear(p["head"], y), chosen
 
 

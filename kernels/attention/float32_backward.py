@@ -69,7 +69,7 @@ def prepare(scalars, x, dy, norm, b: int, static: Static):
 
     def kernel(scalars, x, dy, scale, bias, z, g):
         for a, n in pieces(t, PIECE):
-            normal, _ = normalise(unpacked(x[0, a : a + n]))
+            normal, _ = normalise(unpacked(x[0, a : a + n]), static.eps)
             z[0, a : a + n] = normal * scale[...] + bias[...]
             row = pl.program_id(0) * t + token(a, n, x.dtype)
             g[0, a : a + n] = drop(unpacked(dy[0, a : a + n]), scalars, row, static.rate)
@@ -98,7 +98,7 @@ def finish(scalars, x, dy, dz, norm_scale, static: Static):
     def kernel(_, x, dy, dz, scale, dx, sums):
         of_scale, of_bias = jnp.zeros((1, d), F32), jnp.zeros((1, d), F32)
         for a, n in pieces(t, PIECE):
-            normal, inverse = normalise(unpacked(x[0, a : a + n]))
+            normal, inverse = normalise(unpacked(x[0, a : a + n]), static.eps)
             u = dz[0, a : a + n]
             of_scale, of_bias = of_scale + (u * normal).sum(0, keepdims=True), of_bias + u.sum(0, keepdims=True)
             back = normalise_back(u * scale[...], normal, inverse)

@@ -150,7 +150,7 @@ def _fused_kernel(refs, static: Static, factor: float):
     padded, keys = z.shape[0], v.shape[0]
     runs = heads_of(lanes, lanes // static.num_heads)
     for a, n in pieces(t, PIECE):
-        normal, _ = normalise(unpacked(x[0, a : a + n]))
+        normal, _ = normalise(unpacked(x[0, a : a + n]), static.eps)
         z[a : a + n] = normal * scale[...] + bias[...]
     if padded > t:
         z[t:] = jnp.zeros((padded - t, d), F32)

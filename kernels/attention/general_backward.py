@@ -71,7 +71,7 @@ def input_gradient(tiles: ProductTiles, scalars, x, norm_scale, dqkv, dy, w, sta
                 if s.t % s.rows:
                     row = pl.program_id(1) * s.rows + lax.broadcasted_iota(jnp.int32, (s.rows, 1), 0)
                     dz = jnp.where(row < s.t, dz, 0.0)
-                xhat, inverse = normalise(s.load(x_ref, i))
+                xhat, inverse = normalise(s.load(x_ref, i), static.eps)
                 sums = [sums[0] + (dz * xhat).sum(0, keepdims=True), sums[1] + dz.sum(0, keepdims=True)]
                 dz = dz * scale_ref[...]
                 dz = dz - dz.mean(-1, keepdims=True) - xhat * (dz * xhat).mean(-1, keepdims=True)
@@ -158,7 +158,7 @@ def projection_weights(tiles: ProductTiles, scalars, x, norm, dqkv, static: Stat
     def kernel(_, x_ref, scale_ref, bias_ref, dqkv_ref, dw_ref, db_ref):
         _clear(s, dw_ref, db_ref)
         for i in range(s.images):
-            z = operand(normalise(s.load(x_ref, i))[0] * scale_ref[...] + bias_ref[...], x.dtype, s.device)
+            z = operand(normalise(s.load(x_ref, i), static.eps)[0] * scale_ref[...] + bias_ref[...], x.dtype, s.device)
             for c in range(s.tiles.sections):
                 g = s.load(dqkv_ref.at[c], i)
                 db_ref[c] += g.sum(0, keepdims=True)

@@ -43,6 +43,7 @@ class Static:
     width: int  # of a head, H; the arrays may hold more lanes a head, the rest zero
     rate: float  # of dropout
     residual_scale: float
+    eps: float  # of LN
     launch: Launch
     plan: Plan
 
@@ -180,7 +181,7 @@ def project(tiles: ProductTiles, scalars, x, norm, w, bias, b: int, static: Stat
 
     def kernel(_, x_ref, scale_ref, bias_ref, w_ref, b_ref, out_ref, *scratch):
         def normalised(i):
-            return operand(normalise(x_ref[i].astype(F32))[0] * scale_ref[...] + bias_ref[...], x.dtype, s.device)
+            return operand(normalise(x_ref[i].astype(F32), static.eps)[0] * scale_ref[...] + bias_ref[...], x.dtype, s.device)
 
         z = s.operands(normalised, scratch)
         for i in range(s.images):

@@ -26,6 +26,7 @@ from kernels.attention.hopper_plan import refuses
 from kernels.attention.reference import AttentionWeights
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import STATISTICS, layer_norm
+from kernels.layer_norm.reference import EPS
 
 TOKENS = 2  # cuDNN's backward pass takes even numbers of tokens only: an odd one gets a row more, masked
 
@@ -65,7 +66,7 @@ def product(x, w):
     return _product(*vary_alike(x, w))
 
 
-def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, residual_scale=1.0, tokens=None):
+def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, residual_scale=1.0, tokens=None, eps=EPS):
     """As `reference.attention_half`: the same arguments, the same result to rounding.
 
     tokens: how many of x's T are tokens, by default all. The rows behind them are padding: no token sees them, and what is returned
@@ -78,12 +79,12 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     by = implementation(x.dtype, w_qkv.shape[-1] // num_heads, t)
     if t % TOKENS and by != "hopper":
         padded = jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))
-        options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens}
+        options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
         return attention_half(padded, weights, **options)[:, :t]
 
     @again
     def project(x, norm_scale, norm_bias, w_qkv, b_q):
-        z = layer_norm(x, norm_scale, norm_bias)
+        z = layer_norm(x, norm_scale, norm_bias, eps=eps)
         # apart, or XLA makes one product of two, copies them out of its result, and their gradients into one for the backward pass
         q, k, v = (product(z, w) for z, w in zip(lax.optimization_barrier((z, z, z)), w_qkv, strict=True))
         return checkpoint_name(((q.astype(acc_dtype) + b_q).astype(x.dtype), k, v), KEPT)

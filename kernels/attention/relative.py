@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kernels import dropout as drop
 from kernels.attention.reference import AttentionWeights
-from kernels.layer_norm.reference import layer_norm
+from kernels.layer_norm.reference import EPS, layer_norm
 
 
 class RelativeWeights(NamedTuple):
@@ -71,7 +71,7 @@ def relative_logits(q, positions, *, class_token: bool):
 
 
 def attention_half(
-    x, weights: RelativeWeights, *, num_heads, class_token, dropout=None, residual_scale=1.0, tokens=None
+    x, weights: RelativeWeights, *, num_heads, class_token, dropout=None, residual_scale=1.0, tokens=None, eps=EPS
 ):  # fmt: skip
     """`reference.attention_half` with relative positions: arguments and meaning there, and weights.positions.
 
@@ -84,7 +84,7 @@ def attention_half(
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, positions = weights
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
     w_qkv, w_out = w_qkv.astype(x.dtype), w_out.astype(x.dtype)
-    z = layer_norm(x[:, :real], norm_scale, norm_bias)
+    z = layer_norm(x[:, :real], norm_scale, norm_bias, eps=eps)
     qkv = jnp.einsum("btd,cdk->cbtk", z, w_qkv, preferred_element_type=acc_dtype) + b_qkv[:, None, None]
     q, k, v = qkv.astype(x.dtype).reshape(3, b, real, num_heads, -1)
     logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=acc_dtype)

@@ -21,6 +21,7 @@ from kernels.attention.relative_plan import RelativePlan, RelativeTiles
 from kernels.attention.tiling import Shape
 from kernels.body import operand_dtype
 from kernels.launch import Launch, vary_alike
+from kernels.layer_norm.reference import EPS
 
 
 def by_xla(shape: Shape, *, launch: Launch) -> str:
@@ -118,6 +119,7 @@ def attention_half(
     class_token,
     dropout=None,
     residual_scale=1.0,
+    eps=EPS,
     launch: Launch,
     plan: RelativePlan | None = None,
 ) -> Any:
@@ -131,13 +133,16 @@ def attention_half(
     relative.check(weights.positions, x.shape[1], class_token=class_token)
     shape = tpu.shape_of(x, weights.half, num_heads)
     chosen = plan or relative_plan.plan(shape, launch.device)
-    options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale}
+    options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "eps": eps}
     if isinstance(chosen, Refused):
         return relative.attention_half(x, weights, class_token=class_token, **options)
     scalars, rate = tpu.scalars_of(dropout)
     scale, bias, w_qkv, b_qkv, w_out, b_out, positions = weights
     arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None], positions
-    static = Static(num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), launch=launch, plan=chosen)
+    static = Static(
+        num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), eps=float(eps), launch=launch,
+        plan=chosen,
+    )  # fmt: skip
     scalars, x, *arrays = vary_alike(scalars, x, *arrays)
     return _half(scalars, x, RelativeWeights(*arrays), static, bool(class_token))
 

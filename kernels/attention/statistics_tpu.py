@@ -29,6 +29,7 @@ from kernels.attention.tiling import Shape, heads_of
 from kernels.body import F32, PACKED_ROWS, dot, iota, operand, operand_dtype
 from kernels.device import LANES, SUBLANES, Device
 from kernels.launch import Launch, call, vary_alike
+from kernels.layer_norm.reference import EPS
 from kernels.layer_norm.tpu import normalise
 from kernels.vmem import padded_bytes, round_up
 
@@ -89,6 +90,7 @@ class Static:
     mean: bool
     row: bool
     distance: bool
+    eps: float
     launch: Launch
 
     @property
@@ -102,7 +104,7 @@ def _make_qk(x, scale, bias, w, b, z, q, k, static: Static) -> None:
     t, rows, device = static.tokens, z.shape[0], static.launch.device
     for a, n in pieces(t, PIECE):
         values = x[0, a : a + n]
-        normal, _ = normalise(unpacked(values) if static.unpacks else values.astype(F32))
+        normal, _ = normalise(unpacked(values) if static.unpacks else values.astype(F32), static.eps)
         z[a : a + n] = normal * scale[...] + bias[...]
     if rows > t:
         z[t:] = jnp.zeros((rows - t, z.shape[1]), F32)
@@ -262,7 +264,7 @@ def _launch(x, norm, w, b, distances, static: Static):
 
 
 def attention_statistics(
-    x, weights: AttentionWeights, *, num_heads, mean=False, row=False, distances=None, launch: Launch
+    x, weights: AttentionWeights, *, num_heads, mean=False, row=False, distances=None, eps=EPS, launch: Launch
 ) -> Statistics:
     """Statistics of a block's attention by one kernel, as `statistics.attention_statistics` (arguments and meaning there).
 
@@ -277,7 +279,7 @@ def attention_statistics(
     chosen = tiles(Shape(b, t, d, num_heads, width, jnp.dtype(x.dtype)), launch.device, mean=mean, distance=distances is not None)
     static = Static(
         tiles=chosen, tokens=t, num_heads=num_heads, width=width, dtype=jnp.dtype(x.dtype), mean=mean, row=row,
-        distance=distances is not None, launch=launch,
+        distance=distances is not None, eps=float(eps), launch=launch,
     )  # fmt: skip
     w = _padded_heads(weights.qkv_kernel, static).astype(operand_dtype(x.dtype, launch.device))
     bias = _padded_heads(weights.qkv_bias, static)[:, None].astype(F32)

@@ -29,6 +29,7 @@ from kernels.attention.reference import AttentionWeights
 from kernels.attention.tiling import CoreTiles, Float32Core, Shape
 from kernels.body import operand_dtype
 from kernels.launch import Launch, vary_alike
+from kernels.layer_norm.reference import EPS
 
 
 def shape_of(x, weights: AttentionWeights, num_heads: int) -> Shape:
@@ -130,6 +131,7 @@ def attention_half(
     num_heads,
     dropout=None,
     residual_scale=1.0,
+    eps=EPS,
     launch: Launch,
     plan: Plan | None = None,
 ) -> Any:
@@ -146,7 +148,10 @@ def attention_half(
     scale, bias, w_qkv, b_qkv, w_out, b_out = weights
     w_qkv, b_qkv, w_out = (_pad_heads(w, axis, shape.h, plan.head_lanes) for w, axis in ((w_qkv, 2), (b_qkv, 1), (w_out, 0)))
     arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
-    static = Static(num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), launch=launch, plan=plan)
+    static = Static(
+        num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), eps=float(eps), launch=launch,
+        plan=plan,
+    )  # fmt: skip
     scalars, x, *arrays = vary_alike(scalars, x, *arrays)
     return _half(scalars, x, AttentionWeights(*arrays), static)
 

@@ -2,9 +2,11 @@
 
     n = (x - mean) r      z = n scale + bias      dx = r (dn - mean(dn) - n mean(dn n)),  dn = dz scale
 
-The mean and r = 1 / sqrt(var + 1e-6) of each row are kept for the backward pass, 8 bytes a row: from them n is elementwise, and the
+The mean and r = 1 / sqrt(var + eps) of each row are kept for the backward pass, 8 bytes a row: from them n is elementwise, and the
 sums over all rows (dscale, dbias) read x and dz once. Derived by autodiff, they pass through a float32 array as large as x.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +19,19 @@ from kernels.layer_norm.reference import EPS
 STATISTICS = "layer norm statistics"  # what a checkpoint around the norm should keep
 
 
-@jax.custom_vjp
-def _layer_norm(x, scale, bias):
-    return _forward(x, scale, bias)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _layer_norm(eps, x, scale, bias):
+    return _forward(eps, x, scale, bias)[0]
 
 
-def _forward(x, scale, bias):
+def _forward(eps, x, scale, bias):
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = checkpoint_name(x32.mean(-1, keepdims=True), STATISTICS)
-    r = checkpoint_name(lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + EPS), STATISTICS)
+    r = checkpoint_name(lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps), STATISTICS)
     return ((x32 - mean) * r * scale + bias).astype(x.dtype), (x, mean, r, scale)
 
 
-def _backward(kept, g):
+def _backward(eps, kept, g):
     x, mean, r, scale = kept
     g = g.astype(mean.dtype)
     n, dn = (x.astype(mean.dtype) - mean) * r, g * scale
@@ -40,6 +42,6 @@ def _backward(kept, g):
 _layer_norm.defvjp(_forward, _backward)
 
 
-def layer_norm(x, scale, bias):
+def layer_norm(x, scale, bias, *, eps: float = EPS):
     """As `reference.layer_norm`, of rows [M, D]."""
-    return _layer_norm(*vary_alike(x, scale, bias))
+    return _layer_norm(eps, *vary_alike(x, scale, bias))

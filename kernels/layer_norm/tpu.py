@@ -29,10 +29,10 @@ def cost(shape: tuple[int, int], itemsize: int, *, backward: bool) -> pl.CostEst
     )
 
 
-def normalise(x):
+def normalise(x, eps: float):
     """x [R, D] float32 -> n [R, D], r [R, 1]: the normalised rows and the reciprocals of their deviations. For kernel bodies."""
     c = x - jnp.mean(x, axis=-1, keepdims=True)
-    r = lax.rsqrt(jnp.mean(c * c, axis=-1, keepdims=True) + EPS)
+    r = lax.rsqrt(jnp.mean(c * c, axis=-1, keepdims=True) + eps)
     return c * r, r
 
 
@@ -41,12 +41,12 @@ def normalise_back(u, n, r):
     return r * (u - jnp.mean(u, axis=-1, keepdims=True) - n * jnp.mean(u * n, axis=-1, keepdims=True))
 
 
-def _forward_kernel(x, scale, bias, z):
-    n, _ = normalise(x[...].astype(jnp.float32))
+def _forward_kernel(x, scale, bias, z, *, eps):
+    n, _ = normalise(x[...].astype(jnp.float32), eps)
     z[...] = (n * scale[...] + bias[...]).astype(z.dtype)
 
 
-def _backward_kernel(x, dz, scale, dx, dscale, dbias, *, r_total):
+def _backward_kernel(x, dz, scale, dx, dscale, dbias, *, r_total, eps):
     """The sums over rows gather in the two [1, D] outputs, which stay in VMEM while the grid runs over the row blocks."""
     i, rows = pl.program_id(0), x.shape[0]
 
@@ -57,7 +57,7 @@ def _backward_kernel(x, dz, scale, dx, dscale, dbias, *, r_total):
 
     # Rows beyond the array hold anything at all, NaN included: they must not reach the sums.
     valid = i * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < r_total
-    n, r = normalise(jnp.where(valid, x[...].astype(jnp.float32), 0.0))
+    n, r = normalise(jnp.where(valid, x[...].astype(jnp.float32), 0.0), eps)
     g = jnp.where(valid, dz[...].astype(jnp.float32), 0.0)
     dx[...] = normalise_back(g * scale[...], n, r).astype(dx.dtype)
     dscale[...] += jnp.sum(g * n, axis=0, keepdims=True)
@@ -72,18 +72,18 @@ def _pad(x, rows):
     return jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, 0)))  # only fewer rows than one tile of 16 are ever padded
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _layer_norm(launch, plan, x, scale, bias):
-    return _forward(launch, plan, x, scale, bias)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _layer_norm(launch, plan, eps, x, scale, bias):
+    return _forward(launch, plan, eps, x, scale, bias)[0]
 
 
-def _forward(launch, plan: Plan, x, scale, bias):
+def _forward(launch, plan: Plan, eps, x, scale, bias):
     r, d = x.shape
     rows = plan.rows
     row, vector = _specs(rows, d)
     padded = _pad(x, rows)
     (z,) = call(
-        _forward_kernel,
+        partial(_forward_kernel, eps=eps),
         launch=launch.within(plan.needs),
         name="layer_norm_forward",
         grid=(pl.cdiv(r, rows),),
@@ -96,14 +96,14 @@ def _forward(launch, plan: Plan, x, scale, bias):
     return z[:r], (x, scale, bias)
 
 
-def _backward(launch, plan: Plan, saved, dz):
+def _backward(launch, plan: Plan, eps, saved, dz):
     x, scale, bias = saved
     r, d = x.shape
     rows = plan.rows
     row, vector = _specs(rows, d)
     padded = _pad(x, rows)
     dx, dscale, dbias = call(
-        partial(_backward_kernel, r_total=r),
+        partial(_backward_kernel, r_total=r, eps=eps),
         launch=launch.within(plan.needs),
         name="layer_norm_backward",
         grid=(pl.cdiv(r, rows),),
@@ -119,8 +119,8 @@ def _backward(launch, plan: Plan, saved, dz):
 _layer_norm.defvjp(_forward, _backward)
 
 
-def layer_norm(x, scale, bias, *, launch: Launch, plan: Plan | None = None):
-    """(x - mean) / sqrt(var + 1e-6) * scale + bias over the last axis, as `reference.layer_norm`, in one kernel each way.
+def layer_norm(x, scale, bias, *, eps: float = EPS, launch: Launch, plan: Plan | None = None):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, as `reference.layer_norm`, in one kernel each way.
 
     x [..., D] float32 or bfloat16, scale and bias [D] -> [..., D] in x's dtype. ValueError for other shapes or dtypes.
     """
@@ -135,6 +135,6 @@ def layer_norm(x, scale, bias, *, launch: Launch, plan: Plan | None = None):
     x, scale, bias = vary_alike(x, scale, bias)
     rows = x.reshape(-1, d)
     y: Any = _layer_norm(
-        launch, plan or choose(rows.shape, launch.device), rows, scale, bias
+        launch, plan or choose(rows.shape, launch.device), float(eps), rows, scale, bias
     )  # Any: pyright cannot see through custom_vjp
     return y.reshape(x.shape)

@@ -202,9 +202,9 @@ def _clear(refs: Refs):
         refs.nat[...] = jnp.zeros_like(refs.nat)
 
 
-def _normal(refs: Refs, t: Tiling, block: Block, b, r, n):
+def _normal(refs: Refs, spec, t: Tiling, block: Block, b, r, n):
     """n rows of image b from row r on, normalised, those behind its last token zero; and 1/deviation."""
-    return normalise(jnp.where(block.valid(b, r, n), to_float32(refs.x[b, pl.ds(r, n)], t.unpack), 0.0))
+    return normalise(jnp.where(block.valid(b, r, n), to_float32(refs.x[b, pl.ds(r, n)], t.unpack), 0.0), spec.eps)
 
 
 def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
@@ -226,7 +226,7 @@ def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
             sweep(t.columns, PIECE, square)
 
     def lay_z(b, r, n):
-        normal, _ = _normal(refs, t, block, b, r, n)
+        normal, _ = _normal(refs, spec, t, block, b, r, n)
         lay(refs.zt, b, r, n, by_tile(lambda v: v * refs.scale[...] + refs.bias[...], normal))
 
     def lay_g(b, r, n):
@@ -254,7 +254,7 @@ def _finish_rows(refs: Refs, spec, t: Tiling, block: Block):
         sweep(t.columns, PIECE, square)
 
     def finish(b, r, n):
-        normal, rsd = _normal(refs, t, block, b, r, n)
+        normal, rsd = _normal(refs, spec, t, block, b, r, n)
         rows = pl.ds(at(t, b, r), n)
         dz = dzt[:, rows].T if nat is None else nat[rows]
         refs.dscale[...] += sum_by_tile(dz * normal)

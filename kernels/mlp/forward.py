@@ -59,7 +59,7 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
     def _():
         def begin(first):
             rows = pl.ds(first, size)
-            normal, _ = normalise(to_float32(flat_x.rows(first, size), t.unpack))
+            normal, _ = normalise(to_float32(flat_x.rows(first, size), t.unpack), spec.eps)
             z[rows] = by_tile(lambda n: n * scale[...] + bias[...], normal).astype(z.dtype)
 
         sweep(t.height, size, lambda first, _: begin(first))

@@ -13,10 +13,11 @@ from kernels import dropout as drop
 from kernels.attention.gpu import KEPT, again, dropped, product, rounded
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import layer_norm
-from kernels.mlp.reference import MLPWeights
+from kernels.layer_norm.reference import EPS
+from kernels.mlp.reference import GELUS, MLPWeights
 
 
-def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, tokens=None):
+def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, tokens=None, eps=EPS):
     """As `reference.mlp_half`: the same arguments, the same result to rounding. tokens: as in the attention half."""
     norm_scale, norm_bias, w_in, b_in, w_out, b_out = weights
     b, t, d = x.shape
@@ -25,7 +26,7 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
 
     @again
     def project(x, norm_scale, norm_bias, w_in):
-        return checkpoint_name(product(layer_norm(x, norm_scale, norm_bias), w_in), KEPT)
+        return checkpoint_name(product(layer_norm(x, norm_scale, norm_bias, eps=eps), w_in), KEPT)
 
     @again
     def close(x, a, b_in, w_out, b_out):
@@ -53,7 +54,7 @@ _plus.defvjp(lambda acc_dtype, a, bias: (_plus(acc_dtype, a, bias), jnp.zeros(()
 
 
 def _gelu(x, form: str):
-    if form == "erf":
-        return jax.nn.gelu(x, approximate=False)
+    if form != "tanh":
+        return GELUS[form](x)
     # (1 + tanh(u)) / 2 is the logistic function of 2u: an exponential, where tanh is a quotient of polynomials
     return x * jax.nn.sigmoid((8 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))

@@ -27,10 +27,11 @@ from kernels import dropout as drop
 from kernels import parts
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
+from kernels.layer_norm.reference import EPS
 from kernels.mlp import backward, forward
 from kernels.mlp.plan import Plan, Shape, Tiling, cost
 from kernels.mlp.plan import plan as choose
-from kernels.mlp.reference import MLPWeights
+from kernels.mlp.reference import GELUS, MLPWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class _Spec:
     gelu: str
     rate: float
     residual_scale: float
+    eps: float
 
 
 def _shape(x, w_in) -> Shape:
@@ -193,13 +195,15 @@ def _check(x, weights: MLPWeights, gelu, dropout) -> None:
         if array.shape != shape:
             given = f"x of shape {x.shape} and in_kernel of shape {weights.in_kernel.shape}"
             raise ValueError(f"mlp_half: {name} has shape {array.shape}; {given} need {shape}")
-    if gelu not in ("tanh", "erf"):
-        raise ValueError(f"gelu={gelu!r}; known: 'tanh', 'erf'")
+    if gelu not in GELUS:
+        raise ValueError(f"gelu={gelu!r}; known: {', '.join(map(repr, GELUS))}")
     if dropout is not None and not 0.0 <= dropout.rate < 1.0:
         raise ValueError(f"dropout.rate is {dropout.rate}; it must be in [0, 1)")
 
 
-def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, launch: Launch, plan: Plan | None = None):
+def mlp_half(
+    x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, eps=EPS, launch: Launch, plan: Plan | None = None
+):
     """The MLP half of a block, as `reference.mlp_half` (shapes and meaning there), in one kernel forward and one backward.
 
     launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses. Differentiable in x and
@@ -212,7 +216,7 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
     plan = plan or choose(_shape(x, weights.in_kernel), launch.device)
-    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale))
+    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps))
     arrays = vary_alike(scalars, x, *weights)
     y: Any = _mlp_half(spec, plan, *arrays)  # Any: pyright cannot see through custom_vjp
     return y

@@ -71,10 +71,10 @@ def arguments(b, t, d, n, h, dtype, seed=0):
     )
 
 
-def check_half(b, t, d, n, h, dtype, *, where=None, dropout=None, residual_scale=1.0, seed=0, plan=None):
+def check_half(b, t, d, n, h, dtype, *, where=None, dropout=None, residual_scale=1.0, seed=0, plan=None, eps=1e-6):
     where = where or launch()
-    ours = partial(attention_half, num_heads=n, dropout=dropout, residual_scale=residual_scale, launch=where, plan=plan)
-    plain = partial(reference_half, num_heads=n, dropout=dropout, residual_scale=residual_scale)
+    ours = partial(attention_half, num_heads=n, dropout=dropout, residual_scale=residual_scale, launch=where, plan=plan, eps=eps)
+    plain = partial(reference_half, num_heads=n, dropout=dropout, residual_scale=residual_scale, eps=eps)
     oracle.check(ours, plain, arguments(b, t, d, n, h, dtype, seed), names=NAMES, seed=seed)
 
 
@@ -124,6 +124,11 @@ def test_half_agrees(device, b, t, heads, dtype, rate, seed):
     dropout = Dropout(rate, jnp.int32(seed), jnp.int32(1000)) if rate else None
     n, h = heads
     check_half(b, t, 128, n, h, dtype, where=launch(device), dropout=dropout, residual_scale=0.5 if seed % 2 else 1.0, seed=seed)
+
+
+@pytest.mark.parametrize("device", ["v3", "v5e"])
+def test_the_eps_of_the_norm_reaches_every_kernel(device):
+    check_half(1, 17, 128, 2, 64, jnp.float32 if device == "v5e" else jnp.bfloat16, where=launch(device), eps=3.0)
 
 
 @pytest.mark.parametrize(("t", "n", "h"), [(37, 3, 64), (129, 1, 80)], ids=["odd heads", "two columns of keys"])

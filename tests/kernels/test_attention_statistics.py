@@ -30,14 +30,22 @@ def case(b, t, d, n, h, dtype, seed=0):
     return x, AttentionWeights(*weights), jnp.asarray(apart)
 
 
-def by_hand(x, w, num_heads):
+def by_hand(x, w, num_heads, eps=1e-6):
     """Probabilities [B, N, T, T] in float64 NumPy, of the values that x has."""
     x, w = np.asarray(x, np.float64), [np.asarray(a, np.float64) for a in w]
-    z = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * w[0] + w[1]
+    z = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w[0] + w[1]
     q, k = ((z @ w[2][i] + w[3][i]).reshape(*x.shape[:2], num_heads, -1) for i in range(2))
     s = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
     e = np.exp(s - s.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("device", ["v3", "v5e"])
+def test_the_eps_of_the_norm_reaches_it(device):
+    x, weights, _ = case(1, 17, 128, 2, 64, jnp.float32)
+    for ours in (statistics.attention_statistics, partial(statistics_tpu.attention_statistics, launch=launch(device))):
+        found = ours(x, weights, num_heads=2, mean=True, eps=3.0).mean
+        np.testing.assert_allclose(found, by_hand(x, weights, 2, eps=3.0).mean(1), atol=1e-5)
 
 
 @settings(max_examples=3)

@@ -105,7 +105,7 @@ def test_attention_agrees_with_the_reference(heads, t, dtype, rate, residual_sca
 @example(
     gelu="tanh", t=1, dtype=jnp.bfloat16, rate=0.3, residual_scale=1.0, seed=1
 )  # gradients of the matrices in x's dtype fail here
-@given(gelu=st.sampled_from(["tanh", "erf"]), **CASES)
+@given(gelu=st.sampled_from(["tanh", "erf", "quick"]), **CASES)
 def test_mlp_agrees_with_the_reference(gelu, t, dtype, rate, residual_scale, seed):
     args = arrays(2, t, 64, 128, 1, dtype, seed)
     options = {"gelu": gelu, "residual_scale": residual_scale, "dropout": mask(rate, seed)}
@@ -125,6 +125,16 @@ def test_patch_embedding_agrees_with_the_reference(parts, cls, t, dtype, rate, r
         return lambda i, k, b, *more: f(i, k, b, more[0] if cls else None, more[-1], dropout=mask(rate, seed))
 
     oracle.check(run(patch_embed_gpu.patch_embed), run(patch_embed.patch_embed), args)
+
+
+@pytest.mark.parametrize("form", ["attention", "mlp"])
+def test_the_eps_of_the_norm_is_that_of_the_model(form):
+    args = arrays(2, 5, 64, 64, 3 if form == "attention" else 1, jnp.float32, 0)
+    half, plain, options = {
+        "attention": (attention_half, oracle.flat(attention.attention_half, attention.AttentionWeights), {"num_heads": 2}),
+        "mlp": (mlp_half, oracle.flat(mlp.mlp_half, mlp.MLPWeights), {"gelu": "quick"}),
+    }[form]
+    oracle.check(partial(half, eps=3.0, **options), partial(plain, eps=3.0, **options), args)
 
 
 @settings(max_examples=4)

@@ -29,10 +29,10 @@ def arrays(shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(x, dtype), jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
 
 
-def judge(args, launch=FAST, plan=None):
-    ours = partial(tpu.layer_norm, launch=launch, plan=plan)
+def judge(args, launch=FAST, plan=None, **options):
+    ours = partial(tpu.layer_norm, launch=launch, plan=plan, **options)
     oracle.assert_kernel_ran(ours, *args, name="layer_norm_forward")
-    oracle.check(ours, reference.layer_norm, args, names=("x", "scale", "bias"))
+    oracle.check(ours, partial(reference.layer_norm, **options), args, names=("x", "scale", "bias"))
 
 
 @settings(max_examples=8)
@@ -43,6 +43,13 @@ def judge(args, launch=FAST, plan=None):
 )
 def test_value_and_gradients_agree_with_the_reference(shape, dtype, seed):
     judge(arrays(shape, dtype, seed))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 3.0])
+def test_its_eps_is_that_of_the_model(eps):
+    """Rows of a deviation of some 1e-5, on which every one of them tells; the reference is held to float64 by the oracle."""
+    x, scale, bias = arrays((7, 48))
+    judge((x * (1e-5 if eps < 1 else 1), scale, bias), eps=eps)
 
 
 @pytest.mark.parametrize("rows", [5, 40])

@@ -48,6 +48,8 @@ def test_config_is_hashable_and_frozen():
         (dict(dropout=1.0), "dropout=1.0: a rate in"),
         (dict(pool="max"), "pool='max': 'token', 'gap', 'map', 'first' or 'none' is required"),
         (dict(gelu="relu"), "gelu='relu'"),
+        (dict(eps=0.0), "eps=0.0"),
+        (dict(eps="1e-6"), "eps='1e-6'"),
         (dict(representation_size=0), "representation_size=0"),
         (dict(hidden=3), "unknown field hidden of ViTConfig"),
     ],
