@@ -25,6 +25,7 @@ from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch
 from tests import oracle
+from vitcore.ops import INTERPRET
 
 NAMES = ("x", *RelativeWeights._fields)
 ours_half = oracle.flat(relative_tpu.attention_half, RelativeWeights)
@@ -177,11 +178,11 @@ def test_what_does_not_fit_is_xlas_and_says_so():
 
 
 def test_a_model_runs_on_the_kernels():
-    fields = {"image_size": 12, "patch_size": 2, "width": 32, "depth": 1, "mlp_dim": 32, "num_heads": 2, "num_classes": 3}
+    fields: Any = {"image_size": 12, "patch_size": 2, "width": 32, "depth": 1, "mlp_dim": 32, "num_heads": 2, "num_classes": 3}
     config = vitcore.ViTConfig(**fields, position="relative")
     params = vitcore.init(jax.random.key(0), config)
     images = normal(3, 2, 12, 12, 3)
-    run = partial(vitcore.apply, config=config, ops=vitcore.ops.INTERPRET)
+    run = partial(vitcore.apply, config=config, ops=INTERPRET)
     oracle.assert_kernel_ran(run, params, images, name="attention_relative_core_forward")
     plain = vitcore.apply(params, images, config, ops=vitcore.REFERENCE)
     np.testing.assert_allclose(run(params, images), plain, atol=1e-5)
