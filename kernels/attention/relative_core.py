@@ -40,11 +40,11 @@ from kernels.vmem import round_up
 # ---- the skew
 
 
-def _by_bits(value, far: Callable[[int], int]):
-    """Rows rotated right by far(row's number in its block of 8) lanes, which is at most 7."""
+def _by_bits(value, far: Callable, *, left: bool = False):
+    """Rows rotated right, or left, by far(row's number in its block of 8) lanes, which is at most 7."""
     place = iota(value.shape[0], 0) & (SUBLANES - 1)
     for bit in (1, 2, 4):
-        value = jnp.where((far(place) & bit) != 0, pltpu.roll(value, bit, 1), value)
+        value = jnp.where((far(place) & bit) != 0, pltpu.roll(value, value.shape[1] - bit if left else bit, 1), value)
     return value
 
 
@@ -55,11 +55,13 @@ def _by_blocks(value, far: Callable[[int], int]):
     return jnp.concatenate([pltpu.roll(block, far(SUBLANES * a) % lanes, 1) for a, block in enumerate(blocks)])
 
 
-def skew(value, reach: int, device: Device):
-    """[rows, W] float32 with row u rotated right by u - reach."""
+def skew(value, reach: int, tokens: int, device: Device):
+    """[rows, T] of [rows, W] float32, row u rotated right by u - reach."""
     if device.strided_roll:
-        return pltpu.roll(value, -reach % value.shape[1], 1, stride=1, stride_axis=0)
-    return _by_blocks(_by_bits(value, lambda place: place), lambda first: first - reach)
+        return pltpu.roll(value, -reach % value.shape[1], 1, stride=1, stride_axis=0)[:, :tokens]
+    # the blocks first, of which only the lanes that are wanted and 7 more go on
+    value = _by_blocks(value, lambda first: first + SUBLANES - 1 - reach)[:, : round_up(tokens + SUBLANES - 1, LANES)]
+    return _by_bits(value, lambda place: SUBLANES - 1 - place, left=True)[:, :tokens]
 
 
 def unskew(value, reach: int, lanes: int):
@@ -142,7 +144,7 @@ class _Core:
         """(2^(logits - max), their sum) of a tile of queries with all keys."""
         size = q.shape[0]
         w = self.window(start, size)
-        far = skew(cast_dot(q, self.positions(head, w), self.device), w.reach, self.device)[:, : self.total]
+        far = skew(cast_dot(q, self.positions(head, w), self.device), w.reach, self.total, self.device)
         if self.own is not None:
             own = (q.astype(F32) * self.own_row(head)).sum(1, keepdims=True)
             far = jnp.where(self.of_class(start, size), own, far)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from kernels import parts
 from kernels.attention.plan import BACKWARD_ROWS, FORWARD_ROWS, Refused
-from kernels.attention.tiling import UNROLLED, ProductTiles, Shape, group_lanes, heads_of, product_tiles
+from kernels.attention.tiling import ROWS, UNROLLED, ProductTiles, Shape, group_lanes, heads_of, product_tiles
 from kernels.device import LANES, SUBLANES, Device
 from kernels.parts import divisor
 from kernels.vmem import padded_bytes, round_up
@@ -60,6 +60,7 @@ def length(t: int, queries: int) -> int:
 # Float32 arrays that the compiler keeps in VMEM for each head of an unrolled step: [queries, T], [queries, window], [T, columns].
 FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = (2, 1, 3), (4, 2, 5)
 SHARE = 0.84  # of VMEM, by the count below; the rest is for spilled registers
+SHORT = 32  # tokens, fewer are XLA's: of 5 it takes a third of the kernels' cycles on v5e, of 50 a quarter more
 TOKENS = 1400  # most whose rows of keys are whole
 
 
@@ -131,24 +132,30 @@ class RelativePlan:
 @cache
 def plan(s: Shape, device: Device) -> RelativePlan | Refused:
     """The plan of the half, or why XLA does it: both passes are kernels or neither is."""
+    if s.t < SHORT:
+        return Refused(reason=f"relative positions: images of {s.t} tokens are shorter than the {SHORT} from which kernels gain")
     try:
         return RelativePlan(forward=_forward(s, device), backward=_backward(s, device))
     except NotImplementedError as error:
         return Refused(reason=str(error))
 
 
+def _together(s: Shape) -> Shape:
+    """Of as many images as a grid step of the products may take, each padded to whole registers: 64 of five tokens spill on v3."""
+    return s._replace(b=divisor(s.b, ROWS // round_up(s.t, 2 * SUBLANES)))
+
+
 def _forward(s: Shape, device: Device) -> RelativeForward:
     part = s._replace(b=s.b // parts.count(s.b, s.t, FORWARD_ROWS))
     return RelativeForward(
         images=part.b,
-        project=product_tiles("project", part, device),
         core=core_tiles(part, device, backward=False),
-        output=product_tiles("output", part, device),
+        **{step: product_tiles(step, _together(part), device) for step in ("project", "output")},
     )
 
 
 def _backward(s: Shape, device: Device) -> RelativeBackward:
     part = s._replace(b=s.b // parts.count(s.b, s.t, BACKWARD_ROWS))
     steps = ("project", "output_gradient", "output_weights", "projection_weights", "input_gradient")
-    tiles = {step: product_tiles(step, part, device) for step in steps}
+    tiles = {step: product_tiles(step, _together(part), device) for step in steps}
     return RelativeBackward(images=part.b, core=core_tiles(part, device, backward=True), **tiles)
