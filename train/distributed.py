@@ -49,8 +49,7 @@ class Layout:
     address: str | None = None
     count: int | None = None
     index: int | None = None
-    meets: tuple[str, int] | None = None
-    """Where the processes meet before they join, and which one this is, where a launcher's environment says both."""
+    meets: tuple[str, int] | None = None  # where they meet before, and which one this is, where a launcher's environment says both
 
 
 def parse(text: str) -> Layout | None:
@@ -103,9 +102,8 @@ def _detect() -> Layout | None:
     try:
         count, meets = found.get_process_count(), None
         if count > 1 and found.__name__ in _OF_A_PROCESS:
-            found.get_local_process_id()
+            found.get_local_process_id()  # what jax will ask
             meets = found.get_coordinator_address(None, None), found.get_process_id()
-            meeting.split(meets[0])
     except (KeyError, ValueError, AttributeError, TypeError, OSError, RuntimeError) as error:
         raise ValueError(
             f"--distributed auto: this looks like {name}, whose environment does not say which processes there are "
