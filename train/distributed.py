@@ -49,6 +49,7 @@ class Layout:
     address: str | None = None
     count: int | None = None
     index: int | None = None
+    meets: tuple[str, int] | None = None  # where they meet before, and which one this is, where a launcher's environment says both
 
 
 def parse(text: str) -> Layout | None:
@@ -99,13 +100,16 @@ def _detect() -> Layout | None:
         return None
     name = _NAMES.get(found.__name__, "Kubernetes")
     try:
-        count = found.get_process_count()
-    except (KeyError, ValueError, AttributeError, TypeError, OSError) as error:
+        count, meets = found.get_process_count(), None
+        if count > 1 and found.__name__ in _OF_A_PROCESS:
+            found.get_local_process_id()  # what jax will ask
+            meets = found.get_coordinator_address(None, None), found.get_process_id()
+    except (KeyError, ValueError, AttributeError, TypeError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"--distributed auto: this looks like {name}, whose environment does not say how many processes there are "
+            f"--distributed auto: this looks like {name}, whose environment does not say which processes there are "
             f"({type(error).__name__}: {error}): give --distributed HOST:PORT,N,ID, or --distributed off for one process"
         ) from error
-    return Layout(name=name, count=count) if count > 1 else None
+    return Layout(name=name, count=count, meets=meets) if count > 1 else None
 
 
 # What a launcher sets for each process that it starts; a shell within its allocation has the rest of its variables, and not these
@@ -132,6 +136,8 @@ def start(layout: Layout | None, *, heartbeat: int, shutdown: int, join: int = 3
             host, port = meeting.split(layout.address)
             place = meeting.bind_to(host)
             bind = None if place is None else f"[{place}]:{port}" if ":" in place else f"{place}:{port}"
+        elif layout.meets is not None and layout.count is not None:
+            meeting.meet(layout.meets[0], layout.count, layout.meets[1], timeout=join, asked=asked)
         jax.distributed.initialize(
             layout.address,
             layout.count,

@@ -19,10 +19,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from train.files import write_atomically
 from train.job import end, guard
 from train.options import InitOptions, MeshOptions, check_numbers, parse
 from train.signals import Watchdog
@@ -288,8 +290,7 @@ def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
                 | (told or {})
                 | {"accuracy": {str(k): v for k, v in found.items()}}
             )
-            with open(args.out, "w") as file:
-                json.dump(record, file, indent=2)
+            write_atomically(Path(args.out), json.dumps(record, indent=2) + "\n")
     return found, told
 
 

@@ -87,7 +87,7 @@ def _hash(path: str) -> str:
         pass  # what is no such file is said there
     try:
         with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]  # pyright: ignore[reportArgumentType]
     except OSError as error:
         raise WeightError(f"cannot open {path}: {error.strerror}") from error
 

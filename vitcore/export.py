@@ -35,6 +35,7 @@ from vitcore.model import apply
 from vitcore.normalisation import HALF, Pixels, normalise, said
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.ops import REFERENCE
+from vitcore.weight_files import appearing
 from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS
 from vitcore.weight_tree import about, describe, read
 
@@ -139,10 +140,10 @@ def _write(args) -> str:
         params, changed(config, gelu=args.gelu), batch=args.batch, dtype=jnp.dtype(args.dtype),
         platforms=tuple(args.platforms), pixels=wanted,
     )  # fmt: skip
-    partial = f"{args.target}.tmp"
-    with open(partial, "wb") as file:
+    with appearing(args.target) as (file, _):
         file.write(data)
-    os.replace(partial, args.target)
+        file.flush()
+        os.fsync(file.fileno())
     shape = [args.batch or "B", *config.image_shape, config.channels]
     where = ", ".join(args.platforms)
     return f"{args.target}: {len(data):,} bytes; images {shape} -> logits [B, {config.num_classes}]; {where}; {words}"

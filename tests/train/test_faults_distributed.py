@@ -336,6 +336,44 @@ def test_a_launcher_of_one_process_is_none(laptop):
     assert distributed.parse("auto") is None
 
 
+@pytest.mark.parametrize("whole", [SLURM, MPI])
+def test_a_launcher_whose_environment_is_not_whole_is_one_line_or_a_process_alone(laptop, whole):
+    """Each of its variables missing, or nonsense."""
+    said = []
+    for key in whole:
+        for value in (None, "nonsense"):
+            for other, known in whole.items():
+                laptop.setenv(other, known)
+            laptop.delenv(key) if value is None else laptop.setenv(key, value)
+            try:
+                found = distributed.parse("auto")
+            except ValueError as error:
+                said.append(str(error))
+            else:
+                assert found is None or found.meets is not None
+    assert said
+    assert all("\n" not in line and "--distributed HOST:PORT" in line for line in said)
+
+
+@pytest.mark.parametrize("environment", [SLURM, MPI])
+def test_processes_of_a_launcher_meet_before_they_join(laptop, environment):
+    """So that one that does not come is named, and a signal obeyed: jax's own join would end them by an abort."""
+    for key, value in environment.items():
+        laptop.setenv(key, value)
+    met = []
+
+    def meet(address, count, rank, *, timeout, asked):
+        met.append((address.rpartition(":")[0], count, rank, timeout))
+        raise distributed.meeting.Missed("process 2 did not come")
+
+    laptop.setattr(distributed.meeting, "meet", meet)
+    laptop.setattr(jax.distributed, "initialize", lambda *args, **kwargs: pytest.fail("it joined"))
+    with pytest.raises(ValueError, match="process 2 did not come"):
+        distributed.start(distributed.parse("auto"), heartbeat=10, shutdown=10, join=7)
+    assert len(met) == 1
+    assert met[0][1:] == (distributed.parse("auto").count, distributed.parse("auto").meets[1], 7)  # pyright: ignore
+
+
 def test_a_pod_is_a_rank_only_in_an_indexed_job(laptop):
     laptop.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     assert distributed.parse("auto") is None  # a notebook's pod

@@ -219,10 +219,10 @@ HANGS = """
 )
 def test_a_job_on_data_that_hangs_ends(tmp_path, name, options, what, words, doing):
     words = [str(tmp_path) if word == "O" else word for word in words]
-    job = python(HANGS.format(name=name, options=options, what=what), *words, "--workers", 1, "--step-timeout", 2)
+    job = python(HANGS.format(name=name, options=options, what=what), *words, "--workers", 1, "--step-timeout", 4)
     _, err = job.communicate(timeout=100)
     assert job.returncode == 1
-    assert f"hung for 2 s while {doing}" in err
+    assert f"hung for 4 s while {doing}" in err
     assert "(--step-timeout): the stacks of all threads follow" in err
 
 

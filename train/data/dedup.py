@@ -57,6 +57,7 @@ class Dedup:
 
 
 def run(args: Dedup) -> None:
+    _imagehash()  # is it there?
     with Watchdog(args.step_timeout):
         _run(args)
 
@@ -66,7 +67,6 @@ def _run(args: Dedup) -> None:
         raise ValueError(f"--distance {args.distance}: 0 to 31 of 64 bits are required")
     if args.workers < 1 or args.pairs < 1 or not args.against:
         raise ValueError("--workers, --pairs: positive numbers, and --against: at least one test set, are required")
-    _imagehash()
     source = open_source(args.src, args.split)
     tests = []
     for spec in args.against:
