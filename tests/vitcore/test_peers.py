@@ -319,14 +319,12 @@ def test_dinov2_of_transformers(torch, tmp_path, name):
     model = Dinov2Model(Dinov2Config(
         hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.num_heads,
         mlp_ratio=config.mlp_dim // config.width, image_size=config.image_size, patch_size=config.patch_size,
-    )).eval()  # fmt: skip
-    path = tmp_path / "model.safetensors"
-    weights.save(path, params, config, naming="transformers")
-    from safetensors.torch import load_file
-
-    state = {name.removeprefix("dinov2."): a for name, a in load_file(path).items()}
-    lost = model.load_state_dict(state, strict=False)
-    assert (set(lost.missing_keys), lost.unexpected_keys) == ({"embeddings.mask_token"}, [])
+    ))  # fmt: skip
+    model.config.save_pretrained(tmp_path)
+    weights.save(tmp_path / "model.safetensors", params, config, naming="transformers")
+    model, lost = Dinov2Model.from_pretrained(tmp_path, output_loading_info=True)  # it knows the names that files have
+    assert (set(lost["missing_keys"]), set(lost["unexpected_keys"])) == ({"embeddings.mask_token"}, set())
+    model.eval()
     images = images_of(config)
     theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).pooler_output
     agree(vitcore.features(params, images, config), theirs)
