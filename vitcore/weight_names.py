@@ -73,7 +73,7 @@ class Style:
     top_position: bool = False
     modules: bool = False
     bit: Literal["", "first", "later"] = ""
-    form: Literal["vit", "dinov2"] = "vit"
+    form: Literal["", "dinov2"] = ""
 
 
 def written(config, naming: Naming) -> Style:
@@ -98,7 +98,7 @@ def shapes(config) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 # What transformers' files call the parts of a block, by the form of their names.
 _TRANSFORMERS = {
-    "vit": {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp_in": "intermediate.dense", "mlp_out": "output.dense"},
+    "": {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp_in": "intermediate.dense", "mlp_out": "output.dense"},
     "dinov2": {"norm1": "norm1", "norm2": "norm2", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"},
 }
 
@@ -177,7 +177,7 @@ def style_of(names: Iterable[str]) -> Style | None:
             else 1,
             stacked=any(name.startswith("Transformer/encoderblock/") for name in rest),
             top_position="pos_embedding" in rest,
-            form="dinov2" if any(re.search(r"\.layer_scale\d\.lambda1$", name) for name in rest) else "vit",
+            form="dinov2" if any(re.search(r"\.layer_scale\d\.lambda1$", name) for name in rest) else "",
             modules=naming == "transformers" and any(re.match(r"layers\.\d", name) for name in rest),
             bit="first"
             if "root_block/standardized_conv2d/kernel" in rest
@@ -292,7 +292,7 @@ def infer(
         representation_size=found[pre][0] if len(found.get(pre, ())) == 1 else None,
         pool=pool,
         gelu="tanh" if style.naming == "release" else "erf",
-        eps=1e-12 if style.naming == "transformers" and style.form == "vit" else 1e-6,
+        eps=1e-12 if style.naming == "transformers" and not style.form else 1e-6,
         block="layerscale" if scaled else "encoder",
         stem=stem[0] if stem else None,
         position=position,

@@ -1,5 +1,7 @@
 """Families that people use most: LayerScale, positions without a class slot, their files' names, and what is refused by name."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from safetensors.numpy import save_file
 import vitcore
 from vitcore import weight_names, weight_tree
 
-SMALL = dict(image_size=16, patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=3, gelu="erf")
+SMALL: dict[str, Any] = dict(image_size=16, patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=3, gelu="erf")
 SCALED = vitcore.ViTConfig(**SMALL, block="layerscale")
 
 
