@@ -77,7 +77,7 @@ class Pretrain(AblationOptions, ImageOptions):
     """How tokens become one vector: class token, mean, attention pooling, or the first patch. Default: the recipe's or the
     model's own."""
     position: Literal[
-        "1d", "1d-layers", "1d-shared", "2d", "2d-layers", "2d-shared", "relative", "sincos2d", "none"
+        "1d", "1d-patches", "1d-layers", "1d-shared", "2d", "2d-layers", "2d-shared", "relative", "sincos2d", "none"
     ] | None = None  # fmt: skip
     """Position embedding (paper Table 8): at the stem, in each layer, or one table for all layers. Default: the recipe's or 1d."""
     representation_size: int | None = None

@@ -12,7 +12,7 @@ from kernels.attention.reference import AttentionWeights
 from kernels.mlp.reference import MLPWeights
 from vitcore.collectives import MIDDLE, sum_over_model, vary
 from vitcore.context import Layer
-from vitcore.parameters import ROWS, Leaf, Name, Split, dense, norm, normal, xavier, zeros
+from vitcore.parameters import ROWS, Leaf, Name, Split, constant, dense, norm, normal, xavier, zeros
 
 
 class Block(NamedTuple):
@@ -46,7 +46,7 @@ def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
         *norm(
             ("norm1",),
             d,
-            names={"release": "{block}/{norm1}", "timm": "{block}.norm1", "transformers": "{block}.layernorm_before"},
+            names={"release": "{block}/{norm1}", "timm": "{block}.norm1", "transformers": "{block}.{norm1}"},
         ),
         Leaf(
             path=("qkv", "kernel"),
@@ -123,7 +123,7 @@ def mlp_leaves(config) -> tuple[Leaf, ...]:
         *norm(
             ("norm2",),
             d,
-            names={"release": "{block}/{norm2}", "timm": "{block}.norm2", "transformers": "{block}.layernorm_after"},
+            names={"release": "{block}/{norm2}", "timm": "{block}.norm2", "transformers": "{block}.{norm2}"},
         ),
         *dense(
             ("mlp_in",),
@@ -137,7 +137,7 @@ def mlp_leaves(config) -> tuple[Leaf, ...]:
             names={
                 "release": "{block}/{mlp}/Dense_0",
                 "timm": "{block}.mlp.fc1",
-                "transformers": "{block}.intermediate.dense",
+                "transformers": "{block}.{mlp_in}",
                 "transformers/modules": "{block}.mlp.fc1",
             },
             multiply_adds={"mlp": t * d * f},
@@ -153,7 +153,7 @@ def mlp_leaves(config) -> tuple[Leaf, ...]:
             names={
                 "release": "{block}/{mlp}/Dense_1",
                 "timm": "{block}.mlp.fc2",
-                "transformers": "{block}.output.dense",
+                "transformers": "{block}.{mlp_out}",
                 "transformers/modules": "{block}.mlp.fc2",
             },
             multiply_adds={"mlp": t * d * f},
@@ -232,6 +232,39 @@ def _encoder(x, w, config, layer: Layer):
     return transform(checkpoint_name(x, MIDDLE), w, config, layer)
 
 
+# --- LayerScale (CaiT, arXiv:2103.17239, Eq. 5 to 8): what each half adds is multiplied channel by channel ---------------------
+
+LAYER_SCALE = 1e-5  # initial value: DINOv2's, and that of CaiT's deepest models
+
+
+def _scaled_leaves(config) -> tuple[Leaf, ...]:
+    def scale(name: str, number: int) -> Leaf:
+        names = {
+            "timm": (Name(f"{{block}}.ls{number}.gamma"),),
+            "transformers": (Name(f"{{block}}.layer_scale{number}.lambda1", when={"form": "dinov2"}),),
+        }
+        return Leaf(path=(name,), shape=(config.width,), initial=constant(LAYER_SCALE), names=names)
+
+    return (*attention_leaves(config), scale("scale1", 1), *mlp_leaves(config), scale("scale2", 2))
+
+
+def _folded(w) -> dict:
+    """The weights of a block without LayerScale that computes the same: s (o W + b) = o (W s) + b s.
+
+    Dropout multiplies each element alone and so commutes. The product is part of the traced program: gradients reach scale and
+    kernel through it, and every implementation of the halves carries it as it is. It costs D^2 + D F multiplications a layer.
+    """
+
+    def fold(dense, scale):
+        return {"kernel": dense["kernel"] * scale.astype(dense["kernel"].dtype), "bias": dense["bias"] * scale}
+
+    return {**w, "out": fold(w["out"], w["scale1"]), "mlp_out": fold(w["mlp_out"], w["scale2"])}
+
+
+def _scaled(x, w, config, layer: Layer):
+    return _encoder(x, _folded(w), config, layer)
+
+
 # --- the axial block (paper, appendix D.6): attention along rows and an MLP, then along columns and an MLP --------------------
 
 
@@ -282,6 +315,12 @@ BLOCKS: dict[str, Block] = {
     "encoder": Block(
         leaves=lambda config: (*attention_leaves(config), *mlp_leaves(config)),
         apply=_encoder,
+        maps=attention_maps,
+        statistics=attention_statistics,
+    ),
+    "layerscale": Block(
+        leaves=_scaled_leaves,
+        apply=_scaled,
         maps=attention_maps,
         statistics=attention_statistics,
     ),

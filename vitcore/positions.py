@@ -64,6 +64,22 @@ def _learned(config) -> tuple[Leaf, ...]:
     )
 
 
+def _of_patches(config) -> tuple[Leaf, ...]:
+    """DeiT-III's: the class token has no entry."""
+    rows, columns = config.grid
+    shape = (rows * columns, config.width)
+    names = {"timm": (Name("pos_embed", shape=(1, *shape)),)}
+    return (Leaf(path=("patch_embed", "position"), shape=shape, initial=normal(0.02), split=(None, ROWS), names=names),)
+
+
+def _without_class(p, config):
+    return jnp.pad(p["position"], ((config.class_tokens, 0), (0, 0)))
+
+
+def _fit_patches(name, array, config, new, method):
+    return posemb.fit(array, grid=config.grid, to=new.grid, class_slots=0, method=method) if name == "position" else array
+
+
 # --- the other entries of Table 8, and sincos2d -------------------------------------------------------------------------------
 
 
@@ -187,6 +203,8 @@ def _one(p, config):
 POSITIONS: dict[str, Position] = {
     # learned, one entry for each token in row-major order: the paper's own
     "1d": Position(fit=_fit_grid, leaves=_learned, table=_one),
+    # the same without an entry for the class token, which no position is added to (DeiT-III)
+    "1d-patches": Position(fit=_fit_patches, leaves=_of_patches, table=_without_class),
     "1d-layers": Position(
         fit=_fit_grid,
         leaves=_none,

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vitcore.config import SMALLEST_EPS
 from vitcore.families import restored
 from vitcore.normalisation import CLIP, HALF, IMAGENET, Pixels, pixels, said
 from vitcore.weight_files import WeightError
@@ -27,16 +28,17 @@ _FAMILIES = (
     ("CLIP's", r"(?<![a-z])clip", CLIP),
     ("ImageNet's", r"deit|dino|(?<![a-z])mae(?![a-z])", IMAGENET),
 )
-_GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+_GELU = {"quick_gelu": "quick", "gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 
 
 class About(NamedTuple):
-    """config: all fields of the model's, None where the file is not ours. heads, gelu: where something says. classes, pixels, data:
+    """config: all fields of the model's, None where the file is not ours. heads, gelu, eps: where said. classes, pixels, data:
     None where nothing does."""
 
     config: dict[str, Any] | None = None
     heads: int | None = None
     gelu: str | None = None
+    eps: float | None = None
     classes: tuple[str, ...] | None = None
     pixels: Pixels | None = None
     data: dict | None = None
@@ -65,7 +67,9 @@ def read(path: str, metadata: Mapping[str, str]) -> About:
             restored(config)
             classes = tuple(map(str, told["classes"])) if "classes" in told else None
             wanted = pixels(told["mean"], told["std"])
-            return About(config, config.get("num_heads"), config.get("gelu"), classes, wanted, told.get("data_seen"))
+            return About(
+                config, config.get("num_heads"), config.get("gelu"), config.get("eps"), classes, wanted, told.get("data_seen")
+            )  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightError(
                 f"{path}: what it says of its model is damaged or of another version ({error}): get it again"
@@ -85,6 +89,9 @@ def _beside(path: str) -> About:
         if act not in _GELU:
             raise WeightError(f"{path} is of a model with {act!r} by the config.json beside it: 'gelu' is supported")
         found = found._replace(gelu=_GELU[act])
+    eps = vision.get("layer_norm_eps")
+    if isinstance(eps, int | float) and SMALLEST_EPS <= eps < 1:
+        found = found._replace(eps=float(eps))
     cfg = _part(model, "pretrained_cfg")
     for mean, std in ((processor.get("image_mean"), processor.get("image_std")), (cfg.get("mean"), cfg.get("std"))):
         if mean is not None and std is not None and found.pixels is None:

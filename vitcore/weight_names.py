@@ -63,7 +63,8 @@ class Style:
     """How a file names things. numbering (release): 1 counts all parts of a block on (MlpBlock_3), 0 each kind for itself
     (MlpBlock_0). stacked (release): blocks along a leading axis. top_position (release): `pos_embedding` at the top, without a
     class slot. modules (transformers): the names in memory. bit (release): of a pre-activation ResNet, "first" for the names of its
-    first release and "later" for those of the later code. prefix: before every name."""
+    first release and "later" for those of the later code. form (transformers): whose names a block's
+    parts have. prefix: before every name."""
 
     naming: Naming = "release"
     prefix: str = ""
@@ -72,12 +73,15 @@ class Style:
     top_position: bool = False
     modules: bool = False
     bit: Literal["", "first", "later"] = ""
+    form: Literal["", "dinov2"] = ""
 
 
 def written(config, naming: Naming) -> Style:
     """The style in which a model is written."""
     if naming == "release" and isinstance(config, ResNetConfig) and config.stem.form == "pre":
         return Style(bit="first", prefix="resnet/")
+    if naming == "transformers" and getattr(config, "block", None) == "layerscale":
+        return Style(naming=naming, form="dinov2", prefix="dinov2.")
     return Style(naming=naming, prefix="vit." if naming == "transformers" else "")
 
 
@@ -92,6 +96,13 @@ def shapes(config) -> dict[tuple[str, ...], tuple[int, ...]]:
     return parameters.shapes(families.leaves(config))
 
 
+# What transformers' files call the parts of a block, by the form of their names.
+_TRANSFORMERS = {
+    "": {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp_in": "intermediate.dense", "mlp_out": "output.dense"},
+    "dinov2": {"norm1": "norm1", "norm2": "norm2", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"},
+}
+
+
 def words(style: Style, layer: int | None = None) -> dict[str, str]:
     """What stands for the words in braces of a `parameters.Name`, in a file of this style; {block} is a layer, None all of them."""
     if style.naming == "release":
@@ -104,7 +115,8 @@ def words(style: Style, layer: int | None = None) -> dict[str, str]:
             "norm2": f"LayerNorm_{norm2}",
             "mlp": f"MlpBlock_{mlp}",
         }
-    return {"block": f"{'blocks' if style.naming == 'timm' else 'layers' if style.modules else 'encoder.layer'}.{layer}"}
+    parts = _TRANSFORMERS[style.form] if style.naming == "transformers" else {}
+    return parts | {"block": f"{'blocks' if style.naming == 'timm' else 'layers' if style.modules else 'encoder.layer'}.{layer}"}
 
 
 @cache
@@ -143,7 +155,7 @@ _KNOWN: tuple[tuple[Naming, str], ...] = (
         "release",
         r"(|params/|opt/target/|target/|resnet/)(?:embedding/|cls$|Transformer/|pos_embedding$|head/kernel|conv_root/|root_block/)",
     ),
-    ("transformers", r"(|vit\.)(?:embeddings\.|encoder\.layer\.|layers\.\d)"),
+    ("transformers", r"(|vit\.|dinov2\.)(?:embeddings\.|encoder\.layer\.|layers\.\d)"),
     ("timm", r"()(?:patch_embed\.|blocks\.\d|pos_embed$|cls_token$|stem\.conv|stages\.\d)"),
 )
 
@@ -165,6 +177,7 @@ def style_of(names: Iterable[str]) -> Style | None:
             else 1,
             stacked=any(name.startswith("Transformer/encoderblock/") for name in rest),
             top_position="pos_embedding" in rest,
+            form="dinov2" if any(re.search(r"\.layer_scale\d\.lambda1$", name) for name in rest) else "",
             modules=naming == "transformers" and any(re.match(r"layers\.\d", name) for name in rest),
             bit="first"
             if "root_block/standardized_conv2d/kernel" in rest
@@ -173,6 +186,29 @@ def style_of(names: Iterable[str]) -> Style | None:
             else "",
         )
     return None
+
+
+_REFUSED = (
+    (r"\.mlp\.(weights_in|w12|w1_w2)\.", "a SwiGLU MLP (DINOv2-giant)"),
+    (
+        r"(^|\.)(rope_embed|rope)\.|\.mlp\.fc1_g\.|\.mlp\.w[123]\.|\.gamma_1$",
+        "rotary positions or EVA's blocks (DINOv3, EVA-02, BEiT)",
+    ),
+    (r"(^|\.)(reg_token|register_tokens)$", "register tokens (DINOv2 with registers, DINOv3)"),
+    (r"(^|\.)(dist_token|distillation_token)$", "a distillation token (DeiT distilled)"),
+    (r"(^|\.)(norm_pre|pre_layrnorm)\.", "a layer norm in front of its blocks (CLIP)"),
+    (r"^(vision_model\.|attn_pool\.)", "SigLIP's or CLIP's vision tower in these names: the release's .npz of SigLIP is read"),
+    (r"\.(q_norm|k_norm)\.", "normalised queries and keys"),
+    (r"^fc_norm\.", "its last norm behind the mean of the tokens (fc_norm)"),
+    (r"\.relative_position_bias_table$", "relative position biases (BEiT)"),
+)
+
+
+def refuse(found: Iterable[str]) -> None:
+    """Raise ValueError, by its name, where the names of arrays tell of a model that there is no entry for."""
+    for pattern, what in _REFUSED:
+        if names := [name for name in found if re.search(pattern, name)]:
+            raise ValueError(f"the model has {what}, which is not supported ({names[0]})")
 
 
 def infer(
@@ -187,6 +223,8 @@ def infer(
     position embedding is how there is none. num_classes is 1 where there is no head; gelu is tanh for the release, erf for the
     others, as their models compute. Raises ValueError for the first thing that makes no model, or is open and not said.
     """
+
+    refuse(found)
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if len(found.get(name, ())) != rank or 0 in found[name]:
@@ -215,7 +253,7 @@ def infer(
         width, channels, side, other = shape(f"{projection}.weight", 4)
         block = "blocks" if timm else "layers" if style.modules else "encoder.layer"
         depth = _count(found, rf"{p}{re.escape(block)}\.(\d+)\.")
-        mlp_dim = shape(f"{p}{block}.0.{'mlp.fc1' if timm or style.modules else 'intermediate.dense'}.bias", 1)[0]
+        mlp_dim = shape(f"{p}{block}.0.{'mlp.fc1' if timm or style.modules else words(style, 0)['mlp_in']}.bias", 1)[0]
         heads = heads or known_heads(width, depth, mlp_dim)
         table = "pos_embed" if timm else f"{p}embeddings.position_embeddings"
         cls = "cls_token" if timm else f"{p}embeddings.cls_token"
@@ -223,14 +261,18 @@ def infer(
         head = "head.bias" if timm else "classifier.bias"
     if side != other:
         raise ValueError(f"no model can be made out: patches are {side} x {other}, square ones are required")
+    scaled = style.form == "dinov2" or (style.naming == "timm" and "blocks.0.ls1.gamma" in found)
     has_class, has_map = cls in found, f"{p}MAPHead_0/probe" in found
     pool = (
         "token" if has_class else "map" if has_map else _said("pool", pool, "no class token and no attention pooling", OPEN_POOLS)
     )
-    if table in found or position in (None, "1d"):
+    if table in found or position in (None, "1d", "1d-patches"):
         if table not in found and style.naming == "release":
             _said("position", None, "no position embedding", OPEN_POSITIONS)
-        position, patches = "1d", math.prod(shape(table, 3)[:2]) - int(has_class and not style.top_position)
+        entries_there = math.prod(shape(table, 3)[:2])
+        bare = has_class and style.naming == "timm" and (scaled or position == "1d-patches") and _bare(entries_there, grid)
+        position = "1d-patches" if bare else "1d"
+        patches = entries_there - int(has_class and not style.top_position and not bare)
         rows, columns = grid or (math.isqrt(max(patches, 0)),) * 2
         if rows * columns != patches or patches < 1:
             raise ValueError(f"no model can be made out: the position embedding has {patches} patches, no square: say its grid")
@@ -250,9 +292,18 @@ def infer(
         representation_size=found[pre][0] if len(found.get(pre, ())) == 1 else None,
         pool=pool,
         gelu="tanh" if style.naming == "release" else "erf",
+        eps=1e-12 if style.naming == "transformers" and not style.form else 1e-6,
+        block="layerscale" if scaled else "encoder",
         stem=stem[0] if stem else None,
         position=position,
     )
+
+
+def _bare(entries: int, grid) -> bool:
+    """Whether a table beside a class token is of the patches alone: by the grid, or as a square that it is not without one."""
+    if grid is not None:
+        return entries == grid[0] * grid[1]
+    return math.isqrt(entries) ** 2 == entries
 
 
 def _said(what: str, value: str | None, there: str, choices: tuple[str, ...]) -> str:

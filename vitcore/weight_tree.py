@@ -29,7 +29,7 @@ from vitcore.normalisation import HALF, Pixels
 from vitcore.parameters import flat, nested
 from vitcore.resnet_models import ResNetConfig
 from vitcore.weight_files import Stored, WeightError
-from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, nameless, shapes, style_of, written
+from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, nameless, refuse, shapes, style_of, written
 
 PATCHES = ("patch_embed", "kernel")
 MOST_SIDE = 1024  # of a patch that is to be resampled
@@ -140,7 +140,9 @@ def read(path, config, *, new_head: bool = False, grid=None, interpolation="corn
 def _agrees(path: str, about: weight_about.About, config) -> None:
     """Raise where a file of ours says of its model what no array shows, and the config says otherwise."""
     told = about.config or {}
-    other = [name for name in ("num_heads", "gelu", "pool") if name in told and told[name] != getattr(config, name, told[name])]
+    other = [
+        name for name in ("num_heads", "gelu", "eps", "pool") if name in told and told[name] != getattr(config, name, told[name])
+    ]
     if other:
         said = ", ".join(f"{name}={told[name]!r}, not {getattr(config, name)!r}" for name in other)
         raise WeightError(f"{path} is of a model with {said}: give the config it was saved with, or change that of the result")
@@ -202,6 +204,8 @@ def describe(
                 )  # fmt: skip
                 if style.naming != "release" and told.gelu is not None and isinstance(found, ViTConfig):
                     found = dataclasses.replace(found, gelu=told.gelu)  # pyright: ignore[reportArgumentType]
+                if style.naming != "release" and told.eps is not None and isinstance(found, ViTConfig):
+                    found = dataclasses.replace(found, eps=told.eps)
         except WeightError:
             raise
         except ValueError as error:
@@ -259,6 +263,10 @@ def _style(path: str, names) -> Style:
             f"{path} holds an MLP-Mixer (MixerBlock_0 ...), which is no model of vitcore: it has ViTs, hybrids and ResNets"
         )
     if style is None:
+        try:
+            refuse(names)
+        except ValueError as error:
+            raise WeightError(f"{path}: {error}") from error
         some = ", ".join(sorted(names)[:3]) or "nothing"
         raise WeightError(f"{path} holds no Vision Transformer as the release, timm or transformers name it, but {some}, ...")
     return style
@@ -272,6 +280,8 @@ def _is_head(name: str, style: Style) -> bool:
 
 def _is_other(name: str, style: Style) -> bool:
     """Whether an entry lies beside the parameters: the optimizer's state and counters of a training run."""
+    if name.endswith("embeddings.mask_token"):  # of DINOv2's training
+        return True
     return style.naming == "release" and not (style.prefix and name.startswith(style.prefix)) and name.startswith(
         ("opt/", "extra/", "state/", "step", "chrono/")
     )  # fmt: skip
@@ -368,7 +378,7 @@ def _shape(shape) -> str:
 def _position(path: str, array: np.ndarray, config, style: Style, grid, interpolation) -> np.ndarray:
     """The file's [1, T', D] as our [T, D]: the class slot put in or taken out, the patches fitted to the config's grid."""
     table = array.reshape(-1, config.width)
-    ours = config.class_tokens
+    ours = config.class_tokens if config.position == "1d" else 0
     theirs = 0 if style.top_position else ours
     patches = len(table) - theirs
     square = math.isqrt(max(patches, 0)) ** 2 == patches and patches > 0

@@ -293,3 +293,53 @@ def test_resnets_and_hybrids_are_timm_s(tmp_path, torch, timm, theirs, name, siz
     read = vitcore.load(tmp_path / "theirs.safetensors", config)
     jax.tree.map(np.testing.assert_array_equal, read, params)
     agree(jax.jit(lambda p, x: vitcore.apply(p, x, config))(read, images), logits)
+
+
+FAMILIES = {"small": SMALL, "ViT-S/14": None}
+
+
+def of_family(name, **more):
+    shape = SMALL if name == "small" else {f: getattr(vitcore.variant("ViT-S/14", image_size=56), f) for f in SMALL}
+    return vitcore.ViTConfig(
+        image_size=4 * shape["patch_size"],
+        num_classes=0,
+        gelu="erf",
+        block="layerscale",
+        **shape | {"mlp_dim": 4 * shape["width"]},
+        **more,
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dinov2_of_transformers(torch, tmp_path, name):
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = of_family(name)
+    params = random_params(config)
+    model = Dinov2Model(Dinov2Config(
+        hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.num_heads,
+        mlp_ratio=config.mlp_dim // config.width, image_size=config.image_size, patch_size=config.patch_size,
+    ))  # fmt: skip
+    model.config.save_pretrained(tmp_path)
+    weights.save(tmp_path / "model.safetensors", params, config, naming="transformers")
+    model, lost = Dinov2Model.from_pretrained(tmp_path, output_loading_info=True)  # it knows the names that files have
+    assert (set(lost["missing_keys"]), set(lost["unexpected_keys"])) == ({"embeddings.mask_token"}, set())
+    model.eval()
+    images = images_of(config)
+    theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).pooler_output
+    agree(vitcore.features(params, images, config), theirs)
+
+
+@pytest.mark.parametrize("position", ["1d", "1d-patches"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dinov2_and_deit3_of_timm(torch, timm, tmp_path, name, position):
+    config = of_family(name, position=position)
+    params = random_params(config)
+    model = timm_model(timm, config, init_values=1e-5, no_embed_class=position == "1d-patches")
+    path = tmp_path / "model.safetensors"
+    weights.save(path, params, config)
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(path))
+    images = images_of(config)
+    agree(vitcore.features(params, images, config), model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())))

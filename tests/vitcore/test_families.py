@@ -1,0 +1,113 @@
+"""Families that people use most: LayerScale, positions without a class slot, their files' names, and what is refused by name."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import vitcore
+from vitcore import weight_names, weight_tree
+
+SMALL: dict[str, Any] = dict(image_size=16, patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=3, gelu="erf")
+SCALED = vitcore.ViTConfig(**SMALL, block="layerscale")
+
+
+def moved(config):
+    params = vitcore.init(jax.random.key(0), config)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(tree, [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)])
+
+
+def images():
+    return jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
+
+
+def test_layer_scale_is_the_plain_block_with_scaled_outputs():
+    """And it starts as nearly the identity, which the plain block does not."""
+    params = moved(SCALED)
+    blocks = dict(params["blocks"])
+    for dense, scale in (("out", blocks.pop("scale1")), ("mlp_out", blocks.pop("scale2"))):
+        blocks[dense] = {"kernel": blocks[dense]["kernel"] * scale[:, None], "bias": blocks[dense]["bias"] * scale}
+    plain = vitcore.apply({**params, "blocks": blocks}, images(), vitcore.ViTConfig(**SMALL))
+    np.testing.assert_allclose(vitcore.apply(params, images(), SCALED), plain, rtol=1e-5, atol=1e-6)
+    fresh = vitcore.init(jax.random.key(0), SCALED)
+    first, last = vitcore.features(fresh, images(), SCALED, blocks=(1, 2))
+    assert 0 < np.abs(first - last).max() < 1e-3
+
+
+def test_the_kernels_carry_layer_scale_and_its_gradients():
+    def loss(ops):
+        return jax.value_and_grad(lambda p: (vitcore.apply(p, images(), SCALED, ops=ops) ** 2).sum())(moved(SCALED))
+
+    for ours, plain in zip(jax.tree.leaves(loss(vitcore.INTERPRET)), jax.tree.leaves(loss(vitcore.REFERENCE)), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * float(jnp.abs(plain).max()))
+
+
+def test_a_position_without_class_slot_leaves_the_class_token_alone():
+    bare = vitcore.ViTConfig(**SMALL, position="1d-patches")
+    params, whole = moved(bare), moved(vitcore.ViTConfig(**SMALL))
+    table = jnp.concatenate([jnp.zeros((1, 32)), params["patch_embed"]["position"]])
+    whole = {**params, "patch_embed": {**params["patch_embed"], "position": table}}
+    np.testing.assert_allclose(
+        vitcore.apply(params, images(), bare), vitcore.apply(whole, images(), vitcore.ViTConfig(**SMALL)), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("position", ["1d", "1d-patches"])
+@pytest.mark.parametrize("naming", ["timm", "transformers"])
+def test_others_files_say_their_family(tmp_path, naming, position):
+    """Without our metadata the names alone tell of LayerScale, of the class slot and of eps."""
+    config = vitcore.ViTConfig(**SMALL, block="layerscale", position=position)
+    params, path = moved(config), tmp_path / "w.safetensors"
+    if naming == "transformers" and position != "1d":
+        with pytest.raises(ValueError, match="no name for this config's patch_embed/position"):
+            vitcore.save(path, params, config, naming=naming)
+        return
+    style = weight_names.written(config, naming)
+    leaves = {tuple(k.key for k in at): np.asarray(a) for at, a in jax.tree_util.tree_leaves_with_path(params)}
+    arrays = {e.name: np.ascontiguousarray(e.to_file(leaves[e.path])) for e in weight_names.entries(config, style)}
+    if naming == "transformers":
+        assert {"dinov2.encoder.layer.1.layer_scale2.lambda1", "dinov2.encoder.layer.0.norm1.weight"} <= set(arrays)
+        arrays["dinov2.embeddings.mask_token"] = np.zeros((1, 32), np.float32)
+    save_file(arrays, path)
+    found, of = vitcore.load(path, heads=4)
+    assert of == config
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("blocks.0.mlp.w12.weight", "SwiGLU"),
+        ("encoder.layer.0.mlp.weights_in.weight", "SwiGLU"),
+        ("rope.freqs", "DINOv3, EVA-02"),
+        ("reg_token", "register tokens"),
+        ("dist_token", "distillation token"),
+        ("norm_pre.weight", "CLIP"),
+        ("fc_norm.weight", "fc_norm"),
+    ],
+)
+def test_what_has_no_entry_is_refused_by_its_name(tmp_path, name, said):
+    save_file(
+        {"patch_embed.proj.weight": np.zeros((8, 3, 4, 4), np.float32), name: np.zeros(8, np.float32)}, tmp_path / "w.safetensors"
+    )
+    with pytest.raises(ValueError, match=f"w.safetensors: the model has .*{said}.*, which is not supported"):
+        vitcore.load(tmp_path / "w.safetensors", heads=2)
+
+
+def test_eps_is_that_of_the_file(tmp_path):
+    config = vitcore.ViTConfig(**SMALL)
+    vitcore.save(tmp_path / "ours.safetensors", moved(config), config, naming="transformers")
+    from safetensors.numpy import load_file
+
+    save_file(load_file(tmp_path / "ours.safetensors"), tmp_path / "w.safetensors")
+    assert weight_tree.describe(tmp_path / "w.safetensors", heads=4)[1].eps == 1e-12
+    (tmp_path / "config.json").write_text('{"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}')
+    found = weight_tree.describe(tmp_path / "w.safetensors", heads=4)[1]
+    assert (found.eps, found.gelu) == (1e-5, "quick")
+    with pytest.raises(ValueError, match=r"of a model with eps=1e-06, not 0\.001"):
+        vitcore.load(tmp_path / "ours.safetensors", vitcore.ViTConfig(**SMALL, eps=1e-3))
