@@ -20,9 +20,10 @@ from jax.experimental.layout import Format, Layout
 from bench import shapes
 from bench.peers import FLAX, vit
 from bench.peers import attention as peers
-from kernels.attention import relative, statistics_tpu
 from kernels.attention.reference import AttentionWeights
-from kernels.attention.relative import RelativeWeights
+from kernels.attention.relative import reference as relative
+from kernels.attention.relative.reference import RelativeWeights
+from kernels.attention.statistics import tpu as statistics_tpu
 from kernels.device import from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch

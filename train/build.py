@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kernels.attention.hopper_plan import refuses
+from kernels.attention.hopper.plan import refuses
 from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches, train_batches

@@ -14,7 +14,7 @@ class Capture(NamedTuple):
 
     features: the blocks whose outputs are kept. maps: the blocks whose attention maps are kept. statistics: the blocks of whose
     attention these statistics are kept: mean, the maps' mean over the heads; row, the first token's row of each head's map;
-    distances, of pairs of tokens, [T, T] numbers: how far each head looks (`kernels/attention/statistics.py`).
+    distances, of pairs of tokens, [T, T] numbers: how far each head looks (`kernels/attention/statistics/reference.py`).
     """
 
     features: tuple[int, ...] = ()

@@ -10,7 +10,7 @@ wrapper for a user's own mesh.
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention.statistics import Statistics
+from kernels.attention.statistics.reference import Statistics
 from vitcore import families, parameters, vit
 from vitcore.config import ViTConfig
 from vitcore.context import Capture, Context

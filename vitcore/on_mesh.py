@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels.attention.statistics import Statistics
+from kernels.attention.statistics.reference import Statistics
 from vitcore.collectives import MeshShape
 from vitcore.context import Capture, Context
 from vitcore.model import asked_for, blocks_of, check, forward, representation

@@ -8,11 +8,11 @@ import jax
 
 from kernels.attention import gpu as attention_gpu
 from kernels.attention import reference as attention
-from kernels.attention import relative as attention_relative
-from kernels.attention import relative_tpu as attention_relative_tpu
-from kernels.attention import statistics as attention_statistics
-from kernels.attention import statistics_tpu as attention_statistics_tpu
 from kernels.attention import tpu as attention_tpu
+from kernels.attention.relative import reference as attention_relative
+from kernels.attention.relative import tpu as attention_relative_tpu
+from kernels.attention.statistics import reference as attention_statistics
+from kernels.attention.statistics import tpu as attention_statistics_tpu
 from kernels.device import DEVICES
 from kernels.launch import Launch, here
 from kernels.layer_norm import reference as layer_norm
@@ -35,9 +35,9 @@ class Ops(NamedTuple):
     policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
     save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
     inside a `custom_vjp` what they save, and ops that leave it to differentiation.
-    relative_half: the attention half with relative positions, `kernels/attention/relative.py`, by default that; relative_by_xla:
+    relative_half: the attention half with relative positions, `kernels/attention/relative/reference.py`, by default that; relative_by_xla:
     why XLA does it for a `tiling.Shape`, "" where a kernel does.
-    attention_statistics: what `kernels/attention/statistics.py` says of a block's attention. No logits need it, and by default XLA
+    attention_statistics: what `kernels/attention/statistics/reference.py` says of a block's attention. No logits need it, and by default XLA
     does it.
     """
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention import relative
+from kernels.attention.relative import reference as relative
 from vitcore import posemb
 from vitcore.collectives import sum_over_model, vary
 from vitcore.parameters import ROWS, Leaf, Name, Split, normal

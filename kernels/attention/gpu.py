@@ -3,8 +3,8 @@
 The same as `reference.py` but for what goes through memory:
 - An activation is rounded to x's dtype where it is made (the accumulator inside is float32). The reference keeps products float32,
   and then those of the backward pass read float32 operands, which costs the tensor cores two to four times as much.
-- Probabilities never exist in memory: the kernel in `hopper.py` makes them from q, k, v, forward and backward, or else cuDNN does.
-  What neither takes goes through XLA. `implementation` says which it is, `hopper_plan.refuses` why it is not ours.
+- Probabilities never exist in memory: the kernel in `hopper/` makes them from q, k, v, forward and backward, or else cuDNN does.
+  What neither takes goes through XLA. `implementation` says which it is, `hopper.plan.refuses` why it is not ours.
 - What the backward pass needs is x, its rows' statistics, q, k, v and the heads' output, in x's dtype; all that is elementwise is
   computed again.
 - Keys and values take no bias, and so no pass over them: a key's shifts all logits of a query alike, which softmax undoes, and a
@@ -22,7 +22,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
-from kernels.attention.hopper_plan import refuses
+from kernels.attention.hopper.plan import refuses
 from kernels.attention.reference import AttentionWeights
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import STATISTICS, layer_norm
@@ -106,7 +106,7 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
 def _core(q, k, v, tokens: int, by: Literal["hopper", "cudnn", "xla"]) -> jax.Array:
     """Attention of q, k, v [B, T, N, H], of whose rows the first `tokens` are keys."""
     if by == "hopper":
-        from kernels.attention.hopper import attention  # Mosaic GPU takes a third of a second to import
+        from kernels.attention.hopper.forward import attention  # Mosaic GPU takes a third of a second to import
 
         return attention(q, k, v, tokens=tokens)
     b, t, *_ = q.shape

@@ -4,7 +4,7 @@
 
 with s = residual_scale. Backward saves x and the weights alone, and recomputes z, q, k and v.
 
-`plan.py` says which kernels run, general_forward.py, general_backward.py, float32_forward.py and float32_backward.py hold them. The
+`plan.py` says which kernels run, `general/` and `float32/` hold them. The
 arrays between kernels pass through HBM while the MXU works; the batch is taken in parts, so that they take little room there. The
 kernels find a part's images in the whole x and dy by the first one's number; dx takes the place of dy.
 
@@ -21,9 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
 from kernels import parts
-from kernels.attention import float32_backward, float32_forward, general_backward, general_forward
 from kernels.attention import plan as planning
-from kernels.attention.general_forward import Static
+from kernels.attention.float32 import backward as float32_backward
+from kernels.attention.float32 import forward as float32_forward
+from kernels.attention.general import backward as general_backward
+from kernels.attention.general import forward as general_forward
+from kernels.attention.general.forward import Static
 from kernels.attention.plan import CorePlan, Float32Backward, FusedForward, GeneralBackward, GeneralForward, Plan, Refused
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.tiling import CoreTiles, Float32Core, Shape

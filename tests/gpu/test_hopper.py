@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kernels.attention import gpu as attention_gpu
-from kernels.attention import hopper
-from kernels.attention.hopper_plan import CAPABILITY
+from kernels.attention.hopper import forward as hopper
+from kernels.attention.hopper.plan import CAPABILITY
 from tests import oracle
 
 pytestmark = pytest.mark.gpu

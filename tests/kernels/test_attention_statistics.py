@@ -14,8 +14,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from bench.tpu_compiler import Program, compile_programs
-from kernels.attention import statistics, statistics_tpu
 from kernels.attention.reference import AttentionWeights
+from kernels.attention.statistics import reference as statistics
+from kernels.attention.statistics import tpu as statistics_tpu
 from kernels.attention.tiling import Shape
 from kernels.device import DEVICES
 from tests import oracle

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels.attention import gpu as attention_gpu
-from kernels.attention import hopper
-from kernels.attention.hopper_plan import plan, refuses
+from kernels.attention.hopper import forward as hopper
+from kernels.attention.hopper.plan import plan, refuses
 
 
 def lowered(f, *args) -> str:

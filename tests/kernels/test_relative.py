@@ -16,10 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 import vitcore
 from bench.tpu_compiler import TOPOLOGIES, Program, compile_programs
-from kernels.attention import relative, relative_core, relative_plan, relative_tpu
 from kernels.attention.plan import Refused
-from kernels.attention.relative import RelativeWeights
-from kernels.attention.relative_plan import RelativeTiles
+from kernels.attention.relative import core as relative_core
+from kernels.attention.relative import plan as relative_plan
+from kernels.attention.relative import reference as relative
+from kernels.attention.relative import tpu as relative_tpu
+from kernels.attention.relative.plan import RelativeTiles
+from kernels.attention.relative.reference import RelativeWeights
 from kernels.attention.tiling import Shape
 from kernels.device import DEVICES
 from kernels.dropout import Dropout

@@ -1,4 +1,4 @@
-"""Gradients of the Hopper attention core (`hopper.py`), one kernel, from q, k, v and o's gradient g alone.
+"""Gradients of the Hopper attention core (`forward.py`), one kernel, from q, k, v and o's gradient g alone.
 
     p = softmax(q k^T / sqrt(H))    dv = p^T g    dp = g v^T    ds = p (dp - delta)    dq = ds k / sqrt(H)    dk = ds^T q / sqrt(H)
     delta = rowsum(p dp), which is rowsum(o g): o is not read
@@ -20,8 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention.hopper_parts import COLUMNS, LOG2E, PARAMS, along, buffer, load, masked, product, transposed, widened
-from kernels.attention.hopper_plan import COMPUTE, TILE, Plan, plan
+from kernels.attention.hopper.parts import COLUMNS, LOG2E, PARAMS, along, buffer, load, masked, product, transposed, widened
+from kernels.attention.hopper.plan import COMPUTE, TILE, Plan, plan
 
 PROCESSORS = 132
 LOADER, MULTIPLIER = 24, 240  # registers a thread

@@ -1,8 +1,8 @@
-"""Softmax attention with relative positions as Pallas TPU kernels, forward and backward; `relative.py` is the specification.
+"""Softmax attention with relative positions as Pallas TPU kernels, forward and backward; `reference.py` is the specification.
 
     logits = (q k^T + skew(q r^T)) / sqrt(H);  o = softmax(logits) v,        skew(m)[t, s] = m[t, s - t]
 
-head by head, on the packed projections [3, B, T, K] that the core without positions takes (general_forward.py has the layout). r is
+head by head, on the packed projections [3, B, T, K] that the core without positions takes (`general/forward.py` has the layout). r is
 one more matrix beside k: 2T rows where k has T, so that the core's products are twice the plain ones forward (4 of 2) and backward
 (11 of 7). The logits by offset m [T, 2T] never leave VMEM, where the path of XLA writes them, skewed and not, to HBM.
 
@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.general_forward import Sums
-from kernels.attention.relative_plan import RelativeTiles, Window, window
+from kernels.attention.general.forward import Sums
+from kernels.attention.relative.plan import RelativeTiles, Window, window
 from kernels.attention.tiling import Head, heads_of
 from kernels.body import F32, cast_dot, iota, operand, sweep
 from kernels.device import LANES, SUBLANES, Device
@@ -198,7 +198,7 @@ def forward(tiles: RelativeTiles, qkv, table, own, *, num_heads: int, launch: La
 
     return call(
         kernel,
-        launch=launch,
+        launch=launch.within(tiles.needs),
         name="attention_relative_core_forward",
         grid=(k // tiles.lanes, b // tiles.images),
         in_specs=[*section, *positions],
@@ -206,7 +206,6 @@ def forward(tiles: RelativeTiles, qkv, table, own, *, num_heads: int, launch: La
         out_shapes=[((b, t, k), qkv.dtype)],
         semantics=("parallel", "parallel"),
         cost=_cost(b, t, k, num_heads, qkv.dtype.itemsize, table.shape[1], backward=False),
-        needs=tiles.needs,
     )(qkv, qkv, qkv, table, *([] if own is None else [own]))[0]
 
 
@@ -319,7 +318,7 @@ def backward(tiles: RelativeTiles, qkv, table, own, do, *, num_heads: int, launc
 
     dqkv, *found = call(
         kernel,
-        launch=launch,
+        launch=launch.within(tiles.needs),
         name="attention_relative_core_backward",
         grid=(k // tiles.lanes, b // tiles.images),
         in_specs=[*section, rows, positions[0], pl.BlockSpec((length, tiles.lanes), lambda g, i: (0, g)), *positions[1:]],
@@ -333,7 +332,6 @@ def backward(tiles: RelativeTiles, qkv, table, own, do, *, num_heads: int, launc
         semantics=("parallel", "arbitrary"),
         cost=_cost(b, t, k, num_heads, qkv.dtype.itemsize, length, backward=True),
         scratch=[pltpu.VMEM((t, tiles.lanes), F32)] * (2 * (tiles.queries < t)),
-        needs=tiles.needs,
     )(qkv, qkv, qkv, do, table, table.T, *([own] if class_token else []))
     o = found.pop(0) if with_o else None
     return dqkv, o, found[0], found[1] if class_token else None

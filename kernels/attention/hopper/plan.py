@@ -1,4 +1,4 @@
-"""Which attention calls the Hopper kernels (`hopper.py`) take: plain numbers, so that asking costs no import of Mosaic GPU."""
+"""Which attention calls the Hopper kernels (`forward.py`) take: plain numbers, so that asking costs no import of Mosaic GPU."""
 
 from dataclasses import dataclass
 

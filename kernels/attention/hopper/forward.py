@@ -10,7 +10,7 @@ memory on the way out.
 Memory: q, k, v read once, o written once, 8 B T N H bytes: 155 MB for ViT-B/16 at 128 images, 46 us at an H100's 3.35 TB/s. That
 is what bounds it: without softmax, and without any product, it takes the same time (LOG.md).
 
-The backward pass (`hopper_backward.py`) needs q, k, v and o's gradient, no statistics. Any T up to MOST; keys from `tokens` on are
+The backward pass (`backward.py`) needs q, k, v and o's gradient, no statistics. Any T up to MOST; keys from `tokens` on are
 padding, masked inside.
 """
 
@@ -22,9 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention.hopper_backward import backward
-from kernels.attention.hopper_parts import LOG2E, PARAMS, along, buffer, masked, product, transposed, widened
-from kernels.attention.hopper_plan import HEAD, MOST, TILE, Plan, plan
+from kernels.attention.hopper.backward import backward
+from kernels.attention.hopper.parts import LOG2E, PARAMS, along, buffer, masked, product, transposed, widened
+from kernels.attention.hopper.plan import HEAD, MOST, TILE, Plan, plan
 from kernels.launch import vary_alike
 
 PROCESSORS = 132  # of an H100 or H200 (SXM); a card with fewer runs the rest of the blocks after the first
@@ -131,7 +131,7 @@ def attention(q, k, v, *, tokens=None):
     """softmax(q k^T / sqrt(H)) v for q, k, v [B, T, N, 64] in bfloat16, T at most 256; o like q.
 
     tokens: the keys from this row on are padding: no query sees them and their gradients are zero. ValueError for other shapes and
-    dtypes. What `refuses` (`hopper_plan.py`) says no to does not run here.
+    dtypes. What `refuses` (`plan.py`) says no to does not run here.
     """
     _, t, _, h = q.shape
     tokens = t if tokens is None else tokens

@@ -12,7 +12,7 @@ others. From x and dy alone, with s = residual_scale:
     dx = s dy + LN'(dz), with the sums for norm_scale and norm_bias           finish
 
 What the MXU rounds, it rounds to bfloat16, as the reference does; nothing is rounded in between. The core works on transposed
-logits, as in general_backward.py.
+logits, as in `general/backward.py`.
 """
 
 import math
@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.float32_forward import (
+from kernels.attention.float32.forward import (
     PIECE,
     ByColumns,
     column_slices,
@@ -38,7 +38,7 @@ from kernels.attention.float32_forward import (
     unpack_into,
     unpacked,
 )
-from kernels.attention.general_forward import Static, core_cost
+from kernels.attention.general.forward import Static, core_cost
 from kernels.attention.plan import Float32Backward
 from kernels.attention.tiling import FlatTiles, Float32Core, Head, heads_of
 from kernels.body import F32, dot

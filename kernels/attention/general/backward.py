@@ -1,4 +1,4 @@
-"""The backward pass of the attention half on arrays as they lie in HBM; general_forward.py has the forward pass and the layout.
+"""The backward pass of the attention half on arrays as they lie in HBM; `forward.py` has the forward pass and the layout.
 
 From x and dy alone: `project` makes qkv again, and with g the masked dy, s = residual_scale
 
@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.general_forward import Static, Step, Sums, core_cost, over_chunks
+from kernels.attention.general.forward import Static, Step, Sums, core_cost, over_chunks
 from kernels.attention.tiling import CoreTiles, ProductTiles, heads_of
 from kernels.body import F32, cast_dot, operand, sweep
 from kernels.device import Device

@@ -5,7 +5,7 @@
     row       p[:, :, 0]                         [B, N, T]                   of the first token, which is the class token
     distance  sum_ts p[t, s] d[t, s] / T         [B, N]                      for given distances d of pairs of tokens
 
-`statistics_tpu.py` is the kernel. Here the probabilities of a few images exist at a time.
+`tpu.py` is the kernel. Here the probabilities of a few images exist at a time.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Statistics of attention as a Pallas TPU kernel; `statistics.py` is the specification.
+"""Statistics of attention as a Pallas TPU kernel; `reference.py` is the specification.
 
     S'[s, t] = k_s . q_t;  e = 2^(S' - max_s S');  p' = e / sum_s e        the transpose of a head's map, never in HBM
     mean[t, s] = sum_n p'_n[s, t] / N,   row[n, s] = p'_n[s, 0],   distance[n, t] = sum_s p'_n[s, t] d[t, s]
@@ -22,9 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.float32_forward import PIECE, ByColumns, column_slices, pieces, unpacked
+from kernels.attention.float32.forward import PIECE, ByColumns, column_slices, pieces, unpacked
 from kernels.attention.reference import AttentionWeights
-from kernels.attention.statistics import Statistics, check
+from kernels.attention.statistics.reference import Statistics, check
 from kernels.attention.tiling import Shape, heads_of
 from kernels.body import F32, PACKED_ROWS, dot, iota, operand, operand_dtype
 from kernels.device import LANES, SUBLANES, Device

@@ -14,7 +14,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from kernels.attention.hopper_plan import HEAD
+from kernels.attention.hopper.plan import HEAD
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a number a row of an accumulator
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a number a column

@@ -1,7 +1,7 @@
-"""The attention half with relative positions as Pallas TPU kernels; `relative.py` is the specification.
+"""The attention half with relative positions as Pallas TPU kernels; `reference.py` is the specification.
 
-The products around the core are those of the half without positions (general_forward.py, general_backward.py), the core is
-relative_core.py. Backward saves x and the weights alone. Where `relative_plan.plan` finds no tiles, XLA compiles the specification:
+The products around the core are those of the half without positions (`general/`), the core is
+`core.py`. Backward saves x and the weights alone. Where `plan.plan` finds no tiles, XLA compiles the specification:
 `by_xla` gives the reason, for the line in which a run says what it runs on.
 """
 
@@ -13,11 +13,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import parts
-from kernels.attention import general_forward, relative, relative_core, relative_plan, tpu
-from kernels.attention.general_forward import Static
+from kernels.attention import tpu
+from kernels.attention.general import forward as general_forward
+from kernels.attention.general.forward import Static
 from kernels.attention.plan import Refused
-from kernels.attention.relative import RelativeWeights
-from kernels.attention.relative_plan import RelativePlan, RelativeTiles
+from kernels.attention.relative import core as relative_core
+from kernels.attention.relative import plan as relative_plan
+from kernels.attention.relative import reference as relative
+from kernels.attention.relative.plan import RelativePlan, RelativeTiles
+from kernels.attention.relative.reference import RelativeWeights
 from kernels.attention.tiling import Shape
 from kernels.body import operand_dtype
 from kernels.launch import Launch, vary_alike
@@ -125,7 +129,7 @@ def attention_half(
 ) -> Any:
     """The attention half with relative positions -> [B, T, D], as `relative.attention_half` (arguments and meaning there).
 
-    launch: from `kernels.launch`. plan: which kernels run and how, by default what `relative_plan.plan` chooses, which may be XLA.
+    launch: from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses, which may be XLA.
     Differentiable in x and all weights; the kernels save x and the weights only. ValueError for shapes or dtypes that do not fit
     together.
     """

@@ -1,0 +1,1 @@
+"""Attention on the other TPUs, and where rows do not fit."""

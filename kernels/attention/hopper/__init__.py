@@ -1,0 +1,1 @@
+"""Attention on Hopper GPUs, by Mosaic GPU."""

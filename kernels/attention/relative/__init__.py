@@ -1,0 +1,1 @@
+"""The attention half with relative positions."""

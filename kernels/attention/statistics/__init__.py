@@ -1,0 +1,1 @@
+"""What attention does, without its maps: means, class rows, distances."""
