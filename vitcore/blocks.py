@@ -21,7 +21,7 @@ class Block(NamedTuple):
     leaves: (config) -> the leaves of one layer, with neither the layer axis nor "blocks" in front. apply: (x [B, T, D], w, config,
     layer) -> [B, T, D]; w are the layer's weights ready for use, `layer` a `context.Layer`. maps: (x, w, config, layer) -> the
     attention probabilities [B, N, T, T] float32 of the block for its input x, N the heads of this device; None for a block that has
-    none. statistics: (x, w, config, layer, mean=, row=, distances=) -> `kernels.attention.statistics.reference.Statistics` of the same; None
+    none. statistics: (x, w, config, layer, mean=, row=, distances=) -> `kernels.attention.statistics.reference.Statistics`; None
     likewise. check: (config) raises ValueError for a configuration that it cannot take. outside: the paths of those of its leaves
     that it uses outside its sums over the model axis, such as a scale of what a half block adds; none is split over "model".
     """

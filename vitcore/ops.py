@@ -35,9 +35,9 @@ class Ops(NamedTuple):
     policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
     save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
     inside a `custom_vjp` what they save, and ops that leave it to differentiation.
-    relative_half: the attention half with relative positions, `kernels/attention/relative/reference.py`, by default that; relative_by_xla:
+    relative_half: the half with relative positions, by default `kernels/attention/relative/reference.py`. relative_by_xla:
     why XLA does it for a `tiling.Shape`, "" where a kernel does.
-    attention_statistics: what `kernels/attention/statistics/reference.py` says of a block's attention. No logits need it, and by default XLA
+    attention_statistics: `kernels/attention/statistics/reference.py` of a block. No logits need it, and by default XLA
     does it.
     """
 

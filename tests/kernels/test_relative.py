@@ -93,7 +93,8 @@ def test_the_skew_and_its_transpose_to_the_bit(device, rows):
     device=st.sampled_from(["v3", "v5e"]),
 )
 def test_the_core_agrees(t, heads, dtype, class_token, device):
-    check_core(t, *heads, dtype, class_token=class_token, device=device, b=2)
+    n, h = heads
+    check_core(t, n, h, dtype, class_token=class_token, device=device, b=2)
 
 
 TILED = (

@@ -76,7 +76,8 @@ def _options(static: Static, class_token: bool) -> Any:
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _half(scalars, x, weights: RelativeWeights, static: Static, class_token: bool):
     """scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and [3, 1, K]."""
-    chosen, norm = static.plan.forward, weights[:2]
+    chosen: Any = static.plan.forward  # a RelativeForward
+    norm = weights[:2]
     w = tpu.operands(x, weights.half, static)
 
     def part(scalars, into=None):
@@ -97,7 +98,7 @@ def _half_forward(scalars, x, weights, static, class_token):
 
 def _half_backward(static: Static, class_token: bool, residuals, dy):
     scalars, x, weights = residuals
-    chosen = static.plan.backward
+    chosen: Any = static.plan.backward  # a RelativeBackward
 
     def core(qkv, do):
         options = _options(static, class_token)
@@ -136,7 +137,7 @@ def attention_half(
     tpu.check_half(x, weights.half, num_heads)
     relative.check(weights.positions, x.shape[1], class_token=class_token)
     shape = tpu.shape_of(x, weights.half, num_heads)
-    chosen = plan or relative_plan.plan(shape, launch.device)
+    chosen: Any = plan or relative_plan.plan(shape, launch.device)
     options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "eps": eps}
     if isinstance(chosen, Refused):
         return relative.attention_half(x, weights, class_token=class_token, **options)
