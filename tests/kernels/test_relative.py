@@ -144,6 +144,7 @@ def test_without_positions_it_is_attention():
     assert np.abs(run(x, *weights) - a).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_under_shard_map():
     """Images over "data", heads over "model"; the gradients of every weight with them."""
     x, *arrays = arguments(2, 33, 32, 2, 64, True, jnp.float32)

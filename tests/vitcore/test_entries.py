@@ -279,7 +279,7 @@ def test_hybrids_of_table_6_have_as_many_parameters_as_published(name):
         ("R50+ViT-B/8", {}, "unknown model"),
         ("Axial-ViT-B/16", {"pool": "token"}, "a class token stands in no row: use pool='gap'"),
         ("Axial-ViT-B/16", {"position": "relative"}, "use '1d' or '2d'"),
-        ("ViT-B/16", {"position": "3d"}, "'1d', '1d-layers'"),
+        ("ViT-B/16", {"position": "3d"}, "'1d', '1d-patches', '1d-layers'"),
         ("ViT-B/16", {"position": "sincos2d", "width": 18, "num_heads": 2}, "a multiple of 4 is required"),
     ],
 )

@@ -2,9 +2,9 @@
 
     logits = (q k^T + skew(q r^T)) / sqrt(H);  o = softmax(logits) v,        skew(m)[t, s] = m[t, s - t]
 
-head by head, on the packed projections [3, B, T, K] that the core without positions takes (`general/forward.py` has the layout). r is
-one more matrix beside k: 2T rows where k has T, so that the core's products are twice the plain ones forward (4 of 2) and backward
-(11 of 7). The logits by offset m [T, 2T] never leave VMEM, where the path of XLA writes them, skewed and not, to HBM.
+head by head, on the packed projections [3, B, T, K] that the core without positions takes (`general/forward.py` has the layout). r
+is one more matrix beside k: 2T rows where k has T, so the core has twice the plain one's products forward (4 of 2) and backward (11
+of 7). The logits by offset m [T, 2T] never leave VMEM, where the path of XLA writes them, skewed and not, to HBM.
 
 The skew rotates row t by t lanes. A roll with a stride does that on v5e and later; Mosaic has none before, and none to the left:
 there the rotation is one of a block of 8 rows, plus those by 1, 2 and 4 of the rows whose number in the block has that bit. All are
