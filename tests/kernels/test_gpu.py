@@ -54,7 +54,7 @@ def rounding_mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gel
     """The specification's formula with every product in x's dtype."""
     z = layer_norm.layer_norm(x, norm_scale, norm_bias)
     a = jnp.einsum("btd,df->btf", z, w_in.astype(x.dtype)) + b_in.astype(x.dtype)
-    h = jax.nn.gelu(a, approximate=gelu == "tanh")
+    h = a * jax.nn.sigmoid(1.702 * a) if gelu == "quick" else jax.nn.gelu(a, approximate=gelu == "tanh")
     h = drop.apply(h, dropout, drop.MLP_HIDDEN, column=0 if dropout is None else dropout.column)
     y = jnp.einsum("btf,fd->btd", h, w_out.astype(x.dtype)) + (residual_scale * b_out).astype(x.dtype)
     return residual_scale * x + drop.apply(y, dropout, drop.MLP_OUT)
