@@ -436,7 +436,6 @@ def test_mesh_is_parsed():
 # --- the default run, as the README has it ----------------------------------------------------------------------------------
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_default_run_reads_digits_on_8x4(tmp_path):

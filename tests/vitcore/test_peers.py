@@ -322,7 +322,8 @@ def test_dinov2_of_transformers(torch, tmp_path, name):
     ))  # fmt: skip
     model.config.save_pretrained(tmp_path)
     weights.save(tmp_path / "model.safetensors", params, config, naming="transformers")
-    model, lost = Dinov2Model.from_pretrained(tmp_path, output_loading_info=True)  # it knows the names that files have
+    loaded: Any = Dinov2Model.from_pretrained(tmp_path, output_loading_info=True)  # it knows the names that files have
+    model, lost = loaded
     assert (set(lost["missing_keys"]), set(lost["unexpected_keys"])) == ({"embeddings.mask_token"}, set())
     model.eval()
     images = images_of(config)
