@@ -152,25 +152,21 @@ class SavedSteps:
         parts = [epath.Path(self.path(step), part, manifest.MANIFEST).read_bytes() for part in ("state", "extra")]
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
+    def _digest_or_problem(self, step: int) -> list:
+        """[None, the digest], or [as `_problem` says it, ""]: a run may delete a step while it is read."""
+        try:
+            return [None, self.digest(step)]
+        except FileNotFoundError as error:
+            return [[True, f"checkpoint {self.path(step)} is gone: {error.filename}"], ""]
+        except OSError as error:
+            return [[False, f"cannot read checkpoint {self.path(step)}: {error.strerror or error}"], ""]
+
     def _read(self, step: int, abstract):
         """One step, verified and read: (digest, state, extra). abstract: None for what is stored, on this process's first device.
         Damaged or CheckpointError, on every process, where any of them cannot."""
         path = self.path(step)
-        digest = ""
-
-        def verify():
-            nonlocal digest
-            _verify(path)
-            try:
-                digest = self.digest(step)
-            except FileNotFoundError as error:  # the run has deleted it in this moment
-                raise Damaged(f"checkpoint {path} is gone: {error.filename}") from error
-            except OSError as error:
-                raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
-
-        verified = _problem(verify) if distributed.rank() == 0 else None
-        verified, digest = distributed.broadcast([verified, digest])
-        _raise(verified)
+        verified = _problem(_verify, path) if distributed.rank() == 0 else None
+        _raise(distributed.broadcast(verified))
         loaded = None
 
         def load():
@@ -188,6 +184,8 @@ class SavedSteps:
             problem = _problem(load)
         _raise(next((found for found in distributed.gather(problem) if found), None))
         assert loaded is not None
+        problem, digest = distributed.broadcast(self._digest_or_problem(step) if distributed.rank() == 0 else None)
+        _raise(problem)
         leaves = named(loaded["state"])
         state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named(abstract)])
         return digest, state, loaded["extra"]
