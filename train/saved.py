@@ -184,7 +184,8 @@ class SavedSteps:
             problem = _problem(load)
         _raise(next((found for found in distributed.gather(problem) if found), None))
         assert loaded is not None
-        problem, digest = distributed.broadcast(self._digest_or_problem(step) if distributed.rank() == 0 else None)
+        told = self._digest_or_problem(step) if distributed.rank() == 0 else [None, ""]
+        problem, digest = distributed.broadcast(told)
         _raise(problem)
         leaves = named(loaded["state"])
         state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named(abstract)])
