@@ -238,7 +238,7 @@ def relative_half(devices, *, shape, batch, dtype="bfloat16", backward=False, ke
     weights: Any = [S(s, f32) for s in ((d,), (d,), (3, d, d), (3, d), (d, d), (d,), (entries, d))]
     ops = fused(launch_for(devices[0])) if kernels else REFERENCE
     fn = partial(ops.relative_half, num_heads=c.num_heads, class_token=class_token)
-    arguments = x, RelativeWeights(*weights)
+    arguments = x, RelativeWeights(AttentionWeights(*weights[:-1]), weights[-1])
     if not backward:
         return fn, arguments
 

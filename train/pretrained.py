@@ -39,16 +39,22 @@ class Pretrained(NamedTuple):
     model: dict | None = None
 
 
+class Run(NamedTuple):
+    """A run's parameters in host memory, as they are stored, where they are from, and its config.json (`held`)."""
+
+    config: ViTConfig
+    params: dict
+    about: str
+    held: dict
+
+
 class Stored(NamedTuple):
-    """A model as it lies at `path`, to be opened several times: a run's parameters in host memory, as they are stored, with its
-    config.json (`held`); of a file of weights, which does not change as a run does, what tells it from any other alone."""
+    """A model as it lies at `path`, to be opened several times: of a run what was read there, since it may go on; None of a file of
+    weights. model: what tells it from any other, as in `Pretrained`."""
 
     path: str
     model: dict
-    config: ViTConfig | None = None
-    params: dict | None = None
-    about: str = ""
-    held: dict | None = None
+    run: Run | None = None
 
 
 def store(path: str, model: dict | None = None) -> Stored:
@@ -117,14 +123,11 @@ def open_pretrained(
     transformers' naming; of pixels: `weight_about.pixels_of`. Raises ValueError in one line for whatever is wrong with what is
     there; OSError.
     """
-    stored = path if isinstance(path, Stored) else None
-    if stored is None and _is_run(str(path)):
-        stored = _from_run(str(path))
-    path = path.path if isinstance(path, Stored) else path
-    if stored is not None and stored.config is not None:
-        assert stored.params is not None
-        assert stored.held is not None
-        config, params, about, held = stored.config, dict(stored.params), stored.about, stored.held
+    stored = path if isinstance(path, Stored) else _from_run(path) if _is_run(path) else Stored(path, {})
+    path = stored.path
+    if stored.run is not None:
+        config, about, held = stored.run.config, stored.run.about, stored.run.held
+        params = dict(stored.run.params)
         if not masked and params.pop("masked", None):
             config = dataclasses.replace(config, masked=None)
         antialias = bool(held.get("antialias", BEFORE["antialias"]))
@@ -160,7 +163,7 @@ def open_pretrained(
         raise WeightError(f"{path}: {which} holds NaN or infinity: take another step or file, or these with --allow-nonfinite")
     classes = classes if num_classes is None and new.num_classes else None
     config = families.changed(new, gelu=gelu)
-    return Pretrained(config, params, about, antialias, classes, wanted, seen, None if stored is None else stored.model)
+    return Pretrained(config, params, about, antialias, classes, wanted, seen, stored.model or None)
 
 
 def _from_run(path: str, step: int | None = None) -> Stored:
@@ -205,7 +208,7 @@ def _from_run(path: str, step: int | None = None) -> Stored:
     )  # fmt: skip
     what = ", Polyak average" if state.get("average") else ""
     about = f"{run}, step {step} ({digest}){what}{''.join(f' ({text})' for text in passed)}"
-    return Stored(path, {"step": step, "checksum": digest}, config, params, about, held)
+    return Stored(path, {"step": step, "checksum": digest}, Run(config, params, about, held))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -104,17 +104,17 @@ class SavedSteps:
         there is no such step; Damaged where the step, or every step there is, is; CheckpointError where a step cannot be looked
         at (no permission, too many open files), which is no damage.
         """
-        return self._newest_good(step, lambda found: self._read(found, abstract))[1][1:]
+        return self._newest_good(step, lambda found: self._read(found, abstract))[1]
 
     def load(self, step: int | None = None) -> tuple[int, dict, dict]:
         """Reads a step as it is stored onto this process's first device: (step, state as nested dicts by name, extra). step and
         errors as for `restore`."""
-        found, _, state, extra = self.load_told(step)
+        found, (state, extra) = self._newest_good(step, lambda found: self._read(found, None))
         return found, state, extra
 
     def load_told(self, step: int | None = None) -> tuple[int, str, dict, dict]:
         """As `load`, with the step's `digest` behind its number: of what was read, whatever the run does meanwhile."""
-        found, (digest, state, extra) = self._newest_good(step, lambda found: self._read(found, None))
+        found, (state, extra, digest) = self._newest_good(step, lambda found: (*self._read(found, None), self._told(found)))
         return found, digest, state, extra
 
     def _newest_good(self, step: int | None, read: Callable):
@@ -152,18 +152,23 @@ class SavedSteps:
         parts = [epath.Path(self.path(step), part, manifest.MANIFEST).read_bytes() for part in ("state", "extra")]
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
-    def _digest_or_problem(self, step: int) -> list:
-        """[None, the digest], or [as `_problem` says it, ""]: a run may delete a step while it is read."""
-        try:
-            return [None, self.digest(step)]
-        except FileNotFoundError as error:
-            return [[True, f"checkpoint {self.path(step)} is gone: {error.filename}"], ""]
-        except OSError as error:
-            return [[False, f"cannot read checkpoint {self.path(step)}: {error.strerror or error}"], ""]
+    def _told(self, step: int) -> str:
+        """`digest` on every process. Damaged where it is gone, for a run may delete a step while it is read, or CheckpointError."""
+        problem, digest = None, ""
+        if distributed.rank() == 0:
+            try:
+                digest = self.digest(step)
+            except FileNotFoundError as error:
+                problem = [True, f"checkpoint {self.path(step)} is gone: {error.filename}"]
+            except OSError as error:
+                problem = [False, f"cannot read checkpoint {self.path(step)}: {error.strerror or error}"]
+        problem, digest = distributed.broadcast([problem, digest])
+        _raise(problem)
+        return digest
 
     def _read(self, step: int, abstract):
-        """One step, verified and read: (digest, state, extra). abstract: None for what is stored, on this process's first device.
-        Damaged or CheckpointError, on every process, where any of them cannot."""
+        """One step, verified and read: (state, extra). abstract: None for what is stored, on this process's first device. Damaged
+        or CheckpointError, on every process, where any of them cannot."""
         path = self.path(step)
         verified = _problem(_verify, path) if distributed.rank() == 0 else None
         _raise(distributed.broadcast(verified))
@@ -184,12 +189,9 @@ class SavedSteps:
             problem = _problem(load)
         _raise(next((found for found in distributed.gather(problem) if found), None))
         assert loaded is not None
-        told = self._digest_or_problem(step) if distributed.rank() == 0 else [None, ""]
-        problem, digest = distributed.broadcast(told)
-        _raise(problem)
         leaves = named(loaded["state"])
         state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named(abstract)])
-        return digest, state, loaded["extra"]
+        return state, loaded["extra"]
 
 
 def handlers() -> ocp.Context:

@@ -166,13 +166,24 @@ def _pair(p):
     return p["scale" if "scale" in p else "kernel"], p["bias"]
 
 
+def attention_weights(w) -> AttentionWeights:
+    """Of the attention half, in a layer's weights."""
+    return AttentionWeights(*_pair(w["norm1"]), *_pair(w["qkv"]), *_pair(w["out"]))
+
+
+def heads_here(config, layer: Layer) -> int:
+    """N, the heads of this device."""
+    mesh = layer.context.mesh
+    return config.num_heads // (mesh.model if mesh else 1)
+
+
 def attend(x, w, config, layer: Layer):
     """x + dropout(MSA(LN(x))), paper Eq. 2, summed over the model axis."""
     mesh = layer.context.mesh
     y = layer.context.ops.attention_half(
         vary(x, mesh),
-        AttentionWeights(*_pair(w["norm1"]), *_pair(w["qkv"]), *_pair(w["out"])),
-        num_heads=config.num_heads // (mesh.model if mesh else 1),
+        attention_weights(w),
+        num_heads=heads_here(config, layer),
         dropout=layer.dropout,
         residual_scale=layer.residual_scale,
         eps=config.eps,
@@ -199,7 +210,7 @@ def transform(x, w, config, layer: Layer):
 def attention_maps(x, w, config, layer: Layer):
     """The probabilities of the attention half, [B, N, T, T] float32, by the formula of `kernels/attention/reference.py`."""
     return statistics.probabilities(
-        *_looked_at(x, w, layer), num_heads=_heads(config, layer), eps=config.eps, extra=_extra(w, config)
+        *_looked_at(x, w, layer), num_heads=heads_here(config, layer), eps=config.eps, extra=_extra(w, config)
     )
 
 
@@ -207,19 +218,16 @@ def attention_statistics(x, w, config, layer: Layer, **asked):
     """`Statistics` of the attention half, over the heads of this device. asked: mean, row, distances."""
     x, weights = _looked_at(x, w, layer)
     if (extra := _extra(w, config)) is not None:  # relative positions: the statistics have no kernel for them
-        return statistics.attention_statistics(x, weights, num_heads=_heads(config, layer), eps=config.eps, extra=extra, **asked)
-    return layer.context.ops.attention_statistics(x, weights, num_heads=_heads(config, layer), eps=config.eps, **asked)
+        return statistics.attention_statistics(
+            x, weights, num_heads=heads_here(config, layer), eps=config.eps, extra=extra, **asked
+        )
+    return layer.context.ops.attention_statistics(x, weights, num_heads=heads_here(config, layer), eps=config.eps, **asked)
 
 
 def _looked_at(x, w, layer: Layer):
     """A block's input without padding, and the weights of its attention half."""
     x = vary(x if layer.tokens is None else x[:, : layer.tokens], layer.context.mesh)
-    return x, AttentionWeights(*_pair(w["norm1"]), *_pair(w["qkv"]), *_pair(w["out"]))
-
-
-def _heads(config, layer: Layer) -> int:
-    mesh = layer.context.mesh
-    return config.num_heads // (mesh.model if mesh else 1)
+    return x, attention_weights(w)
 
 
 def _extra(w, config):

@@ -10,6 +10,7 @@ import numpy as np
 
 from kernels.attention.relative import reference as relative
 from vitcore import posemb
+from vitcore.blocks import attention_weights, heads_here
 from vitcore.collectives import sum_over_model, vary
 from vitcore.parameters import ROWS, Leaf, Name, Split, normal
 
@@ -148,13 +149,10 @@ def _offsets(config) -> tuple[Leaf, ...]:
 def _attend_relative(x, w, config, layer):
     """The attention half of a block with relative positions, summed over the model axis."""
     mesh = layer.context.mesh
-    norm, qkv, out = w["norm1"], w["qkv"], w["out"]
     y = layer.context.ops.relative_half(
         vary(x, mesh),
-        relative.RelativeWeights(
-            *(norm["scale"], norm["bias"], qkv["kernel"], qkv["bias"], out["kernel"], out["bias"], w["relative"])
-        ),
-        num_heads=config.num_heads // (mesh.model if mesh else 1),
+        relative.RelativeWeights(attention_weights(w), w["relative"]),
+        num_heads=heads_here(config, layer),
         class_token=bool(config.class_tokens),
         dropout=layer.dropout,
         residual_scale=layer.residual_scale,

@@ -378,7 +378,7 @@ def _shape(shape) -> str:
 def _position(path: str, array: np.ndarray, config, style: Style, grid, interpolation) -> np.ndarray:
     """The file's [1, T', D] as our [T, D]: the class slot put in or taken out, the patches fitted to the config's grid."""
     table = array.reshape(-1, config.width)
-    ours = config.class_tokens if config.position == "1d" else 0
+    ours = shapes(config)[POSITION][0] - config.grid[0] * config.grid[1]  # a slot for the class token, or none
     theirs = 0 if style.top_position else ours
     patches = len(table) - theirs
     square = math.isqrt(max(patches, 0)) ** 2 == patches and patches > 0

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import vitcore
 from bench.tpu_compiler import TOPOLOGIES, Program, compile_programs
 from kernels.attention.plan import Refused
+from kernels.attention.reference import AttentionWeights
 from kernels.attention.relative import core as relative_core
 from kernels.attention.relative import plan as relative_plan
 from kernels.attention.relative import reference as relative
@@ -30,9 +31,14 @@ from kernels.launch import Launch
 from tests import oracle
 from vitcore.ops import INTERPRET
 
-NAMES = ("x", *RelativeWeights._fields)
-ours_half = oracle.flat(relative_tpu.attention_half, RelativeWeights)
-plain_half = oracle.flat(relative.attention_half, RelativeWeights)
+
+def record(*arrays):
+    return RelativeWeights(AttentionWeights(*arrays[:-1]), arrays[-1])
+
+
+NAMES = ("x", *AttentionWeights._fields, "positions")
+ours_half = oracle.flat(relative_tpu.attention_half, record)
+plain_half = oracle.flat(relative.attention_half, record)
 
 
 def launch(device="v3"):
@@ -148,7 +154,7 @@ def test_without_positions_it_is_attention():
 def test_under_shard_map():
     """Images over "data", heads over "model"; the gradients of every weight with them."""
     x, *arrays = arguments(2, 33, 32, 2, 64, True, jnp.float32)
-    weights = RelativeWeights(*arrays)
+    weights = record(*arrays)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     rows: Any = [P(), P(), P(None, None, "model"), P(None, "model"), P("model"), P(), P(None, "model")]
 
@@ -156,7 +162,7 @@ def test_under_shard_map():
         options: Any = {"num_heads": 1, "class_token": True, "residual_scale": 0.5, "launch": launch()}
         return jax.lax.psum(relative_tpu.attention_half(x, weights, **options), "model")
 
-    run = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), RelativeWeights(*rows)), out_specs=P("data"), check_vma=True)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), record(*rows)), out_specs=P("data"), check_vma=True)
 
     def gradients(fn):
         return jax.jit(jax.grad(lambda *a: (fn(*a) ** 2).sum(), argnums=(0, 1)))(x, weights)

@@ -2,13 +2,16 @@
 
 import train.loop
 
+_MAKE = train.loop.make_train_step
 
-def interrupt_before(monkeypatch, steps: int) -> None:
-    """KeyboardInterrupt in place of a job's step when so many were taken, until `monkeypatch.undo()`."""
-    make, taken = train.loop.make_train_step, []
+
+def interrupt_before(monkeypatch, steps: int | None) -> list:
+    """KeyboardInterrupt in place of a job's step when so many were taken, until `monkeypatch.undo()` or the next call; None: never.
+    Returns a list with an entry for each step that is taken from now on."""
+    taken = []
 
     def stopping(*args):
-        step = make(*args)
+        step = _MAKE(*args)
 
         def wrapped(*batch):
             if len(taken) == steps:
@@ -19,3 +22,4 @@ def interrupt_before(monkeypatch, steps: int) -> None:
         return wrapped
 
     monkeypatch.setattr(train.loop, "make_train_step", stopping)
+    return taken

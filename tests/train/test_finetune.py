@@ -263,29 +263,12 @@ SWEEP = ["--sweep", "--learning-rates", "0.001", "0.1", "--runs", "2"]
 def test_a_sweep_chooses_and_is_taken_up_where_it_was_left(weights, tmp_path, monkeypatch, capsys):
     """Killed in the middle of its second run, between checkpoints: the first run is not done again, the second loses one step."""
     argv = [*TINY, *FIVE, "--init", str(weights), "--out", str(tmp_path), *SWEEP]
-    make, taken = train.loop.make_train_step, []
-
-    def counting(limit):
-        def stopping(*args):
-            step = make(*args)
-
-            def wrapped(*batch):
-                if len(taken) == limit:
-                    raise KeyboardInterrupt
-                taken.append(1)
-                return step(*batch)
-
-            return wrapped
-
-        return stopping
-
-    monkeypatch.setattr(train.loop, "make_train_step", counting(9))
+    interrupt_before(monkeypatch, 9)
     assert finetune.main(argv) == 130
     held = json.loads((tmp_path / "sweep.json").read_text())
     assert list(held["dev"]) == ["0.001"]
     assert "mean" not in held
-    taken.clear()
-    monkeypatch.setattr(train.loop, "make_train_step", counting(10**9))
+    taken = interrupt_before(monkeypatch, None)
     run(*argv)
     assert len(taken) == 6 - 2 + 2 * 6  # checkpoints every 2 steps, killed after step 3
     held = json.loads((tmp_path / "sweep.json").read_text())

@@ -10,6 +10,7 @@ from PIL import Image
 
 import train.loop
 import vitcore
+from tests.train.interruption import interrupt_before
 from train import vtab
 from train.checkpoint import Checkpoints
 
@@ -62,26 +63,9 @@ def test_the_tasks_are_the_papers():
 def test_one_rate_for_all_task_by_task(weights, sets, tmp_path, monkeypatch, capsys):
     """Two rates on 16 + 4 images of each set; interrupted in the middle of a run, and taken up again."""
     argv = [*TINY, "--init", weights, "--data", sets, "--out", tmp_path / "out", "--learning-rates", "0.0001", "0.05"]
-    make, taken = train.loop.make_train_step, []
-
-    def counting(limit):
-        def stopping(*args):
-            step = make(*args)
-
-            def wrapped(*batch):
-                if len(taken) == limit:
-                    raise KeyboardInterrupt
-                taken.append(1)
-                return step(*batch)
-
-            return wrapped
-
-        return stopping
-
-    monkeypatch.setattr(train.loop, "make_train_step", counting(7))
+    interrupt_before(monkeypatch, 7)
     assert vtab.main([str(a) for a in argv]) == 130
-    taken.clear()
-    monkeypatch.setattr(train.loop, "make_train_step", counting(10**9))
+    taken = interrupt_before(monkeypatch, None)
     run(*argv)
     assert len(taken) == 3 * (3 * 2 + 3) - 7  # checkpoints after every step: nothing is lost
     printed = capsys.readouterr().out

@@ -21,18 +21,8 @@ from kernels.layer_norm.reference import EPS, layer_norm
 class RelativeWeights(NamedTuple):
     """Parameters of the attention half with relative positions on one device, which holds N heads of width H."""
 
-    norm_scale: jax.Array  # [D]
-    norm_bias: jax.Array  # [D]
-    qkv_kernel: jax.Array  # [3, D, N*H]: queries, keys, values
-    qkv_bias: jax.Array  # [3, N*H]
-    out_kernel: jax.Array  # [N*H, D]
-    out_bias: jax.Array  # [D]
+    half: AttentionWeights  # those of the half without positions
     positions: jax.Array  # [entries, N*H]: of the offsets in order, and last of the pairs with the class token
-
-    @property
-    def half(self) -> AttentionWeights:
-        """Those of the half without positions."""
-        return AttentionWeights(*self[:-1])
 
 
 def entries(patches: int, class_token: bool) -> int:
@@ -81,7 +71,7 @@ def attention_half(
     b, t, _ = x.shape
     real = t if tokens is None else tokens
     check(weights.positions, real, class_token=class_token)
-    norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out, positions = weights
+    (norm_scale, norm_bias, w_qkv, b_qkv, w_out, b_out), positions = weights
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
     w_qkv, w_out = w_qkv.astype(x.dtype), w_out.astype(x.dtype)
     z = layer_norm(x[:, :real], norm_scale, norm_bias, eps=eps)

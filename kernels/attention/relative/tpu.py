@@ -17,6 +17,7 @@ from kernels.attention import tpu
 from kernels.attention.general import forward as general_forward
 from kernels.attention.general.forward import Static
 from kernels.attention.plan import Refused
+from kernels.attention.reference import AttentionWeights
 from kernels.attention.relative import core as relative_core
 from kernels.attention.relative import plan as relative_plan
 from kernels.attention.relative import reference as relative
@@ -77,7 +78,7 @@ def _options(static: Static, class_token: bool) -> Any:
 def _half(scalars, x, weights: RelativeWeights, static: Static, class_token: bool):
     """scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and [3, 1, K]."""
     chosen: Any = static.plan.forward  # a RelativeForward
-    norm = weights[:2]
+    norm = weights.half[:2]
     w = tpu.operands(x, weights.half, static)
 
     def part(scalars, into=None):
@@ -107,7 +108,7 @@ def _half_backward(static: Static, class_token: bool, residuals, dy):
     def step(first, dy):
         at = tpu.part_scalars(scalars, first, x)
         dx, of_half, of_positions = tpu.backward_chain(chosen, at, x, weights.half, dy, static, core)
-        return dx, RelativeWeights(*of_half, of_positions)
+        return dx, RelativeWeights(of_half, of_positions)
 
     dx, gradients = parts.backward(step, x.shape[0] // chosen.images, x, dy)
     return None, dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)
@@ -142,14 +143,14 @@ def attention_half(
     if isinstance(chosen, Refused):
         return relative.attention_half(x, weights, class_token=class_token, **options)
     scalars, rate = tpu.scalars_of(dropout)
-    scale, bias, w_qkv, b_qkv, w_out, b_out, positions = weights
-    arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None], positions
+    scale, bias, w_qkv, b_qkv, w_out, b_out = weights.half
+    half = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
     static = Static(
         num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), eps=float(eps), launch=launch,
         plan=chosen,
     )  # fmt: skip
-    scalars, x, *arrays = vary_alike(scalars, x, *arrays)
-    return _half(scalars, x, RelativeWeights(*arrays), static, bool(class_token))
+    scalars, x, positions, *half = vary_alike(scalars, x, weights.positions, *half)
+    return _half(scalars, x, RelativeWeights(AttentionWeights(*half), positions), static, bool(class_token))
 
 
 # ---- attention by itself
