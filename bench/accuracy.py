@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import programs
+from bench.device_study import start
 from bench.peers import attention as peers
 from bench.shapes import SHAPES
 from bench.trial import say
@@ -27,6 +28,29 @@ from vitcore import ViTConfig, variant
 from vitcore.ops import BY_NAME, REFERENCE
 
 IMAGES, PATCHES = 2, 4
+WHERE = f"interpreted, {IMAGES} images of {PATCHES} x {PATCHES} patches"
+
+
+def of_jobs(target: str, jobs, sides) -> dict[int, dict[str, Any]]:
+    """Job -> implementation -> error against float64, or why there is none. In a process on the CPU: nothing runs on a TPU.
+
+    jobs: (what, FLOPs, builder, arguments) as `bench.kernels` has them; those of single ops are compared. sides: for each job its
+    implementations (name, the builder's `kernels`).
+    """
+    asked, places = [], []
+    for i, ((_, _, build, arguments), names) in enumerate(zip(jobs, sides, strict=True)):
+        if not build.endswith(":op_alone"):
+            continue
+        for name, _ in names:
+            same = {key: arguments[key] for key in ("op", "shape", "dtype", "backward")}
+            asked.append({**same, "name": "reference" if name == "xla" else name, "target": target})
+            places.append((i, name))
+    answers, problem = start(asked, seconds=60.0 * len(asked), module="bench.accuracy", platform="cpu")
+    found: dict[int, dict[str, Any]] = {}
+    for k, (i, name) in enumerate(places):
+        answer = answers[k] if k < len(answers) else {"failed": problem}
+        found.setdefault(i, {})[name] = answer.get("error", answer.get("failed"))
+    return found
 
 
 def _arrays(shapes, seed: int) -> list[np.ndarray]:

@@ -15,7 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from bench import hlo, llo, yardstick
-from bench.tpu_compiler import MARK, Cache, Kernel, Program, Report, profiles
+from bench.reports import Cache, Kernel, Program, Report, profiles
+from bench.tpu_compiler import MARK
 from kernels import launch
 from train.signals import before_the_end
 

@@ -19,19 +19,18 @@ JAX's own attention is called.
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import calibration, edge, plans, yardstick
-from bench.accuracy import IMAGES, PATCHES
+from bench import accuracy, calibration, edge, kernel_tables, plans, yardstick
 from bench.device_study import TrialError, describe, start
 from bench.options import command
 from bench.peers import FLAX
+from bench.reports import Program, Report
 from bench.shapes import OPS, SHAPES, flops, model_flops, unknown
 from bench.target_study import attempt_of, out_of_hbm
-from bench.tpu_compiler import PROFILED, TOPOLOGIES, CompilerMissing, Program, Report, compile_programs
-from kernels.device import gpu
+from bench.tpu_compiler import PROFILED, TOPOLOGIES, CompilerMissing, compile_programs
 
 Target = Literal["v2", "v3", "v4", "v5e", "v5p", "v6e", "7x"]
 
@@ -120,87 +119,13 @@ def _compile(target: str, programs: list[Program], **options: Any) -> list[Repor
     return reports
 
 
-def _cycles(report: Report) -> int | None:
-    try:
-        return None if report.error else report.cycles
-    except ValueError:
-        return None
-
-
-def _why(report: Report) -> str:
-    return report.error or next((k.error for k in report.kernels if k.error), "")
-
-
-def _record(
-    options: Kernels, target: str, what: str, work: int, ours: Report, plain: Report | None, others: dict[str, Report]
-) -> dict[str, Any]:
-    bound = work / yardstick.flops_per_cycle(target)
-    record = {"target": target, "what": what, "batch": options.batch, "dtype": options.dtype, "bound": round(bound)}
-    for name, report in (("ours", ours), ("xla", plain), *others.items()):
-        if report is None:
-            continue
-        cycles = _cycles(report)
-        record[name] = {
-            "cycles": cycles,
-            "share_of_bound": None if not cycles else bound / cycles,
-            "bytes": report.peak_bytes,
-            "kernels": [asdict(k) for k in report.kernels],
-            "model_cycles": None if report.error else report.model_cycles,
-            "split": yardstick.split(report.lines),
-            "lines": [asdict(line) for line in report.lines],
-            "seconds_to_compile": report.seconds,
-            "error": _why(report),
-            "note": "" if report.error else calibration.note(target, report),
-        }
-    return record
-
-
-def _line(record: dict[str, Any]) -> str:
-    ours, plain = record["ours"], record.get("xla")
-
-    def cycles(side):
-        return "-" if side is None else f"{side['cycles']:,}" if side["cycles"] else "failed"
-
-    ratio = f"{plain['cycles'] / ours['cycles']:.2f}" if plain and plain["cycles"] and ours["cycles"] else "-"
-    share = f"{ours['share_of_bound']:.0%}" if ours["share_of_bound"] else "-"
-    each = f"{ours['cycles'] / record['batch']:,.0f}" if ours["cycles"] else "-"
-    memory = f"{ours['bytes'] / 2**20:,.0f}" + (f" / {plain['bytes'] / 2**20:,.0f}" if plain else "")
-    cells = (record["what"], cycles(ours), each, cycles(plain), ratio, f"{record['bound']:,}", share, memory)
-    text = "{:<36}{:>14}{:>12}{:>14}{:>7}{:>14}{:>7}{:>18}".format(*cells)
-    lines = [text + _error_cell(record, "ours", "xla")]
-    for name in _OTHERS:
-        if (other := record.get(name)) is not None:
-            against = f"{other['cycles'] / ours['cycles']:.2f}" if other["cycles"] and ours["cycles"] else "-"
-            each = f"{other['cycles'] / record['batch']:,.0f}" if other["cycles"] else "-"
-            row = f"  {name:<34}{'':>14}{each:>12}{cycles(other):>14}{against:>7}{'':>14}{'':>7}{other['bytes'] / 2**20:>18,.0f}"
-            lines.append(row + _error_cell(record, name))
-    sides = [(name, record[name]) for name in ("ours", "xla", *_OTHERS) if name in record]
-    lines += [f"  {name}: {side[why][:300]}" for name, side in sides for why in ("error", "note") if side[why]]
-    return "\n".join(lines)
-
-
-_ATTENTION = ("jax.nn", "flash", "splash")  # on a TPU; cuDNN is a GPU's
-_OTHERS = (*_ATTENTION, FLAX)
-
-
-def _error_cell(record: dict[str, Any], *names: str) -> str:
-    known = record.get("errors", {})
-    cells = [f"{known[n]:.1e}" if isinstance(known.get(n), float) else "-" for n in names]
-    return f"{' / '.join(cells):>20}" if known else ""
-
-
-_HEADER = "{:<36}{:>14}{:>12}{:>14}{:>7}{:>14}{:>7}{:>18}".format(
-    "", "ours", "an image", "XLA", "XLA/o.", "MXU bound", "share", "MiB ours / XLA"
-)
-
-
 def _names(options: Kernels, build: str, op: str | None) -> list[tuple[str, Any]]:
     """Whose code is compiled: (name in the record, the builder's `kernels`)."""
     names: list[tuple[str, Any]] = [("ours", True), *(() if options.ours_only else (("xla", False),))]
     if options.peers and not options.ours_only and options.whole:
         names.append((FLAX, FLAX))
     if options.peers and not options.ours_only and op == "attention" and build.endswith(":op_alone"):
-        names += [(name, name) for name in _ATTENTION]
+        names += [(name, name) for name in kernel_tables.ATTENTION]
     return names
 
 
@@ -214,44 +139,29 @@ def _pairs(options: Kernels, target: str, jobs: list[tuple[str, int, str, dict]]
     ]
     wanted = options.errors and not options.ours_only and any(build.endswith(":op_alone") for _, _, build, _ in jobs)
     heading = f"{'error ours / XLA':>20}" if wanted else ""
-    print(f"{target}, batch {options.batch}, {options.dtype}: cycles (compiler estimate)\n{_HEADER}{heading}")
+    print(f"{target}, batch {options.batch}, {options.dtype}: cycles (compiler estimate)\n{kernel_tables.HEADER}{heading}")
     reports = iter(_compile(target, programs))
-    errors = _errors(options, target, jobs, sides)
+    errors: dict[int, dict[str, Any]] = {}
+    if wanted:
+        _progress(f"{target}: errors against float64, interpreted")
+        errors = accuracy.of_jobs(target, jobs, sides)
+        _progress("")
     records = []
     for i, ((what, work, _, _), names) in enumerate(zip(jobs, sides, strict=True)):
         found = {name: next(reports) for name, _ in names}
         ours, plain = found.pop("ours"), found.pop("xla", None)
-        records.append(_record(options, target, what, work, ours, plain, found))
+        records.append(kernel_tables.record_of(target, what, work, ours, plain, found, batch=options.batch, dtype=options.dtype))
         if i in errors:
-            records[-1] |= {"errors": errors[i], "errors_at": f"interpreted, {IMAGES} images of {PATCHES} x {PATCHES} patches"}
-        print(_line(records[-1]), flush=True)
+            records[-1] |= {
+                "errors": errors[i],
+                "errors_at": f"interpreted, {accuracy.IMAGES} images of {accuracy.PATCHES} x {accuracy.PATCHES} patches",
+            }
+        print(kernel_tables.line(records[-1]), flush=True)
     if errors:
-        print(f"errors: largest difference from float64 over the largest value, interpreted at {IMAGES} images of 17 tokens")
+        print(
+            f"errors: largest difference from float64 over the largest value, interpreted at {accuracy.IMAGES} images of 17 tokens"
+        )
     return records
-
-
-def _errors(options: Kernels, target: str, jobs, sides) -> dict[int, dict[str, Any]]:
-    """Job -> implementation -> error against float64, or why there is none. In a process on the CPU: nothing runs on a TPU."""
-    if not options.errors or options.ours_only:
-        return {}
-    asked, places = [], []
-    for i, ((_, _, build, arguments), names) in enumerate(zip(jobs, sides, strict=True)):
-        if not build.endswith(":op_alone"):
-            continue
-        for name, _ in names:
-            same = {key: arguments[key] for key in ("op", "shape", "dtype", "backward")}
-            asked.append({**same, "name": "reference" if name == "xla" else name, "target": target})
-            places.append((i, name))
-    if not asked:
-        return {}
-    _progress(f"{target}: {len(asked)} errors against float64, interpreted")
-    answers, problem = start(asked, seconds=60.0 * len(asked), module="bench.accuracy", platform="cpu")
-    _progress("")
-    found: dict[int, dict[str, Any]] = {}
-    for k, (i, name) in enumerate(places):
-        answer = answers[k] if k < len(answers) else {"failed": problem}
-        found.setdefault(i, {})[name] = answer.get("error", answer.get("failed"))
-    return found
 
 
 def ops(options: Kernels, target: str) -> list[dict]:
@@ -279,7 +189,7 @@ def whole(options: Kernels, target: str) -> list[dict]:
     build = "bench.programs:train_step" if options.train else "bench.programs:whole_forward"
     records = _pairs(options, target, [(what, work, build, arguments)])
     for record in records:
-        print(_breakdown(record), flush=True)
+        print(kernel_tables.breakdown(record), flush=True)
     return records
 
 
@@ -288,35 +198,19 @@ def statistics(options: Kernels, target: str) -> list[dict]:
     arguments = {"model": options.whole, "batch": options.batch, "dtype": options.dtype}
     builds = {"forward": "bench.programs:whole_forward", "forward with statistics": "bench.programs:forward_with_statistics"}
     reports = _compile(target, [Program(build=build, arguments=arguments, name=name) for name, build in builds.items()])
-    found = {report.name: _cycles(report) for report in reports}
+    found = {report.name: kernel_tables.cycles_of(report) for report in reports}
     print(f"{target}, {options.whole}, batch {options.batch}, {options.dtype}: cycles an image (compiler estimate)")
     for report in reports:
         cycles = found[report.name]
-        print(f"{report.name:<36}{f'{cycles / options.batch:,.0f}' if cycles else 'failed: ' + _why(report)[:300]:>12}")
+        print(
+            f"{report.name:<36}{f'{cycles / options.batch:,.0f}' if cycles else 'failed: ' + kernel_tables.why(report)[:300]:>12}"
+        )
     plain, looked = found.values()
     if plain and looked:
         print(yardstick.table(reports[1].lines, images=options.batch))
         print(f"distances and class rows of all blocks add {looked / plain - 1:.1%}", flush=True)
     record = {"target": target, "what": "statistics", "batch": options.batch, "dtype": options.dtype, "cycles": found}
-    return [{**record, "ours": {"error": "; ".join(filter(None, map(_why, reports)))}}]
-
-
-def _breakdown(record: dict[str, Any]) -> str:
-    """Where the cycles of each side go, operation by operation, and how ours stand to the better of the others."""
-    sides = [(name, record[name]) for name in ("ours", FLAX, "xla") if name in record and record[name]["cycles"]]
-    text = []
-    for name, side in sides:
-        found = [yardstick.Line(**line) for line in side["lines"]]
-        text.append(f"{_WHOSE[name]}, cycles an image\n{yardstick.table(found, images=record['batch'])}")
-        text.append(f"  {side['model_cycles'] / record['batch']:>12,.0f} where XLA's operations are counted by its cost model")
-    if len(sides) > 1 and sides[0][0] == "ours":
-        best, other = min(sides[1:], key=lambda s: s[1]["cycles"])
-        ratio = other["cycles"] / sides[0][1]["cycles"]
-        text.append(f"ours run at {ratio:.2f} x {_WHOSE[best]}, both by this count {calibration.margin(record['target'])}")
-    return "\n".join(text)
-
-
-_WHOSE = {"ours": "our kernels", "xla": "our reference", FLAX: "the public JAX release's model"}
+    return [{**record, "ours": {"error": "; ".join(filter(None, map(kernel_tables.why, reports)))}}]
 
 
 def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
@@ -388,28 +282,13 @@ def calibrate(options: Kernels, target: str) -> list[dict]:
     return records
 
 
-def _local(platform: str, op: str) -> list[str]:
-    """Implementations that a device of this platform runs."""
-    names = {"tpu": ["ours"], "gpu": [] if op == "attention" else ["gpu"]}.get(platform, [])
-    names.append("reference")
-    if op == "attention":
-        names += ["jax.nn", *{"gpu": ["cudnn"], "tpu": ["flash", "splash"]}.get(platform, [])]
-    return names
-
-
-def _of_peak(device: dict[str, Any], dtype: str) -> str:
-    """What part of a card's peak its matmul rate is, where the card is in the table of devices."""
-    card = gpu(device["kind"]) if device["platform"] == "gpu" and dtype == "bfloat16" else None
-    return f", {device['matmul_flops'] / card.peak_flops:.0%} of the {card.name}'s peak" if card else ""
-
-
 def on_devices(options: Kernels) -> list[dict]:
     """Every op at each named shape, timed on the device present beside its matmul rate, with errors against float64."""
     device = describe(None, options.dtype, seconds=options.seconds)
     rate, platform = device["matmul_flops"], device["platform"]
     print(
         f"{device['kind']}, batch {options.batch}, {options.dtype}: measured; a matrix product of {device['matmul_side']}^3 runs "
-        f"at {rate / 1e12:,.2f} TFLOP/s{_of_peak(device, options.dtype)}"
+        f"at {rate / 1e12:,.2f} TFLOP/s{kernel_tables.of_peak(device, options.dtype)}"
     )
     if platform == "cpu":
         print("a CPU has no kernels of ours: the reference stands for them (--target counts them by the TPU compiler)")
@@ -418,7 +297,7 @@ def on_devices(options: Kernels) -> list[dict]:
     for shape in options.shape:
         for op in options.op:
             for backward in (False, True):
-                for name in _local(platform, op):
+                for name in kernel_tables.on_platform(platform, op):
                     request = dict(op=op, shape=shape, name=name, batch=options.batch, dtype=options.dtype, backward=backward)
                     _progress(f"{op} {shape} {name}")
                     found, problem = start({**request, "seconds": options.seconds}, seconds=600, module="bench.kernel_trial")
@@ -428,19 +307,8 @@ def on_devices(options: Kernels) -> list[dict]:
                     if "median" in record:
                         record |= {"flops_per_second": work / record["median"], "share_of_matmul": work / record["median"] / rate}
                     records.append(record)
-                    print(_measured(record), flush=True)
+                    print(kernel_tables.measured(record), flush=True)
     return records
-
-
-def _measured(r: dict[str, Any]) -> str:
-    what = f"{r['op']} {r['shape']} {'fwd+bwd' if r['backward'] else 'fwd'}"
-    if "median" not in r:
-        return f"{what:<36}{r['name']:<12}failed: {r['failed'][:150]}"
-    error = f"{r['error']:.1e}" if isinstance(r.get("error"), float) else "-"
-    return (
-        f"{what:<36}{r['name']:<12}{r['median'] * 1e3:>10.3f}{r['spread']:>9.1%}{r['flops_per_second'] / 1e12:>10.2f}"
-        f"{r['share_of_matmul']:>11.0%}{error:>11}"
-    )
 
 
 def run(options: Kernels) -> list[dict]:

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from bench import calibration
 from bench.options import command
 from bench.peers import FLAX
-from bench.tpu_compiler import Compiler, CompilerMissing, Program, Report
+from bench.reports import Program, Report
+from bench.tpu_compiler import Compiler, CompilerMissing
 from vitcore.families import variant
 
 Target = Literal["v2", "v3", "v4", "v5e", "v5p", "v6e", "7x"]

@@ -17,8 +17,9 @@ from typing import Any
 from bench import calibration, edge, slices, yardstick
 from bench.cases import Case, Notebook
 from bench.peers import FLAX
+from bench.reports import Program, Report, default_cache
 from bench.timing import RISE
-from bench.tpu_compiler import TOPOLOGIES, Compiler, Program, Report, default_cache
+from bench.tpu_compiler import TOPOLOGIES, Compiler
 from kernels.device import DEVICES
 from train.mesh import parse
 from vitcore.flops import flops

@@ -22,7 +22,6 @@ import time
 import typing
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -30,7 +29,6 @@ from jax._src import clusters, distributed  # the store and the detection have n
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import vitcore
 from train import meeting
 from train.signals import Stop, asked
 
@@ -261,28 +259,6 @@ def gather(value) -> list:
     client, key = _client(), _next("gather")
     client.key_value_set(f"{key}/{rank()}", json.dumps(value))
     return [json.loads(client.blocking_key_value_get(f"{key}/{i}", _PATIENCE * 1000)) for i in range(count())]
-
-
-def code_hash() -> str:
-    """Of every source file of this package and those it stands on."""
-    digest = hashlib.sha256()
-    root, library = Path(__file__).resolve().parents[1], Path(vitcore.__file__).resolve().parent
-    for package in (root / "kernels", library, root / "train"):  # an installed library has the other two in it
-        for path in sorted(package.rglob("*.py")):
-            digest.update(str(path.relative_to(root.parent)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-_STANDS_ON = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore", "grain", "pillow")
-
-
-def versions() -> str:
-    """Of Python and the packages whose word a job takes: "3.11, jax 0.10.2, ..."."""
-    found = [f"{sys.version_info[0]}.{sys.version_info[1]}"]
-    for name in _STANDS_ON:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(found)
 
 
 def agree(**what) -> None:

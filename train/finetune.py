@@ -17,7 +17,7 @@ that goes on, from the step that was its newest when the sweep began.
 import sys
 from pathlib import Path
 
-from train import distributed, job
+from train import code, distributed, job
 from train import sweep as sweeps
 from train.job import end, guard, locked, say, stopped
 from train.options import parse
@@ -55,8 +55,8 @@ def run(args: Finetune, stop: Stop | None = None):
         full, session = prepare(args, stop, store(args.init, model))
     distributed.agree(
         configuration=identity(full),
-        code=distributed.code_hash(),
-        versions=distributed.versions(),
+        code=code.digest(),
+        versions=code.versions(),
         model=[session.pretrained.about, session.model],
     )
     say(f"{session.pretrained.about} on {full.data}, {full.split}; {session.where}; recipe {full.recipe}; {out}")

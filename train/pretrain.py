@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from train import distributed, job, masked, options, recipes
+from train import code, distributed, job, masked, options, recipes
 from train.job import check_claim, end, guard, locked, say, stopped
 from train.options import ImageOptions, check_numbers, resolve_images
 from train.shape import AblationOptions, shape_of
@@ -265,7 +265,7 @@ def run(args: Pretrain, stop: Stop | None = None):
     start, pixels, model = _start(full, config, mesh, tx)
     out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss, **pixels)
     began = {} if model is None else {job.BEGAN_FROM: job.began_from(out) or model}
-    distributed.agree(code=distributed.code_hash(), versions=distributed.versions(), images=seen(source, held_out))
+    distributed.agree(code=code.digest(), versions=code.versions(), images=seen(source, held_out))
     spec = make_run(
         full, out, who, dataclasses.asdict(full) | began, sources=(source, held_out), config=config, mesh=mesh,
         data=dict(subset=full.subset, subset_seed=full.subset_seed),

@@ -28,13 +28,11 @@ from vitcore.families import restored
 from vitcore.normalisation import HALF, Pixels
 from vitcore.parameters import flat, nested
 from vitcore.resnet_models import ResNetConfig
+from vitcore.weight_checks import PATCHES, agrees, check, is_head, style_of_file, usual_names
 from vitcore.weight_files import Stored, WeightError
-from vitcore.weight_names import POSITION, Entry, Naming, Style, entries, infer, nameless, refuse, shapes, style_of, written
+from vitcore.weight_names import POSITION, Naming, Style, entries, infer, nameless, shapes, written
 
-PATCHES = ("patch_embed", "kernel")
 MOST_SIDE = 1024  # of a patch that is to be resampled
-MOST_PATCHES = 2**16  # of a position embedding that is to be fitted: a side of 4096 pixels in patches of 16
-_FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float64))
 
 
 def load(
@@ -67,7 +65,7 @@ def load(
     alone = config is None
     if config is None:
         style, found, arrays = describe(path, heads=heads, grid=grid, pool=pool, position=position)
-        if isinstance(found, ViTConfig) and not any(_is_head(name, style) for name in _usual_names(arrays)):
+        if isinstance(found, ViTConfig) and not any(is_head(name, style) for name in usual_names(arrays)):
             found = dataclasses.replace(found, num_classes=0)
         config, grid = found, getattr(found, "grid", None)
     theirs = _with_patches_of(path, config) if resample_patches else config
@@ -87,8 +85,8 @@ def _with_patches_of(path, config):
     if not isinstance(config, ViTConfig) or config.stem is not None:
         return config
     with weight_files.opened(os.fspath(path)) as stored:
-        arrays = _usual_names(stored)
-        style = _style(os.fspath(path), arrays)
+        arrays = usual_names(stored)
+        style = style_of_file(os.fspath(path), arrays)
         (kernel,) = (e for e in entries(config, style) if e.path == PATCHES)
         shape = arrays[kernel.name].shape if kernel.name in arrays else ()
     side = shape[0 if style.naming == "release" else -1] if len(shape) == 4 else 0
@@ -107,18 +105,18 @@ def read(path, config, *, new_head: bool = False, grid=None, interpolation="corn
             f"{config.representation_size}: make it None"
         )
     with weight_files.opened(path) as stored:
-        arrays = _usual_names(stored)
-        style = _style(path, arrays)
+        arrays = usual_names(stored)
+        style = style_of_file(path, arrays)
         wanted = entries(config, style)
         if lost := nameless(config, style):
             raise WeightError(f"{path}: files of {style.naming} naming have no name for this config's {', '.join(lost)}")
         if new_head:
-            dropped = {e.name for e in wanted if e.path[0] == "head"} | {n for n in arrays if _is_head(n, style)}
+            dropped = {e.name for e in wanted if e.path[0] == "head"} | {n for n in arrays if is_head(n, style)}
             wanted = tuple(e for e in wanted if e.name not in dropped)
             arrays = {name: a for name, a in arrays.items() if name not in dropped}
         about = weight_about.read(path, weight_files.metadata(path))
-        _check(path, arrays, wanted, style, config)
-        _agrees(path, about, config)
+        check(path, arrays, wanted, style, config)
+        agrees(path, about, config)
         leaves = {leaf: np.empty(shape, np.float32) for leaf, shape in shapes(config).items()}
         if new_head:
             leaves |= {leaf.path: np.array(leaf.initial(None, leaf.shape)) for leaf in leaves_of(config) if leaf.path[0] == "head"}
@@ -135,17 +133,6 @@ def read(path, config, *, new_head: bool = False, grid=None, interpolation="corn
             else:
                 entry.into(leaves[entry.path], array)
     return nested(leaves)
-
-
-def _agrees(path: str, about: weight_about.About, config) -> None:
-    """Raise where a file of ours says of its model what no array shows, and the config says otherwise."""
-    told = about.config or {}
-    other = [
-        name for name in ("num_heads", "gelu", "eps", "pool") if name in told and told[name] != getattr(config, name, told[name])
-    ]
-    if other:
-        said = ", ".join(f"{name}={told[name]!r}, not {getattr(config, name)!r}" for name in other)
-        raise WeightError(f"{path} is of a model with {said}: give the config it was saved with, or change that of the result")
 
 
 def save(
@@ -188,14 +175,14 @@ def describe(
     """
     path = os.fspath(path)
     with weight_files.opened(path) as stored:
-        arrays = _usual_names(stored)
-        style, told = _style(path, arrays), weight_about.read(path, weight_files.metadata(path))
+        arrays = usual_names(stored)
+        style, told = style_of_file(path, arrays), weight_about.read(path, weight_files.metadata(path))
         try:
             if told.config is not None:
                 found = restored(told.config)
                 if heads not in (None, told.heads):
                     raise ValueError(f"the file says {told.heads} heads, not {heads}")
-                _check(path, arrays, entries(found, style), style, found)
+                check(path, arrays, entries(found, style), style, found)
             else:
                 said = grid or _grid_of(path, weight_files.metadata(path))
                 found = infer(
@@ -235,144 +222,6 @@ def convert(
         dtype=dtype, classes=told.classes, pixels=told.pixels or HALF, data=told.data,
     )  # fmt: skip
     return config
-
-
-# --- what does not fit ------------------------------------------------------------------------------------------------------
-
-
-def _usual_names(arrays: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The arrays under the names that the release's other files have: of two towers, images' and texts', that of the images; and
-    the position embedding that for some months of 2021 stood in the encoder."""
-    towers = any(name.startswith("params/img/") for name in arrays)
-    out = {}
-    for name, array in arrays.items():
-        if towers:
-            if not name.startswith("params/img/"):
-                continue
-            name = "params/" + name.removeprefix("params/img/")
-        if name.endswith("Transformer/pos_embedding"):
-            name = name.removesuffix("pos_embedding") + "posembed_input/pos_embedding"
-        out[name] = array
-    return out
-
-
-def _style(path: str, names) -> Style:
-    style = style_of(names)
-    if any("MixerBlock_" in name for name in names):
-        raise WeightError(
-            f"{path} holds an MLP-Mixer (MixerBlock_0 ...), which is no model of vitcore: it has ViTs, hybrids and ResNets"
-        )
-    if style is None:
-        try:
-            refuse(names)
-        except ValueError as error:
-            raise WeightError(f"{path}: {error}") from error
-        some = ", ".join(sorted(names)[:3]) or "nothing"
-        raise WeightError(f"{path} holds no Vision Transformer as the release, timm or transformers name it, but {some}, ...")
-    return style
-
-
-def _is_head(name: str, style: Style) -> bool:
-    """Whether a new head replaces the entry: the classifier and the pre-logits layer."""
-    rest = name.removeprefix(style.prefix)
-    return rest.startswith(("head/", "pre_logits", "head.", "classifier.", "pooler."))
-
-
-def _is_other(name: str, style: Style) -> bool:
-    """Whether an entry lies beside the parameters: the optimizer's state and counters of a training run."""
-    if name.endswith("embeddings.mask_token"):  # of DINOv2's training
-        return True
-    return style.naming == "release" and not (style.prefix and name.startswith(style.prefix)) and name.startswith(
-        ("opt/", "extra/", "state/", "step", "chrono/")
-    )  # fmt: skip
-
-
-def _fits(entry: Entry, array: Stored, config) -> bool:
-    if entry.path == POSITION:
-        patches = math.prod(array.shape[:2])
-        return len(array.shape) == 3 and array.shape[2] == config.width and array.shape[0] == 1 and 1 <= patches <= MOST_PATCHES
-    # old files keep vectors as (1, 1, 1, C)
-    return array.shape == entry.shape or _squeezed(array.shape) == _squeezed(entry.shape)
-
-
-def _squeezed(shape) -> tuple[int, ...]:
-    return tuple(n for n in shape if n != 1)
-
-
-def _check(path: str, arrays: Mapping[str, Stored], wanted: tuple[Entry, ...], style: Style, config) -> None:
-    """Raise one line that names every entry that is missing, extra, misshapen or of no float type."""
-    need = {entry.name: entry for entry in wanted}
-    missing = [name for name in need if name not in arrays]
-    extra = [name for name in arrays if name not in need and not _is_other(name, style)]
-    misshapen = {name: arrays[name] for name, e in need.items() if name in arrays and not _fits(e, arrays[name], config)}
-    untyped = [name for name in need if name in arrays and name not in misshapen and arrays[name].dtype not in _FLOATS]
-    parts = []
-    if missing:
-        parts.append(f"missing {_list(missing)}")
-    if extra:
-        parts.append(f"extra {_list(extra)}")
-    if misshapen:
-        said = [f"{n} {_shape(a.shape)} for {_shape(need[n].shape)}" for n, a in misshapen.items()]
-        parts.append(f"misshapen {_list(said)}")
-    if untyped:
-        said = [f"{name} {arrays[name].dtype}" for name in untyped]
-        parts.append(f"no floats in {_list(said)} (float16, bfloat16, float32 and float64 are read: convert them)")
-    if parts:
-        raise WeightError(f"{path} is not this config's model: {'; '.join(parts)}{_hint(arrays, style, misshapen, need, config)}")
-
-
-def _hint(arrays, style, misshapen, need, config) -> str:
-    heads = [name for name in misshapen if need[name].path[0] == "head"]
-    if heads and len(heads) == len(misshapen):
-        return ": new_head=True replaces the head by zeros"
-    patches = misshapen and isinstance(config, ViTConfig) and config.stem is None
-    patches = patches and all(need[name].path == PATCHES for name in misshapen)
-    other = "resample_patches=True takes patches of another size" if patches else ""
-    try:
-        open_ = {"pool": getattr(config, "pool", None), "position": getattr(config, "position", None)}
-        c = infer({name: a.shape for name, a in arrays.items()}, style, **open_)
-    except ValueError:
-        return f": {other}" if other else ""
-    if isinstance(c, ResNetConfig):
-        return f": the file's model is a ResNet, {c.stem}, num_classes={c.num_classes}"
-    hidden = f", representation_size={c.representation_size}" if c.representation_size else ""
-    return (
-        f": the file's model has patch_size={c.patch_size}, width={c.width}, depth={c.depth}, mlp_dim={c.mlp_dim}, "
-        f"num_heads={c.num_heads}, num_classes={c.num_classes}, pool={c.pool}{hidden}"
-        f"{f'; {other}' if other else ''}"
-    )
-
-
-def _list(names) -> str:
-    """Every name; those that differ in one number only, as blocks do, with its range in braces."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for name in names:
-        parts = re.split(r"(?<=[_.])(\d+)(?=[/.])", name, maxsplit=1)
-        key = (parts[0], parts[2]) if len(parts) == 3 else (name,)
-        groups.setdefault(key, []).extend([int(parts[1])] if len(parts) == 3 else [])
-    said = []
-    for key, numbers in groups.items():
-        ranges = _ranges(numbers)
-        said.append(key[0] if len(key) == 1 else f"{key[0]}{ranges if ranges.isdigit() else '{' + ranges + '}'}{key[1]}")
-    return ", ".join(said)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5"."""
-    out: list[list[int]] = []
-    for n in sorted(numbers):
-        if out and n == out[-1][1] + 1:
-            out[-1][1] = n
-        else:
-            out.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
-
-
-def _shape(shape) -> str:
-    return "(" + ",".join(map(str, shape)) + ")"
-
-
-# --- position embedding, trees ----------------------------------------------------------------------------------------------
 
 
 def _position(path: str, array: np.ndarray, config, style: Style, grid, interpolation) -> np.ndarray:

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from bench.tpu_compiler import CACHE, Cache, Program, Report, compile_programs
+from bench.reports import Cache, Program, Report
+from bench.tpu_compiler import CACHE, compile_programs
 
 REQUEST = {"target": "v3", "topology": "v3:2x2", "whole_vmem": False}
 KEPT = Report(name="n", target="v3", live_bytes=7, xla_top=(("a", 1, 2, "cost model"),), collectives={"all-gather": 3})
@@ -50,7 +51,7 @@ def test_other_options_are_another_report(tmp_path, option):
 
 def test_other_versions_are_another_report(tmp_path, monkeypatch):
     saved(tmp_path)
-    monkeypatch.setattr("bench.tpu_compiler._version", lambda package: f"{package} of tomorrow")
+    monkeypatch.setattr("bench.reports._version", lambda package: f"{package} of tomorrow")
     assert Cache(tmp_path, REQUEST).load("digest", False) is None
 
 

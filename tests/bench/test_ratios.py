@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench.ratios import Ratios, extrapolated, line, row
-from bench.tpu_compiler import Kernel, Report
+from bench.reports import Kernel, Report
 from bench.yardstick import Line
 
 BLOCK = {True: 100, False: 150, "flax": 130}

@@ -13,10 +13,11 @@ import pytest
 
 from bench import calibration, device_study, plots, slices, tables
 from bench.cases import Case, Notebook, cases
+from bench.reports import Cache, Kernel, Program, Report
 from bench.target_study import _program, first_batch, out_of_hbm, too_much
 from bench.throughput import Throughput, run
 from bench.timing import still_rising, summary
-from bench.tpu_compiler import Cache, Compiler, CompilerMissing, Kernel, Program, Report
+from bench.tpu_compiler import Compiler, CompilerMissing
 from bench.yardstick import Line
 
 # ---- bad input: one clear line each, before anything is measured or compiled

@@ -11,7 +11,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 from bench import hlo, llo
-from bench.tpu_compiler import CompilerMissing, Program, compile_programs
+from bench.reports import Program
+from bench.tpu_compiler import CompilerMissing, compile_programs
 from kernels.device import DEVICES
 
 HERE = "tests.bench.test_tpu_compiler"

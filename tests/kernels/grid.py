@@ -28,8 +28,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from bench import programs
+from bench.reports import Program
 from bench.shapes import SHAPES, shape
-from bench.tpu_compiler import TOPOLOGIES, Program
+from bench.tpu_compiler import TOPOLOGIES
 from kernels.device import DEVICES, LANES, SUBLANES, Device
 from vitcore.ops import FUNCTIONS
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from bench.tpu_compiler import Program, compile_programs
+from bench.reports import Program
+from bench.tpu_compiler import compile_programs
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.statistics import reference as statistics
 from kernels.attention.statistics import tpu as statistics_tpu

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 
+from bench.reports import Program, Report
 from bench.shapes import SHAPES
-from bench.tpu_compiler import TOPOLOGIES, Program, Report, compile_programs
+from bench.tpu_compiler import TOPOLOGIES, compile_programs
 from kernels.device import DEVICES, MiB
 from kernels.launch import Launch
 from tests.kernels import grid

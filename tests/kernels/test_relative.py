@@ -15,7 +15,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import vitcore
-from bench.tpu_compiler import TOPOLOGIES, Program, compile_programs
+from bench.reports import Program
+from bench.tpu_compiler import TOPOLOGIES, compile_programs
 from kernels.attention.plan import Refused
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.relative import core as relative_core

@@ -20,6 +20,7 @@ import time
 import jax
 import numpy as np
 
+import train.code
 import train.distributed
 import train.loop
 import train.manifest
@@ -159,8 +160,8 @@ if "say-data" in FAULTS:
 
     TrainBatches.__next__ = slow
 
-code_hash = train.distributed.code_hash
-train.distributed.code_hash = lambda: "other" if here("other-code") else code_hash()
+digest = train.code.digest
+train.code.digest = lambda: "other" if here("other-code") else digest()
 
 if __name__ == "__main__":
     code = pretrain.main(OPTIONS)
