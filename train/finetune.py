@@ -51,7 +51,7 @@ def run(args: Finetune, stop: Stop | None = None):
     """Fine-tune, or sweep, as `args` say. The Result of a run, or the summary of a sweep; None where it was asked to stop."""
     full, session = prepare(args, stop)
     out = directory(full)
-    if full.sweep and (model := sweeps.begun_with(out)) not in (None, session.model):
+    if full.sweep and (model := sweeps.model_of_sweep(out)) not in (None, session.model):
         full, session = prepare(args, stop, store(args.init, model))
     distributed.agree(
         configuration=identity(full),

@@ -214,7 +214,7 @@ def directory(out: str | None, name: str, identity: dict) -> epath.Path:
 BEGAN_FROM = "began_from"  # of config.json: which weights --init was when the run began, `train.pretrained.Stored.model`
 
 
-def began_from(out: epath.Path) -> dict | None:
+def model_of_run(out: epath.Path) -> dict | None:
     """Which weights the run in `out` began from, where it has a checkpoint to go on from and says so. Every process calls it."""
     held = None
     if distributed.rank() == 0 and (out / "config.json").exists() and (out / "checkpoints").exists():

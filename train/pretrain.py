@@ -264,7 +264,7 @@ def run(args: Pretrain, stop: Stop | None = None):
     rate, tx = _optimizer(full)
     start, pixels, model = _start(full, config, mesh, tx)
     out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss, **pixels)
-    began = {} if model is None else {job.BEGAN_FROM: job.began_from(out) or model}
+    began = {} if model is None else {job.BEGAN_FROM: job.model_of_run(out) or model}
     distributed.agree(code=code.digest(), versions=code.versions(), images=seen(source, held_out))
     spec = make_run(
         full, out, who, dataclasses.asdict(full) | began, sources=(source, held_out), config=config, mesh=mesh,

@@ -128,6 +128,8 @@ def open_pretrained(
     if stored.run is not None:
         config, about, held = stored.run.config, stored.run.about, stored.run.held
         params = dict(stored.run.params)
+        if not allow_nonfinite:
+            _check_finite(path, params)
         if not masked and params.pop("masked", None):
             config = dataclasses.replace(config, masked=None)
         antialias = bool(held.get("antialias", BEFORE["antialias"]))
@@ -156,14 +158,18 @@ def open_pretrained(
         )
         wanted, words = (wanted, words) if pixels is None else (pixels, f"pixels {pixels_said(pixels)}")
         about = f"{path} ({style.naming} naming; {words})"
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    bad = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not np.isfinite(leaf).all()]
-    if bad and not allow_nonfinite:
-        which = f"{', '.join(bad[:3])}{', ...' * (len(bad) > 3)}"
-        raise WeightError(f"{path}: {which} holds NaN or infinity: take another step or file, or these with --allow-nonfinite")
     classes = classes if num_classes is None and new.num_classes else None
     config = families.changed(new, gelu=gelu)
     return Pretrained(config, params, about, antialias, classes, wanted, seen, stored.model or None)
+
+
+def _check_finite(path: str, params) -> None:
+    """Raises `WeightError` where a run's parameters hold NaN or infinity; of a file `weight_tree.read` looks for them."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    bad = [jax.tree_util.keystr(at, simple=True, separator="/") for at, leaf in leaves if not np.isfinite(leaf).all()]
+    if bad:
+        which = f"{', '.join(bad[:3])}{', ...' * (len(bad) > 3)}"
+        raise WeightError(f"{path}: {which} holds NaN or infinity: take another step or file, or these with --allow-nonfinite")
 
 
 def _from_run(path: str, step: int | None = None) -> Stored:

@@ -21,7 +21,21 @@ def steps_of(epochs: int, examples: int, batch_size: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class ImageFields:
+    """What a recipe says of the images: the fields of `train.options.ImageOptions`. The defaults are the authors'."""
+
+    crop: Literal["tensorflow", "torchvision"] = "tensorflow"
+    antialias: bool = False
+    randaugment: tuple[int, int] = (0, 0)
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_share: Literal["batch", "row"] = "batch"
+    erase: float = 0.0
+    preprocess: Literal["resize", "resize-center", "center"] = "resize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ImageFields):
     """One way to pre-train. Frozen; `dataclasses.replace` changes a field and checks it again.
 
     examples: training images of the data set. epochs: passes over them. base_lr: peak learning rate. decay: its shape after the
@@ -30,8 +44,7 @@ class Recipe:
     label_smoothing: share of the target spread evenly over the classes, softmax only (the paper names no value: 0). loss: softmax
     (one label an image) or sigmoid (any number of labels). head_bias: initial bias of the classifier where the loss is the sigmoid,
     which so starts at "none of them" and not at "half of them" (`first_bias`). b1, b2, eps: Adam's. first_moment: dtype
-    Adam's first moment is kept in (bfloat16: later). crop ... preprocess: of the images, as in `train.options.ImageOptions`; the
-    defaults are the authors'. pool, position: of the model, as in `vitcore.ViTConfig`.
+    Adam's first moment is kept in (bfloat16: later). pool, position: of the model, as in `vitcore.ViTConfig`.
     """
 
     name: str
@@ -54,14 +67,6 @@ class Recipe:
     b2: float = 0.999
     eps: float = 1e-8
     first_moment: Literal["float32", "bfloat16"] = "float32"
-    crop: Literal["tensorflow", "torchvision"] = "tensorflow"
-    antialias: bool = False
-    randaugment: tuple[int, int] = (0, 0)
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_share: Literal["batch", "row"] = "batch"
-    erase: float = 0.0
-    preprocess: Literal["resize", "resize-center", "center"] = "resize"
     pool: str = "token"
     position: str = "1d"
 
@@ -221,13 +226,13 @@ GRID = (0.001, 0.003, 0.01, 0.03)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneRecipe:
+class FinetuneRecipe(ImageFields):
     """One way to fine-tune: cosine decay, and by default SGD with momentum and no weight decay. Frozen, checked.
 
     steps: updates. base_lrs: the grid of peak learning rates; the first is not the best, a sweep finds that. dev_share: part of the
     training images on which the sweep chooses. warmup_steps: linear rise from 0 (500: release; 100 for runs of 500 steps: later).
     runs: on all of train after the choice, whose mean and deviation count. polyak: decay of the parameters' average, 0 for none.
-    crop ... preprocess: as in `Recipe`. optimizer, and weight_decay and layer_decay of adamw: see `train.optim`.
+    optimizer, and weight_decay and layer_decay of adamw: see `train.optim`.
     """
 
     name: str
@@ -241,14 +246,6 @@ class FinetuneRecipe:
     image_size: int = 384
     runs: int = 3
     polyak: float = 0.0
-    crop: Literal["tensorflow", "torchvision"] = "tensorflow"
-    antialias: bool = False
-    randaugment: tuple[int, int] = (0, 0)
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_share: Literal["batch", "row"] = "batch"
-    erase: float = 0.0
-    preprocess: Literal["resize", "resize-center", "center"] = "resize"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 0.0
     layer_decay: float = 1.0

@@ -17,7 +17,7 @@ import numpy as np
 from train import distributed, recipes
 from train.files import read_object, write_atomically, write_picture
 from train.job import check_claim, claim, locked, say, stopped
-from train.tuning import began_with, dev_splits, fine_tune, identity
+from train.tuning import dev_splits, fine_tune, identity, model_held
 
 
 def dev_run(args):
@@ -26,7 +26,7 @@ def dev_run(args):
     return dataclasses.replace(args, split=split, test_split=dev, dev=False, sweep=False, learning_rates=(), runs=1)
 
 
-def begun_with(out) -> dict | None:
+def model_of_sweep(out) -> dict | None:
     """Which weights the sweep in `out` was begun with, `train.pretrained.Stored.model`; None where it says nothing, or there is
     none. Every process calls it. ValueError for a damaged sweep.json."""
     return distributed.broadcast((_held(out) or {}).get("model") if distributed.rank() == 0 else None)
@@ -44,7 +44,7 @@ def sweep(args, out, session, *, extra: dict | None = None) -> dict | None:
         held = _held(out) if first else None
         if first:
             check_claim(out, identity(args))
-            model = began_with(out / "sweep.json", held) or session.model
+            model = model_held(out / "sweep.json", held) or session.model
             if model != session.model:  # another process began it in this moment
                 raise ValueError(f"{out / 'sweep.json'} was begun with other weights in this moment: start again")
             claim(out, identity(args), json.loads(json.dumps(dataclasses.asdict(args))))

@@ -248,7 +248,7 @@ def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):
     who, config = identity(full), session.pretrained.config
     if (full.layer_decay or 1) < 1 and not hasattr(config, "depth"):
         raise ValueError(f"--layer-decay {full.layer_decay}: {full.init} is a ResNet, without a ViT's blocks: leave it out")
-    began = job.began_from(out) or session.model
+    began = job.model_of_run(out) or session.model
     if of_study and began != session.model:
         from train.pretrained import said_model
 
@@ -284,7 +284,7 @@ def _described(args: Finetune, config, began: dict) -> dict:
     return options | {"vit": dataclasses.asdict(config), job.BEGAN_FROM: began}
 
 
-def began_with(path, held: dict | None) -> dict | None:
+def model_held(path, held: dict | None) -> dict | None:
     """Which weights a study of several runs was begun with, of what its JSON file at `path` holds; None for a new one. A line says
     so where the file is from before that was kept."""
     if held is None:

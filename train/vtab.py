@@ -124,7 +124,7 @@ def places(args: Vtab) -> dict[str, dict[str, str]]:
 def run(args: Vtab, stop=None) -> dict | None:
     """All tasks that are not done; what vtab.json holds, or None where it was asked to stop."""
     from train.pretrained import store
-    from train.tuning import Finetune, began_with, dev_splits, fine_tune, prepare
+    from train.tuning import Finetune, dev_splits, fine_tune, model_held, prepare
 
     check_init(args.init)
     check_numbers(args)
@@ -147,7 +147,7 @@ def run(args: Vtab, stop=None) -> dict | None:
             say(f"{TASKS[task][0]} has no data: {reason}")
         if not there:
             raise ValueError(f"none of the {len(where)} tasks has data, the first because {next(iter(result['missing'].values()))}")
-        stored = store(args.init, began_with(out / "vtab.json", held))  # of a run that goes on, what it was at the beginning
+        stored = store(args.init, model_held(out / "vtab.json", held))  # of a run that goes on, what it was at the beginning
         result["model"] = stored.model
         distributed.agree(model=stored.model)
 

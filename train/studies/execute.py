@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from train import fewshot, finetune, pretrain, vtab
-from train.job import BEGAN_FROM, began_from, place, say
+from train.job import BEGAN_FROM, model_of_run, place, say
 from train.loop import Diverged
 from train.meeting import Told
 from train.options import parse
@@ -91,7 +91,7 @@ def _trained(args, run: Run, stop) -> dict[str, Any] | None:
     if result is None or result.asked_to_stop:
         return None
     value = max(result.accuracy, result.best.accuracy) if run.job == "pretrain" else result.accuracy
-    began = began_from(place(args.out))
+    began = model_of_run(place(args.out))
     return ({} if began is None else {BEGAN_FROM: began}) | {
         "value": value if math.isfinite(value) else None, "last": result.accuracy, "count": result.count, "steps": result.steps,
         "of_steps": args.steps, "stopped_early": result.stopped_early,
