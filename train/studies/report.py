@@ -100,7 +100,8 @@ def draw(study: Study, rows: list[Row], setting: Setting, path) -> None:
         if study.line and lines:
             axes.legend(frameon=False, fontsize=8, title=study.line + (" (paper)" if theirs else ""), title_fontsize=8)
     shown = f"pre-trained on {setting.data}, budget {setting.budget:g}"
-    figure.suptitle(f"{study.title}; ours: {shown}", fontsize=11)
+    apart = "; " if len(panels) > 1 else "\n"  # beside one panel a line that long is cut
+    figure.suptitle(f"{study.title}{apart}ours: {shown}", fontsize=11)
     write_picture(figure, path)
 
 
