@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help pretrain transfer test test-all test-faults test-faults-beside test-faults-alone test-peers test-gpu lint format hooks clean
+.PHONY: help pretrain transfer test test-all test-faults test-faults-beside test-faults-alone test-peers test-gpu lint docs format hooks clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make test-gpu      what must hold on a GPU, on the cards of this machine               (PYTHON_GPU=python3: no environment is made)"
 	@echo "make test-peers    against torch's ViTs, timm's and transformers', which it installs"
 	@echo "make lint          ruff, pyright; changes nothing"
+	@echo "make docs          the documentation as a site, in site/; a broken link is an error"
 	@echo "make format        ruff's formatter and safe fixes"
 	@echo "make hooks         lint before every commit from now on"
 	@echo "make clean         remove $(VENV) and caches; runs stay"
@@ -77,6 +78,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --quiet
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -85,7 +90,7 @@ hooks: $(VENV)/.dev
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 # The environment, and a stamp for what is installed in it: a second `make` starts at once. Each includes the ones before it.
