@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from vitcore.model import apply
 from vitcore.normalisation import HALF, Pixels, normalise, said
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.ops import REFERENCE
+from vitcore.runs import as_file
 from vitcore.weight_files import appearing
 from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS
 from vitcore.weight_tree import about, describe, read
@@ -95,7 +97,7 @@ def _need_flatbuffers() -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m vitcore.export", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("source", nargs="?", help=".npz (release) or .safetensors")
+    parser.add_argument("source", nargs="?", help=".npz (release) or .safetensors; or a run's directory, or directory/STEP")
     parser.add_argument("target", nargs="?", help="the file to write")
     parser.add_argument(
         "--try", dest="attempt", metavar="FILE", help="load an exported file, run it on random images, say how fast"
@@ -128,18 +130,8 @@ def main(argv: list[str] | None = None) -> int:
 def _write(args) -> str:
     if (suffix := os.path.splitext(args.target)[1].lower()) in OTHERS:
         raise ValueError(f"{args.target}: StableHLO is what is written, not {OTHERS[suffix]}: give a name like vit.stablehlo")
-    style, config, _ = describe(args.source, heads=args.heads, pool=args.pool, position=args.position)
-    wanted, words = weight_about.pixels_of(args.source, about(args.source), style.naming)
-    if args.mean or args.std:
-        wanted = read_pixels(args.mean or (), args.std or ())
-        words = f"pixels {said(wanted)}"
-    grid = config.grid
-    config = dataclasses.replace(config, image_size=args.image_size or config.image_size)
-    params = read(args.source, config, grid=grid, allow_nonfinite=args.allow_nonfinite)
-    data = export(
-        params, changed(config, gelu=args.gelu), batch=args.batch, dtype=jnp.dtype(args.dtype),
-        platforms=tuple(args.platforms), pixels=wanted,
-    )  # fmt: skip
+    with as_file(args.source, allow_nonfinite=args.allow_nonfinite) as source:
+        data, config, words = _exported(source, args)
     with appearing(args.target) as (file, _):
         file.write(data)
         file.flush()
@@ -147,6 +139,23 @@ def _write(args) -> str:
     shape = [args.batch or "B", *config.image_shape, config.channels]
     where = ", ".join(args.platforms)
     return f"{args.target}: {len(data):,} bytes; images {shape} -> logits [B, {config.num_classes}]; {where}; {words}"
+
+
+def _exported(source: str, args) -> tuple[bytes | bytearray, Any, str]:
+    """The program, its model and a word on its pixels."""
+    style, config, _ = describe(source, heads=args.heads, pool=args.pool, position=args.position)
+    wanted, words = weight_about.pixels_of(source, about(source), style.naming)
+    if args.mean or args.std:
+        wanted = read_pixels(args.mean or (), args.std or ())
+        words = f"pixels {said(wanted)}"
+    grid = config.grid
+    config = dataclasses.replace(config, image_size=args.image_size or config.image_size)
+    params = read(source, config, grid=grid, allow_nonfinite=args.allow_nonfinite)
+    data = export(
+        params, changed(config, gelu=args.gelu), batch=args.batch, dtype=jnp.dtype(args.dtype),
+        platforms=tuple(args.platforms), pixels=wanted,
+    )  # fmt: skip
+    return data, config, words
 
 
 def _attempt(path: str, batch: int | None) -> str:

@@ -13,9 +13,7 @@ line. Images are whatever Pillow reads: of each the middle, of the model's own a
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from vitcore.model import attention_statistics
 from vitcore.normalisation import Pixels
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.pixels import to_unit
+from vitcore.runs import as_file, is_run
 from vitcore.weight_files import appearing
 from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS
 from vitcore.weight_tree import about, describe, load
@@ -129,14 +128,8 @@ def inspect(
 def opened(path: str, args) -> tuple[Any, Any, Pixels]:
     """(parameters, configuration, pixels) of a file of weights, or of a run's directory, whose weights another process writes to a
     file. ValueError, one line."""
-    if os.path.isdir(path) or (os.path.basename(path.rstrip("/")).isdigit() and not os.path.isfile(path)):
-        with tempfile.TemporaryDirectory() as folder:
-            file = os.path.join(folder, "weights.safetensors")
-            run = [sys.executable, "-m", "train.pretrained", path, file, *(["--allow-nonfinite"] if args.allow_nonfinite else [])]
-            done = subprocess.run(run, capture_output=True, text=True, check=False)
-            if done.returncode or not os.path.exists(file):
-                said = [line for line in done.stderr.splitlines() if line.strip()] or ["it ended without a word"]
-                raise ValueError(said[-1].partition("error: ")[2] or said[-1])
+    if is_run(path):
+        with as_file(path, allow_nonfinite=args.allow_nonfinite) as file:
             return opened(file, args)
     style, config, _ = describe(path, heads=args.heads, pool=args.pool, position=args.position)
     params, config = load(path, heads=args.heads, pool=args.pool, position=args.position, allow_nonfinite=args.allow_nonfinite)

@@ -16,6 +16,7 @@ import jax
 
 from vitcore import families, parameters
 from vitcore.config import ViTConfig
+from vitcore.runs import as_file
 from vitcore.weight_about import pixels_of
 from vitcore.weight_files import Stored
 from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS, Style
@@ -32,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vitcore.weights", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("show", help="what a file holds: its naming, its model, every array")
-    shown.add_argument("file")
+    shown.add_argument("file", help=".npz or .safetensors; or a run's directory, or directory/STEP")
     converted = commands.add_parser("convert", help="write a file's weights in another layout")
-    converted.add_argument("source")
+    converted.add_argument("source", help="likewise")
     converted.add_argument("target", help=".npz (release) or .safetensors")
     converted.add_argument("--naming", choices=["timm", "transformers"], help="of a .safetensors; default timm")
     converted.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -53,16 +54,18 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--heads {args.heads}: a positive number is required")
         grid = (int(rows), int(columns)) if args.grid else None
         if args.command == "show":
-            _show(args.file, *describe(args.file, heads=args.heads, grid=grid, pool=args.pool, position=args.position))
+            with as_file(args.file, allow_nonfinite=True) as file:
+                _show(file, *describe(file, heads=args.heads, grid=grid, pool=args.pool, position=args.position))
         else:
-            config = convert(
-                args.source, args.target, naming=args.naming, dtype=args.dtype, heads=args.heads, grid=grid, pool=args.pool,
-                position=args.position, allow_nonfinite=args.allow_nonfinite,
-            )  # fmt: skip
-            print(f"{args.target}: {_model_line(config)}")
-            silent = isinstance(config, ViTConfig) and about(args.source).config is None
-            if silent and (".npz" in args.target) != (".npz" in args.source):
-                print("note: the release computes GELU by tanh, timm and transformers exactly; the weights say nothing of it")
+            with as_file(args.source, allow_nonfinite=args.allow_nonfinite) as source:
+                config = convert(
+                    source, args.target, naming=args.naming, dtype=args.dtype, heads=args.heads, grid=grid, pool=args.pool,
+                    position=args.position, allow_nonfinite=args.allow_nonfinite,
+                )  # fmt: skip
+                print(f"{args.target}: {_model_line(config)}")
+                silent = isinstance(config, ViTConfig) and about(source).config is None
+                if silent and (".npz" in args.target) != (".npz" in source):
+                    print("note: the release computes GELU by tanh, timm and transformers exactly; the weights say nothing of it")
     except (ValueError, OSError) as error:
         print(f"vitcore.weights: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

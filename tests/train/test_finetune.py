@@ -51,6 +51,24 @@ def whole(weights, tmp_path_factory):
     return out
 
 
+@pytest.mark.parametrize("of", ["directory", "step"])
+def test_a_run_stands_where_a_file_of_weights_is_wanted(whole, of, tmp_path, capsys):
+    from vitcore import export, weights
+
+    path = str(whole if of == "directory" else whole / "6")
+    if of == "directory":
+        assert weights.main(["show", path]) == 0
+        assert "classes 5, 6, 7" in capsys.readouterr().out
+        assert export.main([path, str(tmp_path / "m.stablehlo")]) == 0
+        assert "logits [B, " in capsys.readouterr().out
+        assert weights.main(["show", str(tmp_path)]) == 2
+        assert "holds no config.json" in capsys.readouterr().err
+        return
+    assert weights.main(["convert", path, str(tmp_path / "w.npz")]) == 0
+    found, _ = vitcore.load(tmp_path / "w.npz")
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, open_pretrained(path).params))
+
+
 def test_a_run_starts_at_the_weights_with_a_new_head(weights, whole, capsys):
     lines = records(whole)
     assert lines[0]["loss"] == pytest.approx(np.log(5), rel=1e-6)  # five classes, a head of zeros
