@@ -7,7 +7,7 @@ matrices together over "data" just before they are used (its transpose, a reduce
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "model")
+
+# How the data axis splits parameters, and with them what an optimizer keeps of each. parameters: split, and brought together layer
+# by layer, again for the backward pass. optimizer: split between two steps, and brought together once a step, a whole copy in the
+# dtype of the products until the backward pass is done. none: whole on every device, gradients summed.
+Shard = Literal["parameters", "optimizer", "none"]
 
 
 class MeshShape(NamedTuple):
@@ -41,6 +46,12 @@ def layer_specs(specs):
 
 def _axes(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def without_data(spec: P) -> P:
+    """A spec of what is whole over "data"."""
+    kept = [tuple(axis for axis in _axes(entry) if axis != "data") for entry in spec]
+    return P(*(axes[0] if len(axes) == 1 else axes or None for axes in kept)) if any(kept) else P()
 
 
 def gather(params, specs, mesh: MeshShape | None, dtype):

@@ -68,7 +68,7 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         return _captured(one, x, row, layers, config, context, scan, tokens)
     if remat:
         block = checkpoint(block, policy=_nothing)
-    elif mesh and mesh.data > 1:
+    elif context.gathers_again:
         block = checkpoint(block, policy=recompute_gathers(ops.keeps))
     x = scan(block, x, layers)[0]
     return (x[:, : config.tokens] if extra else x), {}
@@ -127,7 +127,7 @@ def _captured(one, x, row, layers, config, context: Context, scan, tokens: int |
 
     carry = x, {name: empty(name) for name in kinds if name not in every}
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled, policy=recompute_gathers(context.ops.keeps))
-    kept = checkpoint if context.mesh and context.mesh.data > 1 else lambda step: step
+    kept = checkpoint if context.gathers_again else lambda step: step
     if scan is _unrolled:
         results = []
         for layer, slot in zip(_split(layers), slots, strict=True):
