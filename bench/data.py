@@ -60,8 +60,8 @@ class Options:
 # --- the set ----------------------------------------------------------------------------------------------------------------
 
 
-def write_photographs(root: Path, count: int, width: int, height: int) -> None:
-    """Class folders of `count` JPEGs in root/train: random crops of the two photographs, quality 90."""
+def write_photographs(root: Path, count: int, width: int, height: int, split: str = "train") -> None:
+    """Class folders of `count` JPEGs in root/split: random crops of the two photographs, quality 90."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(image) for image in load_sample_images().images]
@@ -72,7 +72,7 @@ def write_photographs(root: Path, count: int, width: int, height: int) -> None:
         w, h = share * photo.width, share * photo.height
         left, top = rng.uniform(0, photo.width - w), rng.uniform(0, photo.height - h)
         picture = photo.resize((width, height), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
-        place = root / "train" / ("china", "flower")[k % 2]
+        place = root / split / ("china", "flower")[k % 2]
         place.mkdir(parents=True, exist_ok=True)
         picture.save(place / f"{k:05d}.jpg", quality=90)
 

@@ -56,7 +56,8 @@ def _empty(name: str):
     return _Anything(name, (), {})
 
 
-def _import_timm():
+def import_timm():
+    """timm's class of Vision Transformers. Where there is no torchvision, its names that timm imports are stand-ins."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):  # missing, or built for another torch
@@ -68,8 +69,9 @@ def _import_timm():
     return VisionTransformer
 
 
-def _timm(config: ViTConfig):
-    return _import_timm()(
+def timm_model(config: ViTConfig, *, dropout: float = 0.0):
+    """timm's model of a configuration. dropout: behind the position embedding and each projection, where ours has it."""
+    return import_timm()(
         img_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.width,
@@ -77,6 +79,8 @@ def _timm(config: ViTConfig):
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_dim / config.width,
         num_classes=config.num_classes,
+        pos_drop_rate=dropout,
+        proj_drop_rate=dropout,
     )
 
 
@@ -117,7 +121,7 @@ def _parameters(config: ViTConfig) -> int:
     return count(leaves(config))
 
 
-def _compile(model, how: str):
+def compiled(model, how: str):
     """torch.compile of the whole model, of its blocks (one compilation serves all), or none."""
     import torch
 
@@ -148,7 +152,7 @@ def peer(request: dict[str, Any]) -> Callable[[int], Any]:
     torch._dynamo.config.automatic_dynamic_shapes = False  # every batch size gets code of its own, as under jax.jit
     torch._dynamo.config.cache_size_limit = 256
     with device:  # weights are drawn where they are used
-        model: Any = {"timm": _timm, "transformers": _transformers}[request["library"]](config)
+        model: Any = {"timm": timm_model, "transformers": _transformers}[request["library"]](config)
     count = sum(p.numel() for p in model.parameters())
     if count != _parameters(config):
         raise ValueError(f"{request['library']} has {count:,} parameters for {request['model']}, not {_parameters(config):,}")
@@ -157,7 +161,7 @@ def peer(request: dict[str, Any]) -> Callable[[int], Any]:
     if not train:
         model = model.to(dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True) if train else None
-    model = _compile(model, request["compile"])
+    model = compiled(model, request["compile"])
     sync = torch.cuda.synchronize if gpu else (lambda: None)
 
     def logits(x):
