@@ -141,7 +141,9 @@ def describe(mesh: str | None, dtype: str | None, *, seconds: float = 1.0) -> di
 
 def _request(case: Case, devices: dict[str, Any], settings: Settings) -> dict[str, Any]:
     fields = asdict(case)
-    same = {name: fields[name] for name in ("library", "model", "size", "mode", "ops", "dtype", "mesh", "remat")}
+    same = {
+        name: fields[name] for name in ("library", "model", "size", "mode", "ops", "dtype", "mesh", "remat", "shard", "dropout")
+    }
     memory = devices["memory"] * devices["mesh_devices"] if devices["platform"] != "cpu" else devices["memory"]
     data = int(case.mesh.split("x")[0]) if case.mesh else 1
     return {**same, "platform": devices["platform"], "memory": memory, "compile": settings.compile, "data": data}

@@ -48,20 +48,22 @@ class JobStudyOptions:
     every: int | None = None
     """With --job: steps between evaluations, and saves. Default: a third of the run."""
     dropout: float = 0.0
-    """With --job: of both."""
+    """Training: rate, of peers too."""
 
     def check_job(self, peers: tuple[str, ...], modes: tuple[str, ...]) -> None:
         """Raises ValueError for what does not fit."""
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout {self.dropout}: a rate in [0, 1) is required")
+        if self.dropout and not self.job and modes != ("train",):
+            raise ValueError(f"--dropout {self.dropout} belongs to training: add --mode train")
         if not self.job:
-            for name, default in (("data", None), ("steps", None), ("every", None), ("images", 4096), ("dropout", 0.0)):
+            for name, default in (("data", None), ("steps", None), ("every", None), ("images", 4096)):
                 if getattr(self, name) != default:
                     raise ValueError(f"--{name} belongs to --job: give that, or leave it out")
             return
         for name in ("images", "steps", "every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value}: a positive number is required")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout {self.dropout}: a rate in [0, 1) is required")
         if other := [peer for peer in peers if peer != "timm"]:
             raise ValueError(f"--peer {other[0]} has no training script: --job compares with --peer timm")
         if peers and find_spec("torchvision") is None:
@@ -160,7 +162,8 @@ def ours(plan: dict[str, Any], words: list[str], work: Path, seconds: float) -> 
     """A run of `train.pretrain`: its rates, and what it said of the devices' waiting. Raises TrialError where it fails."""
     out = work / "run"
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "train.pretrain", "--recipe", "imagenet", "--out", str(out), "--data", f"folder:{plan['data']}"]
+    command = [sys.executable, "-m", "train.pretrain", "--recipe", "imagenet", "--out", str(out)]
+    command += ["--data", f"folder:{plan['data']}"]
     for name in ("model", "batch", "size", "steps", "dtype", "dropout"):
         command += [{"batch": "--batch-size", "size": "--image-size"}.get(name, f"--{name}"), str(plan[name])]
     command += ["--eval-every", str(plan["every"]), "--checkpoint-every", str(plan["every"]), "--log-every", str(plan["warm"])]

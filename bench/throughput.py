@@ -50,6 +50,8 @@ class Throughput(job.JobStudyOptions):
     """Of activations and products; bfloat16 by default, float32 on a CPU."""
     mesh: str | None = None
     """DATAxMODEL, e.g. 8x4; one device by default."""
+    shard: Literal["auto", "parameters", "optimizer", "none"] = "auto"
+    """Training on a mesh: what its data axis splits, as in train.pretrain."""
     batch_sizes: tuple[int, ...] = ()
     """Global batch sizes to try, in this order; by default doubling until throughput stops rising."""
     nearest: bool = False
@@ -114,8 +116,8 @@ class Throughput(job.JobStudyOptions):
         self.check_job(self.peer, self.mode)
         if self.job and self.target:
             raise ValueError("--job runs on devices and --target compiles for none: leave one of them out")
-        if self.peer and self.mesh not in (None, "1x1") and not self.job:
-            raise ValueError(f"--peer runs on one device, --mesh {self.mesh} on several: leave one of them out")
+        if self.peer and self.mesh not in (None, "1x1") and not self.job and (self.mode != ("train",) or self.largest):
+            raise ValueError(f"--peer on several devices, --mesh {self.mesh}, trains and no more: add --mode train --no-largest")
 
     def chosen(self, platform: str) -> tuple[tuple[str, ...], tuple[int, ...], float | None]:
         """Models, sizes and minutes, the user's or what suits the platform."""
@@ -127,8 +129,9 @@ def _all(options: Throughput, where: str, platform: str, dtype: str, auto: str) 
     models, sizes, _ = options.chosen(platform)
     move = options.nearest or not options.sizes
     same: dict[str, Any] = dict(
-        dtype=dtype, mesh=options.mesh, slice=options.slice, remat=options.remat_every if options.remat else 0
-    )
+        dtype=dtype, mesh=options.mesh, slice=options.slice, remat=options.remat_every if options.remat else 0,
+        shard=options.shard, dropout=options.dropout,
+    )  # fmt: skip
     ops = tuple(auto if o == "auto" else o for o in options.ops)
     return cases(where=where, models=models, sizes=sizes, modes=options.mode, ops=ops, peers=options.peer, move=move, **same)
 

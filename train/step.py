@@ -42,7 +42,8 @@ class TrainState(NamedTuple):
 class StepOptions:
     """How a step is taken. accumulate: parts the batch is worked through in, one update for all. clip_norm: bound of the global
     gradient norm, None for none. polyak: decay of the parameters' average, 0 for none. seed: of the dropout masks. pixels: what the
-    model wants. shard: how the data axis splits parameters and optimizer (`vitcore.collectives.Shard`). The rest: as in `vitcore.apply` and `train.recipes`."""
+    model wants. shard: how the data axis splits parameters and optimizer (`vitcore.collectives.Shard`). The rest: as in
+    `vitcore.apply` and `train.recipes`."""
 
     ops: Ops | None = None
     dtype: Any = jnp.float32

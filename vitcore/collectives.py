@@ -92,8 +92,8 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def gather_in_turn(params, specs, mesh: MeshShape, dtype, turn):
-    """(`gather` of a layer's parameters, turn). Backward, the sums of its gradients begin when those that `turn` stands for are done,
-    and the turn handed on stands for these."""
+    """(`gather` of a layer's parameters, turn). Backward, the sums of its gradients begin when those that `turn` stands for are
+    done, and the turn handed on stands for these."""
     leaves, tree = jax.tree.flatten(params)
     dims = tuple(next((i for i, entry in enumerate(s) if "data" in _axes(entry)), None) for s in tree.flatten_up_to(specs))
     split = [w for w, dim in zip(leaves, dims, strict=True) if dim is not None]

@@ -5,8 +5,8 @@
 
 A request: data (a folder with train/ and val/), model, size, batch (of all cards), cards, workers (of a card), steps, every
 (steps between evaluations, and saves), warm (steps before the clock starts), dtype, dropout, tuned. As timm's users run it:
-`create_loader` with its prefetcher, AdamW, autocast. tuned: pinned memory, fused AdamW and compiled blocks besides. The images are cropped and
-flipped, as ours, and no more: timm's default would change their colours, which costs its workers much.
+`create_loader` with its prefetcher, AdamW, autocast. tuned: pinned memory, fused AdamW and compiled blocks besides. The images are
+cropped and flipped, as ours, and no more: timm's default would change their colours, which costs its workers much.
 """
 
 import json
