@@ -30,6 +30,7 @@ class Case:
     """One point of the study. where: a TPU generation, or "device". library: "vitcore" or a peer. ops: whose, of ours.
 
     size: of the model's input in pixels; asked: the size the user named, another where --nearest moved it. mesh: "DxM" or None.
+    shard: as --shard of `train.pretrain`.
     """
 
     where: str
@@ -43,6 +44,8 @@ class Case:
     mesh: str | None = None
     slice: str | None = None
     remat: int = 0
+    shard: str = "auto"
+    dropout: float = 0.0
 
     @property
     def config(self) -> ViTConfig | ResNetConfig:

@@ -2,6 +2,7 @@
 """How fast images come: `python -m bench.data`. Sources and decoders beside torch's DataLoader, on the same files, in one run.
 
     python -m bench.data                    decode + inception crop + flip + batch: images/s, ratio to torch, overhead above bare
+    python -m bench.data --cores 1 2 4 8    the default pipeline by cores, from a folder and packed (bench/data_cores.py)
     python -m bench.data --index 1000000    start-up from a kept index of so many files, and the memory it takes
 
 The photographs are those that scikit-learn ships, cropped and resized to JPEGs of ImageNet's usual size. All contenders take turns,
@@ -53,6 +54,10 @@ class Options:
     threads: int = 2
     """Threads of ours, and workers of torch's."""
     sources: tuple[str, ...] = ("folder", "tar", "arrayrecord", "parquet")
+    cores: tuple[int, ...] = ()
+    """Measure on so many cores instead, 1 2 4 8, with as many reading processes as a run takes there."""
+    seconds: float = 3.0
+    """With --cores: of each measurement."""
     index: int | None = None
     """Measure the start-up with an index of this many files instead."""
 
@@ -60,8 +65,8 @@ class Options:
 # --- the set ----------------------------------------------------------------------------------------------------------------
 
 
-def write_photographs(root: Path, count: int, width: int, height: int) -> None:
-    """Class folders of `count` JPEGs in root/train: random crops of the two photographs, quality 90."""
+def write_photographs(root: Path, count: int, width: int, height: int, split: str = "train") -> None:
+    """Class folders of `count` JPEGs in root/split: random crops of the two photographs, quality 90."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(image) for image in load_sample_images().images]
@@ -72,7 +77,7 @@ def write_photographs(root: Path, count: int, width: int, height: int) -> None:
         w, h = share * photo.width, share * photo.height
         left, top = rng.uniform(0, photo.width - w), rng.uniform(0, photo.height - h)
         picture = photo.resize((width, height), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
-        place = root / "train" / ("china", "flower")[k % 2]
+        place = root / split / ("china", "flower")[k % 2]
         place.mkdir(parents=True, exist_ok=True)
         picture.save(place / f"{k:05d}.jpg", quality=90)
 
@@ -311,6 +316,10 @@ def run(options: Options) -> None:
     for name in ("images", "width", "height", "batch_size", "batches", "rounds", "threads", "index"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: a positive number is required")
+    if options.cores:
+        from bench import data_cores
+
+        data_cores.check(options.cores)
     root = Path(tempfile.mkdtemp(prefix="vitcore-bench-"))
     try:
         if options.index is not None:
@@ -322,6 +331,9 @@ def run(options: Options) -> None:
             )
             return
         os.environ["VITCORE_CACHE"] = str(root / "cache")
+        if options.cores:
+            data_cores.curve(options.cores, options.seconds, root, options.images, lambda line: print(line, flush=True))
+            return
         print(
             f"{options.images} JPEGs of {options.width}x{options.height}, {options.threads} threads or workers, "
             f"{options.rounds} rounds; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",

@@ -87,7 +87,7 @@ def start(
 
         def kill():
             late.set()
-            _end(child)
+            end_of(child)
 
         timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), kill)
         timer.start()
@@ -102,21 +102,22 @@ def start(
             child.wait()
         finally:
             timer.cancel()
-            _end(child)
+            end_of(child)
         errors.seek(0)
         text = errors.read().decode(errors="replace")
     if late.is_set():
         return found, f"ended after {seconds:.0f} s, the time it was given"
-    return found, "" if child.returncode == 0 else _reason(child.returncode, text)
+    return found, "" if child.returncode == 0 else reason(child.returncode, text)
 
 
-def _end(child: subprocess.Popen) -> None:
+def end_of(child: subprocess.Popen) -> None:
+    """Ends a child that leads a session, and whatever it started."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 
-def _reason(code: int, text: str) -> str:
+def reason(code: int, text: str) -> str:
     """One line for a process that failed: its exception, or its signal."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if code < 0:
@@ -140,7 +141,9 @@ def describe(mesh: str | None, dtype: str | None, *, seconds: float = 1.0) -> di
 
 def _request(case: Case, devices: dict[str, Any], settings: Settings) -> dict[str, Any]:
     fields = asdict(case)
-    same = {name: fields[name] for name in ("library", "model", "size", "mode", "ops", "dtype", "mesh", "remat")}
+    same = {
+        name: fields[name] for name in ("library", "model", "size", "mode", "ops", "dtype", "mesh", "remat", "shard", "dropout")
+    }
     memory = devices["memory"] * devices["mesh_devices"] if devices["platform"] != "cpu" else devices["memory"]
     data = int(case.mesh.split("x")[0]) if case.mesh else 1
     return {**same, "platform": devices["platform"], "memory": memory, "compile": settings.compile, "data": data}

@@ -37,7 +37,11 @@ def _case(row: dict[str, Any]) -> str:
     code = row["ops"] if row["library"] == "vitcore" else row["library"]
     moved = f" ({row['asked']})" if row["asked"] != row["size"] else ""
     mesh = f" {row['mesh']}" if row["mesh"] else ""
-    return f"{row['where'] + ' ' if row['compiler_estimate'] else ''}{row['model']}@{row['size']}{moved} {row['mode']} {code}{mesh}"
+    if row["library"] == "vitcore" and row.get("shard", "auto") != "auto":
+        mesh += f" {row['shard']}"
+    rate = f" dropout {row['dropout']}" if row.get("dropout") else ""
+    where = row["where"] + " " if row["compiler_estimate"] else ""
+    return f"{where}{row['model']}@{row['size']}{moved} {row['mode']} {code}{mesh}{rate}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,6 +4,7 @@
     python -m bench.throughput --models ViT-B/16 --sizes 224 384 --mode forward train --dtype bfloat16
     python -m bench.throughput --models ViT-S/16 --sizes 224 --peer timm transformers
     python -m bench.throughput --target v3 --models ViT-B/16 --ops fused reference      a TPU that nobody has: compiled only
+    python -m bench.throughput --job --peer timm                            train.pretrain whole, on JPEGs, beside timm's training
     python -m bench.throughput --target v3 --mesh 8x4 --models ViT-L/16 --mode train    does this step fit on that slice?
 
 On devices every figure is measured: batch sizes rise until throughput does not, timing is synchronised after a warm-up, the median
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import plots
+from bench import job, plots
 from bench.cases import FIGURE_12, FIGURE_12_SIZES, Case, Notebook, cases
 from bench.device_study import Clock, Settings, TrialError, describe, largest, measure
 from bench.options import command
@@ -34,7 +35,7 @@ LAPTOP = ("ViT-Ti/16", "ViT-S/16"), (64, 128, 224), 3.0  # models, sizes, minute
 
 
 @dataclass(frozen=True, kw_only=True)
-class Throughput:
+class Throughput(job.JobStudyOptions):
     """Images per second and largest batch, on the devices present or by the TPU compiler."""
 
     models: tuple[str, ...] = ()
@@ -49,6 +50,8 @@ class Throughput:
     """Of activations and products; bfloat16 by default, float32 on a CPU."""
     mesh: str | None = None
     """DATAxMODEL, e.g. 8x4; one device by default."""
+    shard: Literal["auto", "parameters", "optimizer", "none"] = "auto"
+    """Training on a mesh: what its data axis splits, as in train.pretrain."""
     batch_sizes: tuple[int, ...] = ()
     """Global batch sizes to try, in this order; by default doubling until throughput stops rising."""
     nearest: bool = False
@@ -110,8 +113,11 @@ class Throughput:
         for peer in self.peer:
             if peer in TORCH and (why := missing(peer)):
                 raise ValueError(why)
-        if self.peer and self.mesh not in (None, "1x1"):
-            raise ValueError(f"--peer runs on one device, --mesh {self.mesh} on several: leave one of them out")
+        self.check_job(self.peer, self.mode)
+        if self.job and self.target:
+            raise ValueError("--job runs on devices and --target compiles for none: leave one of them out")
+        if self.peer and self.mesh not in (None, "1x1") and not self.job and (self.mode != ("train",) or self.largest):
+            raise ValueError(f"--peer on several devices, --mesh {self.mesh}, trains and no more: add --mode train --no-largest")
 
     def chosen(self, platform: str) -> tuple[tuple[str, ...], tuple[int, ...], float | None]:
         """Models, sizes and minutes, the user's or what suits the platform."""
@@ -123,8 +129,9 @@ def _all(options: Throughput, where: str, platform: str, dtype: str, auto: str) 
     models, sizes, _ = options.chosen(platform)
     move = options.nearest or not options.sizes
     same: dict[str, Any] = dict(
-        dtype=dtype, mesh=options.mesh, slice=options.slice, remat=options.remat_every if options.remat else 0
-    )
+        dtype=dtype, mesh=options.mesh, slice=options.slice, remat=options.remat_every if options.remat else 0,
+        shard=options.shard, dropout=options.dropout,
+    )  # fmt: skip
     ops = tuple(auto if o == "auto" else o for o in options.ops)
     return cases(where=where, models=models, sizes=sizes, modes=options.mode, ops=ops, peers=options.peer, move=move, **same)
 
@@ -227,6 +234,8 @@ def on_targets(options: Throughput) -> list[dict[str, Any]]:
 def run(options: Throughput) -> list[dict[str, Any]]:
     """The study that the options ask for: prints its table, writes its files, returns its rows."""
     started = time.monotonic()
+    if options.job:
+        return job.study(options, _about)
     rows = on_targets(options) if options.target else on_devices(options)
     print("\n".join([header(rows), *(line(row) for row in rows), *compared(rows)]))
     file = options.out / "throughput.json"
@@ -240,11 +249,11 @@ def run(options: Throughput) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    def job(options: Throughput) -> int:
+    def study(options: Throughput) -> int:
         return 1 if any(row.get("error") for row in run(options)) else 0
 
     again = "the same command continues with what is there"
-    return command(Throughput, "bench.throughput", job, (CompilerMissing, TrialError), interrupted=again)
+    return command(Throughput, "bench.throughput", study, (CompilerMissing, TrialError), interrupted=again)
 
 
 if __name__ == "__main__":

@@ -73,12 +73,14 @@ def _vitcore(request: dict[str, Any]) -> Callable[[int], Stepper]:
     import optax
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from train.shards import choose
     from train.step import StepOptions, make_init, make_train_step
     from vitcore import apply_on, init, partition_specs, variant
     from vitcore.ops import BY_NAME, resolve
     from vitcore.pixels import to_unit
 
-    config = variant(request["model"], image_size=request["size"], num_classes=1000)
+    dropout = {"dropout": request["dropout"]} if request.get("dropout") else {}
+    config = variant(request["model"], image_size=request["size"], num_classes=1000, **dropout)
     dtype = jnp.dtype(request["dtype"])
     ops = resolve(None if request["ops"] == "auto" else BY_NAME[request["ops"]])
     split = NamedSharding(mesh, PartitionSpec("data"))
@@ -124,7 +126,8 @@ def _vitcore(request: dict[str, Any]) -> Callable[[int], Stepper]:
         return forward
 
     tx = optax.adam(1e-3)
-    options = StepOptions(ops=ops, dtype=dtype, remat=request["remat"])
+    shard = choose(request.get("shard", "auto"), config, mesh, dtype)
+    options = StepOptions(ops=ops, dtype=dtype, remat=request["remat"], shard=shard)
     state = [make_init(config, mesh, tx, options)(key)]
     step_of = make_train_step(config, mesh, tx, options)
 
@@ -160,6 +163,11 @@ def _steps(request: dict[str, Any]) -> Callable[[int], Stepper]:
 
 def sweep(request: dict[str, Any]) -> None:
     """Times each batch size until throughput stops rising; says why it ended."""
+    if request["library"] != "vitcore" and request["data"] > 1:
+        from bench.peers import ddp
+
+        ddp.sweep(request)
+        return
     make = _steps(request)
     rates: list[float] = []
     compiling = 0.0  # seconds, the longest yet

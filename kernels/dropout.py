@@ -67,9 +67,24 @@ def apply(x, dropout: Dropout | None, site: int, column=0, *, tokens=None):
     """
     if dropout is None or dropout.rate == 0.0:
         return x
-    b, t, k = x.shape
-    rows = jnp.asarray(dropout.row, jnp.int32) + lax.broadcasted_iota(jnp.int32, (b, t, 1), 0) * (tokens or t)
-    rows = rows + lax.broadcasted_iota(jnp.int32, (b, t, 1), 1)
-    columns = jnp.asarray(column, jnp.int32) + lax.broadcasted_iota(jnp.int32, (1, 1, k), 2)
+    b, t, _ = x.shape
+    rows = lax.broadcasted_iota(jnp.int32, (b, t, 1), 0) * (tokens or t) + lax.broadcasted_iota(jnp.int32, (b, t, 1), 1)
+    return _dropped(x, rows, dropout, site, column)
+
+
+def apply_rows(x, t: int, dropout: Dropout | None, site: int, column=0, *, tokens=None):
+    """`apply` of x [B * T, K], rows of T each, and the result likewise: the same mask, and no array of three axes on the way."""
+    if dropout is None or dropout.rate == 0.0:
+        return x
+    row = lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
+    if tokens not in (None, t):
+        row = row // t * tokens + row % t
+    return _dropped(x, row, dropout, site, column)
+
+
+def _dropped(x, rows, dropout: Dropout, site: int, column):
+    """Inverted dropout of x [..., K], whose rows [..., 1] are so many behind `dropout.row`."""
+    columns = jnp.asarray(column, jnp.int32) + lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
+    rows = jnp.asarray(dropout.row, jnp.int32) + rows
     mask = keep(row_hash(site_key(dropout.key, site), rows), columns, dropout.rate)
     return jnp.where(mask, x * jnp.asarray(1.0 / (1.0 - dropout.rate), x.dtype), jnp.zeros((), x.dtype))

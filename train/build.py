@@ -23,7 +23,7 @@ from train.step import StepOptions, TrainState, shardings, state_specs
 from vitcore import families
 from vitcore.config import ViTConfig
 from vitcore.ops import BY_NAME, GPU, Ops
-from vitcore.sharding import MeshShape, check_mesh
+from vitcore.sharding import MeshShape, Shard, check_mesh
 
 
 def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
@@ -43,9 +43,10 @@ def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
         raise ValueError(f"--remat-every {full.remat_every}: {name} has {config.depth} blocks, a divisor of that is required")
 
 
-def step_options(full, ops: Ops, **own) -> StepOptions:
-    """How a step of resolved options is taken. own: what only one of the jobs has."""
+def step_options(full, ops: Ops, shard: Shard, **own) -> StepOptions:
+    """How a step of resolved options is taken. shard: of `train.shards.choose`. own: what only one of the jobs has."""
     return StepOptions(
+        shard=shard,
         ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat_every if full.remat else 0, accumulate=full.accumulate,
         label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed, **own,
     )  # fmt: skip
@@ -156,12 +157,12 @@ def make_run(
     )
 
 
-def start_from(pretrained, mesh, tx, *, polyak: bool):
+def start_from(pretrained, mesh, tx, *, polyak: bool, shard: Shard = "parameters"):
     """The TrainState at step 0 with the parameters of a `train.pretrained.Pretrained`."""
 
     def rest(params):
         average = jax.tree.map(jnp.copy, params) if polyak else None
         return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params), average)
 
-    specs = state_specs(pretrained.config, mesh, tx, polyak=polyak)
+    specs = state_specs(pretrained.config, mesh, tx, polyak=polyak, shard=shard)
     return jax.jit(rest, out_shardings=shardings(mesh, specs))(put_params(pretrained.params, pretrained.config, mesh))

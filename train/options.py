@@ -68,6 +68,9 @@ class TrainOptions(MeshOptions):
 
     accumulate: int = 1
     """Parts in which a batch is worked through, one after the other."""
+    shard: Literal["auto", "parameters", "optimizer", "none"] = "auto"
+    """What the data axis splits. parameters: them and the optimizer, brought together layer by layer. optimizer: a step holds
+    a copy of the parameters. none: all is whole everywhere. auto: as much as the model's size wants."""
     remat: bool = False
     """Keep only the blocks' inputs for the backward pass: more images fit, a third more arithmetic."""
     remat_every: int = 1

@@ -249,6 +249,7 @@ def run(args: Pretrain, stop: Stop | None = None):
     from train.data import check_classes, open_source
     from train.data.identity import seen
     from train.loop import train
+    from train.shards import choose, said
 
     source, held_out = open_source(args.data, args.train_split), open_source(args.data, args.val_split)
     check_classes(source, held_out)
@@ -262,8 +263,9 @@ def run(args: Pretrain, stop: Stop | None = None):
     config = model_of(full, classes=len(source.classes), channels=source[0].image.shape[2] if source.decoded else 3)
     check_fit(full, config, mesh, full.model)
     rate, tx = _optimizer(full)
-    start, pixels, model = _start(full, config, mesh, tx)
-    out, who, how = directory(full), identity(full), step_options(full, ops, loss=full.loss, **pixels)
+    shard = choose(full.shard, config, mesh, full.dtype)
+    start, pixels, model = _start(full, config, mesh, tx, shard)
+    out, who, how = directory(full), identity(full), step_options(full, ops, shard, loss=full.loss, **pixels)
     began = {} if model is None else {job.BEGAN_FROM: job.model_of_run(out) or model}
     distributed.agree(code=code.digest(), versions=code.versions(), images=seen(source, held_out))
     spec = make_run(
@@ -277,14 +279,14 @@ def run(args: Pretrain, stop: Stop | None = None):
     named = name_of_ops(ops, config, full.dtype, mesh)
     of = masked.about(full, config) or f"of {len(source.classes)} classes"
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images {of}")
-    say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
+    say(f"{where}{said(shard, mesh)}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
     with locked(out):
         result = train(spec, say, stop=stop)
     _report(result, out, masked.counted(full.objective))
     return result
 
 
-def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any], dict | None]:
+def _start(full, config, mesh, tx, shard) -> tuple[Any, dict[str, Any], dict | None]:
     """What --init starts from, as `Run` takes it; the pixels it wants, as `StepOptions` do; which weights it is. ValueError for
     another model."""
     if full.init is None:
@@ -303,7 +305,7 @@ def _start(full, config, mesh, tx) -> tuple[Any, dict[str, Any], dict | None]:
             f"--init {full.init} is another model ({', '.join(other[:3])}): give the options that it has, or put a new head on it "
             "with train.finetune"
         )
-    start = partial(start_from, found._replace(config=config), mesh, tx, polyak=bool(full.polyak))
+    start = partial(start_from, found._replace(config=config), mesh, tx, polyak=bool(full.polyak), shard=shard)
     return start, {"pixels": found.pixels}, found.model
 
 

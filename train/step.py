@@ -25,7 +25,7 @@ from vitcore.context import Context
 from vitcore.model import init
 from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops, for_training
-from vitcore.sharding import AXES, MeshShape, partition_specs
+from vitcore.sharding import AXES, MeshShape, Shard, partition_specs
 
 
 class TrainState(NamedTuple):
@@ -42,7 +42,8 @@ class TrainState(NamedTuple):
 class StepOptions:
     """How a step is taken. accumulate: parts the batch is worked through in, one update for all. clip_norm: bound of the global
     gradient norm, None for none. polyak: decay of the parameters' average, 0 for none. seed: of the dropout masks. pixels: what the
-    model wants. The rest: as in `vitcore.apply` and `train.recipes`."""
+    model wants. shard: how the data axis splits parameters and optimizer (`vitcore.collectives.Shard`). The rest: as in
+    `vitcore.apply` and `train.recipes`."""
 
     ops: Ops | None = None
     dtype: Any = jnp.float32
@@ -54,6 +55,7 @@ class StepOptions:
     polyak: float = 0.0
     seed: int = 0
     pixels: Pixels = HALF
+    shard: Shard = "parameters"
 
     def losses(self, logits, labels):
         """[B] float32. labels: int32 [B], or [B, V], or with MixUp (label [B], other label [B], share of the first [B])."""
@@ -65,9 +67,11 @@ class StepOptions:
         return softmax_cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
-def state_specs(config: ViTConfig, mesh: Mesh, tx: optax.GradientTransformation, *, polyak: bool) -> TrainState:
+def state_specs(
+    config: ViTConfig, mesh: Mesh, tx: optax.GradientTransformation, *, polyak: bool, shard: Shard = "parameters"
+) -> TrainState:
     """PartitionSpecs of a TrainState: what mirrors a parameter lies where the parameter lies, counters everywhere."""
-    specs = partition_specs(config, mesh)
+    specs = partition_specs(config, mesh, shard=shard)
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     opt_state = optax.tree.map_params(
         tx, lambda _, spec: spec, jax.eval_shape(tx.init, params), specs, transform_non_params=lambda _: P()
@@ -88,7 +92,8 @@ def make_init(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
         average = jax.tree.map(jnp.copy, params) if options.polyak else None
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), average)
 
-    return jax.jit(start, out_shardings=shardings(mesh, state_specs(config, mesh, tx, polyak=bool(options.polyak))))
+    specs = state_specs(config, mesh, tx, polyak=bool(options.polyak), shard=options.shard)
+    return jax.jit(start, out_shardings=shardings(mesh, specs))
 
 
 def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
@@ -100,7 +105,7 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
     alone moves on: parameters, optimizer and average stay as they were.
     """
     shape = MeshShape.of(mesh)
-    specs = state_specs(config, mesh, tx, polyak=bool(options.polyak))
+    specs = state_specs(config, mesh, tx, polyak=bool(options.polyak), shard=options.shard)
 
     def loss_of(params, images, labels, first_example, key):
         """The sum over this part's images of loss / B, over all devices: parts add up to the mean over the global batch."""
@@ -108,6 +113,7 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
             ops=for_training(options.ops),
             dtype=options.dtype,
             mesh=shape,
+            shard=options.shard,
             remat=options.remat,
             dropout_key=key,
             first_example=first_example,
@@ -165,12 +171,12 @@ def make_eval_step(config: ViTConfig, mesh: Mesh, options: StepOptions):
 
     def step(params, images, labels, weights, first):
         first = first + lax.axis_index("data") * images.shape[0]
-        context = Context(ops=options.ops, dtype=options.dtype, mesh=shape, first_example=first)
+        context = Context(ops=options.ops, dtype=options.dtype, mesh=shape, shard=options.shard, first_example=first)
         key = jax.random.key(options.seed)
         found = objective_of(config).sums(params, images, labels, config, context, options, key)
         return lax.psum({name: (weights * values).sum() for name, values in found.items()}, "data")
 
-    specs = partition_specs(config, mesh)
+    specs = partition_specs(config, mesh, shard=options.shard)
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data"), P("data"), P("data"), P()), out_specs=P())
     return jax.jit(lambda params, images, labels, weights, first=0: mapped(params, images, labels, weights, jnp.int32(first)))
 

@@ -240,6 +240,7 @@ def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):
     from train.data import check_classes, open_source
     from train.data.identity import seen
     from train.loop import train
+    from train.shards import choose
 
     full: Any = args
     source, held_out = open_source(full.data, full.split), open_source(full.data, full.test_split)
@@ -257,10 +258,11 @@ def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):
             "choose another --out"
         )
     rate, tx = make_optimizer(full, depth=getattr(config, "depth", 0))
+    shard = choose(full.shard, config, session.mesh, full.dtype)
     spec = make_run(
         full, out, who, _described(full, config, began), sources=(source, held_out), config=config, mesh=session.mesh,
-        tx=tx, learning_rate=rate, options=step_options(full, session.ops, pixels=session.pretrained.pixels), early_stop=0,
-        start=partial(start_from, session.pretrained, session.mesh, tx, polyak=bool(full.polyak)),
+        tx=tx, learning_rate=rate, options=step_options(full, session.ops, shard, pixels=session.pretrained.pixels), early_stop=0,
+        start=partial(start_from, session.pretrained, session.mesh, tx, polyak=bool(full.polyak), shard=shard),
     )  # fmt: skip
     if distributed.rank() == 0:
         check_claim(out, who)

@@ -7,7 +7,7 @@ matrices together over "data" just before they are used (its transpose, a reduce
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "model")
+
+# How the data axis splits parameters, and with them what an optimizer keeps of each. parameters: split, and brought together layer
+# by layer, again for the backward pass. optimizer: split between two steps, and brought together once a step, a whole copy in the
+# dtype of the products until the backward pass is done. none: whole on every device, gradients summed.
+Shard = Literal["parameters", "optimizer", "none"]
 
 
 class MeshShape(NamedTuple):
@@ -41,6 +46,12 @@ def layer_specs(specs):
 
 def _axes(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def without_data(spec: P) -> P:
+    """A spec of what is whole over "data"."""
+    kept = [tuple(axis for axis in _axes(entry) if axis != "data") for entry in spec]
+    return P(*(axes[0] if len(axes) == 1 else axes or None for axes in kept)) if any(kept) else P()
 
 
 def gather(params, specs, mesh: MeshShape | None, dtype):
@@ -75,6 +86,50 @@ def _gather_backward(dim, dtype, _, g):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+# --- gradients summed in turn (`Ops.paced`) -----------------------------------------------------------------------------------
+
+
+def gather_in_turn(params, specs, mesh: MeshShape, dtype, turn):
+    """(`gather` of a layer's parameters, turn). Backward, the sums of its gradients begin when those that `turn` stands for are
+    done, and the turn handed on stands for these."""
+    leaves, tree = jax.tree.flatten(params)
+    dims = tuple(next((i for i, entry in enumerate(s) if "data" in _axes(entry)), None) for s in tree.flatten_up_to(specs))
+    split = [w for w, dim in zip(leaves, dims, strict=True) if dim is not None]
+    if not split or mesh.data == 1:
+        return gather(params, specs, mesh, dtype), turn
+    whole, turn = _gather_in_turn(split, turn, tuple(dim for dim in dims if dim is not None), dtype)
+    rest = iter(whole)
+    leaves = [_vary_axes(w, ("data",)) if dim is None else next(rest) for w, dim in zip(leaves, dims, strict=True)]
+    return jax.tree.unflatten(tree, leaves), turn
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gather_in_turn(split, turn, dims, dtype):
+    return [_gather(w, dim, dtype) for w, dim in zip(split, dims, strict=True)], turn
+
+
+def _gather_in_turn_forward(split, turn, dims, dtype):
+    return ([_gather_forward(w, dim, dtype)[0] for w, dim in zip(split, dims, strict=True)], turn), None
+
+
+def _gather_in_turn_backward(dims, dtype, _, gradients):
+    whole, turn = lax.optimization_barrier(gradients)
+    summed = [_gather_backward(dim, dtype, None, g)[0] for g, dim in zip(whole, dims, strict=True)]
+    return summed, turn + sum(_vary_axes(g.reshape(-1)[0], AXES) for g in summed)
+
+
+_gather_in_turn.defvjp(_gather_in_turn_forward, _gather_in_turn_backward)
+
+
+@jax.custom_vjp
+def in_turn(x, turn):
+    """(x, turn). Backward, x's gradient goes on when the sums that `turn` stands for are done."""
+    return x, turn
+
+
+in_turn.defvjp(lambda x, turn: ((x, turn), None), lambda _, gradients: lax.optimization_barrier(gradients))
 
 
 MIDDLE = "tokens between the halves of a block"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from kernels.dropout import Dropout
-from vitcore.collectives import MeshShape, gather
+from vitcore.collectives import MeshShape, Shard, gather
 
 
 class Capture(NamedTuple):
@@ -29,7 +29,8 @@ class Context(NamedTuple):
     """How a forward pass runs. All but dropout_key and first_example is static.
 
     ops: the `vitcore.ops.Ops` it is made of, None for what suits the platform. dtype: of activations and of the operands of
-    products. mesh: inside a `shard_map` the shape of the mesh, else None. remat: as in `vitcore.apply`. dropout_key: a JAX PRNG
+    products. mesh: inside a `shard_map` the shape of the mesh, else None. shard: how the data axis
+    splits the parameters (`collectives.Shard`). remat: as in `vitcore.apply`. dropout_key: a JAX PRNG
     key, or None. first_example: the global index of images[0], which keys the dropout masks. edit: a function (patch embeddings
     [B, N, D] in dtype, first_example) -> the same shape and dtype, between the projection and the position embedding; or None.
     capture: what to keep of the blocks, None for nothing. specs: the PartitionSpecs of the parameters, which `vitcore.model`
@@ -39,12 +40,18 @@ class Context(NamedTuple):
     ops: Any = None  # Ops or None: `vitcore.model.prepared` chooses, so that whoever reads it finds Ops
     dtype: Any = jnp.float32
     mesh: MeshShape | None = None
+    shard: Shard = "parameters"
     remat: int = 0
     dropout_key: Any = None
     first_example: Any = 0
     edit: Callable[[Any, Any], Any] | None = None
     capture: Capture | None = None
     specs: Any = None
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether the backward pass gathers a layer's weights once more, so that no step holds those of all layers."""
+        return self.mesh is not None and self.mesh.data > 1 and self.shard == "parameters"
 
     def take(self, params, *path: str):
         """The subtree of the parameters at `path`, ready for use: whole over "data", as `collectives.gather` says."""

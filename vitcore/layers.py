@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vitcore.collectives import gather, layer_specs, recompute_gathers, sum_over_model, varies_over_model, vary, vary_like
+from vitcore.collectives import (
+    gather,
+    gather_in_turn,
+    in_turn,
+    layer_specs,
+    recompute_gathers,
+    sum_over_model,
+    varies_over_model,
+    vary,
+    vary_like,
+)
 from vitcore.context import Context, Layer
 
 PART = 24576  # most tokens of a part of the batch in rematerialised blocks: little memory, and still long grids for the kernels
@@ -64,13 +74,24 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         w, key = layer
         return one(x, row, gather(w, layer_specs(specs), mesh, context.dtype), key)[0], None
 
+    def block_in_turn(carry, layer):
+        (x, turn), (w, key) = carry, layer
+        x, before = in_turn(vary(x, mesh), turn)
+        w, turn = gather_in_turn(w, layer_specs(specs), mesh, context.dtype, turn)
+        return (one(x, row, w, key)[0], turn + before), None
+
     if capture:
         return _captured(one, x, row, layers, config, context, scan, tokens)
+    paced = ops.paced and scan is _unrolled and not remat and mesh and mesh.data > 1
+    if paced:
+        block = block_in_turn
+        x = x, _first_turn(layers[0], mesh)
     if remat:
         block = checkpoint(block, policy=_nothing)
-    elif mesh and mesh.data > 1:
+    elif context.gathers_again:
         block = checkpoint(block, policy=recompute_gathers(ops.keeps))
     x = scan(block, x, layers)[0]
+    x = x[0] if paced else x
     return (x[:, : config.tokens] if extra else x), {}
 
 
@@ -87,6 +108,13 @@ def _unrolled(block, x, layers):
     for layer in _split(layers):
         x, _ = block(x, layer)
     return x, None
+
+
+def _first_turn(blocks, mesh):
+    """Zero, whose gradient is that of some vector's first element, times zero: XLA takes away a barrier whose results nobody reads.
+    Where the product is NaN, gradients were not finite before."""
+    vector = min(jax.tree.leaves(blocks), key=lambda a: a.size)
+    return vary(0 * vector.reshape(-1)[0], mesh)
 
 
 # --- what is kept of the blocks ----------------------------------------------------------------------------------------------
@@ -127,7 +155,7 @@ def _captured(one, x, row, layers, config, context: Context, scan, tokens: int |
 
     carry = x, {name: empty(name) for name in kinds if name not in every}
     checkpoint = partial(jax.checkpoint, prevent_cse=scan is _unrolled, policy=recompute_gathers(context.ops.keeps))
-    kept = checkpoint if context.mesh and context.mesh.data > 1 else lambda step: step
+    kept = checkpoint if context.gathers_again else lambda step: step
     if scan is _unrolled:
         results = []
         for layer, slot in zip(_split(layers), slots, strict=True):

@@ -122,7 +122,7 @@ def asked_for(config, blocks: tuple[int, ...] | None, *, mean: bool, row: bool, 
 
 def prepared(config, context: Context) -> Context:
     """The context with its ops chosen and the parameters' specs filled in."""
-    return context._replace(ops=resolve(context.ops), specs=partition_specs(config, context.mesh))
+    return context._replace(ops=resolve(context.ops), specs=partition_specs(config, context.mesh, shard=context.shard))
 
 
 def forward(params, images, config, context: Context = PLAIN):

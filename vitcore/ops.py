@@ -35,6 +35,9 @@ class Ops(NamedTuple):
     policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
     save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
     inside a `custom_vjp` what they save, and ops that leave it to differentiation.
+    paced: in unrolled blocks on a data axis, the sums of a block's gradients run beside the backward pass of the next block and are
+    done before that of the one behind begins. XLA on a GPU, left alone, puts all of them behind the last block, where nothing is
+    left to run beside them, and keeps the gradients till then.
     relative_half: the half with relative positions, by default `kernels/attention/relative/reference.py`. relative_by_xla:
     why XLA does it for a `tiling.Shape`, "" where a kernel does.
     attention_statistics: `kernels/attention/statistics/reference.py` of a block. No logits need it, and by default XLA
@@ -48,6 +51,7 @@ class Ops(NamedTuple):
     multiple: int = 1
     unrolled: tuple[str, ...] = ()
     keeps: Callable | None = None
+    paced: bool = False
     relative_half: Callable = attention_relative.attention_half
     relative_by_xla: Callable = lambda shape: "these ops have no kernel for them"
     attention_statistics: Callable = attention_statistics.attention_statistics
@@ -100,6 +104,7 @@ GPU = Ops(
     multiple=attention_gpu.TOKENS,
     unrolled=("forward", "train"),
     keeps=attention_gpu.keeps,
+    paced=True,
 )
 # The kernels, compiled for the TPU that is present. Forward, a loop costs them nothing, and needs less memory.
 FUSED = _kernels(_on_the_tpu)._replace(unrolled=("train", "remat"))

@@ -10,10 +10,13 @@ from functools import cache
 
 import jax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from vitcore import families, parameters
 from vitcore.collectives import AXES as AXES
 from vitcore.collectives import MeshShape as MeshShape
+from vitcore.collectives import Shard as Shard
+from vitcore.collectives import without_data
 
 
 def check_mesh(config, mesh: MeshShape) -> None:
@@ -21,15 +24,17 @@ def check_mesh(config, mesh: MeshShape) -> None:
     parameters.check_mesh(families.leaves(config), mesh)
 
 
-def partition_specs(config, mesh: Mesh | MeshShape | None):
+def partition_specs(config, mesh: Mesh | MeshShape | None, *, shard: Shard = "parameters"):
     """The PartitionSpec of every parameter: a tree like that of `init`. With mesh None: nothing is split.
 
-    An axis that the data axis does not divide stays whole. Raises ValueError where the model axis does not divide.
+    An axis that the data axis does not divide stays whole, and with shard="none" every axis does. Raises ValueError where the model
+    axis does not divide.
     """
     shape = MeshShape.of(mesh) if isinstance(mesh, Mesh) else mesh or MeshShape(1, 1)
-    return jax.tree.map(lambda spec: spec, _specs(config, shape))  # a tree of the caller's own
+    return jax.tree.map(lambda spec: spec, _specs(config, shape, shard == "none"))  # a tree of the caller's own
 
 
 @cache
-def _specs(config, shape: MeshShape):
-    return parameters.specs(families.leaves(config), shape)
+def _specs(config, shape: MeshShape, whole: bool):
+    specs = parameters.specs(families.leaves(config), shape)
+    return jax.tree.map(without_data, specs, is_leaf=lambda x: isinstance(x, P)) if whole else specs

@@ -56,7 +56,8 @@ def _empty(name: str):
     return _Anything(name, (), {})
 
 
-def _import_timm():
+def import_timm():
+    """timm's class of Vision Transformers. Where there is no torchvision, its names that timm imports are stand-ins."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):  # missing, or built for another torch
@@ -68,8 +69,9 @@ def _import_timm():
     return VisionTransformer
 
 
-def _timm(config: ViTConfig):
-    return _import_timm()(
+def timm_model(config: ViTConfig, *, dropout: float = 0.0):
+    """timm's model of a configuration. dropout: behind the position embedding and each projection, where ours has it."""
+    return import_timm()(
         img_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.width,
@@ -77,6 +79,8 @@ def _timm(config: ViTConfig):
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_dim / config.width,
         num_classes=config.num_classes,
+        pos_drop_rate=dropout,
+        proj_drop_rate=dropout,
     )
 
 
@@ -117,7 +121,7 @@ def _parameters(config: ViTConfig) -> int:
     return count(leaves(config))
 
 
-def _compile(model, how: str):
+def compiled(model, how: str):
     """torch.compile of the whole model, of its blocks (one compilation serves all), or none."""
     import torch
 
@@ -129,35 +133,53 @@ def _compile(model, how: str):
     return model
 
 
+def prepare():
+    """torch, set as for all peers."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")  # as jax's default on a GPU
+    torch._dynamo.config.automatic_dynamic_shapes = False  # every batch size gets code of its own, as under jax.jit
+    torch._dynamo.config.cache_size_limit = 256
+    return torch
+
+
+def build(request: dict[str, Any], device):
+    """(a peer's model on a device, its configuration as ours). ValueError where the model is not ours."""
+    torch = prepare()
+    config = variant(request["model"], image_size=request["size"], num_classes=1000)
+    rate = request.get("dropout", 0.0)
+    if rate and request["library"] != "timm":
+        raise ValueError(f"--dropout {rate} is for --peer timm: leave one of them out")
+    with torch.device(device):  # weights are drawn where they are used
+        model: Any = timm_model(config, dropout=rate) if request["library"] == "timm" else _transformers(config)
+    count = sum(p.numel() for p in model.parameters())
+    if count != _parameters(config):
+        raise ValueError(f"{request['library']} has {count:,} parameters for {request['model']}, not {_parameters(config):,}")
+    return model.to(device), config
+
+
 def peer(request: dict[str, Any]) -> Callable[[int], Any]:
     """A function batch -> Stepper of a peer's model, on the GPU where torch has one, else on the CPU.
 
-    request: library, model, size, mode, dtype, compile ("whole" | "blocks" | "off"). ValueError where the model is not ours.
+    request: library, model, size, mode, dtype, dropout, compile ("whole" | "blocks" | "off"). ValueError where the model is not
+    ours.
     """
-    import torch
+    torch = prepare()
 
     from bench.timing import Stepper
 
-    config = variant(request["model"], image_size=request["size"], num_classes=1000)
     gpu = torch.cuda.is_available()
     if request["platform"] == "gpu" and not gpu:
         raise ValueError("jax sees a GPU and torch does not: install a torch built for it")
     device = torch.device("cuda" if gpu else "cpu")
     dtype = getattr(torch, request["dtype"])
-    torch.set_float32_matmul_precision("high")  # as jax's default on a GPU
-    torch._dynamo.config.automatic_dynamic_shapes = False  # every batch size gets code of its own, as under jax.jit
-    torch._dynamo.config.cache_size_limit = 256
-    with device:  # weights are drawn where they are used
-        model: Any = {"timm": _timm, "transformers": _transformers}[request["library"]](config)
-    count = sum(p.numel() for p in model.parameters())
-    if count != _parameters(config):
-        raise ValueError(f"{request['library']} has {count:,} parameters for {request['model']}, not {_parameters(config):,}")
+    model, config = build(request, device)
     train = request["mode"] == "train"
-    model = model.to(device).train(train)
+    model = model.train(train)
     if not train:
         model = model.to(dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True) if train else None
-    model = _compile(model, request["compile"])
+    model = compiled(model, request["compile"])
     sync = torch.cuda.synchronize if gpu else (lambda: None)
 
     def logits(x):

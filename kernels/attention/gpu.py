@@ -128,10 +128,12 @@ def rounded(x, dtype):
 
 
 def dropped(y, t: int, dropout, site: int, tokens: int, column=0):
-    """Dropout of rows y [B * T, K], of which `tokens` of every T are tokens."""
-    if dropout is None:
-        return y
-    return drop.apply(y.reshape(-1, t, y.shape[-1]), dropout, site, column, tokens=tokens).reshape(y.shape)
+    """Dropout of rows y [B * T, K], of which `tokens` of every T are tokens.
+
+    They stay rows: seen as [B, T, K] for the mask's sake, XLA gave what is around the mask on a mesh another layout than the
+    products want, and transposed float32 copies of it (a sixth of a step's time).
+    """
+    return drop.apply_rows(y, t, dropout, site, column, tokens=tokens)
 
 
 def implementation(dtype, head_width: int, t: int) -> Literal["hopper", "cudnn", "xla"]:
