@@ -5,6 +5,8 @@ once, and the five products a hidden tile needs take their operands as they lie 
 
     a' = W1' z',  dh' = W2 g',  dz' += W1 da',  dW1 += z' da,  dW2 += h' g
 
+a' = W1' z' is read instead, and transposed, where the forward kernel kept a.
+
 Under z' stand rows of ones: their part of the product with da is db1, without a reduction over lanes.
 """
 
@@ -116,6 +118,7 @@ class Sums:
 class Refs(NamedTuple):
     """The kernel's arrays, in its order.
 
+    hidden: b_in [1, hidden, 1] of the tile, or what was kept of it, [1, height, hidden] in the order of x.
     scale, bias are eight equal rows. dw_in [D, F] and dw_out [F, D] are in HBM; db_in [F/hidden, 1, hidden], db_out, dscale,
     dbias [8, D] gather over the grid, the last three by row modulo 8. zt [D+, columns] is z' with ones below, gt [D, columns] is
     g', dzt the float32 sum of dz'; ht, dat [hidden, columns] h' and da'. nat [columns, D] float32 lays images out at their stride
@@ -128,7 +131,7 @@ class Refs(NamedTuple):
     scale: Any
     bias: Any
     w_in: Any
-    b_in: Any
+    hidden: Any
     w_out: Any
     dx: Any
     dw_in: Any
@@ -167,8 +170,12 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int]):
     zt, gt, ht, dat, dtype = refs.zt, refs.gt, refs.ht, refs.dat, refs.x.dtype
 
     def hidden(k):
-        """A span of the hidden tile: recompute a and h, and from dh the gradient of a."""
-        a = dot(hidden_columns(refs.w_in, first + k, span), zt[: refs.dzt.shape[0]], dtype, (0, 0)) + refs.b_in[0, pl.ds(k, span)]
+        """A span of the hidden tile: a, again or as it was kept, and h; and from dh the gradient of a."""
+        if t.keep:
+            a = _kept(refs.hidden, t, k, span)
+        else:
+            a = dot(hidden_columns(refs.w_in, first + k, span), zt[: refs.dzt.shape[0]], dtype, (0, 0))
+            a = a + refs.hidden[0, pl.ds(k, span)]
         h, p = gelu(a, spec.gelu)
         da = dot(hidden_rows(refs.w_out, first + k, span), gt[...], dtype) * gelu_slope(a, h, p, spec.gelu)
         if spec.rate:
@@ -190,6 +197,18 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int]):
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
         _finish_rows(refs, spec, t, block)
+
+
+def _kept(ref, t: Tiling, k, span):
+    """a' [span, columns] float32 of what was kept of a hidden tile; zeros in the columns of no row."""
+    squares = []
+    for c in range(0, t.columns, PIECE):
+        n = max(0, min(PIECE, t.height - c))
+        rows = to_float32(ref[0, pl.ds(c, n), pl.ds(k, span)], t.unpack) if n else None
+        if n < PIECE:
+            rows = jnp.concatenate([*([] if rows is None else [rows]), jnp.zeros((PIECE - n, span), jnp.float32)])
+        squares.append(rows.T)
+    return jnp.concatenate(squares, axis=1)
 
 
 def _clear(refs: Refs):

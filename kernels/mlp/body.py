@@ -87,6 +87,16 @@ class Block:
         """bool [n, 1]: which of a piece's rows exist. The others hold anything at all, NaN included."""
         return (self.row + r + self._place(n) < self.rows) & (self.image + image < self.images)
 
+    def _image_of(self, p):
+        """int32: in which image of the block place p of VMEM lies, one stride per image."""
+        return sum(((p >= k * self.t.stride).astype(jnp.int32) for k in range(1, self.t.images)), jnp.zeros_like(p))
+
+    def exist(self, first, n):
+        """bool [n, 1]: which of n rows of the block as they lie in VMEM, from `first` on, there are."""
+        p = unpacked_row(first + iota(n, 0), self.t.unpack)
+        image = self._image_of(p)
+        return (self.row + p - image * self.t.stride < self.rows) & (self.image + image < self.images)
+
     def global_rows(self, image, r, n):
         """int32 [n, 1]: the rows of a piece, counted over all of x."""
         return (self.image + image) * self.rows + self.row + r + self._place(n)
@@ -94,8 +104,7 @@ class Block:
     def all_global_rows(self, n, axis, first=0):
         """The same for n rows of the block as they lie in VMEM, one stride per image, from `first` on; in the padding anything."""
         p = unpacked_row(first + iota(n, axis), self.t.unpack)
-        image = sum(((p >= k * self.t.stride).astype(jnp.int32) for k in range(1, self.t.images)), jnp.zeros_like(p))
-        return self.image * self.rows + self.row + p + image * (self.rows - self.t.stride)
+        return self.image * self.rows + self.row + p + self._image_of(p) * (self.rows - self.t.stride)
 
 
 def keep(scalars, site, rows, columns, rate):

@@ -5,8 +5,9 @@
                 dW2 = h' g,  db2 = share sum g,  dW1 = z' da,  db1 = sum da,  dx = share dy + LN_back(da W1')
 
 The hidden values [B*T, F] live only in VMEM, one tile of rows times one tile of F at a time; backward starts from x again, so x and
-the weights are all that is saved. Matrix operands are in x's dtype (float32 on v2 and v3, whose MXU rounds them itself), sums and
-everything between in float32.
+the weights are all that is saved. With keep=True a, rounded to x's dtype, is saved as well, in the order in which the kernels take
+the rows: B*T*F values of HBM, written once and read once, for one of the five products of the backward pass. Matrix operands are in
+x's dtype (float32 on v2 and v3, whose MXU rounds them itself), sums and everything between in float32.
 
 The grid of both kernels is (row tiles, hidden tiles), rows outermost. Where VMEM holds both weights (v5 and later) they stay in it
 and HBM sees each array once; elsewhere hidden tiles of them are streamed, and in the backward pass so are the sums dW1 and dW2, by
@@ -81,23 +82,24 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     shape = _shape(x, w_in)
     t = plan.forward
     view, hidden_tiles = t.view(shape), t.grid(shape)[1]
-    in_specs, out_spec = forward.specs(t, shape)
+    in_specs, out_specs = forward.specs(t, shape)
     operands = _weights(spec, x, w_in, w_out)
-    (y,) = call(
+    x_rows = checkpoint_name(x.reshape(*view, shape.d), "mlp_half_in")
+    y, *kept = call(
         partial(forward.kernel, spec=spec, t=t, view=view, hidden_tiles=hidden_tiles),
         launch=spec.launch.within(t.needs),
         name="mlp_half_forward",
         grid=t.grid(shape),
         in_specs=in_specs,
-        out_specs=[out_spec],
-        out_shapes=[((*view, shape.d), x.dtype)],
+        out_specs=out_specs,
+        out_shapes=[((*view, shape.d), x.dtype), *([(t.kept(shape), x.dtype)] if t.keep else [])],
         semantics=("parallel", "arbitrary"),
         cost=cost(shape, t, backward=False),
         scratch=forward.scratch(t, shape.d, operands[0].dtype),
         prefetch=1,
     )(
         scalars,
-        x.reshape(*view, shape.d),
+        x_rows,
         _rows(scale),
         _rows(bias),
         operands[0],
@@ -107,11 +109,17 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     )
     # Named inside the rule, so that a rematerialisation policy can choose to keep them.
     y = checkpoint_name(y.reshape(x.shape), "mlp_half_out")
-    return y, (scalars, checkpoint_name(x, "mlp_half_in"), scale, bias, w_in, b_in, w_out, b_out)
+    weights = (scale, bias, w_in, b_in, w_out, b_out)
+    if kept:  # the backward kernel takes x in the same view: what XLA copies for it is not copied again
+        return y, (scalars, x_rows, checkpoint_name(kept[0], "mlp_half_hidden"), weights)
+    return y, (scalars, checkpoint_name(x, "mlp_half_in"), None, weights)
 
 
 def _backward(spec: _Spec, plan: Plan, saved, dy):
-    scalars, x, *weights = saved
+    scalars, x, kept, weights = saved
+    if kept is not None:
+        dx, sums = _backward_part(spec, plan.backward, scalars, x.reshape(dy.shape), dy, *weights, kept=kept)
+        return None, dx, *_cast(sums, weights)
     n = x.shape[0] // (plan.backward_images or x.shape[0])
 
     def step(first, dy):
@@ -122,13 +130,18 @@ def _backward(spec: _Spec, plan: Plan, saved, dy):
         return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
 
     dx, sums = parts.backward(step, n, x, dy)
+    return None, dx, *_cast(sums, weights)
+
+
+def _cast(sums, weights):
+    """The sums as gradients of the weights."""
     # Without it XLA may write a sum straight into the layers' stacked gradients, and drops the kernel's limit of VMEM (v5e).
     sums = lax.optimization_barrier(sums)
-    return None, dx, *(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
+    return tuple(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
 
 
-def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out):
-    """(dx, the gradients of the parameters in float32)."""
+def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, kept=None):
+    """(dx, the gradients of the parameters in float32). kept: of the forward kernel."""
     shape = _shape(x, w_in)
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
     rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
@@ -136,12 +149,15 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         rows = pl.BlockSpec(rows.block_shape, rows.index_map, pipeline_mode=pl.Buffered(1))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     operands = _weights(spec, x, w_in, w_out)
+    hidden = pl.BlockSpec((1, t.hidden, 1), lambda i, j, _: (j, 0, 0))
+    if t.keep:
+        hidden = pl.BlockSpec((1, t.height, t.hidden), lambda i, j, _: (i, 0, j))
     dx, dw_in, dw_out, db_in, db_out, dscale, dbias = call(
         partial(backward.kernel, spec=spec, t=t, view=view),
         launch=spec.launch.within(t.needs),
         name="mlp_half_backward",
         grid=(row_tiles, hidden_tiles),
-        in_specs=[rows, rows, vector, vector, w_in_spec, pl.BlockSpec((1, t.hidden, 1), lambda i, j, _: (j, 0, 0)), w_out_spec],
+        in_specs=[rows, rows, vector, vector, w_in_spec, hidden, w_out_spec],
         out_specs=[
             rows,
             in_hbm,
@@ -170,7 +186,7 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         _rows(scale),
         _rows(bias),
         operands[0],
-        b_in.astype(jnp.float32).reshape(hidden_tiles, t.hidden, 1),
+        kept if t.keep else b_in.astype(jnp.float32).reshape(hidden_tiles, t.hidden, 1),
         operands[1],
     )
     return dx.reshape(x.shape), (dscale.sum(0), dbias.sum(0), dw_in, db_in.reshape(f), dw_out, db_out.sum(0))
@@ -202,12 +218,23 @@ def _check(x, weights: MLPWeights, gelu, dropout) -> None:
 
 
 def mlp_half(
-    x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, eps=EPS, launch: Launch, plan: Plan | None = None
+    x,
+    weights: MLPWeights,
+    *,
+    gelu="tanh",
+    dropout=None,
+    residual_scale=1.0,
+    eps=EPS,
+    keep: bool = False,
+    launch: Launch,
+    plan: Plan | None = None,
 ):
     """The MLP half of a block, as `reference.mlp_half` (shapes and meaning there), in one kernel forward and one backward.
 
-    launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses. Differentiable in x and
-    all weights. ValueError for input the op does not take; NotImplementedError for widths that no tiling fits on the device.
+    keep: keep the hidden values before their GELU for the backward pass, in x's dtype, instead of making them again.
+    launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses; one that is given says
+    itself what is kept. Differentiable in x and all weights. ValueError for input the op does not take; NotImplementedError for
+    widths that no tiling fits on the device, and with keep for hidden widths that are no multiple of 128.
     """
     _check(x, weights, gelu, dropout)
     rate = 0.0 if dropout is None else float(dropout.rate)
@@ -215,7 +242,7 @@ def mlp_half(
     if dropout is not None and rate:
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
-    plan = plan or choose(_shape(x, weights.in_kernel), launch.device)
+    plan = plan or choose(_shape(x, weights.in_kernel), launch.device, keep=keep)
     spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps))
     arrays = vary_alike(scalars, x, *weights)
     y: Any = _mlp_half(spec, plan, *arrays)  # Any: pyright cannot see through custom_vjp
