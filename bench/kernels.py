@@ -241,7 +241,7 @@ def _errors(options: Kernels, target: str, jobs, sides) -> dict[int, dict[str, A
         if not build.endswith(":op_alone"):
             continue
         for name, _ in names:
-            same = {key: arguments[key] for key in ("op", "shape", "dtype", "backward")}
+            same = {key: arguments[key] for key in ("op", "shape", "dtype", "backward", "keep") if key in arguments}
             asked.append({**same, "name": "reference" if name == "xla" else name, "target": target})
             places.append((i, name))
     if not asked:
@@ -451,7 +451,7 @@ def run(options: Kernels) -> list[dict]:
     """Prints the tables that the options ask for and returns their records."""
     records: list[dict] = []
     if options.plan:
-        records = plans.show(options.target, options.op, options.shape, options.batch, options.dtype)
+        records = plans.show(options.target, options.op, options.shape, options.batch, options.dtype, keep=options.keep)
     elif not options.target:
         records = on_devices(options)
     for target in () if options.plan else options.target:

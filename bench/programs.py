@@ -34,7 +34,7 @@ from vitcore import ViTConfig, apply_on, partition_specs, variant
 from vitcore.context import Context
 from vitcore.heads import logits
 from vitcore.model import asked_for, forward, init, prepared, representation
-from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, OTHERS, REFERENCE, Ops, fused
+from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, KEPT, OTHERS, REFERENCE, Ops, fused
 from vitcore.pixels import to_unit
 
 S = jax.ShapeDtypeStruct
@@ -50,7 +50,7 @@ def ops_for(device, *, kernels: bool) -> Ops:
         return REFERENCE
     launch = launch_for(device)
     ours = fused(launch)
-    return FUSED._replace(**{name: getattr(ours, name) for name in (*FUNCTIONS, *OTHERS)})
+    return FUSED._replace(**{name: getattr(ours, name) for name in (*FUNCTIONS, *OTHERS, *KEPT)})
 
 
 def launch_for(device) -> Launch:
@@ -59,8 +59,16 @@ def launch_for(device) -> Launch:
 
 
 def op_of(
-    op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | None, rate: float = 0.0, ops: Ops = REFERENCE, keep: bool = False
-):  # fmt: skip
+    op: str,
+    config: ViTConfig,
+    batch: int,
+    dtype,
+    *,
+    launch: Launch | None,
+    rate: float = 0.0,
+    ops: Ops = REFERENCE,
+    keep: bool = False,
+):
     """(function, shapes of its float arguments) of an op at a model's shapes, parameters float32. launch None: that of `ops`.
 
     keep: of a kernel of a half block that has the option.

@@ -22,7 +22,8 @@ class Block(NamedTuple):
     layer) -> [B, T, D]; w are the layer's weights ready for use, `layer` a `context.Layer`. maps: (x, w, config, layer) -> the
     attention probabilities [B, N, T, T] float32 of the block for its input x, N the heads of this device; None for a block that has
     none. statistics: (x, w, config, layer, mean=, row=, distances=) -> `kernels.attention.statistics.reference.Statistics`; None
-    likewise. check: (config) raises ValueError for a configuration that it cannot take. outside: the paths of those of its leaves
+    likewise. calls: (config) -> how its half blocks are called, one after the other: (sequences that an image becomes, tokens of
+    each). check: (config) raises ValueError for a configuration that it cannot take. outside: the paths of those of its leaves
     that it uses outside its sums over the model axis, such as a scale of what a half block adds; none is split over "model".
     """
 
@@ -30,6 +31,7 @@ class Block(NamedTuple):
     apply: Callable
     maps: Callable | None = None
     statistics: Callable | None = None
+    calls: Callable = lambda config: ((1, config.tokens),)
     check: Callable = lambda config: None
     outside: tuple[tuple[str, ...], ...] = ()
 
@@ -332,5 +334,5 @@ BLOCKS: dict[str, Block] = {
         maps=attention_maps,
         statistics=attention_statistics,
     ),
-    "axial": Block(leaves=_axial_leaves, apply=_axial, check=_check_axial),
+    "axial": Block(leaves=_axial_leaves, apply=_axial, calls=lambda config: (config.grid, config.grid[::-1]), check=_check_axial),
 }

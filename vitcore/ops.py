@@ -13,7 +13,7 @@ from kernels.attention.relative import reference as attention_relative
 from kernels.attention.relative import tpu as attention_relative_tpu
 from kernels.attention.statistics import reference as attention_statistics
 from kernels.attention.statistics import tpu as attention_statistics_tpu
-from kernels.device import DEVICES
+from kernels.device import DEVICES, Device
 from kernels.launch import Launch, here
 from kernels.layer_norm import reference as layer_norm
 from kernels.layer_norm import tpu as layer_norm_tpu
@@ -23,6 +23,19 @@ from kernels.mlp import tpu as mlp_tpu
 from kernels.patch_embed import gpu as patch_embed_gpu
 from kernels.patch_embed import reference as patch_embed
 from kernels.patch_embed import tpu as patch_embed_tpu
+
+
+class Keeping(NamedTuple):
+    """What an op can keep for the backward pass beside its input.
+
+    op: its field of `Ops`. what: is kept, for people. run: takes the op's place. bytes: (images, tokens, a ViTConfig, devices of
+    the model axis, dtype) -> the HBM that a call keeps; None for shapes that it cannot keep it for.
+    """
+
+    op: str
+    what: str
+    run: Callable
+    bytes: Callable
 
 
 class Ops(NamedTuple):
@@ -39,6 +52,8 @@ class Ops(NamedTuple):
     why XLA does it for a `tiling.Shape`, "" where a kernel does.
     attention_statistics: `kernels/attention/statistics/reference.py` of a block. No logits need it, and by default XLA
     does it.
+    keeping: what a training step may keep where memory is plentiful, the first to be kept first (`vitcore/keep.py`). device: () ->
+    whose memory that is; None where nothing is known of it.
     """
 
     patch_embed: Callable
@@ -51,9 +66,12 @@ class Ops(NamedTuple):
     relative_half: Callable = attention_relative.attention_half
     relative_by_xla: Callable = lambda shape: "these ops have no kernel for them"
     attention_statistics: Callable = attention_statistics.attention_statistics
+    keeping: tuple[Keeping, ...] = ()
+    device: Callable[[], Device] | None = None
 
 
 FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's settings
+KEPT = ("keeping", "device")
 OTHERS = ("relative_half", "relative_by_xla", "attention_statistics")  # that have the reference where nothing is said
 
 _KERNELS = (
@@ -67,18 +85,23 @@ _KERNELS = (
 )
 
 
-def _kernels(started: Callable) -> Ops:
-    return Ops(**dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True)))
+def _kernels(started: Callable, launch: Callable[[], Launch]) -> Ops:
+    def of_mlp(images, tokens, config, parts, dtype):
+        return mlp_tpu.kept_bytes(images, tokens, config.width, config.mlp_dim // parts, dtype, launch=launch())
+
+    keeping = (Keeping("mlp_half", "the hidden layer", started(partial(mlp_tpu.mlp_half, keep=True)), of_mlp),)
+    functions = dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True))
+    return Ops(**functions, keeping=keeping, device=lambda: launch().device)
 
 
 @cache
 def fused(launch: Launch) -> Ops:
     """The Pallas kernels, started as `launch` says: for another device than the one present, or interpreted."""
-    return _kernels(lambda kernel: partial(kernel, launch=launch))
+    return _kernels(lambda kernel: partial(kernel, launch=launch), lambda: launch)
 
 
 def _on_the_tpu(kernel):
-    @wraps(kernel)
+    @wraps(getattr(kernel, "func", kernel))
     def run(*args, **options):
         if (platform := jax.default_backend()) != "tpu":
             raise ValueError(
@@ -102,7 +125,7 @@ GPU = Ops(
     keeps=attention_gpu.keeps,
 )
 # The kernels, compiled for the TPU that is present. Forward, a loop costs them nothing, and needs less memory.
-FUSED = _kernels(_on_the_tpu)._replace(unrolled=("train", "remat"))
+FUSED = _kernels(_on_the_tpu, here)._replace(unrolled=("train", "remat"))
 # The kernels as plain JAX operations, on any platform: slow, for trying and testing them.
 INTERPRET = fused(Launch(device=DEVICES["cpu"], interpret=True))
 

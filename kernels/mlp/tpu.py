@@ -14,6 +14,8 @@ and HBM sees each array once; elsewhere hidden tiles of them are streamed, and i
 hand. How x is cut: `plan.py`; the backward kernel: `backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
 
+import contextlib
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -215,6 +217,14 @@ def _check(x, weights: MLPWeights, gelu, dropout) -> None:
         raise ValueError(f"gelu={gelu!r}; known: {', '.join(map(repr, GELUS))}")
     if dropout is not None and not 0.0 <= dropout.rate < 1.0:
         raise ValueError(f"dropout.rate is {dropout.rate}; it must be in [0, 1)")
+
+
+def kept_bytes(b: int, t: int, d: int, f: int, dtype, *, launch: Launch) -> int | None:
+    """The HBM that a call with keep=True keeps beside x [b, t, d] in `dtype`, with F = f; None where it refuses."""
+    shape = Shape(b, t, d, f, jnp.dtype(dtype).itemsize)
+    with contextlib.suppress(NotImplementedError):
+        return math.prod(choose(shape, launch.device, keep=True).forward.kept(shape)) * shape.itemsize
+    return None
 
 
 def mlp_half(
