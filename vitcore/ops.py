@@ -89,7 +89,20 @@ def _kernels(started: Callable, launch: Callable[[], Launch]) -> Ops:
     def of_mlp(images, tokens, config, parts, dtype):
         return mlp_tpu.kept_bytes(images, tokens, config.width, config.mlp_dim // parts, dtype, launch=launch())
 
-    keeping = (Keeping("mlp_half", "the hidden layer", started(partial(mlp_tpu.mlp_half, keep=True)), of_mlp),)
+    def of_attention(images, tokens, config, parts, dtype):
+        heads = config.num_heads // parts
+        width = config.width // config.num_heads
+        return attention_tpu.kept_bytes(images, tokens, config.width, heads, width, dtype, launch=launch())
+
+    keeping = (
+        Keeping("mlp_half", "the hidden layer", started(partial(mlp_tpu.mlp_half, keep=True)), of_mlp),
+        Keeping(
+            "attention_half",
+            "q, k, v and the heads' results",
+            started(partial(attention_tpu.attention_half, keep=True)),
+            of_attention,
+        ),
+    )
     functions = dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True))
     return Ops(**functions, keeping=keeping, device=lambda: launch().device)
 

@@ -11,6 +11,8 @@ others. From x and dy alone, with s = residual_scale:
     dz = dqkv qkv_kernel^T                                                    product
     dx = s dy + LN'(dz), with the sums for norm_scale and norm_bias           finish
 
+The forward kernel may have kept q, k, v and o (`Plan.keep`); then they are not made again.
+
 What the MXU rounds, it rounds to bfloat16, as the reference does; nothing is rounded in between. The core works on transposed
 logits, as in `general/backward.py`.
 """
@@ -225,8 +227,8 @@ def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype)
             ref[:, lo:hi] = value
 
 
-def _half_core(tiles: Float32Core, arrays, t: int, dtype, static: Static):
-    """dq, dk, dv and o of q, k, v and do, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them."""
+def _half_core(tiles: Float32Core, arrays, t: int, dtype, static: Static, *, with_o: bool):
+    """dq, dk, dv (and o) of q, k, v and do, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them."""
     b, padded, k = arrays[0].shape
     lanes, n = tiles.lanes, static.num_heads
 
@@ -236,17 +238,18 @@ def _half_core(tiles: Float32Core, arrays, t: int, dtype, static: Static):
             _differentiate(run, given, out, t=t, scale=static.width**-0.5, dtype=dtype)
 
     rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
-    flops, exponentials = 12 * b * t * t * k, b * n * t * t
+    results = 3 + with_o
+    flops, exponentials = 2 * (5 + with_o) * b * t * t * k, b * n * t * t
     return call(
         kernel,
         launch=static.launch,
         name="attention_core_backward",
         grid=(b, k // lanes),
         in_specs=[rows] * 4,
-        out_specs=[rows] * 4,
-        out_shapes=[((b, padded, k), F32)] * 4,
+        out_specs=[rows] * results,
+        out_shapes=[((b, padded, k), F32)] * results,
         semantics=("parallel", "parallel"),
-        cost=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=32 * b * padded * k),
+        cost=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=4 * (4 + results) * b * padded * k),
     )(*arrays)
 
 
@@ -282,10 +285,10 @@ def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Lau
 # ---- the half
 
 
-def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static):
+def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, kept=None):
     """dy with dx in its place for plan.images images, from image scalars[2] on, and the gradients of the weights over them.
 
-    weights: as rows and operands, in the order of `AttentionWeights`.
+    weights: as rows and operands, in the order of `AttentionWeights`. kept: q, k, v, o of the forward kernel.
     """
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     b, (_, t, d) = plan.images, x.shape
@@ -297,10 +300,14 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static):
 
     multiply: Any = partial(product, dtype=x.dtype, launch=static.launch)
     gradient: Any = partial(weight_gradient, dtype=x.dtype, launch=static.launch)
-    qkv = [multiply(plan.project, [flat(z)], w_qkv[c, None], b_qkv[c], name="attention_project") for c in range(3)]
+    if kept is None:
+        qkv = [multiply(plan.project, [flat(z)], w_qkv[c, None], b_qkv[c], name="attention_project") for c in range(3)]
+    else:
+        qkv = kept[:3]
     do = multiply(plan.output_gradient, [flat(g)], w_out.T[None], name="attention_output_gradient")
     arrays = [a.reshape(b, padded, k) for a in (*qkv, do)]
-    *dqkv, o = map(flat, _half_core(plan.core, arrays, t, x.dtype, static))
+    found = _half_core(plan.core, arrays, t, x.dtype, static, with_o=kept is None)
+    *dqkv, o = map(flat, found if kept is None else (*found, kept[3]))
     dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights")
     of_qkv = [gradient(plan.projection_weights, flat(z), a, name="attention_projection_weights") for a in dqkv]
     dw_qkv, db_qkv = zip(*of_qkv, strict=True)
