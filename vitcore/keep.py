@@ -42,7 +42,7 @@ def choose(ops: Ops, config, images: int, dtype, mesh: MeshShape | None, *, rema
 @cache
 def _choose(ops: Ops, config: ViTConfig, images: int, dtype, mesh: MeshShape) -> tuple[Ops, tuple[Kept, ...]]:
     assert ops.device is not None
-    calls = config.entries.block.calls(config)
+    calls = [(n, t + -t % ops.multiple) for n, t in config.entries.block.calls(config)]
     halves = 2 * sum(images * n * t for n, t in calls) * config.width * dtype.itemsize * config.depth
     room = SHARE * ops.device().hbm_bytes - COPIES * 4 * _parameters(config, mesh) - INPUTS * halves
     found: list[Kept] = []

@@ -98,7 +98,7 @@ def _kernels(started: Callable, launch: Callable[[], Launch]) -> Ops:
         Keeping("mlp_half", "the hidden layer", started(partial(mlp_tpu.mlp_half, keep=True)), of_mlp),
         Keeping(
             "attention_half",
-            "q, k, v and the heads' results",
+            "q, k, v and what they attend to",
             started(partial(attention_tpu.attention_half, keep=True)),
             of_attention,
         ),

@@ -94,7 +94,7 @@ def part_scalars(scalars, first, x):
 
 
 def _half_kept(scalars, x, weights: AttentionWeights, static: Static) -> tuple[Any, tuple]:
-    """(the half, what is kept of it): float32 q, k, v, o, or qkv and o, or with a plan that keeps nothing ()."""
+    """(the half, what is kept of it): float32 q, k, v, o, or qkv and o, or qkv, or with a plan that keeps nothing ()."""
     chosen = static.plan.forward
     if isinstance(chosen, FusedForward):
         w = operands(x, weights, static)
@@ -103,7 +103,7 @@ def _half_kept(scalars, x, weights: AttentionWeights, static: Static) -> tuple[A
     n = x.shape[0] // chosen.images
     if n == 1:
         y, *kept = _forward_part(chosen, scalars, x, weights, static)
-        return y, tuple(kept) if static.plan.keep else ()
+        return y, tuple(kept[: 1 + static.plan.keeps_o]) if static.plan.keep else ()
     step = lambda first, y: _forward_part(chosen, part_scalars(scalars, first, x), x, weights, static, y)[0]  # noqa: E731
     return parts.forward(step, n, x), ()
 
@@ -162,10 +162,10 @@ def attention_half(
 ) -> Any:
     """The attention half of a block -> [B, T, D], as `reference.attention_half` (arguments and meaning there).
 
-    keep: save q, k, v and o for the backward pass, beside x and the weights, which is all that is saved otherwise. launch: from
-    `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses; one that is given says itself what is
-    kept. Differentiable in x and all weights. ValueError for shapes or dtypes that do not fit together; NotImplementedError for a
-    shape that no tiles fit, and with keep where the kernels of the two passes do not hold q, k, v and o alike.
+    keep: save q, k, v and o (`Plan.keep`) for the backward pass, beside x and the weights, which alone are saved otherwise. launch:
+    from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses; one that is given says itself what
+    is kept. Differentiable in x and all weights. ValueError for shapes or dtypes that do not fit together; NotImplementedError for
+    a shape that no tiles fit, and with keep where the fused kernel has heads that are together not as wide as x.
     """
     check_half(x, weights, num_heads)
     shape = shape_of(x, weights, num_heads)

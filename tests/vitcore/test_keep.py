@@ -34,9 +34,12 @@ def choose(config=B16, images=32, ops=V3, mesh=None, remat=0):
 def test_small_batches_keep_what_large_ones_make_again():
     ops, kept = choose()
     assert ops != V3
-    assert keep.described(kept) == "keeps the hidden layer: 0.5 GiB"
+    assert keep.described(kept) == "keeps the hidden layer and q, k, v and what they attend to: 1.3 GiB"
     rows = 12 * 32 * 197
     assert rows * 3072 * 2 <= kept[0].bytes <= 1.1 * rows * 3072 * 2
+    assert rows * 4 * 768 * 4 <= kept[1].bytes <= 1.1 * rows * 4 * 768 * 4
+    some = fused(Launch(device=replace(DEVICES["v3"], hbm_bytes=3 * 2**30 + 2**29)))
+    assert [one.what for one in choose(ops=some)[1]] == ["the hidden layer"]
     assert choose(images=1024) == (V3, ())
     assert choose(images=1024, ops=fused(Launch(device=replace(DEVICES["v3"], hbm_bytes=2**40))))[1]
     assert keep.described(()) == ""
@@ -54,8 +57,8 @@ def test_what_is_kept_fits_beside_the_rest():
 
 
 def test_a_mesh_splits_what_is_kept():
-    (whole,), (part,) = choose()[1], choose(mesh=MeshShape(1, 2))[1]
-    assert part.bytes == whole.bytes // 2
+    whole, part = choose()[1], choose(mesh=MeshShape(1, 2))[1]
+    assert part[0].bytes == whole[0].bytes // 2
 
 
 @pytest.mark.parametrize(
@@ -65,17 +68,24 @@ def test_a_mesh_splits_what_is_kept():
         {"ops": vitcore.REFERENCE},
         {"ops": vitcore.GPU},
         {"config": vitcore.variant("R50x1", num_classes=10)},
-        {"config": replace(B16, mlp_dim=100)},
     ],
-    ids=["remat", "reference", "gpu", "a ResNet", "a width without tiles"],
+    ids=["remat", "reference", "gpu", "a ResNet"],
 )
 def test_nothing_is_kept(change):
     assert choose(**change) == (change.get("ops", V3), ())
 
 
+def test_an_op_that_cannot_keep_is_left_as_it_is():
+    ops, kept = choose(replace(B16, mlp_dim=100))
+    assert [one.what for one in kept] == ["q, k, v and what they attend to"]
+    assert ops.mlp_half is V3.mlp_half
+    relative = choose(replace(B16, position="relative"))
+    assert [one.what for one in relative[1]] == ["the hidden layer"]
+
+
 def test_an_axial_block_keeps_both_its_halves():
     axial = vitcore.variant("Axial-ViT-B/32", image_size=224, num_classes=10)
-    (kept,) = choose(axial)[1]
+    kept, *_ = choose(axial)[1]
     assert kept.bytes >= 12 * 2 * 32 * 49 * axial.mlp_dim * 2
 
 
@@ -113,7 +123,8 @@ def test_a_training_step_takes_them_unless_it_rematerialises():
 def test_gradients_are_those_of_the_same_step_without():
     """With dropout, interpreted; float32, in which what is kept is not rounded."""
     kernels = fused(Launch(device=DEVICES["v3"], interpret=True))
-    plain = vitcore.REFERENCE._replace(mlp_half=kernels.mlp_half, keeping=kernels.keeping[:1], device=kernels.device)
+    of_mlp = kernels.keeping[:1]
+    plain = vitcore.REFERENCE._replace(mlp_half=kernels.mlp_half, keeping=of_mlp, device=kernels.device)
     params = vitcore.init(jax.random.key(0), SMALL)
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
 

@@ -227,17 +227,23 @@ def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype)
             ref[:, lo:hi] = value
 
 
-def _half_core(tiles: Float32Core, arrays, t: int, dtype, static: Static, *, with_o: bool):
-    """dq, dk, dv (and o) of q, k, v and do, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them."""
-    b, padded, k = arrays[0].shape
-    lanes, n = tiles.lanes, static.num_heads
+def _half_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, with_o: bool):
+    """dq, dk, dv (and o) of do and q, k, v, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them. qkv may
+    be one array [3, B, T, K] of any float dtype, whose rows become float32 in VMEM."""
+    b, padded, k = do.shape
+    lanes, n, packed_rows = tiles.lanes, static.num_heads, not isinstance(qkv, (list, tuple))
 
     def kernel(*refs):
-        given, out = [ref.at[0] for ref in refs[:4]], [ref.at[0] for ref in refs[4:]]
+        given, out = [ref.at[0] for ref in refs[:4]], [ref.at[0] for ref in refs[4 : 4 + results]]
+        if packed_rows:
+            for ref, target in zip(given[:3], refs[4 + results :], strict=True):
+                unpack_into(target, ref.at[0], t)
+            given[:3] = refs[4 + results :]
         for run in heads_of(lanes, k // n):
             _differentiate(run, given, out, t=t, scale=static.width**-0.5, dtype=dtype)
 
     rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
+    sections = [pl.BlockSpec((1, 1, t, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
     results = 3 + with_o
     flops, exponentials = 2 * (5 + with_o) * b * t * t * k, b * n * t * t
     return call(
@@ -245,12 +251,13 @@ def _half_core(tiles: Float32Core, arrays, t: int, dtype, static: Static, *, wit
         launch=static.launch,
         name="attention_core_backward",
         grid=(b, k // lanes),
-        in_specs=[rows] * 4,
+        in_specs=[*(sections if packed_rows else [rows] * 3), rows],
         out_specs=[rows] * results,
         out_shapes=[((b, padded, k), F32)] * results,
         semantics=("parallel", "parallel"),
         cost=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=4 * (4 + results) * b * padded * k),
-    )(*arrays)
+        scratch=[pltpu.VMEM((padded, lanes), F32)] * (3 * packed_rows),
+    )(*((qkv,) * 3 if packed_rows else qkv), do)
 
 
 def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Launch):
@@ -288,7 +295,8 @@ def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Lau
 def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, kept=None):
     """dy with dx in its place for plan.images images, from image scalars[2] on, and the gradients of the weights over them.
 
-    weights: as rows and operands, in the order of `AttentionWeights`. kept: q, k, v, o of the forward kernel.
+    weights: as rows and operands, in the order of `AttentionWeights`. kept: q, k, v and o [B, R, K] float32; or of a forward pass
+    that is not fused qkv [3, B, T, K] alone, since its o has other rows than the product that wants it.
     """
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     b, (_, t, d) = plan.images, x.shape
@@ -302,12 +310,13 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, kep
     gradient: Any = partial(weight_gradient, dtype=x.dtype, launch=static.launch)
     if kept is None:
         qkv = [multiply(plan.project, [flat(z)], w_qkv[c, None], b_qkv[c], name="attention_project") for c in range(3)]
+        qkv = [a.reshape(b, padded, k) for a in qkv]
     else:
-        qkv = kept[:3]
-    do = multiply(plan.output_gradient, [flat(g)], w_out.T[None], name="attention_output_gradient")
-    arrays = [a.reshape(b, padded, k) for a in (*qkv, do)]
-    found = _half_core(plan.core, arrays, t, x.dtype, static, with_o=kept is None)
-    *dqkv, o = map(flat, found if kept is None else (*found, kept[3]))
+        qkv = kept[0] if len(kept) == 1 else kept[:3]
+    do = multiply(plan.output_gradient, [flat(g)], w_out.T[None], name="attention_output_gradient").reshape(b, padded, k)
+    with_o = kept is None or len(kept) == 1
+    found = _half_core(plan.core, qkv, do, t, x.dtype, static, with_o=with_o)
+    *dqkv, o = map(flat, found if with_o else (*found, kept[3]))
     dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights")
     of_qkv = [gradient(plan.projection_weights, flat(z), a, name="attention_projection_weights") for a in dqkv]
     dw_qkv, db_qkv = zip(*of_qkv, strict=True)
