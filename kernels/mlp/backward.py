@@ -5,7 +5,7 @@ once, and the five products a hidden tile needs take their operands as they lie 
 
     a' = W1' z',  dh' = W2 g',  dz' += W1 da',  dW1 += z' da,  dW2 += h' g
 
-a' = W1' z' is read instead, and transposed, where the forward kernel kept a.
+Where the forward kernel kept a, `kept.py` stands in this kernel's place.
 
 Under z' stand rows of ones: their part of the product with da is db1, without a reduction over lanes.
 """
@@ -45,7 +45,7 @@ def z_rows(d: int) -> int:
     return round_up(d, ONES) + ONES
 
 
-_SLOTS = 3  # of the streamed sums: one is written back, one worked on, one fetched
+SLOTS = 3  # of the streamed sums: one is written back, one worked on, one fetched
 
 
 class Sums:
@@ -61,10 +61,10 @@ class Sums:
         self.loads, self.stores = semaphores.at[0], semaphores.at[1]
         self.rows, self.tiles = pl.num_programs(0), pl.num_programs(1)
         self.step = i * self.tiles + j
-        self.slot = j if t.resident else lax.rem(self.step, _SLOTS)
+        self.slot = j if t.resident else lax.rem(self.step, SLOTS)
 
     def _copies(self, step, *, load):
-        slot, j = lax.rem(step, _SLOTS), lax.rem(step, self.tiles)
+        slot, j = lax.rem(step, SLOTS), lax.rem(step, self.tiles)
         if self.t.resident:
             slot, j = step, step
         into_in, into_out = self.hbm
@@ -118,7 +118,6 @@ class Sums:
 class Refs(NamedTuple):
     """The kernel's arrays, in its order.
 
-    hidden: b_in [1, hidden, 1] of the tile, or what was kept of it, [1, height, hidden] in the order of x.
     scale, bias are eight equal rows. dw_in [D, F] and dw_out [F, D] are in HBM; db_in [F/hidden, 1, hidden], db_out, dscale,
     dbias [8, D] gather over the grid, the last three by row modulo 8. zt [D+, columns] is z' with ones below, gt [D, columns] is
     g', dzt the float32 sum of dz'; ht, dat [hidden, columns] h' and da'. nat [columns, D] float32 lays images out at their stride
@@ -131,7 +130,7 @@ class Refs(NamedTuple):
     scale: Any
     bias: Any
     w_in: Any
-    hidden: Any
+    b_in: Any
     w_out: Any
     dx: Any
     dw_in: Any
@@ -170,12 +169,8 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int]):
     zt, gt, ht, dat, dtype = refs.zt, refs.gt, refs.ht, refs.dat, refs.x.dtype
 
     def hidden(k):
-        """A span of the hidden tile: a, again or as it was kept, and h; and from dh the gradient of a."""
-        if t.keep:
-            a = _kept(refs.hidden, t, k, span)
-        else:
-            a = dot(hidden_columns(refs.w_in, first + k, span), zt[: refs.dzt.shape[0]], dtype, (0, 0))
-            a = a + refs.hidden[0, pl.ds(k, span)]
+        """A span of the hidden tile: recompute a and h, and from dh the gradient of a."""
+        a = dot(hidden_columns(refs.w_in, first + k, span), zt[: refs.dzt.shape[0]], dtype, (0, 0)) + refs.b_in[0, pl.ds(k, span)]
         h, p = gelu(a, spec.gelu)
         da = dot(hidden_rows(refs.w_out, first + k, span), gt[...], dtype) * gelu_slope(a, h, p, spec.gelu)
         if spec.rate:
@@ -197,18 +192,6 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int]):
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
         _finish_rows(refs, spec, t, block)
-
-
-def _kept(ref, t: Tiling, k, span):
-    """a' [span, columns] float32 of what was kept of a hidden tile; zeros in the columns of no row."""
-    squares = []
-    for c in range(0, t.columns, PIECE):
-        n = max(0, min(PIECE, t.height - c))
-        rows = to_float32(ref[0, pl.ds(c, n), pl.ds(k, span)], t.unpack) if n else None
-        if n < PIECE:
-            rows = jnp.concatenate([*([] if rows is None else [rows]), jnp.zeros((PIECE - n, span), jnp.float32)])
-        squares.append(rows.T)
-    return jnp.concatenate(squares, axis=1)
 
 
 def _clear(refs: Refs):
@@ -287,7 +270,7 @@ def _finish_rows(refs: Refs, spec, t: Tiling, block: Block):
 
 def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
     """The scratch buffers, in the kernel's order."""
-    slots = tiles_f if t.resident else _SLOTS
+    slots = tiles_f if t.resident else SLOTS
     buffers = [
         pltpu.VMEM((z_rows(d), t.columns), operand),
         pltpu.VMEM((d, t.columns), operand),
@@ -296,6 +279,6 @@ def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
         pltpu.VMEM((t.hidden, t.columns), operand),
         pltpu.VMEM((slots, d, t.hidden), jnp.float32),
         pltpu.VMEM((slots, t.hidden, d), jnp.float32),
-        pltpu.SemaphoreType.DMA((2, _SLOTS, 2)),
+        pltpu.SemaphoreType.DMA((2, SLOTS, 2)),
     ]
     return buffers if t.stride % LANES == 0 else [*buffers, pltpu.VMEM((t.columns, d), jnp.float32)]

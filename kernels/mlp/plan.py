@@ -21,10 +21,14 @@ _ROWS = (2048, 1664, 1536, 1280, 1024, 896, 768, 640, 512, 384, 256, 128)  # mos
 # by backward: there, 512 gains 2 % on v6e and ran out of VMEM on v5e
 _HIDDEN = {False: (1024, 768, 512, 384, 256, 128), True: (256, 128)}
 _STEP_CYCLES = 600  # what a grid step costs beside its products: filling and draining the pipelines, the sums' read-modify-write
+_CAST_CYCLES = (
+    6  # what Mosaic's cast of a register takes more than integer arithmetic, where bfloat16 is unpacked (kernels/body.py)
+)
 # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
 _COPY_BYTES = 1.6
 BACKWARD_ROWS = 24576  # at a time through the backward kernel where it takes copies of x and dy without padded rows
 _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
+_KEEP_SHARES = {False: 0.82, True: 0.91}  # by backward, with `keep`: the body that reads it has fewer values in flight
 
 
 class Shape(NamedTuple):
@@ -105,7 +109,7 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
     kept = 2 * round_up(t.height, 16) * hidden * shape.itemsize if t.keep else 0
     if not backward:
         return 4 * block + t.height * d * (operand + 4) + 2 * weights + 3 * t.height * hidden * 4 + kept
-    natural = 0 if t.stride % LANES == 0 else t.columns * d * 4
+    natural = 0 if t.keep or t.stride % LANES == 0 else t.columns * d * 4
     sums = 2 * d * 4 * (whole if t.resident else 3 * hidden)
     scratch = t.columns * (d * (2 * operand + 4) + hidden * 2 * operand) + natural
     blocks = (6 if t.resident else 3) * block
@@ -166,6 +170,8 @@ def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float
     if t.flat and shape.t % SUBLANES:
         arrays = 3 if backward and not t.keep else 2  # the copy of x is kept too
         copied = arrays * 2 * shape.rows * shape.d * shape.itemsize * _COPY_BYTES / device.hbm_bytes_per_cycle
+    if t.keep and not t.unpack and shape.itemsize == 2 and not device.bf16_matmul:
+        products += _CAST_CYCLES * height * (3 * shape.d + shape.f) / (SUBLANES * LANES)
     return row_tiles * (max(products, moved) + hidden_tiles * _STEP_CYCLES + _STEP_CYCLES) + copied
 
 
@@ -173,7 +179,8 @@ def _fitting(shape: Shape, device: Device, *, backward: bool, keep: bool = False
     """The tilings that fit the VMEM. NotImplementedError, with the reason, where none does."""
     candidates = (replace(t, keep=keep) for t in _candidates(shape, device, backward))
     counted = (replace(t, needs=vmem_bytes(shape, device, t, backward=backward)) for t in candidates)
-    fitting = [t for t in counted if t.needs <= _VMEM_SHARE * device.vmem_bytes]
+    share = _KEEP_SHARES[backward] if keep else _VMEM_SHARE
+    fitting = [t for t in counted if t.needs <= share * device.vmem_bytes]
     if not fitting:
         raise NotImplementedError(
             f"mlp_half: no tiling of D={shape.d}, F={shape.f} fits the {device.vmem_bytes // MiB} MiB VMEM of {device.name}; a "

@@ -32,6 +32,7 @@ from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
 from kernels.mlp import backward, forward
+from kernels.mlp import kept as backward_kept
 from kernels.mlp.plan import Plan, Shape, Tiling, cost
 from kernels.mlp.plan import plan as choose
 from kernels.mlp.reference import GELUS, MLPWeights
@@ -151,11 +152,12 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         rows = pl.BlockSpec(rows.block_shape, rows.index_map, pipeline_mode=pl.Buffered(1))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     operands = _weights(spec, x, w_in, w_out)
-    hidden = pl.BlockSpec((1, t.hidden, 1), lambda i, j, _: (j, 0, 0))
+    body: Any = backward_kept if t.keep else backward
+    hidden, bias_rows = pl.BlockSpec((1, t.hidden, 1), lambda i, j, _: (j, 0, 0)), SUBLANES if t.keep else 1
     if t.keep:
         hidden = pl.BlockSpec((1, t.height, t.hidden), lambda i, j, _: (i, 0, j))
     dx, dw_in, dw_out, db_in, db_out, dscale, dbias = call(
-        partial(backward.kernel, spec=spec, t=t, view=view),
+        partial(body.kernel, spec=spec, t=t, view=view),
         launch=spec.launch.within(t.needs),
         name="mlp_half_backward",
         grid=(row_tiles, hidden_tiles),
@@ -164,7 +166,7 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
             rows,
             in_hbm,
             in_hbm,
-            pl.BlockSpec((hidden_tiles, 1, t.hidden), lambda i, j, _: (0, 0, 0)),
+            pl.BlockSpec((hidden_tiles, bias_rows, t.hidden), lambda i, j, _: (0, 0, 0)),
             vector,
             vector,
             vector,
@@ -173,12 +175,12 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
             ((*view, d), x.dtype),
             ((d, f), jnp.float32),
             ((f, d), jnp.float32),
-            ((hidden_tiles, 1, t.hidden), jnp.float32),
+            ((hidden_tiles, bias_rows, t.hidden), jnp.float32),
             *[((SUBLANES, d), jnp.float32)] * 3,
         ],
         semantics=("arbitrary", "arbitrary"),
         cost=cost(shape, t, backward=True),
-        scratch=backward.scratch(t, d, hidden_tiles, operands[0].dtype),
+        scratch=body.scratch(t, d, hidden_tiles, operands[0].dtype),
         prefetch=1,
         aliases={2: 0},  # a row tile of dy is read before that of dx is written
     )(
@@ -191,7 +193,7 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         kept if t.keep else b_in.astype(jnp.float32).reshape(hidden_tiles, t.hidden, 1),
         operands[1],
     )
-    return dx.reshape(x.shape), (dscale.sum(0), dbias.sum(0), dw_in, db_in.reshape(f), dw_out, db_out.sum(0))
+    return dx.reshape(x.shape), (dscale.sum(0), dbias.sum(0), dw_in, db_in.sum(1).reshape(f), dw_out, db_out.sum(0))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
