@@ -31,7 +31,8 @@ class Ops(NamedTuple):
     multiple: the model pads its tokens to a multiple of this, once, and half blocks take `tokens=`, how many of T are real.
     unrolled: the programs, of "forward", "train" (a training step) and "remat" (a step that rematerialises its blocks), in which
     the blocks are compiled one after the other instead of as one loop. Without a loop, what the backward pass needs stays where
-    it was made and is freed after its use; a loop copies it into and out of arrays with a layer axis. keeps: the checkpoint
+    it was made and is freed after its use; a loop copies it into and out of arrays with a layer axis. stacked: the half blocks take
+    kernels as `kernels.stacked.Stacked`, and return the arrays of those that they took. keeps: the checkpoint
     policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
     save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
     inside a `custom_vjp` what they save, and ops that leave it to differentiation.
@@ -47,6 +48,7 @@ class Ops(NamedTuple):
     layer_norm: Callable
     multiple: int = 1
     unrolled: tuple[str, ...] = ()
+    stacked: bool = False
     keeps: Callable | None = None
     relative_half: Callable = attention_relative.attention_half
     relative_by_xla: Callable = lambda shape: "these ops have no kernel for them"
@@ -68,7 +70,7 @@ _KERNELS = (
 
 
 def _kernels(started: Callable) -> Ops:
-    return Ops(**dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True)))
+    return Ops(**dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True)), stacked=True)
 
 
 @cache

@@ -33,6 +33,7 @@ from kernels.attention.tiling import CoreTiles, Float32Core, Shape
 from kernels.body import operand_dtype
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
+from kernels.stacked import apart, cast, cotangent, in_place, places, taken, transposed, writable
 
 
 def shape_of(x, weights: AttentionWeights, num_heads: int) -> Shape:
@@ -47,7 +48,7 @@ def shape_of(x, weights: AttentionWeights, num_heads: int) -> Shape:
 def operands(x, weights: AttentionWeights, static: Static) -> AttentionWeights:
     """The weights as the products take them: in the activations' dtype, or float32 where the MXU rounds float32 by itself."""
     dtype = operand_dtype(x.dtype, static.launch.device)
-    return weights._replace(qkv_kernel=weights.qkv_kernel.astype(dtype), out_kernel=weights.out_kernel.astype(dtype))
+    return weights._replace(qkv_kernel=cast(weights.qkv_kernel, dtype), out_kernel=cast(weights.out_kernel, dtype))
 
 
 def _core_forward(tiles: CoreTiles | Float32Core, qkv, **options):
@@ -69,16 +70,17 @@ def _core_backward(chosen: GeneralBackward, static: Static, qkv, do):
     return *general_backward.core(chosen.core, qkv, do, with_o=True, **options), None
 
 
-def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core):
+def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core, into=(None,) * 6):
     """dy with dx in its place for chosen.images images, from image scalars[2] on; the gradients of the weights, float32; and the
-    third of core(qkv, do) -> (dqkv, o, whatever else)."""
+    third of core(qkv, do) -> (dqkv, o, whatever else). into: where the gradient of each weight belongs, or None; returned is the
+    whole array then."""
     norm, w = weights[:2], operands(x, weights, static)
     qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
-    do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, w.out_kernel.T, chosen.images, static)
+    do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, transposed(w.out_kernel), chosen.images, static)
     dqkv, o, more = core(qkv, do)
-    of_output = general_backward.output_weights(chosen.output_weights, scalars, o, dy, static)
-    of_qkv = general_backward.projection_weights(chosen.projection_weights, scalars, x, norm, dqkv, static)
-    w_qkv = w.qkv_kernel.swapaxes(1, 2)
+    of_output = general_backward.output_weights(chosen.output_weights, scalars, o, dy, static, into[4])
+    of_qkv = general_backward.projection_weights(chosen.projection_weights, scalars, x, norm, dqkv, static, into[2])
+    w_qkv = transposed(w.qkv_kernel)
     dx, dscale, dbias = general_backward.input_gradient(chosen.input_gradient, scalars, x, norm[0], dqkv, dy, w_qkv, static)
     return dx, AttentionWeights(dscale[None], dbias[None], *of_qkv, *of_output), more
 
@@ -90,7 +92,12 @@ def part_scalars(scalars, first, x):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _half(scalars, x, weights: AttentionWeights, static: Static):
-    """scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and [3, 1, K]."""
+    """(y, the arrays of stacked weights). scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and
+    [3, 1, K]."""
+    return _value(scalars, x, weights, static), taken(weights)
+
+
+def _value(scalars, x, weights: AttentionWeights, static: Static):
     chosen = static.plan.forward
     if isinstance(chosen, FusedForward):
         w = operands(x, weights, static)
@@ -103,25 +110,29 @@ def _half(scalars, x, weights: AttentionWeights, static: Static):
 
 
 def _half_forward(scalars, x, weights, static):
-    y = checkpoint_name(_half(scalars, x, weights, static), "attention_half")
-    return y, (scalars, x, weights)
+    y = checkpoint_name(_value(scalars, x, weights, static), "attention_half")
+    return (y, taken(weights)), (scalars, x, weights)
 
 
-def _half_backward(static: Static, residuals, dy):
-    scalars, x, weights = residuals
+def _half_backward(static: Static, residuals, cotangents):
+    (scalars, x, weights), (dy, arrays) = residuals, cotangents
     chosen = static.plan.backward
     if isinstance(chosen, Refused):
         raise NotImplementedError(chosen.reason)
+    n, where = x.shape[0] // chosen.images, places(weights, arrays)
+    written = [n == 1 and writable(place) for place in where]
+    into = [place if ready else None for place, ready in zip(where, written, strict=True)]
 
     def step(first, dy):
         at = part_scalars(scalars, first, x)
         if isinstance(chosen, Float32Backward):
-            dx, sums = float32_backward.backward(chosen, at, x, operands(x, weights, static), dy, static)
+            dx, sums = float32_backward.backward(chosen, at, x, operands(x, weights, static), dy, static, into)
             return dx, AttentionWeights(*sums)
-        return backward_chain(chosen, at, x, weights, dy, static, partial(_core_backward, chosen, static))[:2]
+        return backward_chain(chosen, at, x, weights, dy, static, partial(_core_backward, chosen, static), into)[:2]
 
-    dx, gradients = parts.backward(step, x.shape[0] // chosen.images, x, dy)
-    return None, dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)
+    dx, gradients = parts.backward(step, n, x, dy)
+    found = zip(weights, where, gradients, written, strict=True)
+    return None, dx, AttentionWeights(*(cotangent(w, place, g, written=ready) for w, place, g, ready in found))
 
 
 _half.defvjp(_half_forward, _half_backward)
@@ -140,7 +151,8 @@ def attention_half(
 ) -> Any:
     """The attention half of a block -> [B, T, D], as `reference.attention_half` (arguments and meaning there).
 
-    launch: from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses. Differentiable in x and all
+    launch: from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses. qkv_kernel and out_kernel
+    may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the heads are padded. Differentiable in x and all
     weights; saves x and the weights only. ValueError for shapes or dtypes that do not fit together; NotImplementedError for a shape
     that no tiles fit.
     """
@@ -148,7 +160,7 @@ def attention_half(
     shape = shape_of(x, weights, num_heads)
     plan = plan or planning.plan(shape, launch.device)
     scalars, rate = scalars_of(dropout)
-    scale, bias, w_qkv, b_qkv, w_out, b_out = weights
+    scale, bias, w_qkv, b_qkv, w_out, b_out = in_place(weights) if plan.head_lanes == shape.h else apart(weights)
     w_qkv, b_qkv, w_out = (_pad_heads(w, axis, shape.h, plan.head_lanes) for w, axis in ((w_qkv, 2), (b_qkv, 1), (w_out, 0)))
     arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
     static = Static(
@@ -156,7 +168,8 @@ def attention_half(
         plan=plan,
     )  # fmt: skip
     scalars, x, *arrays = vary_alike(scalars, x, *arrays)
-    return _half(scalars, x, AttentionWeights(*arrays), static)
+    y, stacks = _half(scalars, x, AttentionWeights(*arrays), static)
+    return (y, stacks) if stacks else y
 
 
 def scalars_of(dropout):

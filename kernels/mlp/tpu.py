@@ -32,6 +32,7 @@ from kernels.mlp import backward, forward
 from kernels.mlp.plan import Plan, Shape, Tiling, cost
 from kernels.mlp.plan import plan as choose
 from kernels.mlp.reference import GELUS, MLPWeights
+from kernels.stacked import cast, cotangent, in_place, places, taken, writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def _shape(x, w_in) -> Shape:
 
 def _weights(spec: _Spec, x, w_in, w_out):
     dtype = x.dtype if spec.launch.device.bf16_matmul else jnp.float32
-    return w_in.astype(dtype), w_out.astype(dtype)
+    return cast(w_in, dtype), cast(w_out, dtype)
 
 
 def _rows(v):
@@ -107,28 +108,34 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     )
     # Named inside the rule, so that a rematerialisation policy can choose to keep them.
     y = checkpoint_name(y.reshape(x.shape), "mlp_half_out")
-    return y, (scalars, checkpoint_name(x, "mlp_half_in"), scale, bias, w_in, b_in, w_out, b_out)
+    saved = scalars, checkpoint_name(x, "mlp_half_in"), scale, bias, w_in, b_in, w_out, b_out
+    return (y, taken(saved)), saved
 
 
-def _backward(spec: _Spec, plan: Plan, saved, dy):
-    scalars, x, *weights = saved
+def _backward(spec: _Spec, plan: Plan, saved, cotangents):
+    (scalars, x, *weights), (dy, arrays) = saved, cotangents
     n = x.shape[0] // (plan.backward_images or x.shape[0])
+    where = places(weights, arrays)
+    written = [n == 1 and writable(place) for place in where]
 
     def step(first, dy):
         if n == 1:
-            return _backward_part(spec, plan.backward, scalars, x, dy, *weights)
+            into = [place if ready else None for place, ready in zip(where, written, strict=True)]
+            return _backward_part(spec, plan.backward, scalars, x, dy, *weights, into=into)
         part, g = (lax.dynamic_slice_in_dim(a, first, x.shape[0] // n) for a in (x, dy))
         dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * x.shape[1]), part, g, *weights)
         return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
 
     dx, sums = parts.backward(step, n, x, dy)
     # Without it XLA may write a sum straight into the layers' stacked gradients, and drops the kernel's limit of VMEM (v5e).
-    sums = lax.optimization_barrier(sums)
-    return None, dx, *(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
+    apart = iter(lax.optimization_barrier([a for a, ready in zip(sums, written, strict=True) if not ready]))
+    sums = [a if ready else next(apart) for a, ready in zip(sums, written, strict=True)]
+    found = zip(weights, where, sums, written, strict=True)
+    return None, dx, *(cotangent(w, place, a, written=ready) for w, place, a, ready in found)
 
 
-def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out):
-    """(dx, the gradients of the parameters in float32)."""
+def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, into=(None,) * 6):
+    """(dx, the gradients of the parameters in float32). into: where they belong, of each weight; the whole array is returned then."""
     shape = _shape(x, w_in)
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
     rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
@@ -153,8 +160,8 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         ],
         out_shapes=[
             ((*view, d), x.dtype),
-            ((d, f), jnp.float32),
-            ((f, d), jnp.float32),
+            into[2] or ((d, f), jnp.float32),
+            into[4] or ((f, d), jnp.float32),
             ((hidden_tiles, 1, t.hidden), jnp.float32),
             *[((SUBLANES, d), jnp.float32)] * 3,
         ],
@@ -206,8 +213,8 @@ def mlp_half(
 ):
     """The MLP half of a block, as `reference.mlp_half` (shapes and meaning there), in one kernel forward and one backward.
 
-    launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses. Differentiable in x and
-    all weights. ValueError for input the op does not take; NotImplementedError for widths that no tiling fits on the device.
+    launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses. in_kernel and out_kernel
+    may be `stacked.Stacked`: returned is (y, their arrays). Differentiable in x and all weights. ValueError for input the op does not take; NotImplementedError for widths that no tiling fits on the device.
     """
     _check(x, weights, gelu, dropout)
     rate = 0.0 if dropout is None else float(dropout.rate)
@@ -217,6 +224,6 @@ def mlp_half(
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
     plan = plan or choose(_shape(x, weights.in_kernel), launch.device)
     spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps))
-    arrays = vary_alike(scalars, x, *weights)
-    y: Any = _mlp_half(spec, plan, *arrays)  # Any: pyright cannot see through custom_vjp
-    return y
+    arrays = vary_alike(scalars, x, *in_place(weights))
+    y, stacks = _mlp_half(spec, plan, *arrays)  # type: ignore[misc]  # pyright cannot see through custom_vjp
+    return (y, stacks) if stacks else y

@@ -45,6 +45,7 @@ from kernels.body import F32, dot
 from kernels.device import LANES, SUBLANES
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise, normalise_back
+from kernels.stacked import Stacked, section, transposed
 from kernels.vmem import round_up
 
 
@@ -152,8 +153,9 @@ def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Lau
     )(*arrays, w, *([] if bias is None else [bias]))[0]
 
 
-def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch):
-    """dw [I, J] = a^T g and the column sums [1, J] of g: a [M, I], g [M, J], all float32."""
+def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch, into=None):
+    """dw [I, J] = a^T g and the column sums [1, J] of g: a [M, I], g [M, J], all float32. into: where dw belongs, a `Stacked`;
+    returned is its whole array then."""
     (m, i), j = a.shape, g.shape[1]
 
     def kernel(a, g, dw, db, transposed):
@@ -184,7 +186,7 @@ def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch):
             pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c)),
         ],
         out_specs=[pl.BlockSpec((i, t.columns), lambda c, r: (0, c)), pl.BlockSpec((1, t.columns), lambda c, r: (0, c))],
-        out_shapes=[((i, j), F32), ((1, j), F32)],
+        out_shapes=[into or ((i, j), F32), ((1, j), F32)],
         semantics=("parallel", "arbitrary"),
         cost=pl.CostEstimate(flops=2 * m * i * j, transcendentals=0, bytes_accessed=4 * m * (i + j)),
         scratch=[pltpu.VMEM((i, t.rows), F32)],
@@ -282,10 +284,11 @@ def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Lau
 # ---- the half
 
 
-def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static):
+def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, into):
     """dy with dx in its place for plan.images images, from image scalars[2] on, and the gradients of the weights over them.
 
-    weights: as rows and operands, in the order of `AttentionWeights`.
+    weights: as rows and operands, in the order of `AttentionWeights`. into: where the gradient of each belongs, or None; the whole
+    array is returned then.
     """
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     b, (_, t, d) = plan.images, x.shape
@@ -297,14 +300,25 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static):
 
     multiply: Any = partial(product, dtype=x.dtype, launch=static.launch)
     gradient: Any = partial(weight_gradient, dtype=x.dtype, launch=static.launch)
-    qkv = [multiply(plan.project, [flat(z)], w_qkv[c, None], b_qkv[c], name="attention_project") for c in range(3)]
-    do = multiply(plan.output_gradient, [flat(g)], w_out.T[None], name="attention_output_gradient")
+    qkv = [multiply(plan.project, [flat(z)], section(w_qkv, c), b_qkv[c], name="attention_project") for c in range(3)]
+    do = multiply(plan.output_gradient, [flat(g)], section(transposed(w_out), None), name="attention_output_gradient")
     arrays = [a.reshape(b, padded, k) for a in (*qkv, do)]
     *dqkv, o = map(flat, _half_core(plan.core, arrays, t, x.dtype, static))
-    dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights")
-    of_qkv = [gradient(plan.projection_weights, flat(z), a, name="attention_projection_weights") for a in dqkv]
-    dw_qkv, db_qkv = zip(*of_qkv, strict=True)
-    dz = multiply(plan.input_gradient, dqkv, w_qkv.swapaxes(1, 2), name="attention_input_gradient")
+    dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights", into=into[4])
+    dw_qkv, db_qkv = _projection_gradients(partial(gradient, plan.projection_weights, flat(z)), dqkv, into[2])
+    dz = multiply(plan.input_gradient, dqkv, transposed(w_qkv), name="attention_input_gradient")
     dx, dscale, dbias = finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, static)
     db_out = static.residual_scale * db_out
-    return dx, (dscale[None], dbias[None], jnp.stack(dw_qkv), jnp.stack(db_qkv), dw_out, db_out)
+    return dx, (dscale[None], dbias[None], dw_qkv, jnp.stack(db_qkv), dw_out, db_out)
+
+
+def _projection_gradients(gradient, dqkv, into: Stacked | None):
+    """(dw [3, D, K], or the whole array into which it was written, [db [1, K]] * 3) of gradient(dq, ...), one section at a time."""
+    weights, biases = [], []
+    for c, g in enumerate(dqkv):
+        place = None if into is None else into._replace(at=jnp.append(into.at, jnp.int32(c)))
+        dw, db = gradient(g, name="attention_projection_weights", into=place)
+        into = None if into is None else into._replace(array=dw)
+        weights.append(dw)
+        biases.append(db)
+    return (jnp.stack(weights) if into is None else into.array), biases

@@ -127,8 +127,9 @@ def _accumulate(s: Step, ref, index, a, g):
         ref[(*index, slice(None), slice(n, n + width))] += cast_dot(a, g[:, n : n + width], s.device, contract=(0, 0))
 
 
-def output_weights(tiles: ProductTiles, scalars, o, dy, static: Static):
-    """Gradients of out_kernel [K, D] and out_bias [1, D], float32, summed over the images of o [b, T, K]; dy [B, T, D]."""
+def output_weights(tiles: ProductTiles, scalars, o, dy, static: Static, into=None):
+    """Gradients of out_kernel [K, D] and out_bias [1, D], float32, summed over the images of o [b, T, K]; dy [B, T, D]. into: where
+    the first belongs, a `Stacked`; returned is its whole array then."""
     s = Step("output_weights", tiles, o.shape[0], dy, o.shape[2], static)
 
     def kernel(scalars_ref, o_ref, dy_ref, dw_ref, db_ref):
@@ -144,15 +145,15 @@ def output_weights(tiles: ProductTiles, scalars, o, dy, static: Static):
         (scalars, o, dy),
         [s.tokens(s.k), s.tile(whole=True)],
         [s.weight(s.k, s.columns, column=1), s.weight(1, s.columns, column=1)],
-        [((s.k, s.d), F32), ((1, s.d), F32)],
+        [into or ((s.k, s.d), F32), ((1, s.d), F32)],
         products=1,
         moved=2,
     )
 
 
-def projection_weights(tiles: ProductTiles, scalars, x, norm, dqkv, static: Static):
+def projection_weights(tiles: ProductTiles, scalars, x, norm, dqkv, static: Static, into=None):
     """Gradients of qkv_kernel [3, D, K] and qkv_bias [3, 1, K], float32, summed over the images of dqkv [3, b, T, K]; LN(x) is
-    computed again."""
+    computed again. into: as of `output_weights`."""
     s = Step("projection_weights", tiles, dqkv.shape[1], x, dqkv.shape[3], static)
 
     def kernel(_, x_ref, scale_ref, bias_ref, dqkv_ref, dw_ref, db_ref):
@@ -172,7 +173,7 @@ def projection_weights(tiles: ProductTiles, scalars, x, norm, dqkv, static: Stat
             s.weight(s.tiles.sections, s.d, s.columns, section=0, column=2),
             s.weight(s.tiles.sections, 1, s.columns, section=0, column=2),
         ],
-        [((3, s.d, s.k), F32), ((3, 1, s.k), F32)],
+        [into or ((3, s.d, s.k), F32), ((3, 1, s.k), F32)],
         products=3,
         moved=4,
     )
