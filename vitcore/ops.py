@@ -13,7 +13,7 @@ from kernels.attention.relative import reference as attention_relative
 from kernels.attention.relative import tpu as attention_relative_tpu
 from kernels.attention.statistics import reference as attention_statistics
 from kernels.attention.statistics import tpu as attention_statistics_tpu
-from kernels.device import DEVICES
+from kernels.device import DEVICES, SUBLANES
 from kernels.launch import Launch, here
 from kernels.layer_norm import reference as layer_norm
 from kernels.layer_norm import tpu as layer_norm_tpu
@@ -70,7 +70,8 @@ _KERNELS = (
 
 
 def _kernels(started: Callable) -> Ops:
-    return Ops(**dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True)), stacked=True)
+    # whole tiles of 8 rows: in HBM they are there anyway, and [B, T, D] as [B T, D], which products like best, is a view
+    return Ops(**dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True)), multiple=SUBLANES, stacked=True)
 
 
 @cache

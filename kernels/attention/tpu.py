@@ -61,13 +61,14 @@ def _forward_part(chosen: GeneralForward, scalars, x, weights: AttentionWeights,
     """The half of chosen.images images of x, from image scalars[2] on; into: the results of the others, if there are any."""
     norm, w = weights[:2], operands(x, weights, static)
     qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
-    o = _core_forward(chosen.core, qkv, num_heads=static.num_heads, width=static.width, launch=static.launch)
+    options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
+    o = _core_forward(chosen.core, qkv, tokens=static.tokens, **options)
     return general_forward.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into)
 
 
 def _core_backward(chosen: GeneralBackward, static: Static, qkv, do):
     options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
-    return *general_backward.core(chosen.core, qkv, do, with_o=True, **options), None
+    return *general_backward.core(chosen.core, qkv, do, with_o=True, tokens=static.tokens, **options), None
 
 
 def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core, into=(None,) * 6):
@@ -85,9 +86,10 @@ def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: St
     return dx, AttentionWeights(dscale[None], dbias[None], *of_qkv, *of_output), more
 
 
-def part_scalars(scalars, first, x):
-    """The scalars of the part of x that begins with image `first`: its first row, among all of the job's, and that image."""
-    return jnp.stack([scalars[0], scalars[1] + first * x.shape[1], first])
+def part_scalars(scalars, first, x, tokens: int | None = None):
+    """The scalars of the part of x that begins with image `first`: its first row, among all of the job's, and that image. tokens:
+    rows of an image that count."""
+    return jnp.stack([scalars[0], scalars[1] + first * (tokens or x.shape[1]), first])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -105,7 +107,7 @@ def _value(scalars, x, weights: AttentionWeights, static: Static):
     n = x.shape[0] // chosen.images
     if n == 1:
         return _forward_part(chosen, scalars, x, weights, static)
-    step = lambda first, y: _forward_part(chosen, part_scalars(scalars, first, x), x, weights, static, y)  # noqa: E731
+    step = lambda first, y: _forward_part(chosen, part_scalars(scalars, first, x, static.tokens), x, weights, static, y)  # noqa: E731
     return parts.forward(step, n, x)
 
 
@@ -124,7 +126,7 @@ def _half_backward(static: Static, residuals, cotangents):
     into = [place if ready else None for place, ready in zip(where, written, strict=True)]
 
     def step(first, dy):
-        at = part_scalars(scalars, first, x)
+        at = part_scalars(scalars, first, x, static.tokens)
         if isinstance(chosen, Float32Backward):
             dx, sums = float32_backward.backward(chosen, at, x, operands(x, weights, static), dy, static, into)
             return dx, AttentionWeights(*sums)
@@ -145,6 +147,7 @@ def attention_half(
     num_heads,
     dropout=None,
     residual_scale=1.0,
+    tokens=None,
     eps=EPS,
     launch: Launch,
     plan: Plan | None = None,
@@ -165,7 +168,7 @@ def attention_half(
     arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
     static = Static(
         num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), eps=float(eps), launch=launch,
-        plan=plan,
+        plan=plan, tokens=tokens if tokens != shape.t else None,
     )  # fmt: skip
     scalars, x, *arrays = vary_alike(scalars, x, *arrays)
     y, stacks = _half(scalars, x, AttentionWeights(*arrays), static)

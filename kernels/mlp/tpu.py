@@ -44,6 +44,7 @@ class _Spec:
     rate: float
     residual_scale: float
     eps: float
+    tokens: int | None = None
 
 
 def _shape(x, w_in) -> Shape:
@@ -82,10 +83,11 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     shape = _shape(x, w_in)
     t = plan.forward
     view, hidden_tiles = t.view(shape), t.grid(shape)[1]
+    places = *view, shape.t, spec.tokens or shape.t
     in_specs, out_spec = forward.specs(t, shape)
     operands = _weights(spec, x, w_in, w_out)
     (y,) = call(
-        partial(forward.kernel, spec=spec, t=t, view=view, hidden_tiles=hidden_tiles),
+        partial(forward.kernel, spec=spec, t=t, view=places, hidden_tiles=hidden_tiles),
         launch=spec.launch.within(t.needs),
         name="mlp_half_forward",
         grid=t.grid(shape),
@@ -123,7 +125,7 @@ def _backward(spec: _Spec, plan: Plan, saved, cotangents):
             into = [place if ready else None for place, ready in zip(where, written, strict=True)]
             return _backward_part(spec, plan.backward, scalars, x, dy, *weights, into=into)
         part, g = (lax.dynamic_slice_in_dim(a, first, x.shape[0] // n) for a in (x, dy))
-        dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * x.shape[1]), part, g, *weights)
+        dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * (spec.tokens or x.shape[1])), part, g, *weights)
         return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
 
     dx, sums = parts.backward(step, n, x, dy)
@@ -144,7 +146,7 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     operands = _weights(spec, x, w_in, w_out)
     dx, dw_in, dw_out, db_in, db_out, dscale, dbias = call(
-        partial(backward.kernel, spec=spec, t=t, view=view),
+        partial(backward.kernel, spec=spec, t=t, view=(*view, shape.t, spec.tokens or shape.t)),
         launch=spec.launch.within(t.needs),
         name="mlp_half_backward",
         grid=(row_tiles, hidden_tiles),
@@ -209,7 +211,16 @@ def _check(x, weights: MLPWeights, gelu, dropout) -> None:
 
 
 def mlp_half(
-    x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, eps=EPS, launch: Launch, plan: Plan | None = None
+    x,
+    weights: MLPWeights,
+    *,
+    gelu="tanh",
+    dropout=None,
+    residual_scale=1.0,
+    tokens=None,
+    eps=EPS,
+    launch: Launch,
+    plan: Plan | None = None,
 ):
     """The MLP half of a block, as `reference.mlp_half` (shapes and meaning there), in one kernel forward and one backward.
 
@@ -223,7 +234,7 @@ def mlp_half(
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
     plan = plan or choose(_shape(x, weights.in_kernel), launch.device)
-    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps))
+    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps), tokens=tokens)
     arrays = vary_alike(scalars, x, *in_place(weights))
     y, stacks = _mlp_half(spec, plan, *arrays)  # type: ignore[misc]  # pyright cannot see through custom_vjp
     return (y, stacks) if stacks else y

@@ -35,13 +35,14 @@ from kernels.attention.float32.forward import (
     pad_rows,
     pieces,
     token,
+    token_at,
     unpack_into,
     unpacked,
 )
 from kernels.attention.general.forward import Static, core_cost
 from kernels.attention.plan import Float32Backward
 from kernels.attention.tiling import FlatTiles, Float32Core, Head, heads_of
-from kernels.body import F32, dot
+from kernels.body import F32, PACKED_ROWS, dot
 from kernels.device import LANES, SUBLANES
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise, normalise_back
@@ -72,7 +73,7 @@ def prepare(scalars, x, dy, norm, b: int, static: Static):
         for a, n in pieces(t, PIECE):
             normal, _ = normalise(unpacked(x[0, a : a + n]), static.eps)
             z[0, a : a + n] = normal * scale[...] + bias[...]
-            row = pl.program_id(0) * t + token(a, n, x.dtype)
+            row = pl.program_id(0) * (static.tokens or t) + token(a, n, x.dtype)
             g[0, a : a + n] = drop(unpacked(dy[0, a : a + n]), scalars, row, static.rate)
         if padded > t:
             z[0, t:] = g[0, t:] = jnp.zeros((padded - t, d), F32)
@@ -196,11 +197,13 @@ def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch, int
 # ---- the core
 
 
-def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype) -> None:
-    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of a run of heads; refs [R, lanes], do zero behind T."""
+def _differentiate(run: list[Head], arrays, out, *, t: int, tokens: int, scale: float, dtype) -> None:
+    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of a run of heads; refs [R, lanes], do zero behind T. tokens:
+    of the t rows, the first ones."""
     q, k, v, do = arrays
     rows = q.shape[0]
-    keys, whole = round_up(rows, LANES), t // SUBLANES * SUBLANES
+    # rows of keys that are all tokens, in whatever order the rows of their tile are
+    keys, whole = round_up(rows, LANES), min(tokens // PACKED_ROWS * PACKED_ROWS if t > tokens else t // SUBLANES * SUBLANES, rows)
     queries, outputs = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys)) for ref in (q, do))
     transposed_q, transposed_do = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys).T) for ref in (q, do))
     sums: list[dict] = [{} for _ in out]
@@ -209,8 +212,8 @@ def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype)
         key, value = k[:, columns], v[:, columns]
         s, dp = dot(head.mask(key), transposed_q[head], dtype), dot(head.mask(value), transposed_do[head], dtype)
         if whole < rows:
-            row = whole + lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0)
-            last = jnp.where(row < t, s[whole:], -jnp.inf)
+            row = whole + lax.broadcasted_iota(jnp.int32, (rows - whole, 1), 0)
+            last = jnp.where(token_at(row, t, dtype) < tokens, s[whole:], -jnp.inf)
             s = jnp.concatenate([s[:whole], last]) if whole else last
         p = jnp.exp2((s - s.max(0, keepdims=True)) * (scale * math.log2(math.e)))
         p = p * (1.0 / p.sum(0, keepdims=True))
@@ -235,7 +238,7 @@ def _half_core(tiles: Float32Core, arrays, t: int, dtype, static: Static):
     def kernel(*refs):
         given, out = [ref.at[0] for ref in refs[:4]], [ref.at[0] for ref in refs[4:]]
         for run in heads_of(lanes, k // n):
-            _differentiate(run, given, out, t=t, scale=static.width**-0.5, dtype=dtype)
+            _differentiate(run, given, out, t=t, tokens=static.tokens or t, scale=static.width**-0.5, dtype=dtype)
 
     rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
     flops, exponentials = 12 * b * t * t * k, b * n * t * t
@@ -262,7 +265,7 @@ def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Lau
         for ref, target in zip((q_ref.at[0, 0], k_ref.at[0, 0], v_ref.at[0, 0], do_ref.at[0]), arrays, strict=True):
             unpack_into(target, ref, t)
         for run in heads_of(lanes, k // num_heads):
-            _differentiate(run, arrays, found, t=t, scale=width**-0.5, dtype=qkv.dtype)
+            _differentiate(run, arrays, found, t=t, tokens=t, scale=width**-0.5, dtype=qkv.dtype)
         for c, source in enumerate(found):
             pack_into(out.at[c, 0], source, t)
 

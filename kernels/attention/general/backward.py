@@ -186,11 +186,12 @@ class _Core:
     """The body of the core: one grid step. Refs [images, rows, lanes]; the rows of q, do, dq and o are one tile where tiles are
     streamed; o may be None. scratch: float32 sums of dk and dv, where several tiles of queries or chunks of keys add to them."""
 
-    def __init__(self, inputs, outputs, scratch, t: CoreTiles, h: int, scale: float, device: Device):
+    def __init__(self, inputs, outputs, scratch, t: CoreTiles, h: int, scale: float, device: Device, tokens: int | None):
         self.q, self.k, self.v, self.do = inputs
         self.dq, self.dk, self.dv, self.o = outputs
         self.scratch, self.t, self.h, self.scale, self.device = scratch, t, h, scale, device
         self.images, self.total, self.lanes = self.k.shape
+        self.tokens = tokens or self.total
         self.dtype, self.factor = self.do.dtype, scale * math.log2(math.e)
 
     def run(self):
@@ -256,7 +257,10 @@ class _Core:
         k, v = self.k[i, keys, head.lo : head.hi], self.v[i, keys, head.lo : head.hi]
         if not self.device.bf16_matmul and size == self.total:  # cast once for the heads of a column
             k, v = shared.setdefault((head.lo, head.hi), (k.astype(F32), v.astype(F32)))
-        return cast_dot(k, q, self.device, contract=(1, 1)), cast_dot(v, do, self.device, contract=(1, 1)), k, v
+        s = cast_dot(k, q, self.device, contract=(1, 1))
+        if self.tokens < self.total:
+            s = jnp.where(start + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < self.tokens, s, -jnp.inf)
+        return s, cast_dot(v, do, self.device, contract=(1, 1)), k, v
 
     def gradients(self, p, dp, delta, q, do, k, v):
         """dk, dv [S, columns], and dq, o [Tq, columns] of one chunk of keys."""
@@ -297,8 +301,9 @@ class _Core:
         return over_chunks(self.total, self.t.keys, differentiate, (jnp.zeros(q.shape, F32),) * 2)
 
 
-def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, with_o: bool):
-    """dqkv [3, B, T, K] (and with_o: o) of qkv [3, B, T, K] and do [B, T, K]; width: of a head, whose lanes may be padded."""
+def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, with_o: bool, tokens=None):
+    """dqkv [3, B, T, K] (and with_o: o) of qkv [3, B, T, K] and do [B, T, K]; width: of a head, whose lanes may be padded. tokens: of
+    the T rows; the others are no keys."""
     _, b, total, k = qkv.shape
     several = (t.queries, t.keys) != (total, total)
     queries, once = (t.queries, pl.Buffered(1)) if t.streamed else (total, None)
@@ -318,7 +323,7 @@ def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, w
         dq, dk, dv = (rest[0], rest[1].at[0], rest[1].at[1]) if t.streamed else (rest[0].at[c] for c in range(3))
         o, scratch = (rest[1 + t.streamed], rest[2 + t.streamed :]) if with_o else (None, rest[1 + t.streamed :])
         inputs = q.at[0], k_ref.at[0], v.at[0], do_ref
-        _Core(inputs, (dq, dk, dv, o), scratch, t, k // num_heads, width**-0.5, launch.device).run()
+        _Core(inputs, (dq, dk, dv, o), scratch, t, k // num_heads, width**-0.5, launch.device, tokens).run()
 
     one = (do.shape, qkv.dtype)
     out_specs, out_shapes = (
