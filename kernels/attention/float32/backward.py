@@ -46,7 +46,7 @@ from kernels.body import F32, PACKED_ROWS, dot
 from kernels.device import LANES, SUBLANES
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise, normalise_back
-from kernels.stacked import Stacked, section, transposed
+from kernels.stacked import Stacked, section
 from kernels.vmem import round_up
 
 
@@ -123,17 +123,22 @@ def finish(scalars, x, dy, dz, norm_scale, static: Static):
     return dx, *sums.sum(0)
 
 
-def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch):
-    """sum_s arrays[s] w[s] (+ bias): arrays of [M, I], w [S, I, J], bias [1, J] -> [M, J], all float32.
+def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch, by_rows: bool = False):
+    """sum_s arrays[s] w[s] (+ bias): arrays of [M, I], w [S, I, J], bias [1, J] -> [M, J], all float32. by_rows: w is [S, J, I]
+    instead, as it lies, and the MXU's load transposes it.
 
     One array a product, not one [S, M, I]: a block of several sections would be as many transfers.
     """
-    (m, i), (s, _, j) = arrays[0].shape, w.shape
+    (m, i), s, j = arrays[0].shape, w.shape[0], w.shape[1 if by_rows else 2]
 
     def kernel(*refs):
         (*inputs, w), bias, out = (refs[:-1], None, refs[-1]) if bias_spec is None else (refs[:-2], *refs[-2:])
         for part in column_slices(t.columns):
-            value = reduce(jnp.add, [dot(a[...], w[q, :, part], dtype) for q, a in enumerate(inputs)])
+            if by_rows:
+                products = [dot(a[...], w[q, part], dtype, (1, 1)) for q, a in enumerate(inputs)]
+            else:
+                products = [dot(a[...], w[q, :, part], dtype) for q, a in enumerate(inputs)]
+            value = reduce(jnp.add, products)
             out[:, part] = value if bias is None else value + bias[:, part]
 
     bias_spec = None if bias is None else pl.BlockSpec((1, t.columns), lambda c, r: (0, c))
@@ -144,7 +149,9 @@ def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Lau
         grid=(j // t.columns, pl.cdiv(m, t.rows)),
         in_specs=[
             *[pl.BlockSpec((t.rows, i), lambda c, r: (r, 0))] * s,
-            pl.BlockSpec((s, i, t.columns), lambda c, r: (0, 0, c), pipeline_mode=pl.Buffered(1)),
+            pl.BlockSpec((s, t.columns, i), lambda c, r: (0, c, 0), pipeline_mode=pl.Buffered(1))
+            if by_rows
+            else pl.BlockSpec((s, i, t.columns), lambda c, r: (0, 0, c), pipeline_mode=pl.Buffered(1)),
             *([] if bias_spec is None else [bias_spec]),
         ],
         out_specs=[pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c))],
@@ -304,12 +311,12 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
     multiply: Any = partial(product, dtype=x.dtype, launch=static.launch)
     gradient: Any = partial(weight_gradient, dtype=x.dtype, launch=static.launch)
     qkv = [multiply(plan.project, [flat(z)], section(w_qkv, c), b_qkv[c], name="attention_project") for c in range(3)]
-    do = multiply(plan.output_gradient, [flat(g)], section(transposed(w_out), None), name="attention_output_gradient")
+    do = multiply(plan.output_gradient, [flat(g)], section(w_out, None), name="attention_output_gradient", by_rows=True)
     arrays = [a.reshape(b, padded, k) for a in (*qkv, do)]
     *dqkv, o = map(flat, _half_core(plan.core, arrays, t, x.dtype, static))
     dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights", into=into[4])
     dw_qkv, db_qkv = _projection_gradients(partial(gradient, plan.projection_weights, flat(z)), dqkv, into[2])
-    dz = multiply(plan.input_gradient, dqkv, transposed(w_qkv), name="attention_input_gradient")
+    dz = multiply(plan.input_gradient, dqkv, w_qkv, name="attention_input_gradient", by_rows=True)
     dx, dscale, dbias = finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, static)
     db_out = static.residual_scale * db_out
     return dx, (dscale[None], dbias[None], dw_qkv, jnp.stack(db_qkv), dw_out, db_out)
