@@ -61,11 +61,6 @@ def cast(w, dtype):
     return w._replace(array=w.array.astype(dtype)) if isinstance(w, Stacked) else w.astype(dtype)
 
 
-def transposed(w):
-    """A weight with its last two axes exchanged; of a stacked one likewise all layers at once."""
-    return w._replace(array=w.array.swapaxes(-1, -2)) if isinstance(w, Stacked) else w.swapaxes(-1, -2)
-
-
 def section(w, c: int | None):
     """[1, I, J] of a weight [S, I, J], or of a weight [I, J] where c is None."""
     if not isinstance(w, Stacked):

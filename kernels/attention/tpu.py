@@ -33,7 +33,7 @@ from kernels.attention.tiling import CoreTiles, Float32Core, Shape
 from kernels.body import operand_dtype
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
-from kernels.stacked import apart, cast, cotangent, in_place, places, taken, transposed, writable
+from kernels.stacked import apart, cast, cotangent, in_place, places, taken, writable
 
 
 def shape_of(x, weights: AttentionWeights, num_heads: int) -> Shape:
@@ -77,12 +77,11 @@ def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: St
     whole array then."""
     norm, w = weights[:2], operands(x, weights, static)
     qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
-    do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, transposed(w.out_kernel), chosen.images, static)
+    do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, w.out_kernel, chosen.images, static)
     dqkv, o, more = core(qkv, do)
     of_output = general_backward.output_weights(chosen.output_weights, scalars, o, dy, static, into[4])
     of_qkv = general_backward.projection_weights(chosen.projection_weights, scalars, x, norm, dqkv, static, into[2])
-    w_qkv = transposed(w.qkv_kernel)
-    dx, dscale, dbias = general_backward.input_gradient(chosen.input_gradient, scalars, x, norm[0], dqkv, dy, w_qkv, static)
+    dx, dscale, dbias = general_backward.input_gradient(chosen.input_gradient, scalars, x, norm[0], dqkv, dy, w.qkv_kernel, static)
     return dx, AttentionWeights(dscale[None], dbias[None], *of_qkv, *of_output), more
 
 

@@ -36,18 +36,18 @@ from kernels.layer_norm.tpu import normalise
 
 
 def output_gradient(tiles: ProductTiles, scalars, dy, w, b: int, static: Static):
-    """do [b, T, K], the gradient of o; dy [B, T, D], w [D, K] (the output projection, transposed)."""
-    s = Step("output_gradient", tiles, b, dy, w.shape[1], static)
+    """do [b, T, K], the gradient of o; dy [B, T, D], w [K, D], the output projection as it lies: the MXU's load transposes it."""
+    s = Step("output_gradient", tiles, b, dy, w.shape[0], static)
 
     def kernel(scalars_ref, dy_ref, w_ref, out_ref, *scratch):
         g = s.operands(lambda i: operand(s.drop(dy_ref[i].astype(F32), scalars_ref, i), dy.dtype, s.device), scratch)
         for i in range(s.images):
-            out_ref[i] = cast_dot(g(i), w_ref[...], s.device).astype(out_ref.dtype)
+            out_ref[i] = cast_dot(g(i), w_ref[...], s.device, contract=(1, 1)).astype(out_ref.dtype)
 
     return s(
         kernel,
         (scalars, dy, w),
-        [s.tokens(s.d, whole=True), s.weight(s.d, s.columns, column=1)],
+        [s.tokens(s.d, whole=True), s.weight(s.columns, s.d, column=0)],
         [s.tile()],
         [((s.b, s.t, s.k), dy.dtype)],
         scratch=s.operand_scratch(),
@@ -58,12 +58,12 @@ def output_gradient(tiles: ProductTiles, scalars, dy, w, b: int, static: Static)
 
 def input_gradient(tiles: ProductTiles, scalars, x, norm_scale, dqkv, dy, w, static: Static):
     """dx in the place of dy [B, T, D], for the images of dqkv [3, b, T, K], and the gradients of norm_scale and norm_bias, both [D]
-    float32; w [3, K, D] (the projections, transposed)."""
-    s = Step("input_gradient", tiles, dqkv.shape[1], x, w.shape[1], static)
+    float32; w [3, D, K], the projections as they lie."""
+    s = Step("input_gradient", tiles, dqkv.shape[1], x, w.shape[2], static)
 
     def kernel(_, x_ref, scale_ref, dqkv_ref, dy_ref, w_ref, dx_ref, sums_ref, *acc_ref):
         def part(i):
-            return sum(cast_dot(dqkv_ref[c, i], w_ref[c], s.device) for c in range(s.tiles.sections))
+            return sum(cast_dot(dqkv_ref[c, i], w_ref[c], s.device, contract=(1, 1)) for c in range(s.tiles.sections))
 
         def finish(dzs):
             sums = [jnp.zeros((1, s.d), F32)] * 2
@@ -99,7 +99,7 @@ def input_gradient(tiles: ProductTiles, scalars, x, norm_scale, dqkv, dy, w, sta
             s.whole(1, s.d),
             s.sections(),
             s.tokens(s.d, whole=True),
-            s.weight(s.tiles.sections, s.columns, s.d, section=0, column=1),
+            s.weight(s.tiles.sections, s.d, s.columns, section=0, column=2),
         ],
         [s.tokens(s.d, whole=True), s.spec((1, 2, s.d), lambda i, j, c, n: (i * s.batch[1] + j, 0, 0))],
         [(x.shape, x.dtype), ((steps, 2, s.d), F32)],
