@@ -182,14 +182,12 @@ def heads_here(config, layer: Layer) -> int:
 def attend(x, w, config, layer: Layer):
     """x + dropout(MSA(LN(x))), paper Eq. 2, summed over the model axis."""
     mesh = layer.context.mesh
-    y = layer.context.ops.attention_half(
+    y = layer.half(
+        layer.context.ops.attention_half,
         vary(x, mesh),
         attention_weights(w),
         num_heads=heads_here(config, layer),
-        dropout=layer.dropout,
-        residual_scale=layer.residual_scale,
         eps=config.eps,
-        **layer.padding,
     )
     return sum_over_model(y, mesh)
 
@@ -197,14 +195,12 @@ def attend(x, w, config, layer: Layer):
 def transform(x, w, config, layer: Layer):
     """x + dropout(MLP(LN(x))), paper Eq. 3, summed over the model axis."""
     mesh = layer.context.mesh
-    y = layer.context.ops.mlp_half(
+    y = layer.half(
+        layer.context.ops.mlp_half,
         vary(x, mesh),
         MLPWeights(*_pair(w["norm2"]), *_pair(w["mlp_in"]), *_pair(w["mlp_out"])),
         gelu=config.gelu,
-        dropout=layer.dropout,
-        residual_scale=layer.residual_scale,
         eps=config.eps,
-        **layer.padding,
     )
     return sum_over_model(y, mesh)
 

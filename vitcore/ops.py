@@ -13,7 +13,7 @@ from kernels.attention.relative import reference as attention_relative
 from kernels.attention.relative import tpu as attention_relative_tpu
 from kernels.attention.statistics import reference as attention_statistics
 from kernels.attention.statistics import tpu as attention_statistics_tpu
-from kernels.device import DEVICES, Device
+from kernels.device import DEVICES, SUBLANES, Device
 from kernels.launch import Launch, here
 from kernels.layer_norm import reference as layer_norm
 from kernels.layer_norm import tpu as layer_norm_tpu
@@ -44,7 +44,8 @@ class Ops(NamedTuple):
     multiple: the model pads its tokens to a multiple of this, once, and half blocks take `tokens=`, how many of T are real.
     unrolled: the programs, of "forward", "train" (a training step) and "remat" (a step that rematerialises its blocks), in which
     the blocks are compiled one after the other instead of as one loop. Without a loop, what the backward pass needs stays where
-    it was made and is freed after its use; a loop copies it into and out of arrays with a layer axis. keeps: the checkpoint
+    it was made and is freed after its use; a loop copies it into and out of arrays with a layer axis. stacked: the half blocks take
+    kernels as `kernels.stacked.Stacked`, and return the arrays of those that they took. keeps: the checkpoint
     policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
     save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
     inside a `custom_vjp` what they save, and ops that leave it to differentiation.
@@ -62,6 +63,7 @@ class Ops(NamedTuple):
     layer_norm: Callable
     multiple: int = 1
     unrolled: tuple[str, ...] = ()
+    stacked: bool = False
     keeps: Callable | None = None
     relative_half: Callable = attention_relative.attention_half
     relative_by_xla: Callable = lambda shape: "these ops have no kernel for them"
@@ -104,7 +106,8 @@ def _kernels(started: Callable, launch: Callable[[], Launch]) -> Ops:
         ),
     )
     functions = dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True))
-    return Ops(**functions, keeping=keeping, device=lambda: launch().device)
+    # whole tiles of 8 rows: in HBM they are there anyway, and [B, T, D] as [B T, D], which products like best, is a view
+    return Ops(**functions, multiple=SUBLANES, stacked=True, keeping=keeping, device=lambda: launch().device)
 
 
 @cache

@@ -35,6 +35,7 @@ from kernels.attention.tiling import CoreTiles, Float32Core, Shape
 from kernels.body import operand_dtype
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
+from kernels.stacked import apart, cast, cotangent, in_place, places, taken, writable
 
 
 def shape_of(x, weights: AttentionWeights, num_heads: int) -> Shape:
@@ -49,7 +50,7 @@ def shape_of(x, weights: AttentionWeights, num_heads: int) -> Shape:
 def operands(x, weights: AttentionWeights, static: Static) -> AttentionWeights:
     """The weights as the products take them: in the activations' dtype, or float32 where the MXU rounds float32 by itself."""
     dtype = operand_dtype(x.dtype, static.launch.device)
-    return weights._replace(qkv_kernel=weights.qkv_kernel.astype(dtype), out_kernel=weights.out_kernel.astype(dtype))
+    return weights._replace(qkv_kernel=cast(weights.qkv_kernel, dtype), out_kernel=cast(weights.out_kernel, dtype))
 
 
 def _core_forward(tiles: CoreTiles | Float32Core, qkv, **options):
@@ -63,37 +64,46 @@ def _forward_part(chosen: GeneralForward, scalars, x, weights: AttentionWeights,
     any."""
     norm, w = weights[:2], operands(x, weights, static)
     qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
-    o = _core_forward(chosen.core, qkv, num_heads=static.num_heads, width=static.width, launch=static.launch)
+    options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
+    o = _core_forward(chosen.core, qkv, tokens=static.tokens, **options)
     return general_forward.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into), qkv, o
 
 
 def _core_backward(chosen: GeneralBackward, static: Static, o, qkv, do):
     options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
-    dqkv, *made = general_backward.core(chosen.core, qkv, do, with_o=o is None, **options)
+    dqkv, *made = general_backward.core(chosen.core, qkv, do, with_o=o is None, tokens=static.tokens, **options)
     return dqkv, (made[0] if o is None else o), None
 
 
-def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core, qkv=None):
+def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core, into=(None,) * 6, qkv=None):
     """dy with dx in its place for chosen.images images, from image scalars[2] on; the gradients of the weights, float32; and the
-    third of core(qkv, do) -> (dqkv, o, whatever else). qkv: where the forward pass kept it."""
+    third of core(qkv, do) -> (dqkv, o, whatever else). into: where the gradient of each weight belongs, or None; returned is the
+    whole array then. qkv: where the forward pass kept it."""
     norm, w = weights[:2], operands(x, weights, static)
     if qkv is None:
         qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
-    do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, w.out_kernel.T, chosen.images, static)
+    do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, w.out_kernel, chosen.images, static)
     dqkv, o, more = core(qkv, do)
-    of_output = general_backward.output_weights(chosen.output_weights, scalars, o, dy, static)
-    of_qkv = general_backward.projection_weights(chosen.projection_weights, scalars, x, norm, dqkv, static)
-    w_qkv = w.qkv_kernel.swapaxes(1, 2)
-    dx, dscale, dbias = general_backward.input_gradient(chosen.input_gradient, scalars, x, norm[0], dqkv, dy, w_qkv, static)
+    of_output = general_backward.output_weights(chosen.output_weights, scalars, o, dy, static, into[4])
+    of_qkv = general_backward.projection_weights(chosen.projection_weights, scalars, x, norm, dqkv, static, into[2])
+    dx, dscale, dbias = general_backward.input_gradient(chosen.input_gradient, scalars, x, norm[0], dqkv, dy, w.qkv_kernel, static)
     return dx, AttentionWeights(dscale[None], dbias[None], *of_qkv, *of_output), more
 
 
-def part_scalars(scalars, first, x):
-    """The scalars of the part of x that begins with image `first`: its first row, among all of the job's, and that image."""
-    return jnp.stack([scalars[0], scalars[1] + first * x.shape[1], first])
+def part_scalars(scalars, first, x, tokens: int | None = None):
+    """The scalars of the part of x that begins with image `first`: its first row, among all of the job's, and that image. tokens:
+    rows of an image that count."""
+    return jnp.stack([scalars[0], scalars[1] + first * (tokens or x.shape[1]), first])
 
 
-def _half_kept(scalars, x, weights: AttentionWeights, static: Static) -> tuple[Any, tuple]:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _half(scalars, x, weights: AttentionWeights, static: Static):
+    """(y, the arrays of stacked weights). scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and
+    [3, 1, K]."""
+    return _value(scalars, x, weights, static)[0], taken(weights)
+
+
+def _value(scalars, x, weights: AttentionWeights, static: Static) -> tuple[Any, tuple]:
     """(the half, what is kept of it): float32 q, k, v, o, or qkv and o, or qkv, or with a plan that keeps nothing ()."""
     chosen = static.plan.forward
     if isinstance(chosen, FusedForward):
@@ -104,37 +114,39 @@ def _half_kept(scalars, x, weights: AttentionWeights, static: Static) -> tuple[A
     if n == 1:
         y, *kept = _forward_part(chosen, scalars, x, weights, static)
         return y, tuple(kept[: 1 + static.plan.keeps_o]) if static.plan.keep else ()
-    step = lambda first, y: _forward_part(chosen, part_scalars(scalars, first, x), x, weights, static, y)[0]  # noqa: E731
+
+    def step(first, y):
+        return _forward_part(chosen, part_scalars(scalars, first, x, static.tokens), x, weights, static, y)[0]
+
     return parts.forward(step, n, x), ()
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _half(scalars, x, weights: AttentionWeights, static: Static):
-    """scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and [3, 1, K]."""
-    return _half_kept(scalars, x, weights, static)[0]
-
-
 def _half_forward(scalars, x, weights, static):
-    y, kept = _half_kept(scalars, x, weights, static)
-    return checkpoint_name(y, "attention_half"), (scalars, x, weights, checkpoint_name(kept, "attention_half_kept"))
+    y, kept = _value(scalars, x, weights, static)
+    kept = checkpoint_name(kept, "attention_half_kept")
+    return (checkpoint_name(y, "attention_half"), taken(weights)), (scalars, x, weights, kept)
 
 
-def _half_backward(static: Static, residuals, dy):
-    scalars, x, weights, kept = residuals
+def _half_backward(static: Static, residuals, cotangents):
+    (scalars, x, weights, kept), (dy, arrays) = residuals, cotangents
     chosen = static.plan.backward
     if isinstance(chosen, Refused):
         raise NotImplementedError(chosen.reason)
+    n, where = x.shape[0] // chosen.images, places(weights, arrays)
+    written = [n == 1 and writable(place) for place in where]
+    into = [place if ready else None for place, ready in zip(where, written, strict=True)]
 
     def step(first, dy):
-        at = part_scalars(scalars, first, x)
+        at = part_scalars(scalars, first, x, static.tokens)
         if isinstance(chosen, Float32Backward):
-            dx, sums = float32_backward.backward(chosen, at, x, operands(x, weights, static), dy, static, kept or None)
+            dx, sums = float32_backward.backward(chosen, at, x, operands(x, weights, static), dy, static, into, kept or None)
             return dx, AttentionWeights(*sums)
-        qkv, o = kept or (None, None)
-        return backward_chain(chosen, at, x, weights, dy, static, partial(_core_backward, chosen, static, o), qkv)[:2]
+        qkv, o = kept if len(kept) == 2 else (None, None)
+        return backward_chain(chosen, at, x, weights, dy, static, partial(_core_backward, chosen, static, o), into, qkv)[:2]
 
-    dx, gradients = parts.backward(step, x.shape[0] // chosen.images, x, dy)
-    return None, dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)
+    dx, gradients = parts.backward(step, n, x, dy)
+    found = zip(weights, where, gradients, written, strict=True)
+    return None, dx, AttentionWeights(*(cotangent(w, place, g, written=ready) for w, place, g, ready in found))
 
 
 _half.defvjp(_half_forward, _half_backward)
@@ -155,6 +167,7 @@ def attention_half(
     num_heads,
     dropout=None,
     residual_scale=1.0,
+    tokens=None,
     eps=EPS,
     keep: bool = False,
     launch: Launch,
@@ -164,22 +177,24 @@ def attention_half(
 
     keep: save q, k, v and o (`Plan.keep`) for the backward pass, beside x and the weights, which alone are saved otherwise. launch:
     from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses; one that is given says itself what
-    is kept. Differentiable in x and all weights. ValueError for shapes or dtypes that do not fit together; NotImplementedError for
+    is kept. qkv_kernel and out_kernel may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the heads are
+    padded. Differentiable in x and all weights. ValueError for shapes or dtypes that do not fit together; NotImplementedError for
     a shape that no tiles fit, and with keep where the fused kernel has heads that are together not as wide as x.
     """
     check_half(x, weights, num_heads)
     shape = shape_of(x, weights, num_heads)
     plan = plan or planning.plan(shape, launch.device, keep=keep)
     scalars, rate = scalars_of(dropout)
-    scale, bias, w_qkv, b_qkv, w_out, b_out = weights
+    scale, bias, w_qkv, b_qkv, w_out, b_out = in_place(weights) if plan.head_lanes == shape.h else apart(weights)
     w_qkv, b_qkv, w_out = (_pad_heads(w, axis, shape.h, plan.head_lanes) for w, axis in ((w_qkv, 2), (b_qkv, 1), (w_out, 0)))
     arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
     static = Static(
         num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), eps=float(eps), launch=launch,
-        plan=plan,
+        plan=plan, tokens=tokens if tokens != shape.t else None,
     )  # fmt: skip
     scalars, x, *arrays = vary_alike(scalars, x, *arrays)
-    return _half(scalars, x, AttentionWeights(*arrays), static)
+    y, stacks = _half(scalars, x, AttentionWeights(*arrays), static)
+    return (y, stacks) if stacks else y
 
 
 def scalars_of(dropout):

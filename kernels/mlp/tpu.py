@@ -36,6 +36,7 @@ from kernels.mlp import kept as backward_kept
 from kernels.mlp.plan import Plan, Shape, Tiling, cost
 from kernels.mlp.plan import plan as choose
 from kernels.mlp.reference import GELUS, MLPWeights
+from kernels.stacked import cast, cotangent, in_place, places, taken, writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class _Spec:
     rate: float
     residual_scale: float
     eps: float
+    tokens: int | None = None
 
 
 def _shape(x, w_in) -> Shape:
@@ -56,7 +58,7 @@ def _shape(x, w_in) -> Shape:
 
 def _weights(spec: _Spec, x, w_in, w_out):
     dtype = x.dtype if spec.launch.device.bf16_matmul else jnp.float32
-    return w_in.astype(dtype), w_out.astype(dtype)
+    return cast(w_in, dtype), cast(w_out, dtype)
 
 
 def _rows(v):
@@ -85,11 +87,12 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     shape = _shape(x, w_in)
     t = plan.forward
     view, hidden_tiles = t.view(shape), t.grid(shape)[1]
+    places = *view, shape.t, spec.tokens or shape.t
     in_specs, out_specs = forward.specs(t, shape)
     operands = _weights(spec, x, w_in, w_out)
     x_rows = checkpoint_name(x.reshape(*view, shape.d), "mlp_half_in")
     y, *kept = call(
-        partial(forward.kernel, spec=spec, t=t, view=view, hidden_tiles=hidden_tiles),
+        partial(forward.kernel, spec=spec, t=t, view=places, hidden_tiles=hidden_tiles),
         launch=spec.launch.within(t.needs),
         name="mlp_half_forward",
         grid=t.grid(shape),
@@ -114,37 +117,38 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     y = checkpoint_name(y.reshape(x.shape), "mlp_half_out")
     weights = (scale, bias, w_in, b_in, w_out, b_out)
     if kept:  # the backward kernel takes x in the same view: what XLA copies for it is not copied again
-        return y, (scalars, x_rows, checkpoint_name(kept[0], "mlp_half_hidden"), weights)
-    return y, (scalars, checkpoint_name(x, "mlp_half_in"), None, weights)
+        saved = scalars, x_rows, checkpoint_name(kept[0], "mlp_half_hidden"), weights
+    else:
+        saved = scalars, checkpoint_name(x, "mlp_half_in"), None, weights
+    return (y, taken(weights)), saved
 
 
-def _backward(spec: _Spec, plan: Plan, saved, dy):
-    scalars, x, kept, weights = saved
-    if kept is not None:
-        dx, sums = _backward_part(spec, plan.backward, scalars, x.reshape(dy.shape), dy, *weights, kept=kept)
-        return None, dx, *_cast(sums, weights)
+def _backward(spec: _Spec, plan: Plan, saved, cotangents):
+    (scalars, x, kept, weights), (dy, arrays) = saved, cotangents
+    x = x.reshape(dy.shape)
     n = x.shape[0] // (plan.backward_images or x.shape[0])
+    where = places(weights, arrays)
+    written = [n == 1 and writable(place) for place in where]
 
     def step(first, dy):
         if n == 1:
-            return _backward_part(spec, plan.backward, scalars, x, dy, *weights)
+            into = [place if ready else None for place, ready in zip(where, written, strict=True)]
+            return _backward_part(spec, plan.backward, scalars, x, dy, *weights, into=into, kept=kept)
         part, g = (lax.dynamic_slice_in_dim(a, first, x.shape[0] // n) for a in (x, dy))
-        dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * x.shape[1]), part, g, *weights)
+        dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * (spec.tokens or x.shape[1])), part, g, *weights)
         return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
 
     dx, sums = parts.backward(step, n, x, dy)
-    return None, dx, *_cast(sums, weights)
-
-
-def _cast(sums, weights):
-    """The sums as gradients of the weights."""
     # Without it XLA may write a sum straight into the layers' stacked gradients, and drops the kernel's limit of VMEM (v5e).
-    sums = lax.optimization_barrier(sums)
-    return tuple(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
+    apart = iter(lax.optimization_barrier([a for a, ready in zip(sums, written, strict=True) if not ready]))
+    sums = [a if ready else next(apart) for a, ready in zip(sums, written, strict=True)]
+    found = zip(weights, where, sums, written, strict=True)
+    return None, dx, *(cotangent(w, place, a, written=ready) for w, place, a, ready in found)
 
 
-def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, kept=None):
-    """(dx, the gradients of the parameters in float32). kept: of the forward kernel."""
+def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, into=(None,) * 6, kept=None):
+    """(dx, the gradients of the parameters in float32). into: where they belong, of each weight; the whole array is returned then.
+    kept: of the forward kernel."""
     shape = _shape(x, w_in)
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
     rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
@@ -157,7 +161,7 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
     if t.keep:
         hidden = pl.BlockSpec((1, t.height, t.hidden), lambda i, j, _: (i, 0, j))
     dx, dw_in, dw_out, db_in, db_out, dscale, dbias = call(
-        partial(body.kernel, spec=spec, t=t, view=view),
+        partial(body.kernel, spec=spec, t=t, view=(*view, shape.t, spec.tokens or shape.t)),
         launch=spec.launch.within(t.needs),
         name="mlp_half_backward",
         grid=(row_tiles, hidden_tiles),
@@ -173,8 +177,8 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         ],
         out_shapes=[
             ((*view, d), x.dtype),
-            ((d, f), jnp.float32),
-            ((f, d), jnp.float32),
+            into[2] or ((d, f), jnp.float32),
+            into[4] or ((f, d), jnp.float32),
             ((hidden_tiles, bias_rows, t.hidden), jnp.float32),
             *[((SUBLANES, d), jnp.float32)] * 3,
         ],
@@ -236,6 +240,7 @@ def mlp_half(
     gelu="tanh",
     dropout=None,
     residual_scale=1.0,
+    tokens=None,
     eps=EPS,
     keep: bool = False,
     launch: Launch,
@@ -245,8 +250,9 @@ def mlp_half(
 
     keep: keep the hidden values before their GELU for the backward pass, in x's dtype, instead of making them again.
     launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses; one that is given says
-    itself what is kept. Differentiable in x and all weights. ValueError for input the op does not take; NotImplementedError for
-    widths that no tiling fits on the device, and with keep for hidden widths that are no multiple of 128.
+    itself what is kept. in_kernel and out_kernel may be `stacked.Stacked`: returned is (y, their arrays). Differentiable in x and
+    all weights. ValueError for input the op does not take; NotImplementedError for widths that no tiling fits on the device, and
+    with keep for hidden widths that are no multiple of 128.
     """
     _check(x, weights, gelu, dropout)
     rate = 0.0 if dropout is None else float(dropout.rate)
@@ -255,7 +261,7 @@ def mlp_half(
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
     plan = plan or choose(_shape(x, weights.in_kernel), launch.device, keep=keep)
-    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps))
-    arrays = vary_alike(scalars, x, *weights)
-    y: Any = _mlp_half(spec, plan, *arrays)  # Any: pyright cannot see through custom_vjp
-    return y
+    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps), tokens=tokens)
+    arrays = vary_alike(scalars, x, *in_place(weights))
+    y, stacks = _mlp_half(spec, plan, *arrays)  # type: ignore[misc]  # pyright cannot see through custom_vjp
+    return (y, stacks) if stacks else y

@@ -78,6 +78,23 @@ def check_half(b, t, d, n, h, dtype, *, where=None, dropout=None, residual_scale
     oracle.check(ours, plain, arguments(b, t, d, n, h, dtype, seed), names=NAMES, seed=seed)
 
 
+@pytest.mark.parametrize(
+    ("device", "tokens", "dtype", "rate"),
+    [("v3", 21, jnp.bfloat16, 0.3), ("v3", 13, jnp.bfloat16, 0.0), ("v5e", 13, jnp.float32, 0.3)],
+    ids=["rows in order", "rows out of order", "general"],
+)
+def test_rows_behind_the_tokens_change_nothing(device, tokens, dtype, rate):
+    """x with rows of padding, of which none is a key: the tokens' values and every gradient, their masks of dropout too."""
+    dropout, extra = (Dropout(rate, jnp.int32(3), jnp.int32(70)) if rate else None), -tokens % 8
+    where = replace(launch(device), interpret=True)
+
+    def ours(x, *weights):
+        x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
+        return attention_half(x, *weights, num_heads=2, dropout=dropout, tokens=tokens, launch=where)[:, :tokens]
+
+    oracle.check(ours, partial(reference_half, num_heads=2, dropout=dropout), arguments(2, tokens, 128, 2, 64, dtype), names=NAMES)
+
+
 TOKENS = st.sampled_from([1, 2, 7, 8, 13, 16, 17, 31])
 HEADS = st.sampled_from([(1, 32), (3, 32), (4, 32), (1, 64), (2, 64), (3, 64), (1, 80), (3, 80), (8, 80), (1, 128), (2, 128)])
 DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])

@@ -34,6 +34,7 @@ reference_half = oracle.flat(reference.mlp_half, reference.MLPWeights)
 WORDS = Tiling(flat=False, images=2, rows=47, stride=48, hidden=128, resident=False, unpack=True)
 RESIDENT = Tiling(flat=False, images=2, rows=17, stride=32, hidden=128, resident=True)
 PARTS = Tiling(flat=False, images=1, rows=16, stride=16, hidden=128, resident=False)
+RESIDENT_FLAT = Tiling(flat=True, images=1, rows=128, stride=128, hidden=128, resident=True)
 STREAMED = Tiling(flat=True, images=1, rows=128, stride=128, hidden=128, resident=False)
 
 
@@ -75,6 +76,18 @@ def test_value_and_gradients_agree_with_the_reference(bt, df, dtype, gelu, rate,
     if bt == (1, 1):
         launch = WIDE  # XLA's CPU client has no bfloat16 matrix-vector product, which one interpreted row becomes
     judge(arrays(*bt, *df, dtype, seed), launch, gelu=gelu, dropout=dropout, residual_scale=residual_scale)
+
+
+@pytest.mark.parametrize("t", [None, RESIDENT_FLAT], ids=["chosen", "flat, one image in two tiles"])
+def test_rows_behind_the_tokens_change_nothing(t):
+    """x with rows of padding: the tokens' values, and with their own masks of dropout every gradient."""
+    dropout, tokens = Dropout(0.3, jnp.int32(5), 1000, 77), 21
+    options = {"dropout": dropout, "tokens": tokens, "launch": FAST, "plan": cut(t)}
+
+    def ours(x, *weights):
+        return mlp_half(jnp.pad(x, ((0, 0), (0, 3), (0, 0))), *weights, **options)[:, :tokens]
+
+    oracle.check(ours, partial(reference_half, dropout=dropout), arrays(8, tokens, 48, 128), names=NAMES)
 
 
 def test_the_eps_of_the_norm_reaches_both_kernels():

@@ -64,6 +64,12 @@ def token(first: int, count: int, dtype):
     return first + unpacked_row(iota(count, 0), _is_packed(count, dtype))
 
 
+def token_at(place, t: int, dtype):
+    """int32: the tokens at `place` in what `unpacked` made of the t rows of an image of `dtype`; behind them the rows themselves."""
+    whole = t // PACKED_ROWS * PACKED_ROWS if dtype == jnp.bfloat16 else 0
+    return jnp.where(place < whole, unpacked_row(place, True), place)
+
+
 def column_slices(total: int, size: int = COLUMNS) -> list[slice]:
     """0 .. total in slices of `size` and a shorter last one."""
     return [slice(c, min(c + size, total)) for c in range(0, total, size)]
@@ -116,8 +122,9 @@ def gather(found: dict, head: Head, value):
         found[lo, hi] = part
 
 
-def attend(run: list[Head], q, k, v, into, *, t: int, factor: float, dtype) -> None:
+def attend(run: list[Head], q, k, v, into, *, t: int, tokens: int, factor: float, dtype) -> None:
     """Writes what a run of heads attends to into its columns: q, k, into [R, K], v [S, K] refs, zeros in v behind R; into may be q.
+    tokens: of the t rows, the first ones.
 
     2**(factor q k) are the probabilities before they are divided by their sum.
     """
@@ -128,9 +135,9 @@ def attend(run: list[Head], q, k, v, into, *, t: int, factor: float, dtype) -> N
         columns = slice(head.lo, head.hi)
         queries, kt = q[:, columns], _own_rows(transposed[head], head)
         s = [dot(queries, kt[:, c : c + LANES], dtype) for c in range(0, keys, LANES)]
-        if t < keys:
+        if tokens < keys:
             lane = keys - LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-            s[-1] = jnp.where(lane < t, s[-1], -jnp.inf)
+            s[-1] = jnp.where(token_at(lane, t, dtype) < tokens, s[-1], -jnp.inf)
         top = reduce(jnp.maximum, s).max(1, keepdims=True)
         p = [jnp.exp2((tile - top) * factor) for tile in s]
         norm = reduce(jnp.add, p).sum(1, keepdims=True)
@@ -172,6 +179,7 @@ def _fused_kernel(refs, static: Static, factor: float):
     # q is on its way to HBM while the heads attend; a wait for it among them spills half a megabyte more than v3 has
     o, result = (z, k) if kept else (q, z)
     (_, t, d), dtype, lanes = x.shape, x.dtype, w_out.shape[0]
+    tokens = static.tokens or t
     padded, keys = z.shape[0], v.shape[0]
     runs = heads_of(lanes, lanes // static.num_heads)
     for a, n in pieces(t, PIECE):
@@ -194,7 +202,7 @@ def _fused_kernel(refs, static: Static, factor: float):
     if kept:
         kept.send(0, 1, 2)
     for run in runs:
-        attend(run, q, k, v, o, t=t, factor=factor, dtype=dtype)
+        attend(run, q, k, v, o, t=t, tokens=tokens, factor=factor, dtype=dtype)
     if kept:
         kept.send(3)
         kept.wait(0, 1, 2)
@@ -202,7 +210,7 @@ def _fused_kernel(refs, static: Static, factor: float):
     for part in column_slices(d):
         result[:, part] = dot(o[...], w_out[:, part], dtype) + static.residual_scale * b_out[:, part]
     for a, n in pieces(t, PIECE):
-        row = pl.program_id(0) * t + token(a, n, dtype)
+        row = pl.program_id(0) * tokens + token(a, n, dtype)
         y = drop(result[a : a + n], scalars, row, static.rate)
         out[0, a : a + n] = packed(static.residual_scale * unpacked(x[0, a : a + n]) + y, dtype)
     if kept:
@@ -264,8 +272,9 @@ def pack_into(ref, source, t: int) -> None:
         ref[a : a + n] = packed(source[a : a + n], ref.dtype)
 
 
-def core(tiles: Float32Core, qkv, *, num_heads: int, width: int, launch: Launch):
-    """o [B, T, K] of qkv [3, B, T, K] in any float dtype, float32 in VMEM; width: of a head, whose lanes may be padded."""
+def core(tiles: Float32Core, qkv, *, num_heads: int, width: int, launch: Launch, tokens: int | None = None):
+    """o [B, T, K] of qkv [3, B, T, K] in any float dtype, float32 in VMEM; width: of a head, whose lanes may be padded. tokens: of
+    the T rows; the others are no keys."""
     _, b, t, k = qkv.shape
     lanes, factor = tiles.lanes, width**-0.5 * math.log2(math.e)
     padded, keys = round_up(t, SUBLANES), round_up(t, LANES)
@@ -274,7 +283,7 @@ def core(tiles: Float32Core, qkv, *, num_heads: int, width: int, launch: Launch)
         for ref, target in ((q_ref, q), (k_ref, k_rows), (v_ref, v)):
             unpack_into(target, ref.at[0, 0], t)
         for run in heads_of(lanes, k // num_heads):
-            attend(run, q, k_rows, v, q, t=t, factor=factor, dtype=qkv.dtype)
+            attend(run, q, k_rows, v, q, t=t, tokens=tokens or t, factor=factor, dtype=qkv.dtype)
         pack_into(out.at[0], q, t)
 
     return call(
