@@ -8,6 +8,9 @@ How that is differentiated. An op that is given `Stacked` returns the arrays aga
 with those that it returned: so the arrays run through the layers like x does. Backward their cotangents run the other way, and each
 layer's op puts its own gradient in its place, which nobody has used before. The last arrays are read by nobody: `close` gives them a
 cotangent that holds anything at all, for every place of it is written.
+
+All gradients are there from the first layer's on, which a large batch has no room for, and little gain of. There, and where the
+layers are a loop (`Lent`), the array is only read, and the gradient is that of `one`.
 """
 
 from typing import Any, NamedTuple
@@ -17,11 +20,14 @@ import jax.numpy as jnp
 from jax import lax
 
 
+WRITTEN_TOKENS = 32768  # most tokens of a batch for whose gradients, in place, there is room from the first layer's on
+
+
 class Stacked(NamedTuple):
     """A weight [...] that lies in array [L, ...] (or in more axes) at index `at`, int32 [1] (or more).
 
-    one: the weight as an array of its own, for ops that cannot use it in place: what nobody reads costs nothing. None inside an op
-    that has made up its mind.
+    one: the weight as an array of its own, for ops that cannot use it in place, and as what is differentiated where the array is
+    only read: what nobody reads costs nothing. None inside an op that writes the gradient in place.
     """
 
     array: Any
@@ -41,14 +47,31 @@ class Stacked(NamedTuple):
         return self.array.dtype
 
 
+class Lent(Stacked):
+    """One whose array may be read only: the op returns no array for it."""
+
+
+def _is_written(w) -> bool:
+    return isinstance(w, Stacked) and w.one is None
+
+
 def taken(weights):
-    """The arrays that `weights`, an op's record, hold in place, in their order."""
-    return tuple(w.array for w in weights if isinstance(w, Stacked))
+    """The arrays of those of `weights`, an op's record, whose gradients are written in place, in their order."""
+    return tuple(w.array for w in weights if _is_written(w))
 
 
-def in_place(weights):
-    """The record with its stacked weights as a kernel takes them."""
-    return type(weights)(*(w._replace(one=None) if isinstance(w, Stacked) else w for w in weights))
+def in_place(weights, *, write: bool, dtype):
+    """The record with its stacked weights as a kernel takes them: in `dtype`. write: gradients in place. A lent array is not cast: in
+    a loop that would be every layer's weights for each layer."""
+
+    def one(w):
+        if not isinstance(w, Stacked):
+            return w
+        if isinstance(w, Lent):
+            return w if w.dtype == dtype else w.one
+        return w._replace(one=None) if write else w
+
+    return type(weights)(*map(one, weights))
 
 
 def apart(weights):
@@ -72,7 +95,7 @@ def section(w, c: int | None):
 def places(weights, arrays) -> list:
     """For each of `weights` where its gradient belongs, a `Stacked` of the cotangents `arrays` of what `taken` returned, or None."""
     rest = iter(arrays)
-    return [w._replace(array=next(rest)) if isinstance(w, Stacked) else None for w in weights]
+    return [w._replace(array=next(rest)) if _is_written(w) else None for w in weights]
 
 
 def writable(place) -> bool:
@@ -84,7 +107,8 @@ def cotangent(w, place, gradient, *, written: bool):
     """What a custom_vjp returns for the weight `w`: its gradient in its dtype, or for a stacked one the array with the gradient in
     its place. written: a kernel has put it there, and `gradient` is the whole array."""
     if place is None:
-        return gradient.astype(w.dtype)
+        own = gradient.astype(w.dtype)
+        return type(w)(None, None, own) if isinstance(w, Stacked) else own
     return Stacked(gradient if written else _put(place, gradient), None)
 
 

@@ -178,14 +178,20 @@ def attention_half(
     keep: save q, k, v and o (`Plan.keep`) for the backward pass, beside x and the weights, which alone are saved otherwise. launch:
     from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses; one that is given says itself what
     is kept. qkv_kernel and out_kernel may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the heads are
-    padded. Differentiable in x and all weights. ValueError for shapes or dtypes that do not fit together; NotImplementedError for
-    a shape that no tiles fit, and with keep where the fused kernel has heads that are together not as wide as x.
+    padded, the batch is taken in parts or they are lent. Differentiable in x and all weights. ValueError for shapes or dtypes that
+    do not fit together; NotImplementedError for a shape that no tiles fit, and with keep where the fused kernel has heads that are
+    together not as wide as x.
     """
     check_half(x, weights, num_heads)
     shape = shape_of(x, weights, num_heads)
     plan = plan or planning.plan(shape, launch.device, keep=keep)
     scalars, rate = scalars_of(dropout)
-    scale, bias, w_qkv, b_qkv, w_out, b_out = in_place(weights) if plan.head_lanes == shape.h else apart(weights)
+    if plan.head_lanes == shape.h:
+        whole = not isinstance(plan.backward, Refused) and plan.backward.images == shape.b
+        weights = in_place(weights, write=whole, dtype=operand_dtype(x.dtype, launch.device))
+    else:
+        weights = apart(weights)
+    scale, bias, w_qkv, b_qkv, w_out, b_out = weights
     w_qkv, b_qkv, w_out = (_pad_heads(w, axis, shape.h, plan.head_lanes) for w, axis in ((w_qkv, 2), (b_qkv, 1), (w_out, 0)))
     arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
     static = Static(

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 
 from kernels import dropout as drop
 from kernels import parts
+from kernels.body import operand_dtype
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
@@ -36,7 +37,7 @@ from kernels.mlp import kept as backward_kept
 from kernels.mlp.plan import Plan, Shape, Tiling, cost
 from kernels.mlp.plan import plan as choose
 from kernels.mlp.reference import GELUS, MLPWeights
-from kernels.stacked import cast, cotangent, in_place, places, taken, writable
+from kernels.stacked import WRITTEN_TOKENS, cast, cotangent, in_place, places, taken, writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def _shape(x, w_in) -> Shape:
 
 
 def _weights(spec: _Spec, x, w_in, w_out):
-    dtype = x.dtype if spec.launch.device.bf16_matmul else jnp.float32
+    dtype = operand_dtype(x.dtype, spec.launch.device)
     return cast(w_in, dtype), cast(w_out, dtype)
 
 
@@ -250,9 +251,9 @@ def mlp_half(
 
     keep: keep the hidden values before their GELU for the backward pass, in x's dtype, instead of making them again.
     launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses; one that is given says
-    itself what is kept. in_kernel and out_kernel may be `stacked.Stacked`: returned is (y, their arrays). Differentiable in x and
-    all weights. ValueError for input the op does not take; NotImplementedError for widths that no tiling fits on the device, and
-    with keep for hidden widths that are no multiple of 128.
+    itself what is kept. in_kernel and out_kernel may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the
+    batch is large, or they are lent. Differentiable in x and all weights. ValueError for input the op does not take;
+    NotImplementedError for widths that no tiling fits on the device, and with keep for hidden widths that are no multiple of 128.
     """
     _check(x, weights, gelu, dropout)
     rate = 0.0 if dropout is None else float(dropout.rate)
@@ -261,7 +262,10 @@ def mlp_half(
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
     plan = plan or choose(_shape(x, weights.in_kernel), launch.device, keep=keep)
+    dtype = operand_dtype(x.dtype, launch.device)
+    whole = plan.backward_images in (None, x.shape[0]) and x.shape[0] * x.shape[1] <= WRITTEN_TOKENS
+    weights = in_place(weights, write=whole, dtype=dtype)
     spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps), tokens=tokens)
-    arrays = vary_alike(scalars, x, *in_place(weights))
+    arrays = vary_alike(scalars, x, *weights)
     y, stacks = _mlp_half(spec, plan, *arrays)  # type: ignore[misc]  # pyright cannot see through custom_vjp
     return (y, stacks) if stacks else y
