@@ -42,7 +42,7 @@ def of_jobs(target: str, jobs, sides) -> dict[int, dict[str, Any]]:
         if not build.endswith(":op_alone"):
             continue
         for name, _ in names:
-            same = {key: arguments[key] for key in ("op", "shape", "dtype", "backward")}
+            same = {key: arguments[key] for key in ("op", "shape", "dtype", "backward", "keep") if key in arguments}
             asked.append({**same, "name": "reference" if name == "xla" else name, "target": target})
             places.append((i, name))
     answers, problem = start(asked, seconds=60.0 * len(asked), module="bench.accuracy", platform="cpu")
@@ -84,10 +84,12 @@ def _attention(name: str, config: ViTConfig, dtype, launch: Launch):
     return (lambda *qkv: one.unpack(one.fn(*one.pack(*qkv)))), (shape,) * 3
 
 
-def error(*, op: str, name: str, shape: str, dtype: str, backward: bool, target: str, full: bool = False) -> float:
+def error(
+    *, op: str, name: str, shape: str, dtype: str, backward: bool, target: str, full: bool = False, keep: bool = False
+) -> float:
     """The error of implementation `name` of an op. target: whose tiles, interpreted; "here": as it runs on the device present.
 
-    full: at the tokens of the named shape, instead of 17.
+    full: at the tokens of the named shape, instead of 17. keep: as in `programs.one_op`.
     """
     config = SHAPES[shape].config
     if not full:
@@ -101,8 +103,9 @@ def error(*, op: str, name: str, shape: str, dtype: str, backward: bool, target:
         truth_of, _ = _attention("reference", config, kind, launch)
     else:
         fn, shapes = programs.op_of(
-            op, config, IMAGES, kind, launch=launch if name == "ours" else None, ops=REFERENCE if name == "ours" else BY_NAME[name]
-        )
+            op, config, IMAGES, kind, launch=launch if name == "ours" else None,
+            ops=REFERENCE if name == "ours" else BY_NAME[name], keep=keep,
+        )  # fmt: skip
         truth_of, _ = programs.op_of(op, config, IMAGES, kind, launch=None)
     arrays = _arrays(shapes, seed=7)
     rounded = [jnp.asarray(a, s.dtype) for a, s in zip(arrays, shapes, strict=True)]

@@ -28,7 +28,7 @@ from bench.device_study import TrialError, describe, start
 from bench.options import command
 from bench.peers import FLAX
 from bench.reports import Program, Report
-from bench.shapes import OPS, SHAPES, flops, model_flops, unknown
+from bench.shapes import KEEPING, OPS, SHAPES, flops, model_flops, unknown
 from bench.target_study import attempt_of, out_of_hbm
 from bench.tpu_compiler import PROFILED, TOPOLOGIES, CompilerMissing, compile_programs
 
@@ -56,6 +56,8 @@ class Kernels:
     """With --whole: the forward pass with and without the distance of every head and the class token's row of every block."""
     remat: bool = False
     """With --train or --largest-batch: rematerialise every block."""
+    keep: bool = False
+    """Of the half blocks: our kernels keep more than x for the backward pass, as a training step does where memory allows."""
     remat_every: int = 1
     """With --remat: keep every n-th block's input only, n a divisor of the blocks. 2: an eighth more arithmetic again."""
     largest_batch: str | None = None
@@ -171,8 +173,10 @@ def ops(options: Kernels, target: str) -> list[dict]:
         for op in options.op:
             for backward in (False, True):
                 arguments = {"op": op, "shape": shape, "batch": options.batch, "dtype": options.dtype, "backward": backward}
+                keep = options.keep and op in KEEPING
+                arguments |= {"keep": True} if keep else {}
                 work = flops(op, SHAPES[shape].config, options.batch, backward=backward)
-                what = f"{op} {shape} {'fwd+bwd' if backward else 'fwd'}"
+                what = f"{op} {shape} {'fwd+bwd' if backward else 'fwd'}{', keeps' if keep else ''}"
                 jobs.append((what, work, "bench.programs:op_alone", arguments))
     return _pairs(options, target, jobs)
 
@@ -315,7 +319,7 @@ def run(options: Kernels) -> list[dict]:
     """Prints the tables that the options ask for and returns their records."""
     records: list[dict] = []
     if options.plan:
-        records = plans.show(options.target, options.op, options.shape, options.batch, options.dtype)
+        records = plans.show(options.target, options.op, options.shape, options.batch, options.dtype, keep=options.keep)
     elif not options.target:
         records = on_devices(options)
     for target in () if options.plan else options.target:

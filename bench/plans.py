@@ -18,8 +18,8 @@ from kernels.patch_embed import plan as patch_embed
 from kernels.vmem import limit
 
 
-def plan_of(op: str, shape: str, batch: int, dtype: str, device: Device) -> Any:
-    """The plan that an op makes for a named shape. NotImplementedError where no tiles fit."""
+def plan_of(op: str, shape: str, batch: int, dtype: str, device: Device, *, keep: bool = False) -> Any:
+    """The plan that an op makes for a named shape; keep: where it can keep more than x. NotImplementedError where no tiles fit."""
     c, kind = SHAPES[shape].config, jnp.dtype(dtype)
     if op == "patch_embed":
         rows, columns = c.grid
@@ -37,7 +37,7 @@ def plan_of(op: str, shape: str, batch: int, dtype: str, device: Device) -> Any:
             device,
         )
     if op == "mlp_half":
-        return mlp.plan(mlp.Shape(batch, c.tokens, c.width, c.mlp_dim, kind.itemsize), device)
+        return mlp.plan(mlp.Shape(batch, c.tokens, c.width, c.mlp_dim, kind.itemsize), device, keep=keep)
     if op == "layer_norm":
         return layer_norm.plan((batch * c.tokens, c.width), device)
     choose = {"attention": attention.core_plan, "attention_half": attention.plan}[op]
@@ -60,7 +60,7 @@ def lines(plan: Any, device: Device, name: str = "") -> list[str]:
     return found
 
 
-def show(targets, ops, shapes, batch: int, dtype: str) -> list[dict[str, Any]]:
+def show(targets, ops, shapes, batch: int, dtype: str, *, keep: bool = False) -> list[dict[str, Any]]:
     """Prints the plans, and returns them as records."""
     records: list[dict[str, Any]] = []
     for target in targets:
@@ -68,7 +68,7 @@ def show(targets, ops, shapes, batch: int, dtype: str) -> list[dict[str, Any]]:
             for op in ops:
                 print(f"{target} {op} {shape}, batch {batch}, {dtype}")
                 try:
-                    text = lines(plan_of(op, shape, batch, dtype, DEVICES[target]), DEVICES[target])
+                    text = lines(plan_of(op, shape, batch, dtype, DEVICES[target], keep=keep), DEVICES[target])
                 except NotImplementedError as error:
                     text = [f"  {error}"]
                 print("\n".join(text), flush=True)

@@ -34,7 +34,7 @@ from vitcore import ViTConfig, apply_on, partition_specs, variant
 from vitcore.context import Context
 from vitcore.heads import logits
 from vitcore.model import asked_for, forward, init, prepared, representation
-from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, OTHERS, REFERENCE, Ops, fused
+from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, KEPT, OTHERS, REFERENCE, Ops, fused
 from vitcore.pixels import to_unit
 
 S = jax.ShapeDtypeStruct
@@ -50,7 +50,7 @@ def ops_for(device, *, kernels: bool) -> Ops:
         return REFERENCE
     launch = launch_for(device)
     ours = fused(launch)
-    return FUSED._replace(**{name: getattr(ours, name) for name in (*FUNCTIONS, *OTHERS)})
+    return FUSED._replace(**{name: getattr(ours, name) for name in (*FUNCTIONS, *OTHERS, *KEPT)})
 
 
 def launch_for(device) -> Launch:
@@ -58,8 +58,21 @@ def launch_for(device) -> Launch:
     return Launch(device=from_kind(device.device_kind))
 
 
-def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | None, rate: float = 0.0, ops: Ops = REFERENCE):
-    """(function, shapes of its float arguments) of an op at a model's shapes, parameters float32. launch None: that of `ops`."""
+def op_of(
+    op: str,
+    config: ViTConfig,
+    batch: int,
+    dtype,
+    *,
+    launch: Launch | None,
+    rate: float = 0.0,
+    ops: Ops = REFERENCE,
+    keep: bool = False,
+):
+    """(function, shapes of its float arguments) of an op at a model's shapes, parameters float32. launch None: that of `ops`.
+
+    keep: of a kernel of a half block that has the option.
+    """
     c, d, f = config, config.width, config.mlp_dim
 
     def p(*shape):
@@ -67,7 +80,7 @@ def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | Non
 
     x = S((batch, c.tokens, d), dtype)
     dropout = Dropout(rate, jnp.int32(7)) if rate else None
-    fn = getattr(ops, op) if launch is None else partial(_kernel(op), launch=launch)
+    fn = getattr(ops, op) if launch is None else partial(_kernel(op), launch=launch, **({"keep": True} if keep else {}))
     if op == "patch_embed":
         y, w = c.image_shape
         images = S((batch, y, w, c.channels), dtype)
@@ -82,20 +95,26 @@ def op_of(op: str, config: ViTConfig, batch: int, dtype, *, launch: Launch | Non
     return fn, (x, p(d), p(d))
 
 
-def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool | str, rate: float):
+def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool | str, rate: float, keep: bool):
     """An op for `device`: ours, the reference, or (attention between the projections alone) a peer by its name."""
     name = kernels if isinstance(kernels, str) else "ours" if kernels else "reference"
     launch = launch_for(device) if name == "ours" else None
     if op != "attention":
-        return op_of(op, config, batch, dtype, launch=launch, rate=rate, ops=REFERENCE if launch else BY_NAME[name])
+        return op_of(op, config, batch, dtype, launch=launch, rate=rate, ops=REFERENCE if launch else BY_NAME[name], keep=keep)
     t, n = config.tokens, config.num_heads
     one = peers.peer(name, tokens=t, heads=n, launch=launch)
     return one.fn, peers.shapes(one, batch, t, n, config.width // n, dtype)
 
 
-def one_op(devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, rate=0.0):
-    """An op at a named shape: its forward pass, or forward and all gradients (a patch embedding's image only with image=True)."""
-    fn, arguments = _op(devices[0], op, shapes.shape(shape).config, batch, jnp.dtype(dtype), kernels=kernels, rate=rate)
+def one_op(
+    devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, rate=0.0, keep=False
+):  # fmt: skip
+    """An op at a named shape: its forward pass, or forward and all gradients (a patch embedding's image only with image=True).
+
+    keep: our kernels keep more than x for the backward pass.
+    """
+    config = shapes.shape(shape).config
+    fn, arguments = _op(devices[0], op, config, batch, jnp.dtype(dtype), kernels=kernels, rate=rate, keep=keep)
     if not backward:
         return fn, arguments
     constants = 1 if op == "patch_embed" and not image else 0

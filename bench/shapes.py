@@ -37,6 +37,7 @@ SHAPES = {
     name: shape(name) for name in ("B/16@224", "L/16@224", "H/14@224", "B/16@384", "L/16@384", "B/16@512", "L/16@512", "H/14@518")
 }
 OPS = ("patch_embed", "attention", "attention_half", "mlp_half", "layer_norm")
+KEEPING = ("attention_half", "mlp_half")  # those that can keep more than x for the backward pass
 
 
 def flops(op: str, config: ViTConfig, batch: int, *, backward: bool = False, image: bool = False) -> int:

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.device import Device, from_kind
+from kernels.stacked import Stacked
 from kernels.vmem import limit, round_up
 
 WHOLE_VMEM = False  # every kernel may take all of it, as the compiler's static profile of some wants it (bench)
@@ -52,12 +53,12 @@ def here() -> Launch:
 
 
 def varying(*arrays) -> frozenset[str]:
-    """The mesh axes over which at least one of the arrays varies; empty outside shard_map."""
-    return reduce(frozenset.union, (jax.typeof(a).manual_axis_type.varying for a in arrays), frozenset())
+    """The mesh axes over which at least one of the arrays (trees of them) varies; empty outside shard_map."""
+    return reduce(frozenset.union, (jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(arrays)), frozenset())
 
 
 def vary_alike(*arrays):
-    """The arrays, each cast to vary over every mesh axis that any of them varies over. Call it before a custom_vjp.
+    """The arrays (trees of them), each cast to vary over every mesh axis that any of them varies over. Call it before a custom_vjp.
 
     The cast is free; its transpose sums a parameter's gradient over the devices that shared the parameter.
     """
@@ -67,7 +68,7 @@ def vary_alike(*arrays):
         missing = axes - varying(a)
         return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
 
-    return tuple(cast(jnp.asarray(a)) for a in arrays)
+    return tuple(jax.tree.map(lambda a: cast(jnp.asarray(a)), a) for a in arrays)
 
 
 def call(
@@ -78,7 +79,7 @@ def call(
     grid: Sequence[int],
     in_specs: Sequence[pl.BlockSpec],
     out_specs: Sequence[pl.BlockSpec],
-    out_shapes: Sequence[tuple[Sequence[int], jnp.dtype]],
+    out_shapes: Sequence[tuple[Sequence[int], jnp.dtype] | Stacked],
     semantics: Sequence[Any],
     cost: pl.CostEstimate,
     scratch: Sequence = (),
@@ -89,9 +90,13 @@ def call(
 
     out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading
     arrays are int32 scalars, in SMEM and known to the index maps. aliases: {array: output} that share their memory.
+
+    An array may be `Stacked`: the kernel, its specs and index maps see the weight alone. An out_shape may be, too: that output is
+    written in its place, and returned is the whole array, which must not be used otherwise.
     """
-    wanted = [tuple(shape) for shape, _ in out_shapes]
-    padded = bool(aliases) and launch.interpret is not False
+    stacked = any(isinstance(o, Stacked) for o in out_shapes)
+    wanted = [tuple(o.array.shape if isinstance(o, Stacked) else o[0]) for o in out_shapes]
+    padded = bool(aliases) and launch.interpret is not False and not stacked
     if padded:  # the interpreter returns such an output as it pads it: to whole blocks
         out_shapes = [
             (_in_blocks(shape, spec.block_shape) if k in (aliases or {}).values() else shape, dtype)
@@ -99,6 +104,10 @@ def call(
         ]
 
     def run(*arrays):
+        if stacked or any(isinstance(a, Stacked) for a in arrays):
+            plain, arrays = _in_place(kernel, arrays, in_specs, out_specs, out_shapes, prefetch, aliases or {})
+            options = {"launch": launch, "name": name, "grid": grid, "semantics": semantics, "cost": cost, "scratch": scratch}
+            return call(**plain, **options)(*arrays)
         arrays = list(vary_alike(*arrays))
         for a, k in (aliases or {}).items() if padded else ():
             arrays[a] = jnp.pad(arrays[a], [(0, n - m) for n, m in zip(out_shapes[k][0], arrays[a].shape, strict=True)])
@@ -132,5 +141,48 @@ def call(
 
 
 def _in_blocks(shape, block) -> tuple[int, ...]:
-    """A shape rounded up to whole blocks."""
-    return tuple(round_up(n, m) for n, m in zip(shape, block, strict=True))
+    """A shape rounded up to whole blocks: None for an array that is not cut, or of an axis for single indices of it."""
+    return shape if block is None else tuple(round_up(n, m or 1) for n, m in zip(shape, block, strict=True))
+
+
+def _in_place(kernel, arrays, in_specs, out_specs, out_shapes, prefetch: int, aliases: dict[int, int]):
+    """(arguments of `call`, arrays) without `Stacked`: one more scalar array says where they lie, index maps look there, and the
+    arrays of outputs are inputs that share their memory."""
+    places = [item.at if isinstance(item, Stacked) else None for item in (*arrays[prefetch:], *out_shapes)]
+    firsts, total = [], 0
+    for at in places:
+        firsts.append(total)
+        total += 0 if at is None else at.shape[0]
+    into = {k: item for k, item in enumerate(out_shapes) if isinstance(item, Stacked)}
+
+    def indices(n: int, at):
+        return tuple(at[firsts[n] + k] for k in range(places[n].shape[0])) if places[n] is not None else ()
+
+    def moved(n: int, spec: pl.BlockSpec) -> pl.BlockSpec:
+        if spec.block_shape is None:  # a whole array in HBM: the kernel is given a part of it
+            return spec
+        block = *(None,) * (0 if places[n] is None else places[n].shape[0]), *spec.block_shape
+        return pl.BlockSpec(block, lambda *a: (*indices(n, a[-1]), *spec.index_map(*a[:-1])), pipeline_mode=spec.pipeline_mode)
+
+    def inner(*refs):
+        scalars, at, refs = refs[:prefetch], refs[prefetch], [*refs[prefetch + 1 :]]
+        del refs[len(in_specs) : len(in_specs) + len(into)]
+        for n, spec in enumerate((*in_specs, *out_specs)):
+            if spec.block_shape is None and places[n] is not None:
+                refs[n] = refs[n].at[indices(n, at)]
+        kernel(*scalars, *refs)
+
+    specs = [moved(n, spec) for n, spec in enumerate((*in_specs, *out_specs))]
+    given = [a.array if isinstance(a, Stacked) else a for a in arrays]
+    at = jnp.concatenate([at for at in places if at is not None]).astype(jnp.int32)
+    shared = {a + (a >= prefetch): k for a, k in aliases.items()}
+    shared |= {1 + len(given) + m: k for m, k in enumerate(into)}
+    plain = {
+        "kernel": inner,
+        "in_specs": [*specs[: len(in_specs)], *[pl.BlockSpec(memory_space=pl.ANY) for _ in into]],
+        "out_specs": specs[len(in_specs) :],
+        "out_shapes": [(o.array.shape, o.dtype) if isinstance(o, Stacked) else o for o in out_shapes],
+        "prefetch": prefetch + 1,
+        "aliases": shared,
+    }
+    return plain, [*given[:prefetch], at, *given[prefetch:], *(item.array for item in into.values())]

@@ -20,7 +20,7 @@ from train.frozen import put_params
 from train.job import claim, say
 from train.loop import Run
 from train.step import StepOptions, TrainState, shardings, state_specs
-from vitcore import families
+from vitcore import families, keep
 from vitcore.config import ViTConfig
 from vitcore.ops import BY_NAME, GPU, Ops
 from vitcore.sharding import MeshShape, Shard, check_mesh
@@ -52,8 +52,10 @@ def step_options(full, ops: Ops, shard: Shard, **own) -> StepOptions:
     )  # fmt: skip
 
 
-def name_of_ops(ops: Ops, config, dtype, mesh) -> str:
-    """The ops by name, and what of the model does not go through them or not through our kernels, with the reason."""
+def name_of_ops(ops: Ops, config, full, mesh) -> str:
+    """The ops by name, what of the model does not go through them or not through our kernels, with the reason, and what a training
+    step of the resolved options keeps."""
+    dtype = full.dtype
     name = next(name for name, known in BY_NAME.items() if known is ops)
     if apart := families.family_of(config).by_xla(config, ops, dtype, getattr(config, "num_heads", 1) // mesh.shape["model"]):
         name += f" ({' and '.join(apart)} by XLA)"
@@ -61,7 +63,9 @@ def name_of_ops(ops: Ops, config, dtype, mesh) -> str:
         rows = config.tokens + -config.tokens % ops.multiple
         if why := refuses(jnp.dtype(dtype), config.width // config.num_heads, rows):
             name += f" (attention without our kernel: {why})"
-    return name
+    images = full.batch_size // full.accumulate // mesh.shape["data"]
+    kept = keep.choose(ops, config, images, dtype, MeshShape.of(mesh), remat=full.remat)[1]
+    return ", ".join(filter(None, (name, keep.described(kept))))
 
 
 # What each process may choose for itself: where it stands in the job, and how its host decodes images

@@ -276,7 +276,7 @@ def run(args: Pretrain, stop: Stop | None = None):
     )  # fmt: skip
     if distributed.rank() == 0:
         check_claim(out, who)
-    named = name_of_ops(ops, config, full.dtype, mesh)
+    named = name_of_ops(ops, config, full, mesh)
     of = masked.about(full, config) or f"of {len(source.classes)} classes"
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images {of}")
     say(f"{where}{said(shard, mesh)}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
 from train.objectives import objective_of
+from vitcore import keep
 from vitcore.config import ViTConfig
 from vitcore.context import Context
 from vitcore.model import init
@@ -109,8 +110,9 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
 
     def loss_of(params, images, labels, first_example, key):
         """The sum over this part's images of loss / B, over all devices: parts add up to the mean over the global batch."""
+        ops, _ = keep.choose(for_training(options.ops), config, images.shape[0], options.dtype, shape, remat=options.remat)
         context = Context(
-            ops=for_training(options.ops),
+            ops=ops,
             dtype=options.dtype,
             mesh=shape,
             shard=options.shard,

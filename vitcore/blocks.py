@@ -22,7 +22,8 @@ class Block(NamedTuple):
     layer) -> [B, T, D]; w are the layer's weights ready for use, `layer` a `context.Layer`. maps: (x, w, config, layer) -> the
     attention probabilities [B, N, T, T] float32 of the block for its input x, N the heads of this device; None for a block that has
     none. statistics: (x, w, config, layer, mean=, row=, distances=) -> `kernels.attention.statistics.reference.Statistics`; None
-    likewise. check: (config) raises ValueError for a configuration that it cannot take. outside: the paths of those of its leaves
+    likewise. calls: (config) -> how its half blocks are called, one after the other: (sequences that an image becomes, tokens of
+    each). check: (config) raises ValueError for a configuration that it cannot take. outside: the paths of those of its leaves
     that it uses outside its sums over the model axis, such as a scale of what a half block adds; none is split over "model".
     """
 
@@ -30,6 +31,7 @@ class Block(NamedTuple):
     apply: Callable
     maps: Callable | None = None
     statistics: Callable | None = None
+    calls: Callable = lambda config: ((1, config.tokens),)
     check: Callable = lambda config: None
     outside: tuple[tuple[str, ...], ...] = ()
 
@@ -180,14 +182,12 @@ def heads_here(config, layer: Layer) -> int:
 def attend(x, w, config, layer: Layer):
     """x + dropout(MSA(LN(x))), paper Eq. 2, summed over the model axis."""
     mesh = layer.context.mesh
-    y = layer.context.ops.attention_half(
+    y = layer.half(
+        layer.context.ops.attention_half,
         vary(x, mesh),
         attention_weights(w),
         num_heads=heads_here(config, layer),
-        dropout=layer.dropout,
-        residual_scale=layer.residual_scale,
         eps=config.eps,
-        **layer.padding,
     )
     return sum_over_model(y, mesh)
 
@@ -195,14 +195,12 @@ def attend(x, w, config, layer: Layer):
 def transform(x, w, config, layer: Layer):
     """x + dropout(MLP(LN(x))), paper Eq. 3, summed over the model axis."""
     mesh = layer.context.mesh
-    y = layer.context.ops.mlp_half(
+    y = layer.half(
+        layer.context.ops.mlp_half,
         vary(x, mesh),
         MLPWeights(*_pair(w["norm2"]), *_pair(w["mlp_in"]), *_pair(w["mlp_out"])),
         gelu=config.gelu,
-        dropout=layer.dropout,
-        residual_scale=layer.residual_scale,
         eps=config.eps,
-        **layer.padding,
     )
     return sum_over_model(y, mesh)
 
@@ -332,5 +330,5 @@ BLOCKS: dict[str, Block] = {
         maps=attention_maps,
         statistics=attention_statistics,
     ),
-    "axial": Block(leaves=_axial_leaves, apply=_axial, check=_check_axial),
+    "axial": Block(leaves=_axial_leaves, apply=_axial, calls=lambda config: (config.grid, config.grid[::-1]), check=_check_axial),
 }

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kernels.dropout import Dropout
 from vitcore.collectives import MeshShape, Shard, gather
+from vitcore.stacks import Stacks
 
 
 class Capture(NamedTuple):
@@ -65,17 +66,30 @@ class Layer(NamedTuple):
     """What a block is told besides its input and its weights.
 
     dropout: of this layer, or None. tokens: how many of the T tokens are real, None for all (the others are padding, which no token
-    may see). The parts of the residual that the devices of a model axis add are to be multiplied by `residual_scale`.
+    may see). stacks: where the layer's weights lie in the arrays of all layers, None where they do not. The parts of the residual that the devices of a model axis add are to be multiplied by `residual_scale`.
     """
 
     context: Context
     dropout: Dropout | None = None
     tokens: int | None = None
+    stacks: Stacks | None = None
 
     @property
     def padding(self) -> dict[str, int]:
         """The option `tokens` of an op, for ops that the model pads its tokens for."""
         return {} if self.tokens is None else {"tokens": self.tokens}
+
+    def half(self, op: Callable, x, weights, **options):
+        """A half block of x: `op` with its weights, those that lie in arrays of all layers in place."""
+        options |= {"dropout": self.dropout, "residual_scale": self.residual_scale, **self.padding}
+        if self.stacks is None:
+            return op(x, weights, **options)
+        weights, names = self.stacks.found(weights)
+        y = op(x, weights, **options)
+        if isinstance(y, tuple):
+            y, arrays = y
+            self.stacks.put(names, arrays)
+        return y
 
     @property
     def residual_scale(self) -> float:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vitcore import stacks
 from vitcore.collectives import (
     gather,
     gather_in_turn,
@@ -47,12 +48,12 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         x, tokens = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), config.tokens
     at_block = config.entries.position.at_block
 
-    def one(x, row, w, key):
+    def one(x, row, w, key, stacks=None):
         """One block; its position embedding, where each block has one, first."""
         if at_block:
             table = at_block(p, w, config)
             x = (x + jnp.pad(table, ((0, extra), (0, 0)))).astype(x.dtype)
-        y = config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens))
+        y = config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens, stacks))
         if mesh and varies_over_model(y):
             raise ValueError(
                 f"block={config.block!r} returns tokens that differ along the model axis: it must end in `sum_over_model`, and "
@@ -82,7 +83,12 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
 
     if capture:
         return _captured(one, x, row, layers, config, context, scan, tokens)
-    paced = ops.paced and scan is _unrolled and not remat and mesh and mesh.data > 1
+    gathered = mesh and mesh.data > 1
+    if ops.stacked and scan is _unrolled and not remat and not gathered:
+        layers = gather(layers[0], specs, mesh, context.dtype), keys
+        x = stacks.through(lambda x, layer, stacks: one(x, row, *layer, stacks)[0], x, layers, _split, config.depth)
+        return (x[:, : config.tokens] if extra else x), {}
+    paced = ops.paced and scan is _unrolled and not remat and gathered
     if paced:
         block = block_in_turn
         x = x, _first_turn(layers[0], mesh)

@@ -13,7 +13,7 @@ from kernels.attention.relative import reference as attention_relative
 from kernels.attention.relative import tpu as attention_relative_tpu
 from kernels.attention.statistics import reference as attention_statistics
 from kernels.attention.statistics import tpu as attention_statistics_tpu
-from kernels.device import DEVICES
+from kernels.device import DEVICES, SUBLANES, Device
 from kernels.launch import Launch, here
 from kernels.layer_norm import reference as layer_norm
 from kernels.layer_norm import tpu as layer_norm_tpu
@@ -25,13 +25,27 @@ from kernels.patch_embed import reference as patch_embed
 from kernels.patch_embed import tpu as patch_embed_tpu
 
 
+class Keeping(NamedTuple):
+    """What an op can keep for the backward pass beside its input.
+
+    op: its field of `Ops`. what: is kept, for people. run: takes the op's place. bytes: (images, tokens, a ViTConfig, devices of
+    the model axis, dtype) -> the HBM that a call keeps; None for shapes that it cannot keep it for.
+    """
+
+    op: str
+    what: str
+    run: Callable
+    bytes: Callable
+
+
 class Ops(NamedTuple):
     """What a ViT is made of; each function has the signature and meaning of that of its name in `kernels/*/reference.py`.
 
     multiple: the model pads its tokens to a multiple of this, once, and half blocks take `tokens=`, how many of T are real.
     unrolled: the programs, of "forward", "train" (a training step) and "remat" (a step that rematerialises its blocks), in which
     the blocks are compiled one after the other instead of as one loop. Without a loop, what the backward pass needs stays where
-    it was made and is freed after its use; a loop copies it into and out of arrays with a layer axis. keeps: the checkpoint
+    it was made and is freed after its use; a loop copies it into and out of arrays with a layer axis. stacked: the half blocks take
+    kernels as `kernels.stacked.Stacked`, and return the arrays of those that they took. keeps: the checkpoint
     policy of a block on a mesh, whose gathered weights are gathered again for the backward pass: it says yes to what these ops
     save when there is no checkpoint around them. None says yes to everything but gathered weights, which suits ops that decide
     inside a `custom_vjp` what they save, and ops that leave it to differentiation.
@@ -42,6 +56,8 @@ class Ops(NamedTuple):
     why XLA does it for a `tiling.Shape`, "" where a kernel does.
     attention_statistics: `kernels/attention/statistics/reference.py` of a block. No logits need it, and by default XLA
     does it.
+    keeping: what a training step may keep where memory is plentiful, the first to be kept first (`vitcore/keep.py`). device: () ->
+    whose memory that is; None where nothing is known of it.
     """
 
     patch_embed: Callable
@@ -50,14 +66,18 @@ class Ops(NamedTuple):
     layer_norm: Callable
     multiple: int = 1
     unrolled: tuple[str, ...] = ()
+    stacked: bool = False
     keeps: Callable | None = None
     paced: bool = False
     relative_half: Callable = attention_relative.attention_half
     relative_by_xla: Callable = lambda shape: "these ops have no kernel for them"
     attention_statistics: Callable = attention_statistics.attention_statistics
+    keeping: tuple[Keeping, ...] = ()
+    device: Callable[[], Device] | None = None
 
 
 FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's settings
+KEPT = ("keeping", "device")
 OTHERS = ("relative_half", "relative_by_xla", "attention_statistics")  # that have the reference where nothing is said
 
 _KERNELS = (
@@ -71,18 +91,37 @@ _KERNELS = (
 )
 
 
-def _kernels(started: Callable) -> Ops:
-    return Ops(**dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True)))
+def _kernels(started: Callable, launch: Callable[[], Launch]) -> Ops:
+    def of_mlp(images, tokens, config, parts, dtype):
+        return mlp_tpu.kept_bytes(images, tokens, config.width, config.mlp_dim // parts, dtype, launch=launch())
+
+    def of_attention(images, tokens, config, parts, dtype):
+        heads = config.num_heads // parts
+        width = config.width // config.num_heads
+        return attention_tpu.kept_bytes(images, tokens, config.width, heads, width, dtype, launch=launch())
+
+    keeping = (
+        Keeping("mlp_half", "the hidden layer", started(partial(mlp_tpu.mlp_half, keep=True)), of_mlp),
+        Keeping(
+            "attention_half",
+            "q, k, v and what they attend to",
+            started(partial(attention_tpu.attention_half, keep=True)),
+            of_attention,
+        ),
+    )
+    functions = dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True))
+    # whole tiles of 8 rows: in HBM they are there anyway, and [B, T, D] as [B T, D], which products like best, is a view
+    return Ops(**functions, multiple=SUBLANES, stacked=True, keeping=keeping, device=lambda: launch().device)
 
 
 @cache
 def fused(launch: Launch) -> Ops:
     """The Pallas kernels, started as `launch` says: for another device than the one present, or interpreted."""
-    return _kernels(lambda kernel: partial(kernel, launch=launch))
+    return _kernels(lambda kernel: partial(kernel, launch=launch), lambda: launch)
 
 
 def _on_the_tpu(kernel):
-    @wraps(kernel)
+    @wraps(getattr(kernel, "func", kernel))
     def run(*args, **options):
         if (platform := jax.default_backend()) != "tpu":
             raise ValueError(
@@ -107,7 +146,7 @@ GPU = Ops(
     paced=True,
 )
 # The kernels, compiled for the TPU that is present. Forward, a loop costs them nothing, and needs less memory.
-FUSED = _kernels(_on_the_tpu)._replace(unrolled=("train", "remat"))
+FUSED = _kernels(_on_the_tpu, here)._replace(unrolled=("train", "remat"))
 # The kernels as plain JAX operations, on any platform: slow, for trying and testing them.
 INTERPRET = fused(Launch(device=DEVICES["cpu"], interpret=True))
 

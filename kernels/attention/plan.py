@@ -28,7 +28,7 @@ from kernels.attention.tiling import (
     product_tiles,
 )
 from kernels.device import SUBLANES, Device
-from kernels.vmem import round_up
+from kernels.vmem import padded_bytes, round_up
 
 # Tokens at a time through the chains of kernels; between those of ViT-B/16 lie 6 kB a token forward, at most 16 kB backward.
 FORWARD_ROWS = 65536
@@ -87,11 +87,23 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Of the attention half. head_lanes: of a head in the arrays, H or more; the weights are padded with zeros to it."""
+    """Of the attention half. head_lanes: of a head in the arrays, H or more; the weights are padded with zeros to it. keep: the
+    forward pass leaves q, k, v and (keeps_o) o for the backward pass, which takes the batch whole."""
 
     head_lanes: int
     forward: FusedForward | GeneralForward
     backward: Float32Backward | GeneralBackward | Refused
+    keep: bool = False
+
+    @property
+    def keeps_o(self) -> bool:
+        return isinstance(self.forward, FusedForward) == isinstance(self.backward, Float32Backward)
+
+    def kept_bytes(self, shape: Shape) -> int:
+        """The HBM that q, k, v and o take for a call, with the padding of their layout: float32 rows where the fused kernel writes
+        them from its scratch memory; q, k and v alone between kernels of different forms."""
+        size = 4 if isinstance(self.forward, FusedForward) else shape.itemsize
+        return (4 if self.keeps_o else 3) * shape.b * padded_bytes(shape.t, shape.n * self.head_lanes, size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +115,29 @@ class CorePlan:
 
 
 @cache
-def plan(shape: Shape, device: Device, *, forward_rows: int = FORWARD_ROWS, backward_rows: int = BACKWARD_ROWS) -> Plan:
+def plan(
+    shape: Shape,
+    device: Device,
+    *,
+    forward_rows: int = FORWARD_ROWS,
+    backward_rows: int = BACKWARD_ROWS,
+    keep: bool = False,
+) -> Plan:
     """The plan of the attention half. NotImplementedError where no tiles fit the forward pass.
 
-    forward_rows, backward_rows: most tokens at a time through a chain of kernels (a float32 chain takes half as many).
+    forward_rows, backward_rows: most tokens at a time through a chain of kernels (a float32 chain takes half as many). keep: with
+    `Plan.keep`; NotImplementedError where the fused kernel cannot.
     """
     lanes = head_lanes(shape, device)
     s = shape._replace(h=lanes)
-    backward = _or_refused(lambda: _backward(s, device, backward_rows))
-    return Plan(head_lanes=lanes, forward=_forward(s, device, forward_rows), backward=backward)
+    if keep:
+        forward_rows = backward_rows = 2 * shape.b * shape.t
+    forward, backward = _forward(s, device, forward_rows), _or_refused(lambda: _backward(s, device, backward_rows))
+    if keep and isinstance(backward, Refused):
+        raise NotImplementedError(backward.reason)
+    if keep and isinstance(forward, FusedForward) and s.d != s.k:  # whose scratch for z then holds o, and that for k the result
+        raise NotImplementedError(f"attention half: the fused kernel keeps q, k, v and o of heads as wide as x; {s.k} is not {s.d}")
+    return Plan(head_lanes=lanes, forward=forward, backward=backward, keep=keep)
 
 
 @cache

@@ -2,7 +2,8 @@
 
     z = LN(x);  q, k, v = z qkv_kernel + qkv_bias;  o = attention(q, k, v);  out = s x + dropout(o out_kernel + s out_bias)
 
-with s = residual_scale. Backward saves x and the weights alone, and recomputes z, q, k and v.
+with s = residual_scale. Backward saves x and the weights alone, and recomputes z, q, k and v; with keep=True q, k, v and o are
+saved as well, as the kernels hold them.
 
 `plan.py` says which kernels run, `general/` and `float32/` hold them. The
 arrays between kernels pass through HBM while the MXU works; the batch is taken in parts, so that they take little room there. The
@@ -12,6 +13,7 @@ Operands are rounded where the reference rounds them, or not at all; sums, LN an
 parameters. Generations whose Mosaic takes no bfloat16 operands get float32 weights, which their MXU rounds.
 """
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -33,6 +35,7 @@ from kernels.attention.tiling import CoreTiles, Float32Core, Shape
 from kernels.body import operand_dtype
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
+from kernels.stacked import apart, cast, cotangent, in_place, places, taken, writable
 
 
 def shape_of(x, weights: AttentionWeights, num_heads: int) -> Shape:
@@ -47,7 +50,7 @@ def shape_of(x, weights: AttentionWeights, num_heads: int) -> Shape:
 def operands(x, weights: AttentionWeights, static: Static) -> AttentionWeights:
     """The weights as the products take them: in the activations' dtype, or float32 where the MXU rounds float32 by itself."""
     dtype = operand_dtype(x.dtype, static.launch.device)
-    return weights._replace(qkv_kernel=weights.qkv_kernel.astype(dtype), out_kernel=weights.out_kernel.astype(dtype))
+    return weights._replace(qkv_kernel=cast(weights.qkv_kernel, dtype), out_kernel=cast(weights.out_kernel, dtype))
 
 
 def _core_forward(tiles: CoreTiles | Float32Core, qkv, **options):
@@ -57,74 +60,104 @@ def _core_forward(tiles: CoreTiles | Float32Core, qkv, **options):
 
 
 def _forward_part(chosen: GeneralForward, scalars, x, weights: AttentionWeights, static: Static, into=None):
-    """The half of chosen.images images of x, from image scalars[2] on; into: the results of the others, if there are any."""
+    """(the half of chosen.images images of x, from image scalars[2] on, qkv, o); into: the results of the others, if there are
+    any."""
     norm, w = weights[:2], operands(x, weights, static)
     qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
-    o = _core_forward(chosen.core, qkv, num_heads=static.num_heads, width=static.width, launch=static.launch)
-    return general_forward.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into)
-
-
-def _core_backward(chosen: GeneralBackward, static: Static, qkv, do):
     options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
-    return *general_backward.core(chosen.core, qkv, do, with_o=True, **options), None
+    o = _core_forward(chosen.core, qkv, tokens=static.tokens, **options)
+    return general_forward.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into), qkv, o
 
 
-def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core):
+def _core_backward(chosen: GeneralBackward, static: Static, o, qkv, do):
+    options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
+    dqkv, *made = general_backward.core(chosen.core, qkv, do, with_o=o is None, tokens=static.tokens, **options)
+    return dqkv, (made[0] if o is None else o), None
+
+
+def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core, into=(None,) * 6, qkv=None):
     """dy with dx in its place for chosen.images images, from image scalars[2] on; the gradients of the weights, float32; and the
-    third of core(qkv, do) -> (dqkv, o, whatever else)."""
+    third of core(qkv, do) -> (dqkv, o, whatever else). into: where the gradient of each weight belongs, or None; returned is the
+    whole array then. qkv: where the forward pass kept it."""
     norm, w = weights[:2], operands(x, weights, static)
-    qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
-    do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, w.out_kernel.T, chosen.images, static)
+    if qkv is None:
+        qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
+    do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, w.out_kernel, chosen.images, static)
     dqkv, o, more = core(qkv, do)
-    of_output = general_backward.output_weights(chosen.output_weights, scalars, o, dy, static)
-    of_qkv = general_backward.projection_weights(chosen.projection_weights, scalars, x, norm, dqkv, static)
-    w_qkv = w.qkv_kernel.swapaxes(1, 2)
-    dx, dscale, dbias = general_backward.input_gradient(chosen.input_gradient, scalars, x, norm[0], dqkv, dy, w_qkv, static)
+    of_output = general_backward.output_weights(chosen.output_weights, scalars, o, dy, static, into[4])
+    of_qkv = general_backward.projection_weights(chosen.projection_weights, scalars, x, norm, dqkv, static, into[2])
+    dx, dscale, dbias = general_backward.input_gradient(chosen.input_gradient, scalars, x, norm[0], dqkv, dy, w.qkv_kernel, static)
     return dx, AttentionWeights(dscale[None], dbias[None], *of_qkv, *of_output), more
 
 
-def part_scalars(scalars, first, x):
-    """The scalars of the part of x that begins with image `first`: its first row, among all of the job's, and that image."""
-    return jnp.stack([scalars[0], scalars[1] + first * x.shape[1], first])
+def part_scalars(scalars, first, x, tokens: int | None = None):
+    """The scalars of the part of x that begins with image `first`: its first row, among all of the job's, and that image. tokens:
+    rows of an image that count."""
+    return jnp.stack([scalars[0], scalars[1] + first * (tokens or x.shape[1]), first])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _half(scalars, x, weights: AttentionWeights, static: Static):
-    """scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and [3, 1, K]."""
+    """(y, the arrays of stacked weights). scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and
+    [3, 1, K]."""
+    return _value(scalars, x, weights, static)[0], taken(weights)
+
+
+def _value(scalars, x, weights: AttentionWeights, static: Static) -> tuple[Any, tuple]:
+    """(the half, what is kept of it): float32 q, k, v, o, or qkv and o, or qkv, or with a plan that keeps nothing ()."""
     chosen = static.plan.forward
     if isinstance(chosen, FusedForward):
         w = operands(x, weights, static)
-        return float32_forward.fused(scalars, x, weights[:2], *w[2:], static)
+        y, *kept = float32_forward.fused(scalars, x, weights[:2], *w[2:], static)
+        return y, tuple(kept)
     n = x.shape[0] // chosen.images
     if n == 1:
-        return _forward_part(chosen, scalars, x, weights, static)
-    step = lambda first, y: _forward_part(chosen, part_scalars(scalars, first, x), x, weights, static, y)  # noqa: E731
-    return parts.forward(step, n, x)
+        y, *kept = _forward_part(chosen, scalars, x, weights, static)
+        return y, tuple(kept[: 1 + static.plan.keeps_o]) if static.plan.keep else ()
+
+    def step(first, y):
+        return _forward_part(chosen, part_scalars(scalars, first, x, static.tokens), x, weights, static, y)[0]
+
+    return parts.forward(step, n, x), ()
 
 
 def _half_forward(scalars, x, weights, static):
-    y = checkpoint_name(_half(scalars, x, weights, static), "attention_half")
-    return y, (scalars, x, weights)
+    y, kept = _value(scalars, x, weights, static)
+    kept = checkpoint_name(kept, "attention_half_kept")
+    return (checkpoint_name(y, "attention_half"), taken(weights)), (scalars, x, weights, kept)
 
 
-def _half_backward(static: Static, residuals, dy):
-    scalars, x, weights = residuals
+def _half_backward(static: Static, residuals, cotangents):
+    (scalars, x, weights, kept), (dy, arrays) = residuals, cotangents
     chosen = static.plan.backward
     if isinstance(chosen, Refused):
         raise NotImplementedError(chosen.reason)
+    n, where = x.shape[0] // chosen.images, places(weights, arrays)
+    written = [n == 1 and writable(place) for place in where]
+    into = [place if ready else None for place, ready in zip(where, written, strict=True)]
 
     def step(first, dy):
-        at = part_scalars(scalars, first, x)
+        at = part_scalars(scalars, first, x, static.tokens)
         if isinstance(chosen, Float32Backward):
-            dx, sums = float32_backward.backward(chosen, at, x, operands(x, weights, static), dy, static)
+            dx, sums = float32_backward.backward(chosen, at, x, operands(x, weights, static), dy, static, into, kept or None)
             return dx, AttentionWeights(*sums)
-        return backward_chain(chosen, at, x, weights, dy, static, partial(_core_backward, chosen, static))[:2]
+        qkv, o = kept if len(kept) == 2 else (None, None)
+        return backward_chain(chosen, at, x, weights, dy, static, partial(_core_backward, chosen, static, o), into, qkv)[:2]
 
-    dx, gradients = parts.backward(step, x.shape[0] // chosen.images, x, dy)
-    return None, dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)
+    dx, gradients = parts.backward(step, n, x, dy)
+    found = zip(weights, where, gradients, written, strict=True)
+    return None, dx, AttentionWeights(*(cotangent(w, place, g, written=ready) for w, place, g, ready in found))
 
 
 _half.defvjp(_half_forward, _half_backward)
+
+
+def kept_bytes(b: int, t: int, d: int, num_heads: int, width: int, dtype, *, launch: Launch) -> int | None:
+    """The HBM that a call with keep=True keeps beside x [b, t, d] in `dtype`; width: of a head. None where it refuses."""
+    shape = Shape(b, t, d, num_heads, width, jnp.dtype(dtype))
+    with contextlib.suppress(NotImplementedError):
+        return planning.plan(shape, launch.device, keep=True).kept_bytes(shape)
+    return None
 
 
 def attention_half(
@@ -134,29 +167,40 @@ def attention_half(
     num_heads,
     dropout=None,
     residual_scale=1.0,
+    tokens=None,
     eps=EPS,
+    keep: bool = False,
     launch: Launch,
     plan: Plan | None = None,
 ) -> Any:
     """The attention half of a block -> [B, T, D], as `reference.attention_half` (arguments and meaning there).
 
-    launch: from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses. Differentiable in x and all
-    weights; saves x and the weights only. ValueError for shapes or dtypes that do not fit together; NotImplementedError for a shape
-    that no tiles fit.
+    keep: save q, k, v and o (`Plan.keep`) for the backward pass, beside x and the weights, which alone are saved otherwise. launch:
+    from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses; one that is given says itself what
+    is kept. qkv_kernel and out_kernel may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the heads are
+    padded, the batch is taken in parts or they are lent. Differentiable in x and all weights. ValueError for shapes or dtypes that
+    do not fit together; NotImplementedError for a shape that no tiles fit, and with keep where the fused kernel has heads that are
+    together not as wide as x.
     """
     check_half(x, weights, num_heads)
     shape = shape_of(x, weights, num_heads)
-    plan = plan or planning.plan(shape, launch.device)
+    plan = plan or planning.plan(shape, launch.device, keep=keep)
     scalars, rate = scalars_of(dropout)
+    if plan.head_lanes == shape.h:
+        whole = not isinstance(plan.backward, Refused) and plan.backward.images == shape.b
+        weights = in_place(weights, write=whole, dtype=operand_dtype(x.dtype, launch.device))
+    else:
+        weights = apart(weights)
     scale, bias, w_qkv, b_qkv, w_out, b_out = weights
     w_qkv, b_qkv, w_out = (_pad_heads(w, axis, shape.h, plan.head_lanes) for w, axis in ((w_qkv, 2), (b_qkv, 1), (w_out, 0)))
     arrays = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
     static = Static(
         num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), eps=float(eps), launch=launch,
-        plan=plan,
+        plan=plan, tokens=tokens if tokens != shape.t else None,
     )  # fmt: skip
     scalars, x, *arrays = vary_alike(scalars, x, *arrays)
-    return _half(scalars, x, AttentionWeights(*arrays), static)
+    y, stacks = _half(scalars, x, AttentionWeights(*arrays), static)
+    return (y, stacks) if stacks else y
 
 
 def scalars_of(dropout):

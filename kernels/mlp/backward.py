@@ -5,6 +5,8 @@ once, and the five products a hidden tile needs take their operands as they lie 
 
     a' = W1' z',  dh' = W2 g',  dz' += W1 da',  dW1 += z' da,  dW2 += h' g
 
+Where the forward kernel kept a, `kept.py` stands in this kernel's place.
+
 Under z' stand rows of ones: their part of the product with da is db1, without a reduction over lanes.
 """
 
@@ -43,7 +45,7 @@ def z_rows(d: int) -> int:
     return round_up(d, ONES) + ONES
 
 
-_SLOTS = 3  # of the streamed sums: one is written back, one worked on, one fetched
+SLOTS = 3  # of the streamed sums: one is written back, one worked on, one fetched
 
 
 class Sums:
@@ -59,10 +61,10 @@ class Sums:
         self.loads, self.stores = semaphores.at[0], semaphores.at[1]
         self.rows, self.tiles = pl.num_programs(0), pl.num_programs(1)
         self.step = i * self.tiles + j
-        self.slot = j if t.resident else lax.rem(self.step, _SLOTS)
+        self.slot = j if t.resident else lax.rem(self.step, SLOTS)
 
     def _copies(self, step, *, load):
-        slot, j = lax.rem(step, _SLOTS), lax.rem(step, self.tiles)
+        slot, j = lax.rem(step, SLOTS), lax.rem(step, self.tiles)
         if self.t.resident:
             slot, j = step, step
         into_in, into_out = self.hbm
@@ -268,7 +270,7 @@ def _finish_rows(refs: Refs, spec, t: Tiling, block: Block):
 
 def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
     """The scratch buffers, in the kernel's order."""
-    slots = tiles_f if t.resident else _SLOTS
+    slots = tiles_f if t.resident else SLOTS
     buffers = [
         pltpu.VMEM((z_rows(d), t.columns), operand),
         pltpu.VMEM((d, t.columns), operand),
@@ -277,6 +279,6 @@ def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
         pltpu.VMEM((t.hidden, t.columns), operand),
         pltpu.VMEM((slots, d, t.hidden), jnp.float32),
         pltpu.VMEM((slots, t.hidden, d), jnp.float32),
-        pltpu.SemaphoreType.DMA((2, _SLOTS, 2)),
+        pltpu.SemaphoreType.DMA((2, SLOTS, 2)),
     ]
     return buffers if t.stride % LANES == 0 else [*buffers, pltpu.VMEM((t.columns, d), jnp.float32)]

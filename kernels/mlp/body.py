@@ -73,11 +73,12 @@ def at(t: Tiling, image, r):
 
 
 class Block:
-    """Where the row tile i of the grid stands in x, of `images` images with `rows` rows."""
+    """Where the row tile i of the grid stands in x, of `images` images with `rows` rows, or flat, of one whose rows are many images of
+    `length`; of these the first `tokens` count in the masks of dropout."""
 
-    def __init__(self, t: Tiling, i, images: int, rows: int):
+    def __init__(self, t: Tiling, i, images: int, rows: int, length: int, tokens: int):
         parts = pl.cdiv(rows, t.rows)
-        self.t, self.images, self.rows = t, images, rows
+        self.t, self.images, self.rows, self.length, self.tokens = t, images, rows, length, tokens
         self.image, self.row = lax.div(i, parts) * t.images, lax.rem(i, parts) * t.rows
 
     def _place(self, n):
@@ -87,15 +88,36 @@ class Block:
         """bool [n, 1]: which of a piece's rows exist. The others hold anything at all, NaN included."""
         return (self.row + r + self._place(n) < self.rows) & (self.image + image < self.images)
 
+    def _image_of(self, p):
+        """int32: in which image of the block place p of VMEM lies, one stride per image."""
+        return sum(((p >= k * self.t.stride).astype(jnp.int32) for k in range(1, self.t.images)), jnp.zeros_like(p))
+
+    def exist(self, first, n):
+        """bool [n, 1]: which of n rows of the block as they lie in VMEM, from `first` on, there are."""
+        p = unpacked_row(first + iota(n, 0), self.t.unpack)
+        image = self._image_of(p)
+        return (self.row + p - image * self.t.stride < self.rows) & (self.image + image < self.images)
+
     def global_rows(self, image, r, n):
         """int32 [n, 1]: the rows of a piece, counted over all of x."""
-        return (self.image + image) * self.rows + self.row + r + self._place(n)
+        if self.t.flat:
+            return self._counted(self.row + r, self._place(n), n)
+        return (self.image + image) * self.tokens + self.row + r + self._place(n)
+
+    def _counted(self, first, place, n: int):
+        """int32: rows first + place of flat x, place under n, counted without padding."""
+        if self.tokens == self.length:
+            return first + place
+        image, row = lax.div(first, self.length), lax.rem(first, self.length) + place
+        passed = sum((row >= k * self.length).astype(jnp.int32) for k in range(1, n // self.length + 2))
+        return image * self.tokens + row - passed * (self.length - self.tokens)
 
     def all_global_rows(self, n, axis, first=0):
         """The same for n rows of the block as they lie in VMEM, one stride per image, from `first` on; in the padding anything."""
         p = unpacked_row(first + iota(n, axis), self.t.unpack)
-        image = sum(((p >= k * self.t.stride).astype(jnp.int32) for k in range(1, self.t.images)), jnp.zeros_like(p))
-        return self.image * self.rows + self.row + p + image * (self.rows - self.t.stride)
+        if self.t.flat:
+            return self._counted(self.row, p, self.t.columns)
+        return self.image * self.tokens + self.row + p + self._image_of(p) * (self.tokens - self.t.stride)
 
 
 def keep(scalars, site, rows, columns, rate):

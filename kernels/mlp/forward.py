@@ -46,9 +46,11 @@ class _Flat:
             self.ref.reshape(self.shape)[pl.ds(first, value.shape[0])] = value
 
 
-def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec, t: Tiling, view, hidden_tiles: int):
+def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t: Tiling, view, hidden_tiles: int):
     """One row tile times one hidden tile. x, y [images, stride, D]; z [height, D] the normalised rows, acc [height, D] float32 the
-    sum over hidden tiles; scale, bias, b_out, b_in [8, K] eight equal rows."""
+    sum over hidden tiles; scale, bias, b_out, b_in [8, K] eight equal rows; kept [1, height, hidden] the hidden values before GELU,
+    if they are asked for."""
+    *kept, z, acc = rest
     i, j = pl.program_id(0), pl.program_id(1)
     d = acc.shape[1]
     block = Block(t, i, *view)
@@ -59,7 +61,10 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
     def _():
         def begin(first):
             rows = pl.ds(first, size)
-            normal, _ = normalise(to_float32(flat_x.rows(first, size), t.unpack), spec.eps)
+            values = to_float32(flat_x.rows(first, size), t.unpack)
+            if kept:  # what the backward kernel reads of rows that do not exist must be finite: it multiplies it by zero
+                values = jnp.where(block.exist(first, size), values, 0.0)
+            normal, _ = normalise(values, spec.eps)
             z[rows] = by_tile(lambda n: n * scale[...] + bias[...], normal).astype(z.dtype)
 
         sweep(t.height, size, lambda first, _: begin(first))
@@ -67,6 +72,8 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
     def product():
         hidden = j * t.hidden if t.resident else 0
         a = by_tile(lambda a: a + b_in[0], dot(z[...], hidden_columns(w_in, hidden, t.hidden), x.dtype))
+        if kept:
+            kept[0][0] = from_float32(a, kept[0].dtype, t.unpack)
         h: Any = gelu(a, spec.gelu)[0]
         if spec.rate:
             columns = scalars[3] + j * t.hidden + iota(t.hidden, 1)
@@ -98,7 +105,7 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, z, acc, *, spec
 
 
 def specs(t: Tiling, shape: Shape):
-    """(input specs, output spec)."""
+    """(input specs, output specs)."""
     d, f, of_image = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
     rows = pl.BlockSpec((t.images, t.stride, d), lambda i, j, _: (lax.div(i, of_image), lax.rem(i, of_image), 0))
     vector = pl.BlockSpec((SUBLANES, d), lambda i, j, _: (0, 0))
@@ -109,7 +116,8 @@ def specs(t: Tiling, shape: Shape):
         w_in = pl.BlockSpec((d, t.hidden), lambda i, j, _: (0, j))
         w_out = pl.BlockSpec((t.hidden, d), lambda i, j, _: (j, 0))
     b_in = pl.BlockSpec((1, SUBLANES, t.hidden), lambda i, j, _: (j, 0, 0))
-    return (rows, vector, vector, w_in, b_in, w_out, vector), rows
+    kept = pl.BlockSpec((1, t.height, t.hidden), lambda i, j, _: (i, 0, j))
+    return (rows, vector, vector, w_in, b_in, w_out, vector), [rows, kept] if t.keep else [rows]
 
 
 def scratch(t: Tiling, d: int, operand) -> list:

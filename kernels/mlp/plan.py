@@ -21,10 +21,14 @@ _ROWS = (2048, 1664, 1536, 1280, 1024, 896, 768, 640, 512, 384, 256, 128)  # mos
 # by backward: there, 512 gains 2 % on v6e and ran out of VMEM on v5e
 _HIDDEN = {False: (1024, 768, 512, 384, 256, 128), True: (256, 128)}
 _STEP_CYCLES = 600  # what a grid step costs beside its products: filling and draining the pipelines, the sums' read-modify-write
+_CAST_CYCLES = (
+    6  # what Mosaic's cast of a register takes more than integer arithmetic, where bfloat16 is unpacked (kernels/body.py)
+)
 # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
 _COPY_BYTES = 1.6
 BACKWARD_ROWS = 24576  # at a time through the backward kernel where it takes copies of x and dy without padded rows
 _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
+_KEEP_SHARES = {False: 0.82, True: 0.91}  # by backward, with `keep`: the body that reads it has fewer values in flight
 
 
 class Shape(NamedTuple):
@@ -48,6 +52,8 @@ class Tiling:
     flat: x is taken as one image of B*T rows. stride: from one image to the next in VMEM, rows rounded up to whole register tiles.
     unpack: bfloat16 rows are unpacked and packed by integer arithmetic (`kernels/body.py`); the height is a multiple of 16.
     resident: the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
+    keep: the forward kernel also writes the hidden values before their GELU, and the backward kernel reads them instead of making
+    them again. Both then take the same rows a step, in the same places of VMEM.
     """
 
     flat: bool
@@ -57,6 +63,7 @@ class Tiling:
     hidden: int
     resident: bool
     unpack: bool = False
+    keep: bool = False
     needs: int = 0  # bytes of VMEM
 
     @property
@@ -78,6 +85,10 @@ class Tiling:
         images, rows = self.view(shape)
         return pl.cdiv(images, self.images) * pl.cdiv(rows, self.rows), shape.f // self.hidden
 
+    def kept(self, shape: Shape) -> tuple[int, int, int]:
+        """The shape of what `keep` writes: rows as they lie in VMEM, those of the padding included."""
+        return self.grid(shape)[0], self.height, shape.f
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -95,13 +106,18 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
     whole = shape.f // t.hidden * hidden
     block = t.images * round_up(t.rows, 16) * d * shape.itemsize
     weights = d * operand * (whole if t.resident else 2 * hidden)
+    kept = 2 * round_up(t.height, 16) * hidden * shape.itemsize if t.keep else 0
     if not backward:
-        return 4 * block + t.height * d * (operand + 4) + 2 * weights + 3 * t.height * hidden * 4
-    natural = 0 if t.stride % LANES == 0 else t.columns * d * 4
+        return 4 * block + t.height * d * (operand + 4) + 2 * weights + 3 * t.height * hidden * 4 + kept
+    natural = 0 if t.keep or t.stride % LANES == 0 else t.columns * d * 4
     sums = 2 * d * 4 * (whole if t.resident else 3 * hidden)
     scratch = t.columns * (d * (2 * operand + 4) + hidden * 2 * operand) + natural
     blocks = (6 if t.resident else 3) * block
-    return blocks + 2 * weights + sums + scratch + t.columns * LANES * 4 * 2 + 2 * d * LANES * 4
+    return blocks + 2 * weights + sums + scratch + t.columns * LANES * 4 * 2 + 2 * d * LANES * 4 + kept
+
+
+def _products(t: Tiling, backward: bool) -> int:
+    return (4 if t.keep else 5) if backward else 2
 
 
 def cost(shape: Shape, t: Tiling, *, backward: bool) -> pl.CostEstimate:
@@ -109,8 +125,9 @@ def cost(shape: Shape, t: Tiling, *, backward: bool) -> pl.CostEstimate:
     passes = 1 if t.resident else t.grid(shape)[0]
     weights = 2 * shape.d * shape.f
     moved = weights * shape.itemsize * passes + (weights * 4 * (2 * passes - 1) if backward else 0)
+    moved += shape.rows * shape.f * shape.itemsize if t.keep else 0
     return pl.CostEstimate(
-        flops=(5 if backward else 2) * 2 * shape.rows * shape.d * shape.f,
+        flops=_products(t, backward) * 2 * shape.rows * shape.d * shape.f,
         transcendentals=shape.rows * shape.f,
         bytes_accessed=int((3 if backward else 2) * shape.rows * shape.d * shape.itemsize + moved),
     )
@@ -147,33 +164,62 @@ def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float
     """Estimate of one pass, XLA's copies included: the measure by which tilings are compared."""
     row_tiles, hidden_tiles = t.grid(shape)
     height = t.columns if backward else t.height
-    products = (5 if backward else 2) * 2 * height * shape.d * shape.f / device.flops_per_cycle
+    products = _products(t, backward) * 2 * height * shape.d * shape.f / device.flops_per_cycle
     moved = cost(shape, t, backward=backward).bytes_accessed / row_tiles / device.hbm_bytes_per_cycle
     copied = 0.0
     if t.flat and shape.t % SUBLANES:
-        copied = (3 if backward else 2) * 2 * shape.rows * shape.d * shape.itemsize * _COPY_BYTES / device.hbm_bytes_per_cycle
+        arrays = 3 if backward and not t.keep else 2  # the copy of x is kept too
+        copied = arrays * 2 * shape.rows * shape.d * shape.itemsize * _COPY_BYTES / device.hbm_bytes_per_cycle
+    if t.keep and not t.unpack and shape.itemsize == 2 and not device.bf16_matmul:
+        products += _CAST_CYCLES * height * (3 * shape.d + shape.f) / (SUBLANES * LANES)
     return row_tiles * (max(products, moved) + hidden_tiles * _STEP_CYCLES + _STEP_CYCLES) + copied
 
 
+def _fitting(shape: Shape, device: Device, *, backward: bool, keep: bool = False) -> list[Tiling]:
+    """The tilings that fit the VMEM. NotImplementedError, with the reason, where none does."""
+    candidates = (replace(t, keep=keep) for t in _candidates(shape, device, backward))
+    counted = (replace(t, needs=vmem_bytes(shape, device, t, backward=backward)) for t in candidates)
+    share = _KEEP_SHARES[backward] if keep else _VMEM_SHARE
+    fitting = [t for t in counted if t.needs <= share * device.vmem_bytes]
+    if not fitting:
+        raise NotImplementedError(
+            f"mlp_half: no tiling of D={shape.d}, F={shape.f} fits the {device.vmem_bytes // MiB} MiB VMEM of {device.name}; a "
+            "hidden width that is a multiple of 128 can be tiled, or use the reference"
+        )
+    return fitting
+
+
 @cache
-def plan(shape: Shape, device: Device) -> Plan:
+def plan(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
     """The only choice of tiles: of those that fit the VMEM, the ones of the fewest estimated cycles.
 
-    NotImplementedError, with the reason, where none fits.
+    keep: both kernels with `Tiling.keep`, which share their rows. NotImplementedError, with the reason, where none fits.
     """
+    if keep:
+        return _keeping(shape, device)
 
     def best(shape, backward):
-        counted = (replace(t, needs=vmem_bytes(shape, device, t, backward=backward)) for t in _candidates(shape, device, backward))
-        fitting = [t for t in counted if t.needs <= _VMEM_SHARE * device.vmem_bytes]
-        if not fitting:
-            raise NotImplementedError(
-                f"mlp_half: no tiling of D={shape.d}, F={shape.f} fits the {device.vmem_bytes // MiB} MiB VMEM of {device.name}; a "
-                "hidden width that is a multiple of 128 can be tiled, or use the reference"
-            )
-        return min(fitting, key=lambda t: _cycles(shape, device, t, backward=backward))
+        return min(_fitting(shape, device, backward=backward), key=lambda t: _cycles(shape, device, t, backward=backward))
 
     forward, backward, images = best(shape, False), best(shape, True), shape.b
     if backward.flat and shape.t % SUBLANES:  # copies of x and dy, of a part of the batch at a time
         images = shape.b // parts.count(shape.b, shape.t, BACKWARD_ROWS)
         backward = best(shape._replace(b=images), True)
     return Plan(forward=forward, backward=backward, backward_images=images)
+
+
+def _keeping(shape: Shape, device: Device) -> Plan:
+    """The fastest pair of kernels that take the same rows a step."""
+    if shape.f % LANES:
+        raise NotImplementedError(f"mlp_half: keep takes a hidden width that is a multiple of {LANES}; this device has {shape.f}")
+    best: list[dict[tuple, tuple[float, Tiling]]] = [{}, {}]
+    for backward, found in enumerate(best):
+        for t in _fitting(shape, device, backward=bool(backward), keep=True):
+            rows, cycles = (t.flat, t.images, t.rows, t.stride), _cycles(shape, device, t, backward=bool(backward))
+            if rows not in found or cycles < found[rows][0]:
+                found[rows] = cycles, t
+    both = [(forward[0] + best[1][rows][0], forward[1], best[1][rows][1]) for rows, forward in best[0].items() if rows in best[1]]
+    if not both:
+        raise NotImplementedError(f"mlp_half: no rows of D={shape.d}, F={shape.f} fit both kernels of {device.name} with keep")
+    _, forward, backward = min(both, key=lambda pair: pair[0])
+    return Plan(forward=forward, backward=backward, backward_images=shape.b)

@@ -5,14 +5,17 @@
                 dW2 = h' g,  db2 = share sum g,  dW1 = z' da,  db1 = sum da,  dx = share dy + LN_back(da W1')
 
 The hidden values [B*T, F] live only in VMEM, one tile of rows times one tile of F at a time; backward starts from x again, so x and
-the weights are all that is saved. Matrix operands are in x's dtype (float32 on v2 and v3, whose MXU rounds them itself), sums and
-everything between in float32.
+the weights are all that is saved. With keep=True a, rounded to x's dtype, is saved as well, in the order in which the kernels take
+the rows: B*T*F values of HBM, written once and read once, for one of the five products of the backward pass. Matrix operands are in
+x's dtype (float32 on v2 and v3, whose MXU rounds them itself), sums and everything between in float32.
 
 The grid of both kernels is (row tiles, hidden tiles), rows outermost. Where VMEM holds both weights (v5 and later) they stay in it
 and HBM sees each array once; elsewhere hidden tiles of them are streamed, and in the backward pass so are the sums dW1 and dW2, by
 hand. How x is cut: `plan.py`; the backward kernel: `backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
 
+import contextlib
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,13 +28,16 @@ from jax.experimental import pallas as pl
 
 from kernels import dropout as drop
 from kernels import parts
+from kernels.body import operand_dtype
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
 from kernels.mlp import backward, forward
+from kernels.mlp import kept as backward_kept
 from kernels.mlp.plan import Plan, Shape, Tiling, cost
 from kernels.mlp.plan import plan as choose
 from kernels.mlp.reference import GELUS, MLPWeights
+from kernels.stacked import WRITTEN_TOKENS, cast, cotangent, in_place, places, taken, writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,7 @@ class _Spec:
     rate: float
     residual_scale: float
     eps: float
+    tokens: int | None = None
 
 
 def _shape(x, w_in) -> Shape:
@@ -51,8 +58,8 @@ def _shape(x, w_in) -> Shape:
 
 
 def _weights(spec: _Spec, x, w_in, w_out):
-    dtype = x.dtype if spec.launch.device.bf16_matmul else jnp.float32
-    return w_in.astype(dtype), w_out.astype(dtype)
+    dtype = operand_dtype(x.dtype, spec.launch.device)
+    return cast(w_in, dtype), cast(w_out, dtype)
 
 
 def _rows(v):
@@ -81,23 +88,25 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     shape = _shape(x, w_in)
     t = plan.forward
     view, hidden_tiles = t.view(shape), t.grid(shape)[1]
-    in_specs, out_spec = forward.specs(t, shape)
+    places = *view, shape.t, spec.tokens or shape.t
+    in_specs, out_specs = forward.specs(t, shape)
     operands = _weights(spec, x, w_in, w_out)
-    (y,) = call(
-        partial(forward.kernel, spec=spec, t=t, view=view, hidden_tiles=hidden_tiles),
+    x_rows = checkpoint_name(x.reshape(*view, shape.d), "mlp_half_in")
+    y, *kept = call(
+        partial(forward.kernel, spec=spec, t=t, view=places, hidden_tiles=hidden_tiles),
         launch=spec.launch.within(t.needs),
         name="mlp_half_forward",
         grid=t.grid(shape),
         in_specs=in_specs,
-        out_specs=[out_spec],
-        out_shapes=[((*view, shape.d), x.dtype)],
+        out_specs=out_specs,
+        out_shapes=[((*view, shape.d), x.dtype), *([(t.kept(shape), x.dtype)] if t.keep else [])],
         semantics=("parallel", "arbitrary"),
         cost=cost(shape, t, backward=False),
         scratch=forward.scratch(t, shape.d, operands[0].dtype),
         prefetch=1,
     )(
         scalars,
-        x.reshape(*view, shape.d),
+        x_rows,
         _rows(scale),
         _rows(bias),
         operands[0],
@@ -107,28 +116,40 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     )
     # Named inside the rule, so that a rematerialisation policy can choose to keep them.
     y = checkpoint_name(y.reshape(x.shape), "mlp_half_out")
-    return y, (scalars, checkpoint_name(x, "mlp_half_in"), scale, bias, w_in, b_in, w_out, b_out)
+    weights = (scale, bias, w_in, b_in, w_out, b_out)
+    if kept:  # the backward kernel takes x in the same view: what XLA copies for it is not copied again
+        saved = scalars, x_rows, checkpoint_name(kept[0], "mlp_half_hidden"), weights
+    else:
+        saved = scalars, checkpoint_name(x, "mlp_half_in"), None, weights
+    return (y, taken(weights)), saved
 
 
-def _backward(spec: _Spec, plan: Plan, saved, dy):
-    scalars, x, *weights = saved
+def _backward(spec: _Spec, plan: Plan, saved, cotangents):
+    (scalars, x, kept, weights), (dy, arrays) = saved, cotangents
+    x = x.reshape(dy.shape)
     n = x.shape[0] // (plan.backward_images or x.shape[0])
+    where = places(weights, arrays)
+    written = [n == 1 and writable(place) for place in where]
 
     def step(first, dy):
         if n == 1:
-            return _backward_part(spec, plan.backward, scalars, x, dy, *weights)
+            into = [place if ready else None for place, ready in zip(where, written, strict=True)]
+            return _backward_part(spec, plan.backward, scalars, x, dy, *weights, into=into, kept=kept)
         part, g = (lax.dynamic_slice_in_dim(a, first, x.shape[0] // n) for a in (x, dy))
-        dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * x.shape[1]), part, g, *weights)
+        dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * (spec.tokens or x.shape[1])), part, g, *weights)
         return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
 
     dx, sums = parts.backward(step, n, x, dy)
     # Without it XLA may write a sum straight into the layers' stacked gradients, and drops the kernel's limit of VMEM (v5e).
-    sums = lax.optimization_barrier(sums)
-    return None, dx, *(a.astype(w.dtype) for a, w in zip(sums, weights, strict=True))
+    apart = iter(lax.optimization_barrier([a for a, ready in zip(sums, written, strict=True) if not ready]))
+    sums = [a if ready else next(apart) for a, ready in zip(sums, written, strict=True)]
+    found = zip(weights, where, sums, written, strict=True)
+    return None, dx, *(cotangent(w, place, a, written=ready) for w, place, a, ready in found)
 
 
-def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out):
-    """(dx, the gradients of the parameters in float32)."""
+def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, into=(None,) * 6, kept=None):
+    """(dx, the gradients of the parameters in float32). into: where they belong, of each weight; the whole array is returned then.
+    kept: of the forward kernel."""
     shape = _shape(x, w_in)
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
     rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
@@ -136,31 +157,35 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         rows = pl.BlockSpec(rows.block_shape, rows.index_map, pipeline_mode=pl.Buffered(1))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     operands = _weights(spec, x, w_in, w_out)
+    body: Any = backward_kept if t.keep else backward
+    hidden, bias_rows = pl.BlockSpec((1, t.hidden, 1), lambda i, j, _: (j, 0, 0)), SUBLANES if t.keep else 1
+    if t.keep:
+        hidden = pl.BlockSpec((1, t.height, t.hidden), lambda i, j, _: (i, 0, j))
     dx, dw_in, dw_out, db_in, db_out, dscale, dbias = call(
-        partial(backward.kernel, spec=spec, t=t, view=view),
+        partial(body.kernel, spec=spec, t=t, view=(*view, shape.t, spec.tokens or shape.t)),
         launch=spec.launch.within(t.needs),
         name="mlp_half_backward",
         grid=(row_tiles, hidden_tiles),
-        in_specs=[rows, rows, vector, vector, w_in_spec, pl.BlockSpec((1, t.hidden, 1), lambda i, j, _: (j, 0, 0)), w_out_spec],
+        in_specs=[rows, rows, vector, vector, w_in_spec, hidden, w_out_spec],
         out_specs=[
             rows,
             in_hbm,
             in_hbm,
-            pl.BlockSpec((hidden_tiles, 1, t.hidden), lambda i, j, _: (0, 0, 0)),
+            pl.BlockSpec((hidden_tiles, bias_rows, t.hidden), lambda i, j, _: (0, 0, 0)),
             vector,
             vector,
             vector,
         ],
         out_shapes=[
             ((*view, d), x.dtype),
-            ((d, f), jnp.float32),
-            ((f, d), jnp.float32),
-            ((hidden_tiles, 1, t.hidden), jnp.float32),
+            into[2] or ((d, f), jnp.float32),
+            into[4] or ((f, d), jnp.float32),
+            ((hidden_tiles, bias_rows, t.hidden), jnp.float32),
             *[((SUBLANES, d), jnp.float32)] * 3,
         ],
         semantics=("arbitrary", "arbitrary"),
         cost=cost(shape, t, backward=True),
-        scratch=backward.scratch(t, d, hidden_tiles, operands[0].dtype),
+        scratch=body.scratch(t, d, hidden_tiles, operands[0].dtype),
         prefetch=1,
         aliases={2: 0},  # a row tile of dy is read before that of dx is written
     )(
@@ -170,10 +195,10 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         _rows(scale),
         _rows(bias),
         operands[0],
-        b_in.astype(jnp.float32).reshape(hidden_tiles, t.hidden, 1),
+        kept if t.keep else b_in.astype(jnp.float32).reshape(hidden_tiles, t.hidden, 1),
         operands[1],
     )
-    return dx.reshape(x.shape), (dscale.sum(0), dbias.sum(0), dw_in, db_in.reshape(f), dw_out, db_out.sum(0))
+    return dx.reshape(x.shape), (dscale.sum(0), dbias.sum(0), dw_in, db_in.sum(1).reshape(f), dw_out, db_out.sum(0))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -201,13 +226,34 @@ def _check(x, weights: MLPWeights, gelu, dropout) -> None:
         raise ValueError(f"dropout.rate is {dropout.rate}; it must be in [0, 1)")
 
 
+def kept_bytes(b: int, t: int, d: int, f: int, dtype, *, launch: Launch) -> int | None:
+    """The HBM that a call with keep=True keeps beside x [b, t, d] in `dtype`, with F = f; None where it refuses."""
+    shape = Shape(b, t, d, f, jnp.dtype(dtype).itemsize)
+    with contextlib.suppress(NotImplementedError):
+        return math.prod(choose(shape, launch.device, keep=True).forward.kept(shape)) * shape.itemsize
+    return None
+
+
 def mlp_half(
-    x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scale=1.0, eps=EPS, launch: Launch, plan: Plan | None = None
+    x,
+    weights: MLPWeights,
+    *,
+    gelu="tanh",
+    dropout=None,
+    residual_scale=1.0,
+    tokens=None,
+    eps=EPS,
+    keep: bool = False,
+    launch: Launch,
+    plan: Plan | None = None,
 ):
     """The MLP half of a block, as `reference.mlp_half` (shapes and meaning there), in one kernel forward and one backward.
 
-    launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses. Differentiable in x and
-    all weights. ValueError for input the op does not take; NotImplementedError for widths that no tiling fits on the device.
+    keep: keep the hidden values before their GELU for the backward pass, in x's dtype, instead of making them again.
+    launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses; one that is given says
+    itself what is kept. in_kernel and out_kernel may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the
+    batch is large, or they are lent. Differentiable in x and all weights. ValueError for input the op does not take;
+    NotImplementedError for widths that no tiling fits on the device, and with keep for hidden widths that are no multiple of 128.
     """
     _check(x, weights, gelu, dropout)
     rate = 0.0 if dropout is None else float(dropout.rate)
@@ -215,8 +261,11 @@ def mlp_half(
     if dropout is not None and rate:
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
-    plan = plan or choose(_shape(x, weights.in_kernel), launch.device)
-    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps))
+    plan = plan or choose(_shape(x, weights.in_kernel), launch.device, keep=keep)
+    dtype = operand_dtype(x.dtype, launch.device)
+    whole = plan.backward_images in (None, x.shape[0]) and x.shape[0] * x.shape[1] <= WRITTEN_TOKENS
+    weights = in_place(weights, write=whole, dtype=dtype)
+    spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps), tokens=tokens)
     arrays = vary_alike(scalars, x, *weights)
-    y: Any = _mlp_half(spec, plan, *arrays)  # Any: pyright cannot see through custom_vjp
-    return y
+    y, stacks = _mlp_half(spec, plan, *arrays)  # type: ignore[misc]  # pyright cannot see through custom_vjp
+    return (y, stacks) if stacks else y

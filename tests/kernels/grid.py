@@ -46,10 +46,12 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     batch: int = BATCH
     image: bool = False  # with the gradient of the image
+    keep: bool = False  # of a half block: with more than x kept for the backward pass
 
     def arguments(self) -> dict[str, Any]:
         rate = 0.1 if self.dtype == "bfloat16" and self.op != "layer_norm" else 0.0  # with dropout, where an op has it
-        image = {"image": True} if self.image else {}
+        more = {"image": True} if self.image else {}
+        more |= {"keep": True} if self.keep else {}
         return {
             "op": self.op,
             "shape": self.shape,
@@ -57,7 +59,7 @@ class Case(NamedTuple):
             "dtype": self.dtype,
             "backward": True,
             "rate": rate,
-            **image,
+            **more,
         }
 
     def program(self) -> Program:
@@ -83,12 +85,15 @@ GRID = tuple(
 )
 # What the fast tests compile.
 FAST = tuple(case for case in GRID if (case.shape, case.dtype) == (FIRST, "bfloat16") and case.target in FIRST_TARGETS)
-# Beside the grid: short images, several a grid step; 5 tokens, less than a register; float32 rows; the gradient of large images.
+# Beside the grid: short images, several a grid step; 5 tokens, less than a register; float32 rows; the gradient of large images;
+# half blocks that keep more than their input.
 IRREGULAR = (
     Case("v3", "attention_half", "H/14@126", batch=64),
     Case("v3", "attention_half", "B/32@64", batch=64),
     Case("v3", "layer_norm", "L/16@384", "float32"),
     Case("v5e", "patch_embed", "L/16@512", "float32", image=True),
+    Case("v3", "mlp_half", FIRST, keep=True),
+    Case("v5e", "mlp_half", FIRST, keep=True),
 )
 
 

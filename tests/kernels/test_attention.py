@@ -71,11 +71,28 @@ def arguments(b, t, d, n, h, dtype, seed=0):
     )
 
 
-def check_half(b, t, d, n, h, dtype, *, where=None, dropout=None, residual_scale=1.0, seed=0, plan=None, eps=1e-6):
-    where = where or launch()
-    ours = partial(attention_half, num_heads=n, dropout=dropout, residual_scale=residual_scale, launch=where, plan=plan, eps=eps)
+def check_half(b, t, d, n, h, dtype, *, where=None, dropout=None, residual_scale=1.0, seed=0, plan=None, eps=1e-6, keep=False):
+    where, options = where or launch(), {"plan": plan, "eps": eps, "keep": keep}
+    ours = partial(attention_half, num_heads=n, dropout=dropout, residual_scale=residual_scale, launch=where, **options)
     plain = partial(reference_half, num_heads=n, dropout=dropout, residual_scale=residual_scale, eps=eps)
     oracle.check(ours, plain, arguments(b, t, d, n, h, dtype, seed), names=NAMES, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "dtype", "rate"),
+    [("v3", 21, jnp.bfloat16, 0.3), ("v3", 13, jnp.bfloat16, 0.0), ("v5e", 13, jnp.float32, 0.3)],
+    ids=["rows in order", "rows out of order", "general"],
+)
+def test_rows_behind_the_tokens_change_nothing(device, tokens, dtype, rate):
+    """x with rows of padding, of which none is a key: the tokens' values and every gradient, their masks of dropout too."""
+    dropout, extra = (Dropout(rate, jnp.int32(3), jnp.int32(70)) if rate else None), -tokens % 8
+    where = replace(launch(device), interpret=True)
+
+    def ours(x, *weights):
+        x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
+        return attention_half(x, *weights, num_heads=2, dropout=dropout, tokens=tokens, launch=where)[:, :tokens]
+
+    oracle.check(ours, partial(reference_half, num_heads=2, dropout=dropout), arguments(2, tokens, 128, 2, 64, dtype), names=NAMES)
 
 
 TOKENS = st.sampled_from([1, 2, 7, 8, 13, 16, 17, 31])
@@ -184,6 +201,47 @@ def test_half_agrees_in_parts_of_the_batch(device):
     assert isinstance(chosen.forward, FusedForward) or chosen.forward.images < 6
     where, dropout = launch(device), Dropout(0.3, jnp.int32(2), jnp.int32(5))
     check_half(6, 11, 128, 2, 64, jnp.float32, where=where, dropout=dropout, plan=chosen)
+
+
+@pytest.mark.parametrize(
+    ("device", "t", "n", "h", "dtype"),
+    [("v3", 37, 2, 64, jnp.bfloat16), ("v5e", 17, 3, 32, jnp.bfloat16), ("v3", 8, 4, 32, jnp.float32)],
+    ids=["fused", "general", "fused, whole registers"],
+)
+def test_half_agrees_with_what_is_kept(device, t, n, h, dtype):
+    """q, k, v and o leave the fused kernel while it goes on in the same memory: the simulation would see a race. Three images."""
+    dropout = Dropout(0.3, jnp.int32(3), jnp.int32(9))
+    check_half(3, t, 128, n, h, dtype, where=launch(device), dropout=dropout, residual_scale=0.25, keep=True)
+
+
+def test_half_agrees_with_projections_kept_between_kernels_of_different_forms():
+    """As of ViT-L/16 on v3, whose weights do not fit the fused kernel."""
+    s = shape(2, 37, 128, 2, 64, jnp.bfloat16)
+    general, float32 = (plan(s, DEVICES[name], keep=True) for name in ("v5e", "v3"))
+    mixed = replace(float32, forward=general.forward)
+    assert not mixed.keeps_o
+    check_half(*s, where=launch("v3"), dropout=Dropout(0.3, jnp.int32(3), jnp.int32(9)), residual_scale=0.25, plan=mixed)
+
+
+@pytest.mark.parametrize(("device", "kept"), [("v3", 4 * 2 * 24 * 128), ("v5e", 4 * 2 * 17 * 128)])
+def test_what_is_kept_is_not_made_again(device, kept):
+    """And is all that is saved beside the arguments and the three scalars; float32 on v3, of images of 24 rows."""
+    args = arguments(2, 17, 128, 2, 64, jnp.bfloat16)
+    run = partial(attention_half, num_heads=2, launch=launch(device), keep=True)
+    pullback = jax.eval_shape(lambda *a: jax.vjp(run, *a)[1], *args)
+    assert sum(a.size for a in jax.tree.leaves(pullback)) == sum(a.size for a in args) + 3 + kept
+    names = oracle.kernels_in(lambda *a: jax.vjp(run, *a)[1](a[0]), *args)
+    backward = names[1 if device == "v3" else 3 :]
+    assert "attention_project" not in backward
+    assert backward.count("attention_core_backward") == 1
+    assert tpu.kept_bytes(2, 17, 128, 2, 64, jnp.bfloat16, launch=launch(device)) >= kept * (4 if device == "v3" else 2)
+
+
+def test_what_cannot_be_kept_is_refused():
+    with pytest.raises(NotImplementedError, match="as wide as x; 64 is not 128"):
+        plan(shape(1, 17, 128, 1, 64, jnp.float32), DEVICES["v3"], keep=True)
+    assert tpu.kept_bytes(1, 17, 128, 1, 64, jnp.float32, launch=launch("v3")) is None
+    assert tpu.kept_bytes(1, 197, 1024, 16, 64, jnp.bfloat16, launch=launch("v3")) == 3 * 208 * 1024 * 2
 
 
 def test_kernels_ran():

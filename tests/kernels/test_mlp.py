@@ -34,6 +34,7 @@ reference_half = oracle.flat(reference.mlp_half, reference.MLPWeights)
 WORDS = Tiling(flat=False, images=2, rows=47, stride=48, hidden=128, resident=False, unpack=True)
 RESIDENT = Tiling(flat=False, images=2, rows=17, stride=32, hidden=128, resident=True)
 PARTS = Tiling(flat=False, images=1, rows=16, stride=16, hidden=128, resident=False)
+RESIDENT_FLAT = Tiling(flat=True, images=1, rows=128, stride=128, hidden=128, resident=True)
 STREAMED = Tiling(flat=True, images=1, rows=128, stride=128, hidden=128, resident=False)
 
 
@@ -51,8 +52,8 @@ def arrays(b, t, d, f, dtype=jnp.float32, seed=0):
     return (jnp.asarray(x, dtype), *(jnp.asarray(a, jnp.float32) for a in rest))
 
 
-def judge(args, launch, plan=None, **options):
-    ours = partial(mlp_half, launch=launch, plan=plan, **options)
+def judge(args, launch, plan=None, keep=False, **options):
+    ours = partial(mlp_half, launch=launch, plan=plan, keep=keep, **options)
     oracle.assert_kernel_ran(ours, *args, name="mlp_half_forward")
     oracle.check(ours, partial(reference_half, **options), args, names=NAMES)
 
@@ -75,6 +76,18 @@ def test_value_and_gradients_agree_with_the_reference(bt, df, dtype, gelu, rate,
     if bt == (1, 1):
         launch = WIDE  # XLA's CPU client has no bfloat16 matrix-vector product, which one interpreted row becomes
     judge(arrays(*bt, *df, dtype, seed), launch, gelu=gelu, dropout=dropout, residual_scale=residual_scale)
+
+
+@pytest.mark.parametrize("t", [None, RESIDENT_FLAT], ids=["chosen", "flat, one image in two tiles"])
+def test_rows_behind_the_tokens_change_nothing(t):
+    """x with rows of padding: the tokens' values, and with their own masks of dropout every gradient."""
+    dropout, tokens = Dropout(0.3, jnp.int32(5), 1000, 77), 21
+    options = {"dropout": dropout, "tokens": tokens, "launch": FAST, "plan": cut(t)}
+
+    def ours(x, *weights):
+        return mlp_half(jnp.pad(x, ((0, 0), (0, 3), (0, 0))), *weights, **options)[:, :tokens]
+
+    oracle.check(ours, partial(reference_half, dropout=dropout), arrays(8, tokens, 48, 128), names=NAMES)
 
 
 def test_the_eps_of_the_norm_reaches_both_kernels():
@@ -113,6 +126,48 @@ def test_rows_taken_apart_unpack_agree_with_the_reference(t):
     args = arrays(3, t, 64, 384, jnp.bfloat16)
     options = {"dropout": Dropout(0.3, jnp.int32(5), 9, 4)}
     judge(args, WIDE, both, **options)
+
+
+@settings(max_examples=4)
+@given(
+    bt=st.sampled_from([(2, 17), (3, 13), (1, 129), (3, 48)]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    gelu=st.sampled_from(["tanh", "erf", "quick"]),
+    rate=st.sampled_from([0.0, 0.3]),
+    launch=st.sampled_from([FAST, WIDE]),
+    seed=st.integers(0, 99),
+)
+@example(bt=(3, 48), dtype=jnp.bfloat16, gelu="tanh", rate=0.3, launch=WIDE, seed=1)
+def test_kept_hidden_values_give_the_reference_s_gradients(bt, dtype, gelu, rate, launch, seed):
+    dropout = Dropout(rate, jnp.int32(seed), 1000, 77) if rate else None
+    judge(arrays(*bt, 48, 256, dtype, seed), launch, gelu=gelu, dropout=dropout, residual_scale=0.5, keep=True)
+
+
+@pytest.mark.parametrize("t", [replace(WORDS, rows=48), PARTS, STREAMED, replace(RESIDENT, rows=47, stride=48)])
+def test_every_way_to_cut_keeps_what_its_backward_pass_reads(t):
+    """Rows taken apart, a part of an image, flat rows in a batch of parts otherwise, images with padding between them."""
+    words = t.unpack
+    args = arrays(3, 48 if words else 47, 64, 384, jnp.bfloat16 if words else jnp.float32)
+    judge(args, WIDE if words else FAST, cut(replace(t, keep=True)), dropout=Dropout(0.3, jnp.int32(5), 9, 4))
+
+
+def test_what_is_kept_is_read_and_not_made_again():
+    """The residuals hold B*T*F values in x's dtype, padding aside; with others in their place the gradients are others."""
+    args = arrays(2, 16, 64, 256, jnp.bfloat16)
+    y, pullback = jax.vjp(partial(mlp_half, launch=WIDE, keep=True), *args)
+    leaves, tree = jax.tree.flatten(pullback)
+    (at,) = [i for i, a in enumerate(leaves) if getattr(a, "shape", ())[-1:] == (256,) and a.ndim == 3]
+    assert leaves[at].dtype == jnp.bfloat16
+    assert 2 * 16 * 256 <= leaves[at].size < 1.2 * 2 * 16 * 256
+    other = jax.tree.unflatten(tree, [jnp.zeros_like(a) if i == at else a for i, a in enumerate(leaves)])
+    of_w_in, of_zeros = (np.asarray(pull(y)[3]) for pull in (pullback, other))
+    assert np.abs(of_w_in - of_zeros).max() > 0.1 * np.abs(of_w_in).max()
+
+
+def test_nothing_that_a_padded_row_holds_reaches_a_gradient():
+    """Uninitialised memory is NaN: behind the last token of an image, and behind the last row of the batch."""
+    for t, shape in ((RESIDENT, (3, 17, 32, 256)), (STREAMED, (1, 150, 32, 384))):
+        judge(arrays(*shape), STRICT, cut(replace(t, keep=True)), dropout=Dropout(0.2, jnp.int32(5)))
 
 
 def test_a_batch_in_parts_agrees_with_the_reference(monkeypatch):
@@ -264,6 +319,17 @@ def test_tiles_fit_and_cover(shape, device):
             assert t.stride >= t.rows
             assert t.stride % 8 == 0
             assert cost(s, t, backward=backward).flops == (5 if backward else 2) * 2 * s.rows * s.d * s.f
+        if s.f % 128:
+            with pytest.raises(NotImplementedError, match="multiple of 128"):
+                plan(s, device, keep=True)
+            continue
+        kept = plan(s, device, keep=True)
+        assert kept.forward.kept(s) == kept.backward.kept(s)
+        assert kept.backward_images == s.b
+        for backward, t in ((False, kept.forward), (True, kept.backward)):
+            assert vmem_bytes(s, device, t, backward=backward) <= device.vmem_bytes
+            assert np.prod(t.kept(s)) >= s.rows * s.f
+            assert cost(s, t, backward=True).flops == 4 * 2 * s.rows * s.d * s.f
 
 
 def test_rejects_what_it_cannot_take():

@@ -11,6 +11,8 @@ others. From x and dy alone, with s = residual_scale:
     dz = dqkv qkv_kernel^T                                                    product
     dx = s dy + LN'(dz), with the sums for norm_scale and norm_bias           finish
 
+The forward kernel may have kept q, k, v and o (`Plan.keep`); then they are not made again.
+
 What the MXU rounds, it rounds to bfloat16, as the reference does; nothing is rounded in between. The core works on transposed
 logits, as in `general/backward.py`.
 """
@@ -35,16 +37,18 @@ from kernels.attention.float32.forward import (
     pad_rows,
     pieces,
     token,
+    token_at,
     unpack_into,
     unpacked,
 )
 from kernels.attention.general.forward import Static, core_cost
 from kernels.attention.plan import Float32Backward
 from kernels.attention.tiling import FlatTiles, Float32Core, Head, heads_of
-from kernels.body import F32, dot
+from kernels.body import F32, PACKED_ROWS, dot
 from kernels.device import LANES, SUBLANES
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise, normalise_back
+from kernels.stacked import Stacked, section
 from kernels.vmem import round_up
 
 
@@ -71,7 +75,7 @@ def prepare(scalars, x, dy, norm, b: int, static: Static):
         for a, n in pieces(t, PIECE):
             normal, _ = normalise(unpacked(x[0, a : a + n]), static.eps)
             z[0, a : a + n] = normal * scale[...] + bias[...]
-            row = pl.program_id(0) * t + token(a, n, x.dtype)
+            row = pl.program_id(0) * (static.tokens or t) + token(a, n, x.dtype)
             g[0, a : a + n] = drop(unpacked(dy[0, a : a + n]), scalars, row, static.rate)
         if padded > t:
             z[0, t:] = g[0, t:] = jnp.zeros((padded - t, d), F32)
@@ -121,17 +125,22 @@ def finish(scalars, x, dy, dz, norm_scale, static: Static):
     return dx, *sums.sum(0)
 
 
-def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch):
-    """sum_s arrays[s] w[s] (+ bias): arrays of [M, I], w [S, I, J], bias [1, J] -> [M, J], all float32.
+def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch, by_rows: bool = False):
+    """sum_s arrays[s] w[s] (+ bias): arrays of [M, I], w [S, I, J], bias [1, J] -> [M, J], all float32. by_rows: w is [S, J, I]
+    instead, as it lies, and the MXU's load transposes it.
 
     One array a product, not one [S, M, I]: a block of several sections would be as many transfers.
     """
-    (m, i), (s, _, j) = arrays[0].shape, w.shape
+    (m, i), s, j = arrays[0].shape, w.shape[0], w.shape[1 if by_rows else 2]
 
     def kernel(*refs):
         (*inputs, w), bias, out = (refs[:-1], None, refs[-1]) if bias_spec is None else (refs[:-2], *refs[-2:])
         for part in column_slices(t.columns):
-            value = reduce(jnp.add, [dot(a[...], w[q, :, part], dtype) for q, a in enumerate(inputs)])
+            if by_rows:
+                products = [dot(a[...], w[q, part], dtype, (1, 1)) for q, a in enumerate(inputs)]
+            else:
+                products = [dot(a[...], w[q, :, part], dtype) for q, a in enumerate(inputs)]
+            value = reduce(jnp.add, products)
             out[:, part] = value if bias is None else value + bias[:, part]
 
     bias_spec = None if bias is None else pl.BlockSpec((1, t.columns), lambda c, r: (0, c))
@@ -142,7 +151,9 @@ def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Lau
         grid=(j // t.columns, pl.cdiv(m, t.rows)),
         in_specs=[
             *[pl.BlockSpec((t.rows, i), lambda c, r: (r, 0))] * s,
-            pl.BlockSpec((s, i, t.columns), lambda c, r: (0, 0, c), pipeline_mode=pl.Buffered(1)),
+            pl.BlockSpec((s, t.columns, i), lambda c, r: (0, c, 0), pipeline_mode=pl.Buffered(1))
+            if by_rows
+            else pl.BlockSpec((s, i, t.columns), lambda c, r: (0, 0, c), pipeline_mode=pl.Buffered(1)),
             *([] if bias_spec is None else [bias_spec]),
         ],
         out_specs=[pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c))],
@@ -152,8 +163,9 @@ def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Lau
     )(*arrays, w, *([] if bias is None else [bias]))[0]
 
 
-def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch):
-    """dw [I, J] = a^T g and the column sums [1, J] of g: a [M, I], g [M, J], all float32."""
+def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch, into=None):
+    """dw [I, J] = a^T g and the column sums [1, J] of g: a [M, I], g [M, J], all float32. into: where dw belongs, a `Stacked`;
+    returned is its whole array then."""
     (m, i), j = a.shape, g.shape[1]
 
     def kernel(a, g, dw, db, transposed):
@@ -184,7 +196,7 @@ def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch):
             pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c)),
         ],
         out_specs=[pl.BlockSpec((i, t.columns), lambda c, r: (0, c)), pl.BlockSpec((1, t.columns), lambda c, r: (0, c))],
-        out_shapes=[((i, j), F32), ((1, j), F32)],
+        out_shapes=[into or ((i, j), F32), ((1, j), F32)],
         semantics=("parallel", "arbitrary"),
         cost=pl.CostEstimate(flops=2 * m * i * j, transcendentals=0, bytes_accessed=4 * m * (i + j)),
         scratch=[pltpu.VMEM((i, t.rows), F32)],
@@ -194,11 +206,13 @@ def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch):
 # ---- the core
 
 
-def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype) -> None:
-    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of a run of heads; refs [R, lanes], do zero behind T."""
+def _differentiate(run: list[Head], arrays, out, *, t: int, tokens: int, scale: float, dtype) -> None:
+    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of a run of heads; refs [R, lanes], do zero behind T. tokens:
+    of the t rows, the first ones."""
     q, k, v, do = arrays
     rows = q.shape[0]
-    keys, whole = round_up(rows, LANES), t // SUBLANES * SUBLANES
+    # rows of keys that are all tokens, in whatever order the rows of their tile are
+    keys, whole = round_up(rows, LANES), min(tokens // PACKED_ROWS * PACKED_ROWS if t > tokens else t // SUBLANES * SUBLANES, rows)
     queries, outputs = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys)) for ref in (q, do))
     transposed_q, transposed_do = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys).T) for ref in (q, do))
     sums: list[dict] = [{} for _ in out]
@@ -207,8 +221,8 @@ def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype)
         key, value = k[:, columns], v[:, columns]
         s, dp = dot(head.mask(key), transposed_q[head], dtype), dot(head.mask(value), transposed_do[head], dtype)
         if whole < rows:
-            row = whole + lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0)
-            last = jnp.where(row < t, s[whole:], -jnp.inf)
+            row = whole + lax.broadcasted_iota(jnp.int32, (rows - whole, 1), 0)
+            last = jnp.where(token_at(row, t, dtype) < tokens, s[whole:], -jnp.inf)
             s = jnp.concatenate([s[:whole], last]) if whole else last
         p = jnp.exp2((s - s.max(0, keepdims=True)) * (scale * math.log2(math.e)))
         p = p * (1.0 / p.sum(0, keepdims=True))
@@ -225,29 +239,37 @@ def _differentiate(run: list[Head], arrays, out, *, t: int, scale: float, dtype)
             ref[:, lo:hi] = value
 
 
-def _half_core(tiles: Float32Core, arrays, t: int, dtype, static: Static):
-    """dq, dk, dv and o of q, k, v and do, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them."""
-    b, padded, k = arrays[0].shape
-    lanes, n = tiles.lanes, static.num_heads
+def _half_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, with_o: bool):
+    """dq, dk, dv (and o) of do and q, k, v, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them. qkv may
+    be one array [3, B, T, K] of any float dtype, whose rows become float32 in VMEM."""
+    b, padded, k = do.shape
+    lanes, n, packed_rows = tiles.lanes, static.num_heads, not isinstance(qkv, (list, tuple))
 
     def kernel(*refs):
-        given, out = [ref.at[0] for ref in refs[:4]], [ref.at[0] for ref in refs[4:]]
+        given, out = [ref.at[0] for ref in refs[:4]], [ref.at[0] for ref in refs[4 : 4 + results]]
+        if packed_rows:
+            for ref, target in zip(given[:3], refs[4 + results :], strict=True):
+                unpack_into(target, ref.at[0], t)
+            given[:3] = refs[4 + results :]
         for run in heads_of(lanes, k // n):
-            _differentiate(run, given, out, t=t, scale=static.width**-0.5, dtype=dtype)
+            _differentiate(run, given, out, t=t, tokens=static.tokens or t, scale=static.width**-0.5, dtype=dtype)
 
     rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
-    flops, exponentials = 12 * b * t * t * k, b * n * t * t
+    sections = [pl.BlockSpec((1, 1, t, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
+    results = 3 + with_o
+    flops, exponentials = 2 * (5 + with_o) * b * t * t * k, b * n * t * t
     return call(
         kernel,
         launch=static.launch,
         name="attention_core_backward",
         grid=(b, k // lanes),
-        in_specs=[rows] * 4,
-        out_specs=[rows] * 4,
-        out_shapes=[((b, padded, k), F32)] * 4,
+        in_specs=[*(sections if packed_rows else [rows] * 3), rows],
+        out_specs=[rows] * results,
+        out_shapes=[((b, padded, k), F32)] * results,
         semantics=("parallel", "parallel"),
-        cost=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=32 * b * padded * k),
-    )(*arrays)
+        cost=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=4 * (4 + results) * b * padded * k),
+        scratch=[pltpu.VMEM((padded, lanes), F32)] * (3 * packed_rows),
+    )(*((qkv,) * 3 if packed_rows else qkv), do)
 
 
 def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Launch):
@@ -260,7 +282,7 @@ def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Lau
         for ref, target in zip((q_ref.at[0, 0], k_ref.at[0, 0], v_ref.at[0, 0], do_ref.at[0]), arrays, strict=True):
             unpack_into(target, ref, t)
         for run in heads_of(lanes, k // num_heads):
-            _differentiate(run, arrays, found, t=t, scale=width**-0.5, dtype=qkv.dtype)
+            _differentiate(run, arrays, found, t=t, tokens=t, scale=width**-0.5, dtype=qkv.dtype)
         for c, source in enumerate(found):
             pack_into(out.at[c, 0], source, t)
 
@@ -282,10 +304,12 @@ def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Lau
 # ---- the half
 
 
-def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static):
+def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, into, kept=None):
     """dy with dx in its place for plan.images images, from image scalars[2] on, and the gradients of the weights over them.
 
-    weights: as rows and operands, in the order of `AttentionWeights`.
+    weights: as rows and operands, in the order of `AttentionWeights`. into: where the gradient of each belongs, or None; the whole
+    array is returned then. kept: q, k, v and o [B, R, K] float32; or of a forward pass that is not fused qkv [3, B, T, K] alone,
+    since its o has other rows than the product that wants it.
     """
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     b, (_, t, d) = plan.images, x.shape
@@ -297,14 +321,30 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static):
 
     multiply: Any = partial(product, dtype=x.dtype, launch=static.launch)
     gradient: Any = partial(weight_gradient, dtype=x.dtype, launch=static.launch)
-    qkv = [multiply(plan.project, [flat(z)], w_qkv[c, None], b_qkv[c], name="attention_project") for c in range(3)]
-    do = multiply(plan.output_gradient, [flat(g)], w_out.T[None], name="attention_output_gradient")
-    arrays = [a.reshape(b, padded, k) for a in (*qkv, do)]
-    *dqkv, o = map(flat, _half_core(plan.core, arrays, t, x.dtype, static))
-    dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights")
-    of_qkv = [gradient(plan.projection_weights, flat(z), a, name="attention_projection_weights") for a in dqkv]
-    dw_qkv, db_qkv = zip(*of_qkv, strict=True)
-    dz = multiply(plan.input_gradient, dqkv, w_qkv.swapaxes(1, 2), name="attention_input_gradient")
+    if kept is None:
+        qkv = [multiply(plan.project, [flat(z)], section(w_qkv, c), b_qkv[c], name="attention_project") for c in range(3)]
+        qkv = [a.reshape(b, padded, k) for a in qkv]
+    else:
+        qkv = kept[0] if len(kept) == 1 else kept[:3]
+    do = multiply(plan.output_gradient, [flat(g)], section(w_out, None), name="attention_output_gradient", by_rows=True)
+    with_o = kept is None or len(kept) == 1
+    found = _half_core(plan.core, qkv, do.reshape(b, padded, k), t, x.dtype, static, with_o=with_o)
+    *dqkv, o = map(flat, found if with_o else (*found, kept[3]))
+    dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights", into=into[4])
+    dw_qkv, db_qkv = _projection_gradients(partial(gradient, plan.projection_weights, flat(z)), dqkv, into[2])
+    dz = multiply(plan.input_gradient, dqkv, w_qkv, name="attention_input_gradient", by_rows=True)
     dx, dscale, dbias = finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, static)
     db_out = static.residual_scale * db_out
-    return dx, (dscale[None], dbias[None], jnp.stack(dw_qkv), jnp.stack(db_qkv), dw_out, db_out)
+    return dx, (dscale[None], dbias[None], dw_qkv, jnp.stack(db_qkv), dw_out, db_out)
+
+
+def _projection_gradients(gradient, dqkv, into: Stacked | None):
+    """(dw [3, D, K], or the whole array into which it was written, [db [1, K]] * 3) of gradient(dq, ...), one section at a time."""
+    weights, biases = [], []
+    for c, g in enumerate(dqkv):
+        place = None if into is None else into._replace(at=jnp.append(into.at, jnp.int32(c)))
+        dw, db = gradient(g, name="attention_projection_weights", into=place)
+        into = None if into is None else into._replace(array=dw)
+        weights.append(dw)
+        biases.append(db)
+    return (jnp.stack(weights) if into is None else into.array), biases

@@ -64,6 +64,12 @@ def token(first: int, count: int, dtype):
     return first + unpacked_row(iota(count, 0), _is_packed(count, dtype))
 
 
+def token_at(place, t: int, dtype):
+    """int32: the tokens at `place` in what `unpacked` made of the t rows of an image of `dtype`; behind them the rows themselves."""
+    whole = t // PACKED_ROWS * PACKED_ROWS if dtype == jnp.bfloat16 else 0
+    return jnp.where(place < whole, unpacked_row(place, True), place)
+
+
 def column_slices(total: int, size: int = COLUMNS) -> list[slice]:
     """0 .. total in slices of `size` and a shorter last one."""
     return [slice(c, min(c + size, total)) for c in range(0, total, size)]
@@ -116,8 +122,9 @@ def gather(found: dict, head: Head, value):
         found[lo, hi] = part
 
 
-def attend(run: list[Head], q, k, v, *, t: int, factor: float, dtype) -> None:
-    """Replaces the queries of a run of heads by what they attend to: q, k [R, K], v [S, K] refs, zeros in v behind R.
+def attend(run: list[Head], q, k, v, into, *, t: int, tokens: int, factor: float, dtype) -> None:
+    """Writes what a run of heads attends to into its columns: q, k, into [R, K], v [S, K] refs, zeros in v behind R; into may be q.
+    tokens: of the t rows, the first ones.
 
     2**(factor q k) are the probabilities before they are divided by their sum.
     """
@@ -128,25 +135,51 @@ def attend(run: list[Head], q, k, v, *, t: int, factor: float, dtype) -> None:
         columns = slice(head.lo, head.hi)
         queries, kt = q[:, columns], _own_rows(transposed[head], head)
         s = [dot(queries, kt[:, c : c + LANES], dtype) for c in range(0, keys, LANES)]
-        if t < keys:
+        if tokens < keys:
             lane = keys - LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-            s[-1] = jnp.where(lane < t, s[-1], -jnp.inf)
+            s[-1] = jnp.where(token_at(lane, t, dtype) < tokens, s[-1], -jnp.inf)
         top = reduce(jnp.maximum, s).max(1, keepdims=True)
         p = [jnp.exp2((tile - top) * factor) for tile in s]
         norm = reduce(jnp.add, p).sum(1, keepdims=True)
         o = reduce(jnp.add, [dot(tile, v[c * LANES : (c + 1) * LANES, columns], dtype) for c, tile in enumerate(p)])
         gather(sums, head, o * (1.0 / norm))
     for (lo, hi), value in sums.items():
-        q[:, lo:hi] = value
+        into[:, lo:hi] = value
 
 
 # ---- the fused kernel
 
 
+class _Kept:
+    """q, k, v and o of an image on their way from scratch memory to HBM [B, R, K]."""
+
+    def __init__(self, hbm, semaphores, q, k, v, o):
+        self.hbm, self.semaphores, self.image, rows = hbm, semaphores, pl.program_id(0), q.shape[0]
+        self.sources = q, k, v.at[pl.ds(0, rows)], o
+
+    def _copy(self, n: int):
+        return pltpu.make_async_copy(self.sources[n], self.hbm[n].at[self.image], self.semaphores.at[n])
+
+    def send(self, *numbers: int):
+        for n in numbers:
+            self._copy(n).start()
+
+    def wait(self, *numbers: int):
+        for n in numbers:
+            self._copy(n).wait()
+
+
 def _fused_kernel(refs, static: Static, factor: float):
-    """refs: scalars, then x, norm scale and bias, the four weights, out; scratch z [R, D], q, k [R, K], v [S, K]."""
-    scalars, x, scale, bias, w_qkv, b_qkv, w_out, b_out, out, z, q, k, v = refs
+    """refs: scalars, then x, norm scale and bias, the four weights, out; scratch z [R, D], q, k [R, K], v [S, K]. If they are
+    kept, q, k, v and o follow out, in HBM, and semaphores the scratch."""
+    scalars, x, scale, bias, w_qkv, b_qkv, w_out, b_out, out, *refs = refs
+    (z, q, k, v), kept = refs[-5:-1] if static.plan.keep else refs, None
+    if static.plan.keep:
+        kept = _Kept(refs[:4], refs[-1], q, k, v, z)
+    # q is on its way to HBM while the heads attend; a wait for it among them spills half a megabyte more than v3 has
+    o, result = (z, k) if kept else (q, z)
     (_, t, d), dtype, lanes = x.shape, x.dtype, w_out.shape[0]
+    tokens = static.tokens or t
     padded, keys = z.shape[0], v.shape[0]
     runs = heads_of(lanes, lanes // static.num_heads)
     for a, n in pieces(t, PIECE):
@@ -157,25 +190,39 @@ def _fused_kernel(refs, static: Static, factor: float):
     if keys > padded:
         v[padded:] = jnp.zeros((keys - padded, lanes), F32)
 
-    for run in runs:
+    def project(section: int, target, run):
         columns = slice(run[0].lo, run[-1].hi)
         for part in column_slices(columns.stop - columns.start):
             at = slice(columns.start + part.start, columns.start + part.stop)
-            for section, target in enumerate((q, k, v)):
-                target[:padded, at] = dot(z[...], w_qkv[section, :, at], dtype) + b_qkv[section, :, at]
+            target[:padded, at] = dot(z[...], w_qkv[section, :, at], dtype) + b_qkv[section, :, at]
+
     for run in runs:
-        attend(run, q, k, v, t=t, factor=factor, dtype=dtype)
+        for section, target in enumerate((q, k, v)):
+            project(section, target, run)
+    if kept:
+        kept.send(0, 1, 2)
+    for run in runs:
+        attend(run, q, k, v, o, t=t, tokens=tokens, factor=factor, dtype=dtype)
+    if kept:
+        kept.send(3)
+        kept.wait(0, 1, 2)
 
     for part in column_slices(d):
-        z[:, part] = dot(q[...], w_out[:, part], dtype) + static.residual_scale * b_out[:, part]
+        result[:, part] = dot(o[...], w_out[:, part], dtype) + static.residual_scale * b_out[:, part]
     for a, n in pieces(t, PIECE):
-        row = pl.program_id(0) * t + token(a, n, dtype)
-        y = drop(z[a : a + n], scalars, row, static.rate)
+        row = pl.program_id(0) * tokens + token(a, n, dtype)
+        y = drop(result[a : a + n], scalars, row, static.rate)
         out[0, a : a + n] = packed(static.residual_scale * unpacked(x[0, a : a + n]) + y, dtype)
+    if kept:
+        kept.wait(3)
 
 
 def fused(scalars, x, norm, w_qkv, b_qkv, w_out, b_out, static: Static):
-    """The half block of x [B, T, D]; norm: scale and bias [1, D]; weights as operands. scalars: dropout key and first row."""
+    """The half block of x [B, T, D]; norm: scale and bias [1, D]; weights as operands. scalars: dropout key and first row.
+
+    Returns (out, *(q, k, v, o if static.plan.keep)), these float32 [B, R, K].
+    """
+    keep = static.plan.keep
     b, t, d = x.shape
     k = w_out.shape[0]
     padded, keys = round_up(t, SUBLANES), round_up(t, LANES)
@@ -191,17 +238,21 @@ def fused(scalars, x, norm, w_qkv, b_qkv, w_out, b_out, static: Static):
         name="attention_forward",
         grid=(b,),
         in_specs=[image, whole(1, d), whole(1, d), whole(3, d, k), whole(3, 1, k), whole(k, d), whole(1, d)],
-        out_specs=[image],
-        out_shapes=[(x.shape, x.dtype)],
+        out_specs=[image, *[pl.BlockSpec(memory_space=pl.ANY)] * (4 * keep)],
+        out_shapes=[(x.shape, x.dtype), *[((b, padded, k), F32)] * (4 * keep)],
         semantics=("parallel",),
         cost=pl.CostEstimate(
             flops=2 * b * t * (4 * d + 2 * t) * k,
             transcendentals=b * static.num_heads * t * t,
-            bytes_accessed=2 * b * t * d * x.dtype.itemsize + 16 * d * k,
+            bytes_accessed=2 * b * t * d * x.dtype.itemsize + 16 * d * k + 16 * b * padded * k * keep,
         ),
-        scratch=[pltpu.VMEM((padded, d), F32), *[pltpu.VMEM((r, k), F32) for r in (padded, padded, keys)]],
+        scratch=[
+            pltpu.VMEM((padded, d), F32),
+            *[pltpu.VMEM((r, k), F32) for r in (padded, padded, keys)],
+            *[pltpu.SemaphoreType.DMA((4,))] * keep,
+        ],
         prefetch=1,
-    )(scalars, x, *norm, w_qkv, b_qkv, w_out, b_out)[0]
+    )(scalars, x, *norm, w_qkv, b_qkv, w_out, b_out)
 
 
 # ---- attention by itself
@@ -221,8 +272,9 @@ def pack_into(ref, source, t: int) -> None:
         ref[a : a + n] = packed(source[a : a + n], ref.dtype)
 
 
-def core(tiles: Float32Core, qkv, *, num_heads: int, width: int, launch: Launch):
-    """o [B, T, K] of qkv [3, B, T, K] in any float dtype, float32 in VMEM; width: of a head, whose lanes may be padded."""
+def core(tiles: Float32Core, qkv, *, num_heads: int, width: int, launch: Launch, tokens: int | None = None):
+    """o [B, T, K] of qkv [3, B, T, K] in any float dtype, float32 in VMEM; width: of a head, whose lanes may be padded. tokens: of
+    the T rows; the others are no keys."""
     _, b, t, k = qkv.shape
     lanes, factor = tiles.lanes, width**-0.5 * math.log2(math.e)
     padded, keys = round_up(t, SUBLANES), round_up(t, LANES)
@@ -231,7 +283,7 @@ def core(tiles: Float32Core, qkv, *, num_heads: int, width: int, launch: Launch)
         for ref, target in ((q_ref, q), (k_ref, k_rows), (v_ref, v)):
             unpack_into(target, ref.at[0, 0], t)
         for run in heads_of(lanes, k // num_heads):
-            attend(run, q, k_rows, v, t=t, factor=factor, dtype=qkv.dtype)
+            attend(run, q, k_rows, v, q, t=t, tokens=tokens or t, factor=factor, dtype=qkv.dtype)
         pack_into(out.at[0], q, t)
 
     return call(

@@ -36,18 +36,18 @@ from kernels.layer_norm.tpu import normalise
 
 
 def output_gradient(tiles: ProductTiles, scalars, dy, w, b: int, static: Static):
-    """do [b, T, K], the gradient of o; dy [B, T, D], w [D, K] (the output projection, transposed)."""
-    s = Step("output_gradient", tiles, b, dy, w.shape[1], static)
+    """do [b, T, K], the gradient of o; dy [B, T, D], w [K, D], the output projection as it lies: the MXU's load transposes it."""
+    s = Step("output_gradient", tiles, b, dy, w.shape[0], static)
 
     def kernel(scalars_ref, dy_ref, w_ref, out_ref, *scratch):
         g = s.operands(lambda i: operand(s.drop(dy_ref[i].astype(F32), scalars_ref, i), dy.dtype, s.device), scratch)
         for i in range(s.images):
-            out_ref[i] = cast_dot(g(i), w_ref[...], s.device).astype(out_ref.dtype)
+            out_ref[i] = cast_dot(g(i), w_ref[...], s.device, contract=(1, 1)).astype(out_ref.dtype)
 
     return s(
         kernel,
         (scalars, dy, w),
-        [s.tokens(s.d, whole=True), s.weight(s.d, s.columns, column=1)],
+        [s.tokens(s.d, whole=True), s.weight(s.columns, s.d, column=0)],
         [s.tile()],
         [((s.b, s.t, s.k), dy.dtype)],
         scratch=s.operand_scratch(),
@@ -58,12 +58,12 @@ def output_gradient(tiles: ProductTiles, scalars, dy, w, b: int, static: Static)
 
 def input_gradient(tiles: ProductTiles, scalars, x, norm_scale, dqkv, dy, w, static: Static):
     """dx in the place of dy [B, T, D], for the images of dqkv [3, b, T, K], and the gradients of norm_scale and norm_bias, both [D]
-    float32; w [3, K, D] (the projections, transposed)."""
-    s = Step("input_gradient", tiles, dqkv.shape[1], x, w.shape[1], static)
+    float32; w [3, D, K], the projections as they lie."""
+    s = Step("input_gradient", tiles, dqkv.shape[1], x, w.shape[2], static)
 
     def kernel(_, x_ref, scale_ref, dqkv_ref, dy_ref, w_ref, dx_ref, sums_ref, *acc_ref):
         def part(i):
-            return sum(cast_dot(dqkv_ref[c, i], w_ref[c], s.device) for c in range(s.tiles.sections))
+            return sum(cast_dot(dqkv_ref[c, i], w_ref[c], s.device, contract=(1, 1)) for c in range(s.tiles.sections))
 
         def finish(dzs):
             sums = [jnp.zeros((1, s.d), F32)] * 2
@@ -99,7 +99,7 @@ def input_gradient(tiles: ProductTiles, scalars, x, norm_scale, dqkv, dy, w, sta
             s.whole(1, s.d),
             s.sections(),
             s.tokens(s.d, whole=True),
-            s.weight(s.tiles.sections, s.columns, s.d, section=0, column=1),
+            s.weight(s.tiles.sections, s.d, s.columns, section=0, column=2),
         ],
         [s.tokens(s.d, whole=True), s.spec((1, 2, s.d), lambda i, j, c, n: (i * s.batch[1] + j, 0, 0))],
         [(x.shape, x.dtype), ((steps, 2, s.d), F32)],
@@ -127,8 +127,9 @@ def _accumulate(s: Step, ref, index, a, g):
         ref[(*index, slice(None), slice(n, n + width))] += cast_dot(a, g[:, n : n + width], s.device, contract=(0, 0))
 
 
-def output_weights(tiles: ProductTiles, scalars, o, dy, static: Static):
-    """Gradients of out_kernel [K, D] and out_bias [1, D], float32, summed over the images of o [b, T, K]; dy [B, T, D]."""
+def output_weights(tiles: ProductTiles, scalars, o, dy, static: Static, into=None):
+    """Gradients of out_kernel [K, D] and out_bias [1, D], float32, summed over the images of o [b, T, K]; dy [B, T, D]. into: where
+    the first belongs, a `Stacked`; returned is its whole array then."""
     s = Step("output_weights", tiles, o.shape[0], dy, o.shape[2], static)
 
     def kernel(scalars_ref, o_ref, dy_ref, dw_ref, db_ref):
@@ -144,15 +145,15 @@ def output_weights(tiles: ProductTiles, scalars, o, dy, static: Static):
         (scalars, o, dy),
         [s.tokens(s.k), s.tile(whole=True)],
         [s.weight(s.k, s.columns, column=1), s.weight(1, s.columns, column=1)],
-        [((s.k, s.d), F32), ((1, s.d), F32)],
+        [into or ((s.k, s.d), F32), ((1, s.d), F32)],
         products=1,
         moved=2,
     )
 
 
-def projection_weights(tiles: ProductTiles, scalars, x, norm, dqkv, static: Static):
+def projection_weights(tiles: ProductTiles, scalars, x, norm, dqkv, static: Static, into=None):
     """Gradients of qkv_kernel [3, D, K] and qkv_bias [3, 1, K], float32, summed over the images of dqkv [3, b, T, K]; LN(x) is
-    computed again."""
+    computed again. into: as of `output_weights`."""
     s = Step("projection_weights", tiles, dqkv.shape[1], x, dqkv.shape[3], static)
 
     def kernel(_, x_ref, scale_ref, bias_ref, dqkv_ref, dw_ref, db_ref):
@@ -172,7 +173,7 @@ def projection_weights(tiles: ProductTiles, scalars, x, norm, dqkv, static: Stat
             s.weight(s.tiles.sections, s.d, s.columns, section=0, column=2),
             s.weight(s.tiles.sections, 1, s.columns, section=0, column=2),
         ],
-        [((3, s.d, s.k), F32), ((3, 1, s.k), F32)],
+        [into or ((3, s.d, s.k), F32), ((3, 1, s.k), F32)],
         products=3,
         moved=4,
     )
@@ -185,11 +186,12 @@ class _Core:
     """The body of the core: one grid step. Refs [images, rows, lanes]; the rows of q, do, dq and o are one tile where tiles are
     streamed; o may be None. scratch: float32 sums of dk and dv, where several tiles of queries or chunks of keys add to them."""
 
-    def __init__(self, inputs, outputs, scratch, t: CoreTiles, h: int, scale: float, device: Device):
+    def __init__(self, inputs, outputs, scratch, t: CoreTiles, h: int, scale: float, device: Device, tokens: int | None):
         self.q, self.k, self.v, self.do = inputs
         self.dq, self.dk, self.dv, self.o = outputs
         self.scratch, self.t, self.h, self.scale, self.device = scratch, t, h, scale, device
         self.images, self.total, self.lanes = self.k.shape
+        self.tokens = tokens or self.total
         self.dtype, self.factor = self.do.dtype, scale * math.log2(math.e)
 
     def run(self):
@@ -255,7 +257,10 @@ class _Core:
         k, v = self.k[i, keys, head.lo : head.hi], self.v[i, keys, head.lo : head.hi]
         if not self.device.bf16_matmul and size == self.total:  # cast once for the heads of a column
             k, v = shared.setdefault((head.lo, head.hi), (k.astype(F32), v.astype(F32)))
-        return cast_dot(k, q, self.device, contract=(1, 1)), cast_dot(v, do, self.device, contract=(1, 1)), k, v
+        s = cast_dot(k, q, self.device, contract=(1, 1))
+        if self.tokens < self.total:
+            s = jnp.where(start + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < self.tokens, s, -jnp.inf)
+        return s, cast_dot(v, do, self.device, contract=(1, 1)), k, v
 
     def gradients(self, p, dp, delta, q, do, k, v):
         """dk, dv [S, columns], and dq, o [Tq, columns] of one chunk of keys."""
@@ -296,8 +301,9 @@ class _Core:
         return over_chunks(self.total, self.t.keys, differentiate, (jnp.zeros(q.shape, F32),) * 2)
 
 
-def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, with_o: bool):
-    """dqkv [3, B, T, K] (and with_o: o) of qkv [3, B, T, K] and do [B, T, K]; width: of a head, whose lanes may be padded."""
+def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, with_o: bool, tokens=None):
+    """dqkv [3, B, T, K] (and with_o: o) of qkv [3, B, T, K] and do [B, T, K]; width: of a head, whose lanes may be padded. tokens: of
+    the T rows; the others are no keys."""
     _, b, total, k = qkv.shape
     several = (t.queries, t.keys) != (total, total)
     queries, once = (t.queries, pl.Buffered(1)) if t.streamed else (total, None)
@@ -317,7 +323,7 @@ def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, w
         dq, dk, dv = (rest[0], rest[1].at[0], rest[1].at[1]) if t.streamed else (rest[0].at[c] for c in range(3))
         o, scratch = (rest[1 + t.streamed], rest[2 + t.streamed :]) if with_o else (None, rest[1 + t.streamed :])
         inputs = q.at[0], k_ref.at[0], v.at[0], do_ref
-        _Core(inputs, (dq, dk, dv, o), scratch, t, k // num_heads, width**-0.5, launch.device).run()
+        _Core(inputs, (dq, dk, dv, o), scratch, t, k // num_heads, width**-0.5, launch.device, tokens).run()
 
     one = (do.shape, qkv.dtype)
     out_specs, out_shapes = (

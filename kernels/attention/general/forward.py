@@ -46,6 +46,7 @@ class Static:
     eps: float  # of LN
     launch: Launch
     plan: Plan
+    tokens: int | None = None  # of the T rows of an image; the others are padding, which no token sees
 
 
 class Sums(dict):
@@ -149,7 +150,7 @@ class Step:
         if self.static.rate == 0.0:
             return value
         image, tile = (pl.program_id(a) for a in ((2, 3) if self.sums else (0, 1)))
-        row = scalars[1] + (image * self.images + i) * self.t + tile * self.rows
+        row = scalars[1] + (image * self.images + i) * (self.static.tokens or self.t) + tile * self.rows
         rows, columns = row + iota(value.shape[0], 0), first_column + iota(value.shape[1], 1)
         return dropout(value, kept(scalars[0], rows, columns, self.static.rate), self.static.rate)
 
@@ -254,9 +255,10 @@ def core_cost(b: int, t: int, k: int, num_heads: int, itemsize: int, *, backward
 class _Core:
     """The body of the core: a grid step, whole images of a block of heads. Refs q, k, v [1, images, T, lanes]; o without the 1."""
 
-    def __init__(self, refs, t: CoreTiles, h: int, scale: float, device):
+    def __init__(self, refs, t: CoreTiles, h: int, scale: float, device, tokens: int | None):
         self.q, self.k, self.v, self.o = refs
         self.images, self.total, self.lanes = self.o.shape
+        self.tokens = tokens or self.total
         self.t, self.h, self.device = t, h, device
         self.factor = scale * math.log2(math.e)  # exp(x / sqrt(H)) = 2**(factor x), one multiplication either way
 
@@ -282,7 +284,13 @@ class _Core:
         """One chunk of keys: logits [Tq, S] and values [S, columns]."""
         keys = pl.ds(start, size)
         k, v = self.k[0, i, keys, head.lo : head.hi], self.v[0, i, keys, head.lo : head.hi]
-        return cast_dot(q, k, self.device, contract=(1, 1)), v
+        return self.existing(cast_dot(q, k, self.device, contract=(1, 1)), start), v
+
+    def existing(self, s, start):
+        """Logits of keys from `start` on, those of padding -inf."""
+        if self.tokens == self.total:
+            return s
+        return jnp.where(start + lax.broadcasted_iota(jnp.int32, (1, s.shape[1]), 1) < self.tokens, s, -jnp.inf)
 
     def whole(self, i, head, q, shared):
         """o of all keys at once. shared: keys and values of the columns that heads have in common."""
@@ -294,7 +302,7 @@ class _Core:
                 k, v = self.k[0, i, :, columns].astype(F32), self.v[0, i, :, columns].astype(F32)
                 shared[head.lo, head.hi] = k.T, v
             k, v = shared[head.lo, head.hi]
-            s = cast_dot(q, k, self.device)
+            s = self.existing(cast_dot(q, k, self.device), 0)
         p = jnp.exp2((s - s.max(1, keepdims=True)) * self.factor)
         return cast_dot(operand(p, v.dtype, self.device), v, self.device) * (1.0 / p.sum(1, keepdims=True))
 
@@ -321,13 +329,13 @@ def over_chunks(total: int, size: int, chunk, carry):
     return chunk(full * size, total % size, carry) if total % size else carry
 
 
-def core(tiles: CoreTiles, qkv, *, num_heads: int, width: int, launch: Launch):
-    """o [B, T, K] of qkv [3, B, T, K]; width: of a head, whose lanes may be padded."""
+def core(tiles: CoreTiles, qkv, *, num_heads: int, width: int, launch: Launch, tokens: int | None = None):
+    """o [B, T, K] of qkv [3, B, T, K]; width: of a head, whose lanes may be padded. tokens: of the T rows; the others are no keys."""
     _, b, total, k = qkv.shape
     section = [pl.BlockSpec((1, tiles.images, total, tiles.lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
 
     def kernel(*refs):
-        _Core(refs, tiles, k // num_heads, width**-0.5, launch.device).run()
+        _Core(refs, tiles, k // num_heads, width**-0.5, launch.device, tokens).run()
 
     return call(
         kernel,

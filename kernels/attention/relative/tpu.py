@@ -125,6 +125,7 @@ def attention_half(
     class_token,
     dropout=None,
     residual_scale=1.0,
+    tokens=None,
     eps=EPS,
     launch: Launch,
     plan: RelativePlan | None = None,
@@ -135,6 +136,10 @@ def attention_half(
     Differentiable in x and all weights; the kernels save x and the weights only. ValueError for shapes or dtypes that do not fit
     together.
     """
+    if tokens not in (None, x.shape[1]):  # the kernels know no padding
+        options = {"dropout": dropout, "residual_scale": residual_scale, "eps": eps, "launch": launch, "plan": plan}
+        y = attention_half(x[:, :tokens], weights, num_heads=num_heads, class_token=class_token, **options)
+        return jnp.pad(y, ((0, 0), (0, x.shape[1] - tokens), (0, 0)))
     tpu.check_half(x, weights.half, num_heads)
     relative.check(weights.positions, x.shape[1], class_token=class_token)
     shape = tpu.shape_of(x, weights.half, num_heads)
