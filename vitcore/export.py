@@ -129,7 +129,7 @@ def _write(args) -> str:
     if (suffix := os.path.splitext(args.target)[1].lower()) in OTHERS:
         raise ValueError(f"{args.target}: StableHLO is what is written, not {OTHERS[suffix]}: give a name like vit.stablehlo")
     style, config, _ = describe(args.source, heads=args.heads, pool=args.pool, position=args.position)
-    wanted, words = weight_about.pixels_of(args.source, about(args.source), style.naming)
+    wanted, words = weight_about.pixels_of(args.source, about(args.source), style.naming, config)
     if args.mean or args.std:
         wanted = read_pixels(args.mean or (), args.std or ())
         words = f"pixels {said(wanted)}"
