@@ -19,6 +19,7 @@ from vitcore import ViTConfig, families, weight_about, weight_files, weight_tree
 from vitcore.normalisation import HALF, Pixels
 from vitcore.normalisation import pixels as read_pixels
 from vitcore.normalisation import said as pixels_said
+from vitcore.weight_checks import left_out
 from vitcore.weight_tree import WeightError
 
 
@@ -146,10 +147,10 @@ def open_pretrained(
             params["head"] = {"kernel": np.zeros((new.width, num_classes), np.float32), "bias": bias}
     else:
         antialias = False
-        style, config, _ = weight_tree.describe(path, heads=heads, pool=pool, position=position)
+        style, config, arrays = weight_tree.describe(path, heads=heads, pool=pool, position=position)
         told = weight_tree.about(path)
         classes, seen = told.classes, told.data
-        wanted, words = weight_about.pixels_of(path, told, style.naming)
+        wanted, words = weight_about.pixels_of(path, told, style.naming, config)
         head = {} if num_classes is None else dict(num_classes=num_classes, representation_size=None, head_bias=head_bias)
         new = dataclasses.replace(config, image_size=config.image_size if image_size is None else image_size, **head)
         grid = config.grid
@@ -157,7 +158,8 @@ def open_pretrained(
             path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
         )
         wanted, words = (wanted, words) if pixels is None else (pixels, f"pixels {pixels_said(pixels)}")
-        about = f"{path} ({style.naming} naming; {words})"
+        beside = "".join(f"; {said}" for said in (left_out(arrays, style),) if said)
+        about = f"{path} ({style.naming} naming; {words}{beside})"
     classes = classes if num_classes is None and new.num_classes else None
     config = families.changed(new, gelu=gelu)
     return Pretrained(config, params, about, antialias, classes, wanted, seen, stored.model or None)
@@ -210,7 +212,7 @@ def _from_run(path: str, step: int | None = None) -> Stored:
     params = jax.tree.map(np.asarray, params)
     first = params["stem"]["root"]["conv"] if "stem" in params else params["patch_embed"]
     config = dataclasses.replace(
-        config, num_classes=params["head"]["bias"].shape[0] if "head" in params else 0, channels=first["kernel"].shape[2]
+        config, num_classes=params["head"]["kernel"].shape[1] if "head" in params else 0, channels=first["kernel"].shape[2]
     )  # fmt: skip
     what = ", Polyak average" if state.get("average") else ""
     about = f"{run}, step {step} ({digest}){what}{''.join(f' ({text})' for text in passed)}"

@@ -228,7 +228,7 @@ def _dropout(args: Finetune, config) -> float:
     if args.dropout is not None:
         return args.dropout
     across = config.image_shape[0] // config.grid[0]  # pixels a token: of a hybrid its ResNet's
-    return recipes.finetune_dropout(config.width, across, hybrid=getattr(config, "stem", None) is not None)
+    return recipes.finetune_dropout(config.width, across, hybrid=not config.of_pixels)
 
 
 def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):

@@ -59,7 +59,7 @@ def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
             names={
                 "release": _qkv("{{block}}/{{attention}}/{0}/kernel", ("query", "key", "value"), shape=(d, n, h)),
                 "timm": (Name("{block}.attn.qkv.weight", axes=(0, 2, 1), shape=(3 * d, d)),),
-                "transformers": _in_transformers("weight", axes=(1, 0)),
+                "transformers": _qkv("{{block}}.{{{0}}}.weight", ("query", "key", "value"), axes=(1, 0)),
             },
             multiply_adds={"projections": 3 * t * d * d, "attention": 2 * t * seen * d},
         ),
@@ -71,7 +71,7 @@ def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
             names={
                 "release": _qkv("{{block}}/{{attention}}/{0}/bias", ("query", "key", "value"), shape=(n, h)),
                 "timm": (Name("{block}.attn.qkv.bias", shape=(3 * d,)),),
-                "transformers": _in_transformers("bias"),
+                "transformers": _qkv("{{block}}.{{{0}}}.bias", ("query", "key", "value")),
             },
         ),
         Leaf(
@@ -83,10 +83,7 @@ def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
             names={
                 "release": (Name("{block}/{attention}/out/kernel", shape=(n, h, d)),),
                 "timm": (Name("{block}.attn.proj.weight", axes=(1, 0)),),
-                "transformers": (
-                    Name("{block}.attention.output.dense.weight", axes=(1, 0), when={"modules": False}),
-                    Name("{block}.attention.o_proj.weight", axes=(1, 0), when={"modules": True}),
-                ),
+                "transformers": (Name("{block}.{out}.weight", axes=(1, 0)),),
             },
             multiply_adds={"projections": t * d * d},
         ),
@@ -97,10 +94,7 @@ def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
             names={
                 "release": (Name("{block}/{attention}/out/bias"),),
                 "timm": (Name("{block}.attn.proj.bias"),),
-                "transformers": (
-                    Name("{block}.attention.output.dense.bias", when={"modules": False}),
-                    Name("{block}.attention.o_proj.bias", when={"modules": True}),
-                ),
+                "transformers": (Name("{block}.{out}.bias"),),
             },
         ),
     )
@@ -109,12 +103,6 @@ def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
 def _qkv(text: str, names: tuple[str, ...], **own) -> tuple[Name, ...]:
     """The names of q, k and v where they are arrays of their own."""
     return tuple(Name(text.format(name), part=(i,), **own) for i, name in enumerate(names))
-
-
-def _in_transformers(leaf: str, **own) -> tuple[Name, ...]:
-    files = _qkv(f"{{{{block}}}}.attention.attention.{{0}}.{leaf}", ("query", "key", "value"), when={"modules": False}, **own)
-    modules = _qkv(f"{{{{block}}}}.attention.{{0}}_proj.{leaf}", ("q", "k", "v"), when={"modules": True}, **own)
-    return files + modules
 
 
 def mlp_leaves(config) -> tuple[Leaf, ...]:
@@ -140,7 +128,6 @@ def mlp_leaves(config) -> tuple[Leaf, ...]:
                 "release": "{block}/{mlp}/Dense_0",
                 "timm": "{block}.mlp.fc1",
                 "transformers": "{block}.{mlp_in}",
-                "transformers/modules": "{block}.mlp.fc1",
             },
             multiply_adds={"mlp": t * d * f},
         ),
@@ -156,7 +143,6 @@ def mlp_leaves(config) -> tuple[Leaf, ...]:
                 "release": "{block}/{mlp}/Dense_1",
                 "timm": "{block}.mlp.fc2",
                 "transformers": "{block}.{mlp_out}",
-                "transformers/modules": "{block}.mlp.fc2",
             },
             multiply_adds={"mlp": t * d * f},
         ),
@@ -309,6 +295,8 @@ def _along_rows(x, w, config, layer: Layer):
 
 
 def _check_axial(config) -> None:
+    if config.registers:
+        raise ValueError(f"block='axial' with registers={config.registers}: a register stands in no row: use registers=0")
     if config.class_tokens:
         raise ValueError(f"block='axial' with pool={config.pool!r}: a class token stands in no row: use pool='gap' or pool='map'")
     if config.entries.position.attend is not None:

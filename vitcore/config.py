@@ -27,11 +27,11 @@ class ViTConfig:
     representation_size: width of the pre-logits tanh layer, None for none (the paper has it, as wide as the model, in
     pre-training only). pool: how the tokens become one representation, "token" (class token), "gap" (mean of the patch tokens),
     or another name of `heads.POOLS`. dropout: rate. channels: C. gelu: "tanh" (the release), "erf" (exact) or "quick"
-    (CLIP's: a times the logistic function of 1.702 a). eps: of every layer norm. head_bias: initial
-    value of the head's bias (the release takes -10 for the sigmoid loss on ImageNet-21k). stem: None (a linear projection of
+    (CLIP's: a times the logistic function of 1.702 a). eps: of every layer norm. head_bias: initial value of the head's bias (the
+    release takes -10 for the sigmoid loss on ImageNet-21k), None for a head without one. stem: None (a linear projection of
     patches), a name of `stems.STEMS`, or a stem's own record. position: a name of `positions.POSITIONS`. block: a name of
-    `blocks.BLOCKS`. masked: what masked patch prediction is told, which adds its leaves; None without it. Raises ValueError where a
-    value makes no model.
+    `blocks.BLOCKS`. masked: what masked patch prediction is told, which adds its leaves; None without it. registers: R, learned
+    tokens that the blocks see besides and nobody reads (arXiv:2309.16588). Raises ValueError where a value makes no model.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -47,19 +47,20 @@ class ViTConfig:
     channels: int = 3
     gelu: Literal["tanh", "erf", "quick"] = "tanh"
     eps: float = EPS
-    head_bias: float = 0.0
+    head_bias: float | None = 0.0
     stem: Any = None
     position: str = "1d"
     block: str = "encoder"
     masked: Masked | None = None
+    registers: int = 0
 
     def __post_init__(self):
         self._from_json()
         _plain_integers(self)
-        for name in ("patch_size", "width", "depth", "mlp_dim", "num_heads", "num_classes", "channels"):
-            least = 0 if name == "num_classes" else 1
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= least):
-                wanted = "a positive integer" if least else "a positive integer, or 0 for a model without a head,"
+        none = {"num_classes": "a head", "registers": "registers"}
+        for name in ("patch_size", "width", "depth", "mlp_dim", "num_heads", "num_classes", "channels", "registers"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= (name not in none)):
+                wanted = f"a positive integer, or 0 for a model without {none[name]}," if name in none else "a positive integer"
                 raise ValueError(f"{name}={getattr(self, name)!r}: {wanted} is required")
         stem = getattr(self.stem, "kind", self.stem)
         tables = ("pool", POOLS, self.pool), ("position", POSITIONS, self.position), ("block", BLOCKS, self.block)
@@ -122,9 +123,19 @@ class ViTConfig:
         return int(self.entries.pool.class_token)
 
     @property
-    def tokens(self) -> int:
-        """T: patches, and the class token where there is one."""
+    def seen_tokens(self) -> int:
+        """The tokens that anybody reads behind the blocks: patches, and the class token where there is one."""
         return self.grid[0] * self.grid[1] + self.class_tokens
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of the blocks: class token, patches, registers, in this order."""
+        return self.seen_tokens + self.registers
+
+    @property
+    def of_pixels(self) -> bool:
+        """Whether patches are of pixels, and not of a CNN's features."""
+        return self.stem is None or isinstance(self.stem, str)
 
     @property
     def feature_size(self) -> int:

@@ -144,7 +144,7 @@ def _write(args) -> str:
 def _exported(source: str, args) -> tuple[bytes | bytearray, Any, str]:
     """The program, its model and a word on its pixels."""
     style, config, _ = describe(source, heads=args.heads, pool=args.pool, position=args.position)
-    wanted, words = weight_about.pixels_of(source, about(source), style.naming)
+    wanted, words = weight_about.pixels_of(source, about(source), style.naming, config)
     if args.mean or args.std:
         wanted = read_pixels(args.mean or (), args.std or ())
         words = f"pixels {said(wanted)}"

@@ -9,7 +9,7 @@ from jax import lax
 
 from kernels.layer_norm import reference
 from kernels.mlp.reference import GELUS
-from vitcore.parameters import ROWS, Leaf, Name, constant, dense, lecun, norm, normal, xavier, zeros
+from vitcore.parameters import ROWS, Leaf, Name, constant, dense, lecun, named, norm, normal, xavier, zeros
 
 
 class Pool(NamedTuple):
@@ -27,14 +27,27 @@ class Pool(NamedTuple):
 
 
 def class_token(config) -> tuple[Leaf, ...]:
-    shape = (1, 1, config.width)
-    names = {"release": "cls", "timm": "cls_token", "transformers": "embeddings.cls_token"}
+    names = {
+        naming: (Name(name, shape=(1, 1, config.width), when={"tower": False}),)
+        for naming, name in (("release", "cls"), ("timm", "cls_token"), ("transformers", "{class}"))
+    }
+    names["transformers"] += (Name("{class}", when={"tower": True}),)
+    return (Leaf(path=("patch_embed", "cls"), shape=(config.width,), initial=zeros, names=names),)
+
+
+def registers(config) -> tuple[Leaf, ...]:
+    """Of tokens that no pool reads and no position is added to ("Vision Transformers Need Registers", arXiv:2309.16588)."""
+    if not config.registers:
+        return ()
+    shape = (config.registers, config.width)
+    names = {"timm": "reg_token", "transformers": "embeddings.register_tokens"}
     return (
         Leaf(
-            path=("patch_embed", "cls"),
-            shape=(config.width,),
-            initial=zeros,
-            names={naming: (Name(name, shape=shape),) for naming, name in names.items()},
+            path=("patch_embed", "registers"),
+            shape=shape,
+            initial=normal(1e-6),
+            split=(None, ROWS),
+            names={naming: (Name(name, shape=(1, *shape)),) for naming, name in names.items()},
         ),
     )
 
@@ -56,40 +69,67 @@ _MAP = "MAPHead_0"
 
 def _map_leaves(config) -> tuple[Leaf, ...]:
     """A learned query, an attention layer that it reads the tokens with, and an MLP; whole on every device of a model axis."""
-    d, f, n, t = config.width, config.mlp_dim, config.num_heads, config.tokens
+    d, f, n, t = config.width, config.mlp_dim, config.num_heads, config.seen_tokens
     mha, h = f"{_MAP}/MultiHeadDotProductAttention_0", config.width // config.num_heads
     parts = ("query", "key", "value")
+    out = {"release": f"{mha}/out", "timm": "attn_pool.proj", "transformers": "head.attention.out_proj"}
     return (
         Leaf(
             path=("map", "probe"),
             shape=(d,),
             initial=lambda key, shape: xavier(key, (1, *shape))[0],
-            names={"release": (Name(f"{_MAP}/probe", shape=(1, 1, d)),)},
+            names={
+                naming: (Name(f"{layer}{leaf}", shape=(1, 1, d)),)
+                for naming, layer, leaf in (
+                    ("release", f"{_MAP}/", "probe"),
+                    ("timm", "attn_pool.", "latent"),
+                    ("transformers", "head.", "probe"),
+                )
+            },
         ),
         Leaf(
             path=("map", "qkv", "kernel"),
             shape=(3, d, d),
             initial=xavier,
             split=(None, ROWS, None),
-            names={"release": tuple(Name(f"{mha}/{part}/kernel", part=(i,), shape=(d, n, h)) for i, part in enumerate(parts))},
+            names={
+                "release": tuple(Name(f"{mha}/{part}/kernel", part=(i,), shape=(d, n, h)) for i, part in enumerate(parts)),
+                "timm": (
+                    Name("attn_pool.q.weight", part=(0,), axes=(1, 0)),
+                    Name("attn_pool.kv.weight", part=(slice(1, 3),), axes=(0, 2, 1), shape=(2 * d, d)),
+                ),
+                # torch's MultiheadAttention has q, k and v in one
+                "transformers": (Name("head.attention.in_proj_weight", axes=(0, 2, 1), shape=(3 * d, d)),),
+            },
             multiply_adds={"pool": 2 * t * d * d + 2 * t * d},  # keys and values; the probe's query is made once a batch
         ),
         Leaf(
             path=("map", "qkv", "bias"),
             shape=(3, d),
             initial=zeros,
-            names={"release": tuple(Name(f"{mha}/{part}/bias", part=(i,), shape=(n, h)) for i, part in enumerate(parts))},
+            names={
+                "release": tuple(Name(f"{mha}/{part}/bias", part=(i,), shape=(n, h)) for i, part in enumerate(parts)),
+                "timm": (
+                    Name("attn_pool.q.bias", part=(0,)),
+                    Name("attn_pool.kv.bias", part=(slice(1, 3),), shape=(2 * d,)),
+                ),
+                "transformers": (Name("head.attention.in_proj_bias", shape=(3 * d,)),),
+            },
         ),
         Leaf(
             path=("map", "out", "kernel"),
             shape=(d, d),
             initial=xavier,
             split=(ROWS, None),
-            names={"release": (Name(f"{mha}/out/kernel", shape=(n, h, d)),)},
+            names={**named(out, "kernel", (1, 0)), "release": (Name(f"{mha}/out/kernel", shape=(n, h, d)),)},
             multiply_adds={"pool": d * d},
         ),
-        Leaf(path=("map", "out", "bias"), shape=(d,), initial=zeros, names={"release": (Name(f"{mha}/out/bias"),)}),
-        *norm(("map", "norm"), d, names={"release": f"{_MAP}/LayerNorm_0"}),
+        Leaf(path=("map", "out", "bias"), shape=(d,), initial=zeros, names=named(out, "bias")),
+        *norm(
+            ("map", "norm"),
+            d,
+            names={"release": f"{_MAP}/LayerNorm_0", "timm": "attn_pool.norm", "transformers": "head.layernorm"},
+        ),
         *(
             leaf
             for i, (layer, shape) in enumerate((("mlp_in", (d, f)), ("mlp_out", (f, d))))
@@ -99,7 +139,11 @@ def _map_leaves(config) -> tuple[Leaf, ...]:
                 xavier,
                 bias=normal(1e-6),
                 split=(ROWS, None),
-                names={"release": f"{_MAP}/MlpBlock_0/Dense_{i}"},
+                names={
+                    "release": f"{_MAP}/MlpBlock_0/Dense_{i}",
+                    "timm": f"attn_pool.mlp.fc{i + 1}",
+                    "transformers": f"head.mlp.fc{i + 1}",
+                },
                 multiply_adds={"pool": d * f},
             )
         ),
@@ -162,16 +206,17 @@ def head_leaves(config) -> tuple[Leaf, ...]:
         )
     if config.num_classes:
         shape = (config.feature_size, config.num_classes)
+        classifier = "classifier" if config.head_bias is not None else "visual_projection"  # CLIP's, which has no bias
         kernel, bias = dense(
             ("head",),
             shape,
             zeros,
-            bias=constant(config.head_bias),
+            bias=constant(config.head_bias or 0.0),
             split=(ROWS, None),
-            names={"release": "head", "timm": "head", "transformers": "classifier"},
+            names={"release": "head", "timm": "head", "transformers": classifier},
             multiply_adds={"head": shape[0] * shape[1]},
         )
-        leaves += (_outside(kernel), _outside(bias))
+        leaves += (_outside(kernel), *(() if config.head_bias is None else (_outside(bias),)))
     return leaves
 
 
@@ -194,5 +239,6 @@ def logits(params, y, config, context):
 
 
 def linear(p, x):
-    """x [..., D] @ kernel + bias, accumulated and returned in float32."""
-    return jnp.einsum("...d,dv->...v", x, p["kernel"].astype(x.dtype), preferred_element_type=jnp.float32) + p["bias"]
+    """x [..., D] @ kernel + bias, where there is one, accumulated and returned in float32."""
+    y = jnp.einsum("...d,dv->...v", x, p["kernel"].astype(x.dtype), preferred_element_type=jnp.float32)
+    return y + p["bias"] if "bias" in p else y

@@ -73,7 +73,7 @@ def _made(params, config):
 def filters_of(params, config) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
     """((filters, shares) or None, why there are none)."""
     kernel = params.get("patch_embed", {}).get("kernel")
-    if config.stem is not None or kernel is None:
+    if not config.of_pixels or kernel is None:
         return None, "the patches are projected from a CNN's features, which have no colours"
     if kernel.shape[2] not in (1, 3):
         return None, f"patches of {kernel.shape[2]} channels have no colours"
@@ -95,7 +95,12 @@ def inspect(
     """(numbers for JSON, file name -> figure, lines on what is left out) of a model and uint8 images [B, Y, X, C]."""
     if not isinstance(config, ViTConfig):
         raise ValueError(f"a {type(config).__name__} has neither patches, positions nor attention to look at: a ViT is required")
-    numbers: dict[str, Any] = {"tokens": config.tokens, "grid": config.grid, "image_shape": config.image_shape, "images": names}
+    numbers: dict[str, Any] = {
+        "tokens": config.seen_tokens,
+        "grid": config.grid,
+        "image_shape": config.image_shape,
+        "images": names,
+    }
     figures, left = {}, []
     found, why = filters_of(params, config)
     if found is None:
@@ -133,7 +138,7 @@ def opened(path: str, args) -> tuple[Any, Any, Pixels]:
             return opened(file, args)
     style, config, _ = describe(path, heads=args.heads, pool=args.pool, position=args.position)
     params, config = load(path, heads=args.heads, pool=args.pool, position=args.position, allow_nonfinite=args.allow_nonfinite)
-    told = weight_about.pixels_of(path, about(path), style.naming)[0]
+    told = weight_about.pixels_of(path, about(path), style.naming, config)[0]
     if (args.mean is None) != (args.std is None):
         raise ValueError("--mean and --std belong together: give both, or neither")
     return params, config, told if args.mean is None else read_pixels(args.mean, args.std)

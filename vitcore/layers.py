@@ -52,7 +52,7 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         """One block; its position embedding, where each block has one, first."""
         if at_block:
             table = at_block(p, w, config)
-            x = (x + jnp.pad(table, ((0, extra), (0, 0)))).astype(x.dtype)
+            x = (x + jnp.pad(table, ((0, extra + config.registers), (0, 0)))).astype(x.dtype)
         y = config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens, stacks))
         if mesh and varies_over_model(y):
             raise ValueError(
@@ -197,18 +197,22 @@ def _kinds(config, context: Context, tokens: int | None) -> dict:
         raise ValueError(f"block={config.block!r} has no attention maps: ask for the features of its blocks")
     layer = Layer(context, None, tokens)
 
+    seen = config.seen_tokens  # not the registers, and no padding
+
     def features(x, y, w):
-        return y if tokens is None else y[:, :tokens]
+        return y[:, :seen]
 
     def maps(x, y, w):
-        return block.maps(x, w, config, layer)
+        return block.maps(x, w, config, layer)[..., :seen, :seen]
 
     def statistics(x, y, w):
         options = {"mean": capture.mean, "row": capture.row, "distances": capture.distances}
         found = block.statistics(x, w, config, layer, **options)
-        if found.mean is None or not mesh:
-            return found
-        return found._replace(mean=sum_over_model(found.mean, mesh) / mesh.model)  # each device's is over its own heads
+        mean, row = found.mean, found.row
+        if mean is not None:  # each device's is over its own heads
+            mean = mean[..., :seen, :seen]
+            mean = sum_over_model(mean, mesh) / mesh.model if mesh else mean
+        return found._replace(mean=mean, row=None if row is None else row[..., :seen])
 
     kinds = {
         "features": (features, capture.features),

@@ -7,11 +7,12 @@ import numpy as np
 
 
 def token_distances(config) -> np.ndarray:
-    """Distances [T, T] float32 between the centres of patches, in pixels of the model's input; zero to and from a class token."""
+    """Distances [T, T] float32 between the centres of patches, in pixels of the model's input; zero to and from a class token and
+    registers."""
     sides = [side / n for side, n in zip(config.image_shape, config.grid, strict=True)]
     places = np.indices(config.grid).reshape(2, -1).T * np.array(sides)  # [patches, 2]
     found = np.linalg.norm(places[:, None] - places[None], axis=-1)
-    return np.pad(found, ((config.class_tokens, 0),) * 2).astype(np.float32)
+    return np.pad(found, ((config.class_tokens, config.registers),) * 2).astype(np.float32)
 
 
 def projection_filters(kernel, components: int = 28) -> tuple[np.ndarray, np.ndarray]:

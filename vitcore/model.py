@@ -51,7 +51,8 @@ def features(params, images, config, *, ops: Ops | None = None, dtype=jnp.float3
     """The image representation y of Eq. 4, [B, D] float32: the class token after the last norm, or the mean of the patches.
 
     blocks: the blocks, counted from 1, whose outputs are wanted instead: a tuple of [B, T, D] float32 in the order asked for. They
-    are the tokens as the next block reads them, the class token first where there is one; the last norm is applied to none. Raises
+    are the tokens as the next block reads them, the class token first where there is one, without registers; the last norm is
+    applied to none. Raises
     ValueError as `apply`, for a block that the model does not have, and where both blocks and remat are given.
     """
     check(params, images, config)
@@ -66,6 +67,8 @@ def attention_maps(
     params, images, config, *, blocks: tuple[int, ...] | None = None, mean: bool = False, ops: Ops | None = None, dtype=jnp.float32
 ):
     """Attention probabilities of blocks, counted from 1 (default: all): float32 [K, B, N, T, T], of which the last axis sums to 1.
+
+    Registers are left out, rows and columns, so that of a model with them the last axis sums to what the others get.
 
     mean: their mean over the heads, [K, B, T, T]. The maps of all blocks are large: K B N T^2 floats. Raises ValueError as `apply`,
     and for a block that there is not or that has no attention maps.
@@ -112,8 +115,8 @@ def asked_for(config, blocks: tuple[int, ...] | None, *, mean: bool, row: bool, 
     if not (mean or row or distance):
         raise ValueError("no statistic is asked for: mean=True, row=True or distance=True is required")
     distances = token_distances(config) if distance else None
-    if distances is not None and config.class_tokens:  # a mean over all T queries, of which the class token's is zero
-        distances = distances * np.float32(config.tokens / (config.tokens - config.class_tokens))
+    if distances is not None and config.tokens > (patches := config.grid[0] * config.grid[1]):
+        distances = distances * np.float32(config.tokens / patches)  # of a mean over T queries, some of which are no patches
     return Capture(statistics=blocks_of(config, blocks), mean=mean, row=row, distances=distances)
 
 

@@ -85,7 +85,7 @@ class Name(NamedTuple):
     """
 
     text: str
-    part: tuple[int, ...] = ()
+    part: tuple[int | slice, ...] = ()
     axes: tuple[int, ...] | None = None
     shape: tuple[int, ...] | None = None
     outside: bool = False
@@ -160,21 +160,12 @@ def norm(path: Path, width: int, *, names: Mapping[str, str]) -> tuple[Leaf, Lea
 
 
 def named(layers: Mapping[str, str], leaf: str, axes: tuple[int, ...] | None = None) -> dict[str, tuple[Name, ...]]:
-    """The names of a layer's `leaf` (kernel, scale or bias) in each layout. axes: a kernel's transposition in torch's layouts.
-
-    A layout named "transformers/modules" is that of transformers' modules in memory, "transformers" then that of its files.
-    """
-    out: dict[str, tuple[Name, ...]] = {}
-    for layout, layer in layers.items():
-        naming, _, modules = layout.partition("/")
-        if naming == "release":
-            name = Name(f"{layer}/{leaf}")
-        else:
-            name = Name(f"{layer}.{'bias' if leaf == 'bias' else 'weight'}", axes=axes)
-        if f"{naming}/modules" in layers:
-            name = name._replace(when={"modules": bool(modules)})
-        out[naming] = (*out.get(naming, ()), name)
-    return out
+    """The names of a layer's `leaf` (kernel, scale or bias) in each layout. axes: a kernel's transposition in torch's layouts."""
+    torch = "bias" if leaf == "bias" else "weight"
+    return {
+        layout: (Name(f"{layer}/{leaf}") if layout == "release" else Name(f"{layer}.{torch}", axes=axes),)
+        for layout, layer in layers.items()
+    }
 
 
 # --- what is read off a list -------------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ class Position(NamedTuple):
     """One kind of position embedding; `config` is a ViTConfig.
 
     leaves: (config) -> its leaves outside the blocks, under "patch_embed". table: (p, config) -> [T, D] float32 that is added to
-    the class token and the patches, None for nothing; p is params["patch_embed"] ready for use. block_leaves: (config) -> its
-    leaves in each block, as a block lists its own. at_block: (p, w, config) -> [T, D] that is added to the input of a block,
-    whose weights are w; None: nothing is added there. attend: (x, w, config, layer) -> x + dropout(MSA(LN(x))) in place of the
-    block's own attention half, and logits: (q [B, T, N, H], w, config) -> [B, N, T, T] that it adds to the others before their
-    scale; None: neither. check: (config) raises ValueError for a configuration that it cannot take. fit: (name, array, config, new,
-    method) -> a leaf of this name, of any number of layers, as a model `new` of another grid has it (`posemb`). unnamed: nothing
-    in a file of weights tells of it.
+    the class token and the patches, of which T is the number here and below, None for nothing; p is params["patch_embed"] ready for
+    use. block_leaves: (config) -> its leaves in each block, as a block lists its own. at_block: (p, w, config) -> [T, D] that is
+    added to the input of a block, whose weights are w; None: nothing is added there. attend: (x, w, config, layer) -> x +
+    dropout(MSA(LN(x))) in place of the block's own attention half, and logits: (q [B, T, N, H], w, config) -> [B, N, T, T] that it
+    adds to the others before their scale; None: neither. check: (config) raises ValueError for a configuration that it cannot take.
+    fit: (name, array, config, new, method) -> a leaf of this name, of any number of layers, as a model `new` of another grid has it
+    (`posemb`). unnamed: nothing in a file of weights tells of it.
     """
 
     leaves: Callable
@@ -45,11 +45,11 @@ class Position(NamedTuple):
 
 def _learned(config) -> tuple[Leaf, ...]:
     rows, columns = config.grid
-    whole, patches = (1, config.tokens, config.width), (1, rows * columns, config.width)
+    whole, patches = (1, config.seen_tokens, config.width), (1, rows * columns, config.width)
     return (
         Leaf(
             path=("patch_embed", "position"),
-            shape=(config.tokens, config.width),
+            shape=(config.seen_tokens, config.width),
             initial=normal(0.02),
             split=(None, ROWS),
             key=1,
@@ -58,8 +58,12 @@ def _learned(config) -> tuple[Leaf, ...]:
                     Name("Transformer/posembed_input/pos_embedding", shape=whole, when={"top_position": False}),
                     Name("pos_embedding", shape=patches, when={"top_position": True}),
                 ),
-                "timm": (Name("pos_embed", shape=whole),),
-                "transformers": (Name("embeddings.position_embeddings", shape=whole),),
+                # beside registers timm's positions have no slot for a class token
+                "timm": () if config.registers and config.class_tokens else (Name("pos_embed", shape=whole),),
+                "transformers": (
+                    Name("{position}", shape=whole, when={"tower": False}),
+                    Name("{position}", when={"tower": True}),
+                ),
             },
         ),
     )
@@ -162,6 +166,11 @@ def _attend_relative(x, w, config, layer):
     return sum_over_model(y, mesh)
 
 
+def _no_registers(config) -> None:
+    if config.registers:
+        raise ValueError(f"position='relative' with registers={config.registers}: a register is at no distance; use '1d' or '2d'")
+
+
 def _relative_logits(q, w, config):
     table = w["relative"].reshape(w["relative"].shape[0], q.shape[2], q.shape[3])
     return relative.relative_logits(q, table, class_token=bool(config.class_tokens))
@@ -224,7 +233,13 @@ POSITIONS: dict[str, Position] = {
         fit=_fit_halves, leaves=_halves, table=_nothing, at_block=lambda p, w, config: _joined(p, config), check=_divides(2)
     ),
     "relative": Position(
-        fit=_fit_offsets, leaves=_none, table=_nothing, block_leaves=_offsets, attend=_attend_relative, logits=_relative_logits
+        fit=_fit_offsets,
+        leaves=_none,
+        table=_nothing,
+        block_leaves=_offsets,
+        attend=_attend_relative,
+        logits=_relative_logits,
+        check=_no_registers,
     ),
     "sincos2d": Position(leaves=_none, table=_fixed, check=_divides(4), unnamed=True),
     "none": Position(leaves=_none, table=_nothing, unnamed=True),

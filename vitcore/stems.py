@@ -7,8 +7,10 @@ its own besides, which it brings together part by part with `context.take`.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from vitcore import hybrid
-from vitcore.parameters import ROWS, Leaf, Name, lecun, zeros
+from vitcore.parameters import ROWS, Leaf, Name, lecun, norm, zeros
 from vitcore.resnet import ResNetStem
 from vitcore.resnet_leaves import leaves as resnet_leaves
 
@@ -20,7 +22,8 @@ class Stem(NamedTuple):
     leaves: (config) -> its leaves. project: (params, p, images [B, Y, X, C] in context.dtype, config, context) -> patch embeddings
     [B, rows * columns, D]; p is params["patch_embed"] ready for use. embed: the same with `cls=` [D] or None, `position=` [T, D] or
     None and `dropout=` -> tokens [B, T, D], where one op does all of it (paper Eq. 1); None: the encoder adds the rest itself.
-    options: the frozen dataclass of the stem's own fields, which has a field `kind`; None where its name says all.
+    options: the frozen dataclass of the stem's own fields, which has a field `kind`; None where its name says all. finish: (params,
+    tokens [B, T, D], config, context) -> the same, in front of the blocks; None: nothing is done there.
     """
 
     check: Callable
@@ -29,6 +32,7 @@ class Stem(NamedTuple):
     project: Callable
     embed: Callable | None = None
     options: type | None = None
+    finish: Callable | None = None
 
 
 def _check(config) -> None:
@@ -48,7 +52,7 @@ def _grid(config) -> tuple[int, int]:
 def projection(config, channels: int, patch: int, positions: int) -> tuple[Leaf, Leaf]:
     """The leaves of a linear projection of patches [P, P, C], which is applied at so many places of an image."""
     kernel = (patch, patch, channels, config.width)
-    names = ("embedding", "patch_embed.proj", "embeddings.patch_embeddings.projection")
+    names = ("embedding", "patch_embed.proj", "{patches}")
     release, timm, transformers = names
     return (
         Leaf(
@@ -86,6 +90,20 @@ def _embed(params, p, images, config, context, *, cls, position, dropout):
     return context.ops.patch_embed(images, p["kernel"], p["bias"], cls, position, dropout=dropout)
 
 
+def _without_bias(params, p, images, config, context, **rest):
+    return _embed(params, {**p, "bias": jnp.zeros((config.width,), p["kernel"].dtype)}, images, config, context, **rest)
+
+
+def _normalise(params, tokens, config, context):
+    p = context.take(params, "norm_pre")
+    return context.ops.layer_norm(tokens, p["scale"], p["bias"], eps=config.eps)
+
+
+def _clip_leaves(config):
+    names = {"timm": "norm_pre", "transformers": "pre_layrnorm"}  # so written in its files
+    return (_leaves(config)[0], *norm(("norm_pre",), config.width, names=names))
+
+
 def _project(params, p, images, config, context):
     return _embed(params, p, images, config, context, cls=None, position=None, dropout=None)
 
@@ -98,6 +116,15 @@ def _hybrid(config):
 
 STEMS: dict[str, Stem] = {
     "patches": Stem(check=_check, grid=_grid, leaves=_leaves, project=_project, embed=_embed),
+    # CLIP's (arXiv:2103.00020, section 2.4): a projection without bias, and a layer norm of the tokens before the blocks
+    "clip": Stem(
+        check=_check,
+        grid=_grid,
+        leaves=_clip_leaves,
+        project=lambda *given: _without_bias(*given, cls=None, position=None, dropout=None),
+        embed=_without_bias,
+        finish=_normalise,
+    ),
     "resnet": Stem(check=hybrid.check, grid=hybrid.grid, leaves=_hybrid, project=hybrid.project, options=ResNetStem),
 }
 

@@ -19,11 +19,11 @@ from vitcore import layers, masked
 from vitcore.collectives import first_column
 from vitcore.config import ViTConfig
 from vitcore.context import Context
-from vitcore.heads import linear
+from vitcore.heads import linear, registers
 from vitcore.ops import Ops
 from vitcore.parameters import Leaf, norm, stacked
 
-_FINAL = {"release": "Transformer/encoder_norm", "timm": "norm", "transformers": "layernorm"}
+_FINAL = {"release": "Transformer/encoder_norm", "timm": "norm", "transformers": "{final}"}
 
 
 def leaves(config: ViTConfig) -> tuple[Leaf, ...]:
@@ -32,6 +32,7 @@ def leaves(config: ViTConfig) -> tuple[Leaf, ...]:
     return (
         *stem.leaves(config),
         *pool.leaves(config),
+        *registers(config),
         *position.leaves(config),
         *stacked((*position.block_leaves(config), *block.leaves(config)), config.depth),
         *norm(("norm",), config.width, names=_FINAL),
@@ -46,7 +47,8 @@ def represent(params, images, config: ViTConfig, context: Context):
 
 
 def pooled(params, x, config: ViTConfig, context: Context):
-    """Tokens [B, T, D] of the last block to the representation [B, D] in the same dtype: the last norm, and the pool."""
+    """Tokens [B, T, D] of the last block, without registers, to the representation [B, D] in the same dtype: the last norm, and the
+    pool."""
     p = context.take(params, "norm")
     return config.entries.pool.pool(
         params, x, lambda x: context.ops.layer_norm(x, p["scale"], p["bias"], eps=config.eps), config, context
@@ -54,7 +56,7 @@ def pooled(params, x, config: ViTConfig, context: Context):
 
 
 def encode(params, images, config: ViTConfig, context: Context):
-    """Images [B, Y, X, C] to (the last block's tokens [B, T, D], what was captured): Eq. 1 to 3."""
+    """Images [B, Y, X, C] to (the last block's tokens [B, T, D] without registers, what was captured): Eq. 1 to 3."""
     keys = None
     if context.dropout_key is not None and config.dropout > 0:
         bits = jax.random.bits(context.dropout_key, (config.depth + 1,), jnp.uint32)
@@ -67,7 +69,10 @@ def encode(params, images, config: ViTConfig, context: Context):
     row = context.first_example * config.tokens
     p = context.take(params, "patch_embed")
     x = embed(params, p, images.astype(context.dtype), config, context, dropout(None if keys is None else keys[0], row))
-    return layers.run(params["blocks"], p, x, row, None if keys is None else keys[1:], dropout, config, context)
+    if finish := config.entries.stem.finish:
+        x = finish(params, x, config, context)
+    x, found = layers.run(params["blocks"], p, x, row, None if keys is None else keys[1:], dropout, config, context)
+    return x[:, : config.seen_tokens], found
 
 
 def predict_masked(params, images, config: ViTConfig, context: Context, key):
@@ -88,7 +93,7 @@ def embed(params, p, images, config: ViTConfig, context: Context, dropout: Dropo
     """Images in context.dtype to tokens [B, T, D]: Eq. 1, in one op where the stem has one and nobody edits in between."""
     stem, position, _, pool = config.entries
     cls, table = p["cls"] if pool.class_token else None, position.table(p, config)
-    if stem.embed and context.edit is None:
+    if stem.embed and context.edit is None and not config.registers:
         return stem.embed(params, p, images, config, context, cls=cls, position=table, dropout=dropout)
     patches = stem.project(params, p, images, config, context)
     if context.edit is not None:
@@ -99,6 +104,9 @@ def embed(params, p, images, config: ViTConfig, context: Context, dropout: Dropo
         tokens = jnp.concatenate([first, tokens], axis=1)
     if table is not None:
         tokens = tokens + table
+    if config.registers:  # last, where the padding of the blocks stands too: who cuts one off cuts off the other
+        own = p["registers"].astype(tokens.dtype)
+        tokens = jnp.concatenate([tokens, jnp.broadcast_to(own, (tokens.shape[0], *own.shape))], axis=1)
     return drop.apply(tokens, dropout, drop.EMBEDDING).astype(patches.dtype)
 
 

@@ -28,6 +28,16 @@ _FAMILIES = (
     ("CLIP's", r"(?<![a-z])clip", CLIP),
     ("ImageNet's", r"deit|dino|(?<![a-z])mae(?![a-z])", IMAGENET),
 )
+_MODELS = (  # by what their models have, where no name tells
+    ("CLIP's", "stem", "clip", CLIP),
+    ("SigLIP's", "pool", "map", HALF),
+    ("ImageNet's", "block", "layerscale", IMAGENET),
+)
+# timm's architectures that compute another GELU than the exact one
+_ARCHITECTURES = (
+    ("quick", r"quickgelu"),
+    ("tanh", r"(base_patch32|so400m_patch16|giantopt_patch16)_siglip|large_patch16_siglip(_gap)?_512"),
+)
 _GELU = {"quick_gelu": "quick", "gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
 
 
@@ -89,6 +99,8 @@ def _beside(path: str) -> About:
         if act not in _GELU:
             raise WeightError(f"{path} is of a model with {act!r} by the config.json beside it: 'gelu' is supported")
         found = found._replace(gelu=_GELU[act])
+    elif isinstance(name := model.get("architecture"), str):  # timm's
+        found = found._replace(gelu=next((gelu for gelu, pattern in _ARCHITECTURES if re.search(pattern, name)), "erf"))
     eps = vision.get("layer_norm_eps")
     if isinstance(eps, int | float) and SMALLEST_EPS <= eps < 1:
         found = found._replace(eps=float(eps))
@@ -114,8 +126,9 @@ def _json(path: str) -> dict:
     return {}
 
 
-def pixels_of(path: str, about: About, naming: str) -> tuple[Pixels, str]:
-    """The pixels that the model of a file wants, and a few words on them for people; those say where it is a guess."""
+def pixels_of(path: str, about: About, naming: str, config=None) -> tuple[Pixels, str]:
+    """The pixels that the model of a file wants, and a few words on them for people; those say where it is a guess. config: of the
+    model, which may be of a family that wants its own."""
     if about.pixels is not None:
         return about.pixels, f"pixels {said(about.pixels)}"
     if naming == "release":
@@ -124,4 +137,7 @@ def pixels_of(path: str, about: About, naming: str) -> tuple[Pixels, str]:
     for family, pattern, wanted in _FAMILIES:
         if re.search(pattern, name):
             return wanted, f"pixels {said(wanted)}, {family} by the name of the file: --mean and --std say others"
+    for family, field, value, wanted in _MODELS:
+        if getattr(config, field, None) == value:
+            return wanted, f"pixels {said(wanted)}, {family} by its layers: --mean and --std say others"
     return HALF, "pixels [-1, 1], a guess: --mean and --std say others"

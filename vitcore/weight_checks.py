@@ -3,7 +3,6 @@
 Names first (`style_of_file`), then every entry's presence, shape and type (`check`), then what the file says of itself (`agrees`).
 """
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -14,7 +13,8 @@ from vitcore import weight_about
 from vitcore.config import ViTConfig
 from vitcore.resnet_models import ResNetConfig
 from vitcore.weight_files import Stored, WeightError
-from vitcore.weight_names import POSITION, Entry, Style, infer, refuse, style_of
+from vitcore.weight_infer import infer, refuse
+from vitcore.weight_names import POSITION, Entry, Style, style_of
 
 PATCHES = ("patch_embed", "kernel")
 MOST_PATCHES = 2**16  # of a position embedding that is to be fitted: a side of 4096 pixels in patches of 16
@@ -55,13 +55,30 @@ def style_of_file(path: str, names) -> Style:
 
 def is_head(name: str, style: Style) -> bool:
     """Whether a new head replaces the entry: the classifier and the pre-logits layer."""
-    rest = name.removeprefix(style.prefix)
-    return rest.startswith(("head/", "pre_logits", "head.", "classifier.", "pooler."))
+    return name.removeprefix(style.prefix).startswith(_HEADS[style.naming])
+
+
+_HEADS = {
+    "release": ("head/", "pre_logits"),
+    "timm": ("head.", "pre_logits"),
+    "transformers": ("classifier.", "pooler.", "visual_projection."),
+}
+# Of training by masks (DINOv2, MAE with its decoder), and what stands beside a vision tower.
+_BESIDE = re.compile(
+    r"(.*embeddings\.)?mask_token$|decoder(\.|_\w+\.|_pos_embed$)|text_model\.|text_projection\.|logit_(scale|bias)$|.*position_ids$"
+)
+
+
+def left_out(names, style: Style) -> str:
+    """For people: which parts of a file are no part of the model; "" where there are none."""
+    whole = ("mask_token", "position_ids")
+    parts = dict.fromkeys(name if name.endswith(whole) else re.split(r"[./]", name)[0] for name in names if _is_other(name, style))
+    return f"not of the model, left out: {', '.join(parts)}" if parts else ""
 
 
 def _is_other(name: str, style: Style) -> bool:
-    """Whether an entry lies beside the parameters: the optimizer's state and counters of a training run."""
-    if name.endswith("embeddings.mask_token"):  # of DINOv2's training
+    """Whether an entry lies beside the parameters: what only training has, another tower, the optimizer's state and counters."""
+    if style.naming != "release" and _BESIDE.match(name):
         return True
     return style.naming == "release" and not (style.prefix and name.startswith(style.prefix)) and name.startswith(
         ("opt/", "extra/", "state/", "step", "chrono/")
@@ -69,9 +86,9 @@ def _is_other(name: str, style: Style) -> bool:
 
 
 def _fits(entry: Entry, array: Stored, config) -> bool:
-    if entry.path == POSITION:
-        patches = math.prod(array.shape[:2])
-        return len(array.shape) == 3 and array.shape[2] == config.width and array.shape[0] == 1 and 1 <= patches <= MOST_PATCHES
+    if entry.path == POSITION:  # [1, T', D], or without the first axis
+        shape = array.shape[1:] if len(array.shape) == 3 and array.shape[0] == 1 else array.shape
+        return len(shape) == 2 and shape[1] == config.width and 1 <= shape[0] <= MOST_PATCHES
     # old files keep vectors as (1, 1, 1, C)
     return array.shape == entry.shape or _squeezed(array.shape) == _squeezed(entry.shape)
 
@@ -106,7 +123,7 @@ def _hint(arrays, style, misshapen, need, config) -> str:
     heads = [name for name in misshapen if need[name].path[0] == "head"]
     if heads and len(heads) == len(misshapen):
         return ": new_head=True replaces the head by zeros"
-    patches = misshapen and isinstance(config, ViTConfig) and config.stem is None
+    patches = misshapen and isinstance(config, ViTConfig) and config.of_pixels
     patches = patches and all(need[name].path == PATCHES for name in misshapen)
     other = "resample_patches=True takes patches of another size" if patches else ""
     try:

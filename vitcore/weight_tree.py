@@ -30,7 +30,8 @@ from vitcore.parameters import flat, nested
 from vitcore.resnet_models import ResNetConfig
 from vitcore.weight_checks import PATCHES, agrees, check, is_head, style_of_file, usual_names
 from vitcore.weight_files import Stored, WeightError
-from vitcore.weight_names import POSITION, Naming, Style, entries, infer, nameless, shapes, written
+from vitcore.weight_infer import infer
+from vitcore.weight_names import POSITION, Naming, Style, entries, nameless, naming_of, shapes, written
 
 MOST_SIDE = 1024  # of a patch that is to be resampled
 
@@ -82,7 +83,7 @@ def load(
 def _with_patches_of(path, config):
     """The configuration with the patch size of a file, on the same grid; itself where that is its own, or the model has no patches
     of pixels."""
-    if not isinstance(config, ViTConfig) or config.stem is not None:
+    if not isinstance(config, ViTConfig) or not config.of_pixels:
         return config
     with weight_files.opened(os.fspath(path)) as stored:
         arrays = usual_names(stored)
@@ -141,13 +142,13 @@ def save(
 ) -> None:  # fmt: skip
     """Writes parameters, whole or not at all: .npz in the release's layout, or .safetensors.
 
-    naming: of a .safetensors: "timm" (default) or "transformers"; an .npz is "release". dtype: float32, or bfloat16, which rounds.
-    The file says all of the config, and classes (names, of the head's classes in order), pixels (what the model wants) and data
-    (what it was trained on, JSON-able), which `about` gives back. Reading the file back gives the same bits. Raises ValueError
-    where params are not the config's; OSError.
+    naming: of a .safetensors: "timm" (default where it has a name for everything) or "transformers"; an .npz is "release". dtype:
+    float32, or bfloat16, which rounds. The file says all of the config, and classes (names, of the head's classes in order), pixels
+    (what the model wants) and data (what it was trained on, JSON-able), which `about` gives back. Reading the file back gives the
+    same bits. Raises ValueError where params are not the config's; OSError.
     """
     form = weight_files.kind(path)
-    naming = naming or ("release" if form == "npz" else "timm")
+    naming = naming or ("release" if form == "npz" else naming_of(config))
     if naming not in get_args(Naming) or (form == "npz") != (naming == "release"):
         raise ValueError(f"naming={naming!r} for {path}: an .npz is 'release', a .safetensors 'timm' or 'transformers'")
     if dtype not in ("float32", "bfloat16"):
@@ -171,7 +172,7 @@ def describe(
 ) -> tuple[Style, Any, dict[str, Stored]]:
     """A file's style, the configuration of its model, and its arrays (names, shapes, dtypes; not to be read). From headers alone.
 
-    heads, grid, pool, position: as in `weight_names.infer`, where the file does not say. Raises ValueError in one line; OSError.
+    heads, grid, pool, position: as in `weight_infer.infer`, where the file does not say. Raises ValueError in one line; OSError.
     """
     path = os.fspath(path)
     with weight_files.opened(path) as stored:

@@ -18,6 +18,7 @@ from vitcore import families, parameters
 from vitcore.config import ViTConfig
 from vitcore.runs import as_file
 from vitcore.weight_about import pixels_of
+from vitcore.weight_checks import left_out
 from vitcore.weight_files import Stored
 from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS, Style
 from vitcore.weight_tree import about as about
@@ -78,7 +79,9 @@ def _show(path: str, style: Style, config, arrays: Mapping[str, Stored]) -> None
     print(_model_line(config))
     told = about(path)
     named = "" if told.classes is None else f"; classes {', '.join(told.classes[:8])}{', ...' if len(told.classes) > 8 else ''}"
-    print(pixels_of(path, told, style.naming)[1] + named)
+    print(pixels_of(path, told, style.naming, config)[1] + named)
+    if beside := left_out(arrays, style):
+        print(beside)
     for name, array in arrays.items():
         print(f"  {name:70s} {array.dtype!s:9s} {list(array.shape)}")
 

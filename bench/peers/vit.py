@@ -32,8 +32,8 @@ def shapes(config: ViTConfig) -> dict[str, Any]:
     ValueError for any other model than the release's plain one with a class token.
     """
     c, d, n = config, config.width, config.num_heads
-    plain = (c.stem, c.representation_size, c.pool, c.position, c.block, c.gelu, c.eps)
-    if plain != (None, None, "token", "1d", "encoder", "tanh", _EPS):
+    plain = (c.stem, c.representation_size, c.pool, c.position, c.block, c.gelu, c.eps, c.registers)
+    if plain != (None, None, "token", "1d", "encoder", "tanh", _EPS, 0):
         raise ValueError(f"the peer is a plain ViT with a class token; got {config}: compare another model with our reference")
     h = d // n
 

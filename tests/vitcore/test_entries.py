@@ -86,6 +86,9 @@ def block(x, w, c):
 
 
 def pooled(x, p, c):
+    if c.registers:
+        first = int(c.pool == "token")
+        x = tape.concatenate([x[:first], x[first + c.registers :]], 0)
     z = norm(x, p["norm"])
     if c.pool == "gap":
         return z.mean(0).reshape(1, c.width)
@@ -108,7 +111,7 @@ def vit(p, images, c):
     """Logits of every image of the tree of Numbers p."""
     embed, (kind, _, where), logits = p["patch_embed"], c.position.partition("-"), []
     for image in images:
-        if c.stem is not None:
+        if c.stem is not None and c.stem != "clip":
             maps = network(p["stem"], image[None], "post", c.stem.depths)
             patches = maps.reshape(-1, c.stem.channels)
         else:
@@ -117,15 +120,22 @@ def vit(p, images, c):
                 image[y : y + s, x : x + s].reshape(-1) for y in range(0, image.shape[0], s) for x in range(0, image.shape[1], s)
             ]
             patches = Number(np.stack(cut))
-        x = tape.einsum("nd,dk->nk", patches, embed["kernel"].reshape(-1, c.width)) + embed["bias"]
+        x = tape.einsum("nd,dk->nk", patches, embed["kernel"].reshape(-1, c.width))
+        x = x if c.stem == "clip" else x + embed["bias"]
         if c.pool == "token":
             x = tape.concatenate([embed["cls"].reshape(1, c.width), x], 0)
         if kind not in ("none", "relative") and not where:
             x = x + table(c, kind, embed)
+        if c.registers:  # behind the class token, where others have them
+            first = int(c.pool == "token")
+            x = tape.concatenate([x[:first], embed["registers"], x[first:]], 0)
+        x = norm(x, p["norm_pre"]) if c.stem == "clip" else x
         for layer in range(c.depth):
             w = jax.tree.map(lambda a, layer=layer: a[layer], p["blocks"], is_leaf=is_number)
             if where:
-                x = x + table(c, kind, w if where == "layers" else embed)
+                added, first = table(c, kind, w if where == "layers" else embed), int(c.pool == "token")
+                none = Number(np.zeros((c.registers, c.width)))
+                x = x + (tape.concatenate([added[:first], none, added[first:]], 0) if c.registers else added)
             x = block(x, w, c)
         y = tape.einsum("td,dv->tv", pooled(x, p, c), p["head"]["kernel"]) + p["head"]["bias"]
         logits.append(y.reshape(1, *y.shape) if c.pool == "none" else y)
@@ -153,6 +163,9 @@ CASES = [
     {"position": "relative", "pool": "gap"},
     {"position": "sincos2d"},
     {"pool": "map"},
+    {"registers": 3},
+    {"registers": 2, "pool": "map", "position": "1d-layers"},
+    {"stem": "clip"},
     {"block": "axial", "pool": "gap"},
     {"block": "axial", "pool": "map", "position": "2d-layers"},
     {"stem": ResNetStem(depths=(1,), width_factor=0.5), "patch_size": 1, "image_size": 12, "channels": 3},
@@ -220,11 +233,12 @@ MESHES = [
     ({"position": "relative"}, (2, 2)),
     ({"position": "2d-layers", "pool": "map"}, (2, 2)),
     ({"block": "axial", "pool": "gap", "dropout": 0.3}, (2, 2)),
+    ({"registers": 3, "stem": "clip", "dropout": 0.3, "head_bias": None}, (2, 2)),
     ({"stem": ResNetStem(depths=(2,), width_factor=0.5), "patch_size": 1, "image_size": 12, "channels": 3}, (2, 2)),
 ]
 
 
-@pytest.mark.parametrize(("changes", "shape"), MESHES, ids=["relative", "2d-map", "axial", "hybrid"])
+@pytest.mark.parametrize(("changes", "shape"), MESHES, ids=["relative", "2d-map", "axial", "registers-clip", "hybrid"])
 def test_a_mesh_changes_no_number(changes, shape):
     """Logits and gradients on a mesh are those of one device, dropout included."""
     config = vitcore.ViTConfig(**{**SMALL, **changes})
@@ -278,6 +292,9 @@ def test_hybrids_of_table_6_have_as_many_parameters_as_published(name):
         ("R51x1", {}, "unknown model 'R51x1': did you mean R50x1"),
         ("R50+ViT-B/8", {}, "unknown model"),
         ("Axial-ViT-B/16", {"pool": "token"}, "a class token stands in no row: use pool='gap'"),
+        ("Axial-ViT-B/16", {"registers": 4}, "a register stands in no row: use registers=0"),
+        ("ViT-B/16", {"position": "relative", "registers": 4}, "a register is at no distance; use '1d' or '2d'"),
+        ("ViT-B/16", {"registers": -1}, "a positive integer, or 0 for a model without registers, is required"),
         ("Axial-ViT-B/16", {"position": "relative"}, "use '1d' or '2d'"),
         ("ViT-B/16", {"position": "3d"}, "'1d', '1d-patches', '1d-layers'"),
         ("ViT-B/16", {"position": "sincos2d", "width": 18, "num_heads": 2}, "a multiple of 4 is required"),

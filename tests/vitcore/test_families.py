@@ -85,9 +85,8 @@ def test_others_files_say_their_family(tmp_path, naming, position):
         ("blocks.0.mlp.w12.weight", "SwiGLU"),
         ("encoder.layer.0.mlp.weights_in.weight", "SwiGLU"),
         ("rope.freqs", "DINOv3, EVA-02"),
-        ("reg_token", "register tokens"),
         ("dist_token", "distillation token"),
-        ("norm_pre.weight", "CLIP"),
+        ("layer.0.attention.q_proj.weight", "DINOv3"),
         ("fc_norm.weight", "fc_norm"),
     ],
 )

@@ -1,0 +1,155 @@
+"""The configuration of a model by the names and shapes of its arrays, and what is refused by the names of what it has."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from vitcore import weight_resnets
+from vitcore.config import SIZES, ViTConfig
+from vitcore.resnet_models import ResNetConfig
+from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS, Style, words
+
+_REFUSED = (
+    (r"\.mlp\.(weights_in|w12|w1_w2)\.", "a SwiGLU MLP (DINOv2-giant)"),
+    (
+        r"(^|\.)(rope_embed|rope)\.|\.mlp\.fc1_g\.|\.mlp\.w[123]\.|\.gamma_1$",
+        "rotary positions or EVA's blocks (DINOv3, EVA-02, BEiT)",
+    ),
+    (r"(^|\.)(dist_token|distillation_token)$", "a distillation token (DeiT distilled)"),
+    (r"^(model\.)?layer\.\d+\.attention\.", "rotary positions (DINOv3)"),
+    (r"\.(q_norm|k_norm)\.", "normalised queries and keys"),
+    (r"^fc_norm\.", "its last norm behind the mean of the tokens (fc_norm)"),
+    (r"\.relative_position_bias_table$", "relative position biases (BEiT)"),
+)
+
+
+def refuse(found: Iterable[str]) -> None:
+    """Raise ValueError, by its name, where the names of arrays tell of a model that there is no entry for."""
+    for pattern, what in _REFUSED:
+        if names := [name for name in found if re.search(pattern, name)]:
+            raise ValueError(f"the model has {what}, which is not supported ({names[0]})")
+
+
+def infer(
+    found: Mapping[str, tuple[int, ...]], style: Style, *, heads: int | None = None, grid=None, pool: str | None = None,
+    position: str | None = None,
+) -> ViTConfig | ResNetConfig:  # fmt: skip
+    """The configuration of the model whose arrays have these names and shapes.
+
+    heads: number of heads, which timm's and transformers' files do not say; by default that of the named model of this width, depth
+    and hidden width, and where there is none it must be said. grid: (rows, columns) of the position embedding, by default square.
+    pool, position: where the names leave them open, which without class token and attention pooling is the pool, and without a
+    position embedding is how there is none. num_classes is 1 where there is no head; gelu is tanh for the release, erf for the
+    others, as their models compute. Raises ValueError for the first thing that makes no model, or is open and not said.
+    """
+
+    refuse(found)
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        if len(found.get(name, ())) != rank or 0 in found[name]:
+            there = list(found[name]) if name in found else "missing"
+            raise ValueError(f"no model can be made out: {name} is {there}, {rank} axes are required")
+        return found[name]
+
+    p = style.prefix
+    transformer = f"{p}embedding/kernel" if style.naming == "release" else f"{p}patch_embed.proj.weight"
+    if transformer not in found and (resnet := weight_resnets.resnet_of(found, style.naming, style.bit, p)):
+        return resnet
+    stem = weight_resnets.stem_of(found, style.naming, "", p + (weight_resnets.HYBRID if style.naming == "timm" else ""))
+    if style.naming == "release":
+        side, other, channels, width = shape(f"{p}embedding/kernel", 4)
+        block = f"{p}Transformer/encoderblock" + ("" if style.stacked else "_0")
+        mha, mlp = ("1", "3") if style.numbering else ("0", "0")
+        query = shape(f"{block}/MultiHeadDotProductAttention_{mha}/query/kernel", 4 if style.stacked else 3)
+        depth, heads = _count(found, rf"{p}Transformer/encoderblock_(\d+)/"), query[-2]
+        depth = query[0] if style.stacked else depth
+        mlp_dim = shape(f"{block}/MlpBlock_{mlp}/Dense_0/kernel", 3 if style.stacked else 2)[-1]
+        table = f"{p}pos_embedding" if style.top_position else f"{p}Transformer/posembed_input/pos_embedding"
+        cls, pre, head = f"{p}cls", f"{p}pre_logits/bias", f"{p}head/bias"
+        classes = head
+    else:
+        timm, parts = style.naming == "timm", words(style, 0)
+        width, channels, side, other = shape(f"{p}{parts['patches']}.weight", 4)
+        depth = _count(found, rf"{p}{re.escape(parts['blocks'])}\.(\d+)\.")
+        mlp_dim = shape(f"{p}{parts['block']}.{parts['mlp_in']}.bias", 1)[0]
+        heads = heads or known_heads(width, depth, mlp_dim)
+        table, cls = p + parts["position"], p + parts["class"]
+        pre = "pre_logits.fc.bias" if timm else f"{p}pooler.dense.bias"
+        head = "head" if timm else "visual_projection" if "visual_projection.weight" in found else "classifier"
+        classes, head = f"{head}.weight", f"{head}.bias"
+    if side != other:
+        raise ValueError(f"no model can be made out: patches are {side} x {other}, square ones are required")
+    scaled = style.form == "dinov2" or (style.naming == "timm" and "blocks.0.ls1.gamma" in found)
+    has_class = cls in found
+    has_map = any(name in found for name in (f"{p}MAPHead_0/probe", f"{p}head.probe", "attn_pool.latent"))
+    normed = f"{p}{'norm_pre' if style.naming == 'timm' else 'pre_layrnorm'}.weight" in found
+    registers = found.get("reg_token" if style.naming == "timm" else f"{p}embeddings.register_tokens", (0, 0))
+    pool = (
+        "token" if has_class else "map" if has_map else _said("pool", pool, "no class token and no attention pooling", OPEN_POOLS)
+    )
+    if table in found or position in (None, "1d", "1d-patches"):
+        if table not in found and style.naming == "release":
+            _said("position", None, "no position embedding", OPEN_POSITIONS)
+        entries_there = math.prod(shape(table, 2 if style.tower else 3)[:-1])
+        bare = has_class and style.naming == "timm" and (scaled or len(registers) == 3 or position == "1d-patches")
+        bare = bare and _bare(entries_there, grid)
+        position = "1d-patches" if bare else "1d"
+        patches = entries_there - int(has_class and not style.top_position and not bare)
+        rows, columns = grid or (math.isqrt(max(patches, 0)),) * 2
+        if rows * columns != patches or patches < 1:
+            raise ValueError(f"no model can be made out: the position embedding has {patches} patches, no square: say its grid")
+    else:
+        _said("position", position, "no position embedding", OPEN_POSITIONS)
+        rows, columns = grid or (224 // side,) * 2
+    pixels = side * (stem[0].stride if stem else 1)
+    return ViTConfig(
+        image_size=rows * pixels if rows == columns else (rows * pixels, columns * pixels),
+        patch_size=side,
+        width=width,
+        depth=depth,
+        mlp_dim=mlp_dim,
+        num_heads=heads,
+        channels=stem[1] if stem else channels,
+        num_classes=found[classes][0] if len(found.get(classes, ())) == (1 if classes == head else 2) else 1,
+        head_bias=None if classes in found and head not in found else 0.0,
+        representation_size=found[pre][0] if len(found.get(pre, ())) == 1 else None,
+        pool=pool,
+        gelu=("quick" if normed else "tanh") if style.tower else "tanh" if style.naming == "release" else "erf",
+        eps=1e-5 if normed else 1e-12 if style.naming == "transformers" and not style.form else 1e-6,
+        block="layerscale" if scaled else "encoder",
+        stem=stem[0] if stem else "clip" if normed else None,
+        position=position,
+        registers=registers[1] if len(registers) == 3 else 0,
+    )
+
+
+def _bare(entries: int, grid) -> bool:
+    """Whether a table beside a class token is of the patches alone: by the grid, or as a square that it is not without one."""
+    if grid is not None:
+        return entries == grid[0] * grid[1]
+    return math.isqrt(entries) ** 2 == entries
+
+
+def _said(what: str, value: str | None, there: str, choices: tuple[str, ...]) -> str:
+    """A choice that a file leaves open, as its reader says it. ValueError where he does not."""
+    if value not in choices:
+        raise ValueError(
+            f"the file has {there}, so its {what} is {' or '.join(map(repr, choices))}, and no name says which: say {what}="
+        )
+    return value
+
+
+def known_heads(width: int, depth: int, mlp_dim: int) -> int:
+    """The number of heads of the named size with these sides, which a file without it must be of. Raises ValueError."""
+    for size in SIZES.values():
+        if (size["width"], size["depth"], size["mlp_dim"]) == (width, depth, mlp_dim):
+            return size["num_heads"]
+    raise ValueError(
+        f"the number of heads is not in the file, and {width} wide, {depth} deep with {mlp_dim} hidden is no model whose number is "
+        "known: say it (--heads, heads=)"
+    )
+
+
+def _count(found: Iterable[str], pattern: str) -> int:
+    numbers = {int(match[1]) for name in found if (match := re.match(pattern, name)) and len(match[1]) < 5}
+    return max(numbers, default=0) + 1
