@@ -1,0 +1,169 @@
+"""Products on Hopper GPUs with what follows them in the epilogue, in Pallas Mosaic GPU.
+
+    out = epilogue(x @ w)       x [M, K], w [K, N], out [M, N] bfloat16; sums and epilogue in float32
+
+A block of threads stays on its multiprocessor and takes one tile of the result after the other. One warpgroup loads (TMA) slices of
+x and w into a ring of shared memory, two multiply (wgmma), and they take turns: while one is in the epilogue of its tile, the tensor
+cores work for the other. Two neighbouring blocks (a cluster) take tiles below each other and share the slices of w.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels.attention.hopper.parts import COLUMNS, PARAMS, along, load, transposed
+from kernels.hopper.epilogue import Epilogue
+from kernels.hopper.plan import DEEP, Tiles
+
+PROCESSORS = 132
+COMPUTE = 2
+LOADER, MULTIPLIER = 40, 232
+_SWIZZLE, _TILED = plgpu.SwizzleTransform(128), plgpu.TilingTransform((8, DEEP))
+
+
+def _pair(shape, dtype):
+    """Scratch under two names, as `attention.hopper.parts.buffer`."""
+    flat = plgpu.SMEM(shape, dtype, transforms=(_SWIZZLE,))
+    return plgpu.RefUnion(flat, plgpu.SMEM(shape, dtype, transforms=(_TILED, _SWIZZLE)))
+
+
+def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
+    refs = list(refs)
+    x_ref, w_ref = refs[:2]
+    del refs[:2]
+    bias_ref = refs.pop(0) if e.bias else None
+    beside_ref = refs.pop(0) if e.beside else None
+    kept_ref = refs.pop(0) if e.keep else None
+    out_ref, (x_flat, x_tiled), w_s, (flat, tiled), ready, free, arrived = refs
+    (m, _), n = x_ref.shape, out_ref.shape[1]
+    steps, across = x_ref.shape[1] // DEEP, n // t.columns
+    cluster, half, warpgroup = lax.axis_index("cluster"), lax.axis_index("half"), lax.axis_index("warpgroup")
+    clusters = PROCESSORS // t.cluster
+    count = (pl.cdiv(m, t.rows * t.cluster) * across - cluster + clusters - 1) // clusters  # tiles of this block
+    mine = t.rows if t.alternate else t.rows // COMPUTE  # rows of a tile that a warpgroup multiplies
+    pieces = t.columns // DEEP
+
+    def place(i):
+        tile = cluster + i * clusters
+        return (tile // across * t.cluster + half) * t.rows, lax.rem(tile, across) * t.columns
+
+    @pl.when(warpgroup == COMPUTE)
+    def _load():
+        plgpu.set_max_registers(LOADER, action="decrease")
+
+        @pl.loop(0, count)
+        def _tile(i):
+            row, column = place(i)
+            columns = pl.ds(column, t.columns)
+            who = lax.rem(i, COMPUTE) * t.stages if t.alternate else 0
+
+            @pl.loop(0, steps)
+            def _step(k):
+                step = i * steps + k
+                slot = lax.rem(step, t.stages)
+                pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                deep, there = pl.ds(k * DEEP, DEEP), ready.at[who + slot]
+                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, t.rows), deep], x_flat.at[slot], there)
+                part = w_ref.at[columns, deep] if turned else w_ref.at[deep, columns]
+                plgpu.copy_gmem_to_smem(part, w_s.at[slot], there, collective_axes="half" if t.cluster > 1 else None)
+
+        # the neighbour arrives at the barriers here: not gone before it is done
+        for back in range(t.stages, 0, -1):
+            step = count * steps - back
+            pl.when(step >= 0)(lambda step=step: plgpu.barrier_wait(free.at[lax.rem(step, t.stages)]))
+
+    @pl.when(warpgroup < COMPUTE)
+    def _multiply():
+        plgpu.set_max_registers(MULTIPLIER, action="increase")
+        who = warpgroup * t.stages if t.alternate else 0
+
+        @pl.loop(warpgroup if t.alternate else 0, count, step=COMPUTE if t.alternate else 1)
+        def _tile(i):
+            row, column = place(i)
+            rows = pl.ds(row if t.alternate else row + warpgroup * mine, mine)
+            def fetch(j):
+                part = beside_ref.at[rows, pl.ds(column + j * DEEP, DEEP)]
+                slot = j % t.slots
+                plgpu.copy_gmem_to_smem(part, flat.at[warpgroup, slot], arrived.at[warpgroup * t.slots + slot])
+
+            if e.beside or pieces * (1 + e.keep) % t.slots:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if e.beside:
+                for j in range(t.slots):
+                    fetch(j)
+
+            def run(sums):
+                @pl.loop(0, steps)
+                def _step(k):
+                    slot = lax.rem(i * steps + k, t.stages)
+                    plgpu.barrier_wait(ready.at[who + slot])
+                    x = x_tiled.at[slot] if t.alternate else x_tiled.at[slot, pl.ds(warpgroup * mine, mine)]
+                    w = w_s.at[slot]
+                    plgpu.wgmma(sums, x, transposed(w) if turned else w)
+                    plgpu.wgmma_wait(1)
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i * steps + k - 1, t.stages)]))
+
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free.at[lax.rem(i * steps + steps - 1, t.stages)])
+                return sums[...]
+
+            sums = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((mine, t.columns), jnp.float32))
+            written = 0
+            for j in range(pieces):
+                columns = pl.ds(column + j * DEEP, DEEP)
+                y = sums[:, j * DEEP : (j + 1) * DEEP]
+                if e.bias:
+                    y = y + along(load(bias_ref.at[columns], COLUMNS, optimized=False), y, 1)
+                beside = None
+                if e.beside:
+                    plgpu.barrier_wait(arrived.at[warpgroup * t.slots + j % t.slots])
+                    beside = load(tiled.at[warpgroup, j % t.slots], plgpu.Layout.WGMMA).astype(jnp.float32)
+                for ref, value in ((kept_ref, y), (out_ref, e.apply(y, beside))):
+                    if ref is None:
+                        continue
+                    slot = written % t.slots
+                    if not e.beside:
+                        plgpu.wait_smem_to_gmem(t.slots - 1, wait_read_only=True)
+                    tiled.at[warpgroup, slot][...] = value.astype(out_ref.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(flat.at[warpgroup, slot], ref.at[rows, columns])
+                    written += 1
+                if e.beside and j + t.slots < pieces:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    fetch(j + t.slots)
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+@partial(jax.jit, static_argnames=("e", "t", "turned"))
+def product(x, w, bias=None, beside=None, *, e: Epilogue, t: Tiles, turned: bool = False):
+    """epilogue(x @ w) [M, N], and what came before it where `e.keep`. turned: w comes as [N, K]."""
+    m, n = x.shape[0], w.shape[0 if turned else 1]
+    out = jax.ShapeDtypeStruct((m, n), x.dtype)
+    mine = t.rows if t.alternate else t.rows // COMPUTE
+    w_shape = (t.stages, t.columns, DEEP) if turned else (t.stages, DEEP, t.columns)
+    free = {"num_arrivals": 1 if t.alternate else COMPUTE, "num_barriers": t.stages}
+    return plgpu.kernel(
+        partial(_kernel, e=e, t=t, turned=turned),
+        out_type=(out, out) if e.keep else out,
+        scratch_types=[
+            _pair((t.stages, t.rows, DEEP), x.dtype),
+            plgpu.SMEM(w_shape, x.dtype, transforms=(_TILED, _SWIZZLE)),
+            _pair((COMPUTE, t.slots, mine, DEEP), x.dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=t.stages * (COMPUTE if t.alternate else 1)),
+            plgpu.ClusterBarrier(collective_axes=("half",), **free) if t.cluster > 1 else plgpu.Barrier(**free),
+            plgpu.Barrier(num_barriers=COMPUTE * t.slots),
+        ],
+        grid=(PROCESSORS // t.cluster,),
+        grid_names=("cluster",),
+        cluster=(t.cluster,),
+        cluster_names=("half",),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        kernel_name="product_hopper",
+        compiler_params=PARAMS,
+    )(x, w, *(a for a in (bias, beside) if a is not None))
