@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels import dropout as drop
 from kernels.attention.hopper.plan import refuses
 from kernels.attention.reference import AttentionWeights
+from kernels.hopper import plan as products
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import STATISTICS, layer_norm
 from kernels.layer_norm.reference import EPS
@@ -92,6 +93,10 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     @again
     def close(x, o, w_out, b_v, b_out):
         bias = residual_scale * b_out + jnp.matmul(b_v, w_out, precision=lax.Precision.HIGHEST)
+        if dropout is None and products.refuses(x.dtype, *w_out.shape) is None:
+            from kernels.hopper.closing import closing
+
+            return closing(o, w_out, bias, x, residual_scale=residual_scale)
         y = product(o, w_out).astype(acc_dtype) + bias
         return rounded(residual_scale * x.astype(acc_dtype) + dropped(y, t, dropout, drop.ATTENTION_OUT, tokens), x.dtype)
 

@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.attention.hopper.parts import COLUMNS, PARAMS, along, load, transposed
 from kernels.hopper.epilogue import Epilogue
-from kernels.hopper.plan import DEEP, Tiles
+from kernels.hopper.plan import DEEP, Tiles, tiles
+from kernels.launch import vary_alike
 
 PROCESSORS = 132
 COMPUTE = 2
@@ -37,9 +38,9 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
     del refs[:2]
     bias_ref = refs.pop(0) if e.bias else None
     beside_ref = refs.pop(0) if e.beside else None
-    kept_ref = refs.pop(0) if e.keep else None
-    out_ref, (x_flat, x_tiled), w_s, (flat, tiled), ready, free, arrived = refs
-    (m, _), n = x_ref.shape, out_ref.shape[1]
+    out_refs = refs[: e.outputs]
+    (x_flat, x_tiled), w_s, (given_flat, given), (made_flat, made), ready, free, arrived = refs[e.outputs :]
+    (m, _), n = x_ref.shape, out_refs[0].shape[1]
     steps, across = x_ref.shape[1] // DEEP, n // t.columns
     cluster, half, warpgroup = lax.axis_index("cluster"), lax.axis_index("half"), lax.axis_index("warpgroup")
     clusters = PROCESSORS // t.cluster
@@ -85,16 +86,13 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
         def _tile(i):
             row, column = place(i)
             rows = pl.ds(row if t.alternate else row + warpgroup * mine, mine)
-            def fetch(j):
-                part = beside_ref.at[rows, pl.ds(column + j * DEEP, DEEP)]
-                slot = j % t.slots
-                plgpu.copy_gmem_to_smem(part, flat.at[warpgroup, slot], arrived.at[warpgroup * t.slots + slot])
 
-            if e.beside or pieces * (1 + e.keep) % t.slots:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if e.beside:
-                for j in range(t.slots):
-                    fetch(j)
+            def fetch(j):
+                part, slot = beside_ref.at[rows, pl.ds(column + j * DEEP, DEEP)], j % t.given
+                plgpu.copy_gmem_to_smem(part, given_flat.at[warpgroup, slot], arrived.at[warpgroup * t.given + slot])
+
+            for j in range(min(t.given, pieces)) if e.beside else ():
+                fetch(j)
 
             def run(sums):
                 @pl.loop(0, steps)
@@ -112,36 +110,45 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
                 return sums[...]
 
             sums = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((mine, t.columns), jnp.float32))
+            if pieces * e.outputs % t.made:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             written = 0
             for j in range(pieces):
                 columns = pl.ds(column + j * DEEP, DEEP)
                 y = sums[:, j * DEEP : (j + 1) * DEEP]
-                if e.bias:
-                    y = y + along(load(bias_ref.at[columns], COLUMNS, optimized=False), y, 1)
+                bias = along(load(bias_ref.at[columns], COLUMNS, optimized=False), y, 1) if e.bias else None
                 beside = None
                 if e.beside:
-                    plgpu.barrier_wait(arrived.at[warpgroup * t.slots + j % t.slots])
-                    beside = load(tiled.at[warpgroup, j % t.slots], plgpu.Layout.WGMMA).astype(jnp.float32)
-                for ref, value in ((kept_ref, y), (out_ref, e.apply(y, beside))):
-                    if ref is None:
-                        continue
-                    slot = written % t.slots
-                    if not e.beside:
-                        plgpu.wait_smem_to_gmem(t.slots - 1, wait_read_only=True)
-                    tiled.at[warpgroup, slot][...] = value.astype(out_ref.dtype)
+                    plgpu.barrier_wait(arrived.at[warpgroup * t.given + j % t.given])
+                    beside = load(given.at[warpgroup, j % t.given], plgpu.Layout.WGMMA).astype(jnp.float32)
+                for ref, value in zip(out_refs, e(y, bias, beside), strict=True):
+                    slot = written % t.made
+                    plgpu.wait_smem_to_gmem(t.made - 1, wait_read_only=True)
+                    made.at[warpgroup, slot][...] = value.astype(ref.dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(flat.at[warpgroup, slot], ref.at[rows, columns])
+                    plgpu.copy_smem_to_gmem(made_flat.at[warpgroup, slot], ref.at[rows, columns])
                     written += 1
-                if e.beside and j + t.slots < pieces:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    fetch(j + t.slots)
+                if e.beside and j + t.given < pieces:
+                    fetch(j + t.given)
 
         plgpu.wait_smem_to_gmem(0)
 
 
+def product(x, w, bias=None, beside=None, *, e: Epilogue, turned: bool = False, t: Tiles | None = None) -> tuple:
+    """What `e` makes of x [M, K] @ w [K, N] in x's dtype, bfloat16: arrays [M, N].
+
+    bias [N] float32 where e.bias, beside [M, N] like x where e.beside. turned: w comes as [N, K], the product is with its transpose.
+    w is rounded to x's dtype. t: the tiles, by default those of the table. What is taken `plan.refuses` says.
+    """
+    n, k = w.shape if turned else w.shape[::-1]
+    rest = [] if bias is None else [bias.astype(jnp.float32)]
+    arrays = vary_alike(x, w.astype(x.dtype), *rest, *([] if beside is None else [beside]))
+    out = _product(*arrays, e=e, t=t or tiles(k, n, e.kind), turned=turned)
+    return vary_alike(*out, x)[:-1]
+
+
 @partial(jax.jit, static_argnames=("e", "t", "turned"))
-def product(x, w, bias=None, beside=None, *, e: Epilogue, t: Tiles, turned: bool = False):
-    """epilogue(x @ w) [M, N], and what came before it where `e.keep`. turned: w comes as [N, K]."""
+def _product(x, w, *rest, e: Epilogue, t: Tiles, turned: bool):
     m, n = x.shape[0], w.shape[0 if turned else 1]
     out = jax.ShapeDtypeStruct((m, n), x.dtype)
     mine = t.rows if t.alternate else t.rows // COMPUTE
@@ -149,14 +156,15 @@ def product(x, w, bias=None, beside=None, *, e: Epilogue, t: Tiles, turned: bool
     free = {"num_arrivals": 1 if t.alternate else COMPUTE, "num_barriers": t.stages}
     return plgpu.kernel(
         partial(_kernel, e=e, t=t, turned=turned),
-        out_type=(out, out) if e.keep else out,
+        out_type=(out,) * e.outputs,
         scratch_types=[
             _pair((t.stages, t.rows, DEEP), x.dtype),
             plgpu.SMEM(w_shape, x.dtype, transforms=(_TILED, _SWIZZLE)),
-            _pair((COMPUTE, t.slots, mine, DEEP), x.dtype),
+            _pair((COMPUTE, t.given if e.beside else 1, mine if e.beside else 8, DEEP), x.dtype),
+            _pair((COMPUTE, t.made, mine, DEEP), x.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=t.stages * (COMPUTE if t.alternate else 1)),
             plgpu.ClusterBarrier(collective_axes=("half",), **free) if t.cluster > 1 else plgpu.Barrier(**free),
-            plgpu.Barrier(num_barriers=COMPUTE * t.slots),
+            plgpu.Barrier(num_barriers=COMPUTE * t.given),
         ],
         grid=(PROCESSORS // t.cluster,),
         grid_names=("cluster",),
@@ -166,4 +174,4 @@ def product(x, w, bias=None, beside=None, *, e: Epilogue, t: Tiles, turned: bool
         thread_name="warpgroup",
         kernel_name="product_hopper",
         compiler_params=PARAMS,
-    )(x, w, *(a for a in (bias, beside) if a is not None))
+    )(x, w, *rest)
