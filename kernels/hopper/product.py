@@ -22,7 +22,7 @@ from kernels.launch import vary_alike
 
 PROCESSORS = 132
 COMPUTE = 2
-LOADER, MULTIPLIER = 40, 232
+LOADER, MULTIPLIER = 24, 240  # registers a thread
 _SWIZZLE, _TILED = plgpu.SwizzleTransform(128), plgpu.TilingTransform((8, DEEP))
 
 
