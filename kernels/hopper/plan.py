@@ -15,8 +15,8 @@ class Tiles:
 
     rows, columns: of a tile of the result. stages: slices of x and w in shared memory at a time. cluster: blocks, below each other,
     that share slices of w. alternate: the two warpgroups take whole tiles in turn, and each has its epilogue while the other
-    multiplies; else they take the halves of one tile. given, made: pieces of DEEP columns in shared memory, of each warpgroup, on
-    their way in and out.
+    multiplies; else they take the halves of one tile. given, made: pieces of 64 x 64 in shared memory, of each warpgroup, on their way
+    in and out.
     """
 
     rows: int = 128
@@ -24,8 +24,8 @@ class Tiles:
     stages: int = 5
     cluster: int = 2
     alternate: bool = True
-    given: int = 1
-    made: int = 1
+    given: int = 2
+    made: int = 2
 
 
 WIDE = Tiles(columns=192, stages=4)  # three quarters of the bytes of two narrow ones

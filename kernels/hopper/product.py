@@ -22,6 +22,7 @@ from kernels.launch import vary_alike
 
 PROCESSORS = 132
 COMPUTE = 2
+ROWS = 64  # of a wgmma, and of what goes in or out at a time
 LOADER, MULTIPLIER = 24, 240  # registers a thread
 _SWIZZLE, _TILED = plgpu.SwizzleTransform(128), plgpu.TilingTransform((8, DEEP))
 
@@ -46,7 +47,7 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
     clusters = PROCESSORS // t.cluster
     count = (pl.cdiv(m, t.rows * t.cluster) * across - cluster + clusters - 1) // clusters  # tiles of this block
     mine = t.rows if t.alternate else t.rows // COMPUTE  # rows of a tile that a warpgroup multiplies
-    pieces = t.columns // DEEP
+    pieces = [(r, c) for c in range(0, t.columns, DEEP) for r in range(0, mine, ROWS)]  # of a tile, one after the other
 
     def place(i):
         tile = cluster + i * clusters
@@ -83,53 +84,55 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
         who = warpgroup * t.stages if t.alternate else 0
 
         @pl.loop(warpgroup if t.alternate else 0, count, step=COMPUTE if t.alternate else 1)
-        def _tile(i):
-            row, column = place(i)
-            rows = pl.ds(row if t.alternate else row + warpgroup * mine, mine)
+        def _tile(tile):
+            row, column = place(tile)
+            row = row if t.alternate else row + warpgroup * mine
 
-            def fetch(j):
-                part, slot = beside_ref.at[rows, pl.ds(column + j * DEEP, DEEP)], j % t.given
-                plgpu.copy_gmem_to_smem(part, given_flat.at[warpgroup, slot], arrived.at[warpgroup * t.given + slot])
+            def where(piece):
+                return pl.ds(row + piece[0], ROWS), pl.ds(column + piece[1], DEEP)
 
-            for j in range(min(t.given, pieces)) if e.beside else ():
-                fetch(j)
+            def fetch(i):
+                there = arrived.at[warpgroup * t.given + i % t.given]
+                plgpu.copy_gmem_to_smem(beside_ref.at[where(pieces[i])], given_flat.at[warpgroup, i % t.given], there)
+
+            for i in range(min(t.given, len(pieces))) if e.beside else ():
+                fetch(i)
 
             def run(sums):
                 @pl.loop(0, steps)
                 def _step(k):
-                    slot = lax.rem(i * steps + k, t.stages)
+                    slot = lax.rem(tile * steps + k, t.stages)
                     plgpu.barrier_wait(ready.at[who + slot])
                     x = x_tiled.at[slot] if t.alternate else x_tiled.at[slot, pl.ds(warpgroup * mine, mine)]
                     w = w_s.at[slot]
                     plgpu.wgmma(sums, x, transposed(w) if turned else w)
                     plgpu.wgmma_wait(1)
-                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(i * steps + k - 1, t.stages)]))
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(tile * steps + k - 1, t.stages)]))
 
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free.at[lax.rem(i * steps + steps - 1, t.stages)])
+                plgpu.barrier_arrive(free.at[lax.rem(tile * steps + steps - 1, t.stages)])
                 return sums[...]
 
             sums = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((mine, t.columns), jnp.float32))
-            if pieces * e.outputs % t.made:
+            if len(pieces) * e.outputs % t.made:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            written = 0
-            for j in range(pieces):
-                columns = pl.ds(column + j * DEEP, DEEP)
-                y = sums[:, j * DEEP : (j + 1) * DEEP]
-                bias = along(load(bias_ref.at[columns], COLUMNS, optimized=False), y, 1) if e.bias else None
-                beside = None
+            written, bias, beside = 0, None, None
+            for i, (r, c) in enumerate(pieces):
+                y = sums[r : r + ROWS, c : c + DEEP]
+                if e.bias and r == 0:
+                    bias = along(load(bias_ref.at[where((r, c))[1]], COLUMNS, optimized=False), y, 1)
                 if e.beside:
-                    plgpu.barrier_wait(arrived.at[warpgroup * t.given + j % t.given])
-                    beside = load(given.at[warpgroup, j % t.given], plgpu.Layout.WGMMA).astype(jnp.float32)
+                    plgpu.barrier_wait(arrived.at[warpgroup * t.given + i % t.given])
+                    beside = load(given.at[warpgroup, i % t.given], plgpu.Layout.WGMMA).astype(jnp.float32)
                 for ref, value in zip(out_refs, e(y, bias, beside), strict=True):
                     slot = written % t.made
                     plgpu.wait_smem_to_gmem(t.made - 1, wait_read_only=True)
                     made.at[warpgroup, slot][...] = value.astype(ref.dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(made_flat.at[warpgroup, slot], ref.at[rows, columns])
+                    plgpu.copy_smem_to_gmem(made_flat.at[warpgroup, slot], ref.at[where((r, c))])
                     written += 1
-                if e.beside and j + t.given < pieces:
-                    fetch(j + t.given)
+                if e.beside and i + t.given < len(pieces):
+                    fetch(i + t.given)
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -151,7 +154,6 @@ def product(x, w, bias=None, beside=None, *, e: Epilogue, turned: bool = False, 
 def _product(x, w, *rest, e: Epilogue, t: Tiles, turned: bool):
     m, n = x.shape[0], w.shape[0 if turned else 1]
     out = jax.ShapeDtypeStruct((m, n), x.dtype)
-    mine = t.rows if t.alternate else t.rows // COMPUTE
     w_shape = (t.stages, t.columns, DEEP) if turned else (t.stages, DEEP, t.columns)
     free = {"num_arrivals": 1 if t.alternate else COMPUTE, "num_barriers": t.stages}
     return plgpu.kernel(
@@ -160,8 +162,8 @@ def _product(x, w, *rest, e: Epilogue, t: Tiles, turned: bool):
         scratch_types=[
             _pair((t.stages, t.rows, DEEP), x.dtype),
             plgpu.SMEM(w_shape, x.dtype, transforms=(_TILED, _SWIZZLE)),
-            _pair((COMPUTE, t.given if e.beside else 1, mine if e.beside else 8, DEEP), x.dtype),
-            _pair((COMPUTE, t.made, mine, DEEP), x.dtype),
+            _pair((COMPUTE, t.given if e.beside else 1, ROWS if e.beside else 8, DEEP), x.dtype),
+            _pair((COMPUTE, t.made, ROWS, DEEP), x.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=t.stages * (COMPUTE if t.alternate else 1)),
             plgpu.ClusterBarrier(collective_axes=("half",), **free) if t.cluster > 1 else plgpu.Barrier(**free),
             plgpu.Barrier(num_barriers=COMPUTE * t.given),
