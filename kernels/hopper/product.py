@@ -2,9 +2,9 @@
 
     out = epilogue(x @ w)       x [M, K], w [K, N], out [M, N] bfloat16; sums and epilogue in float32
 
-A block of threads stays on its multiprocessor and takes one tile of the result after the other. One warpgroup loads (TMA) slices of
-x and w into a ring of shared memory, two multiply (wgmma), and they take turns: while one is in the epilogue of its tile, the tensor
-cores work for the other. Two neighbouring blocks (a cluster) take tiles below each other and share the slices of w.
+A block of threads stays on its multiprocessor and takes one tile of the result after the other. One warpgroup loads (TMA) slices
+of x and w into a ring of shared memory, two multiply (wgmma), and they take turns: while one is in the epilogue of its tile, the
+tensor cores work for the other. Two neighbouring blocks (a cluster) take tiles below each other and share the slices of w.
 """
 
 from functools import partial
@@ -70,7 +70,11 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
                 pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 deep, there = pl.ds(k * DEEP, DEEP), ready.at[who + slot]
                 plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, t.rows), deep], x_flat.at[slot], there)
-                part = w_ref.at[columns, deep] if turned else w_ref.at[deep, columns]
+                if turned:  # what is summed over runs on from one matrix of w to the next, or the columns do
+                    group, deep = k * DEEP // w_ref.shape[2], pl.ds(lax.rem(k * DEEP, w_ref.shape[2]), DEEP)
+                    part = w_ref.at[group, columns, deep]
+                else:
+                    part = w_ref.at[column // w_ref.shape[2], deep, pl.ds(lax.rem(column, w_ref.shape[2]), t.columns)]
                 plgpu.copy_gmem_to_smem(part, w_s.at[slot], there, collective_axes="half" if t.cluster > 1 else None)
 
         # the neighbour arrives at the barriers here: not gone before it is done
@@ -140,19 +144,21 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
 def product(x, w, bias=None, beside=None, *, e: Epilogue, turned: bool = False, t: Tiles | None = None) -> tuple:
     """What `e` makes of x [M, K] @ w [K, N] in x's dtype, bfloat16: arrays [M, N].
 
-    bias [N] float32 where e.bias, beside [M, N] like x where e.beside. turned: w comes as [N, K], the product is with its transpose.
-    w is rounded to x's dtype. t: the tiles, by default those of the table. What is taken `plan.refuses` says.
+    w may be [G, K, n], G matrices whose columns stand beside each other, N = G n. bias [N] where e.bias, beside [M, N] like x where
+    e.beside. turned: the product is with w's transpose; w is [N, K], or [G, N, k], K = G k. w is rounded to x's dtype. t: the
+    tiles, by default those of the table. `plan.refuses` says what is not taken.
     """
-    n, k = w.shape if turned else w.shape[::-1]
-    rest = [] if bias is None else [bias.astype(jnp.float32)]
-    arrays = vary_alike(x, w.astype(x.dtype), *rest, *([] if beside is None else [beside]))
-    out = _product(*arrays, e=e, t=t or tiles(k, n, e.kind), turned=turned)
+    w = (w if w.ndim == 3 else w[None]).astype(x.dtype)
+    rest = [] if bias is None else [bias.reshape(-1).astype(jnp.float32)]
+    arrays = vary_alike(x, w, *rest, *([] if beside is None else [beside]))
+    n = w.shape[1 if turned else 2]  # of what a tile lies in
+    out = _product(*arrays, e=e, t=t or tiles(x.shape[1], n, e.kind), turned=turned)
     return vary_alike(*out, x)[:-1]
 
 
 @partial(jax.jit, static_argnames=("e", "t", "turned"))
 def _product(x, w, *rest, e: Epilogue, t: Tiles, turned: bool):
-    m, n = x.shape[0], w.shape[0 if turned else 1]
+    m, n = x.shape[0], w.shape[1] if turned else w.shape[0] * w.shape[2]
     out = jax.ShapeDtypeStruct((m, n), x.dtype)
     w_shape = (t.stages, t.columns, DEEP) if turned else (t.stages, DEEP, t.columns)
     free = {"num_arrivals": 1 if t.alternate else COMPUTE, "num_barriers": t.stages}

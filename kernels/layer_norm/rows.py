@@ -15,17 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.attention.hopper.parts import PARAMS, load
+from kernels.hopper.plan import THREADS
 from kernels.launch import vary_alike
 
-THREADS = 128
 ROWS = 4  # that a warpgroup has in flight, forward
 STEP = 2  # and backward
 STRIPS = 1056  # of rows, backward: eight blocks on each of 132 multiprocessors, each with sums of its own
-
-
-def takes(d: int) -> bool:
-    """Whether rows of d numbers are spread evenly over a warpgroup, and fit its registers."""
-    return d % THREADS == 0 and d <= 2048
 
 
 def _layout(d: int):

@@ -24,11 +24,10 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
     b, t, d = x.shape
     tokens = tokens or t
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    if dropout is None and by_our_products(x.dtype, d, w_in.shape[1]):
+    if dropout is None and refuses(x.dtype, d, w_in.shape[1]) is None:
         from kernels.mlp import hopper  # Mosaic GPU takes a third of a second to import
 
-        y = hopper.mlp_half(x.reshape(b * t, d), weights, gelu=gelu, residual_scale=residual_scale, eps=eps)
-        return y.reshape(b, t, d)
+        return hopper.mlp_half(x, weights, gelu=gelu, residual_scale=residual_scale, eps=eps)
 
     @again
     def project(x, norm_scale, norm_bias, w_in):
@@ -43,11 +42,6 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
 
     x = x.reshape(b * t, d)
     return close(x, project(x, norm_scale, norm_bias, w_in), b_in, w_out, b_out).reshape(b, t, d)
-
-
-def by_our_products(dtype, d: int, f: int) -> bool:
-    """Whether products from d to f columns and back are the Hopper kernel's."""
-    return (refuses(dtype, d, f) or refuses(dtype, f, d)) is None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
