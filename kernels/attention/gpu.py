@@ -24,6 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels import dropout as drop
 from kernels.attention.hopper.plan import refuses
 from kernels.attention.reference import AttentionWeights
+from kernels.hopper import plan as products
+from kernels.hopper.plan import KEPT as KEPT
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import STATISTICS, layer_norm
 from kernels.layer_norm.reference import EPS
@@ -32,8 +34,6 @@ TOKENS = 2  # cuDNN's backward pass takes even numbers of tokens only: an odd on
 
 # Keeps the inputs of a function for its backward pass and, from within, a few numbers a row.
 again = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(STATISTICS))
-
-KEPT = "kept by the GPU ops"  # products that the backward pass reads: q, k, v, the heads' output and the hidden layer's
 
 
 def keeps(prim, *_, **params) -> bool:
@@ -77,6 +77,10 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     tokens = tokens or t
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
     by = implementation(x.dtype, w_qkv.shape[-1] // num_heads, t)
+    if by == "hopper" and dropout is None and products.refuses(x.dtype, d, w_out.shape[0]) is None:
+        from kernels.attention.hopper.half import attention_half as whole  # Mosaic GPU takes a third of a second to import
+
+        return whole(x, weights, tokens=tokens, residual_scale=residual_scale, eps=eps)
     if t % TOKENS and by != "hopper":
         padded = jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))
         options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}

@@ -13,33 +13,40 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.hopper.plan import STATISTICS as STATISTICS
 from kernels.launch import vary_alike
 from kernels.layer_norm.reference import EPS
-
-STATISTICS = "layer norm statistics"  # what a checkpoint around the norm should keep
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer_norm(eps, x, scale, bias):
-    return _forward(eps, x, scale, bias)[0]
+    return forward(eps, x, scale, bias)[0]
 
 
-def _forward(eps, x, scale, bias):
+def normalised(x, mean, r, scale, bias):
+    """z of rows whose statistics are known, in x's dtype."""
+    return ((x.astype(mean.dtype) - mean) * r * scale + bias).astype(x.dtype)
+
+
+def forward(eps, x, scale, bias):
+    """(z, what `backward` needs)."""
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = checkpoint_name(x32.mean(-1, keepdims=True), STATISTICS)
     r = checkpoint_name(lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps), STATISTICS)
-    return ((x32 - mean) * r * scale + bias).astype(x.dtype), (x, mean, r, scale)
+    return normalised(x, mean, r, scale, bias), (x, mean, r, scale)
 
 
-def _backward(eps, kept, g):
+def backward(_, kept, g, beside=None):
+    """(dx, dscale, dbias) for z's gradient g; beside: a gradient of x's that dx is added to before it is rounded."""
     x, mean, r, scale = kept
     g = g.astype(mean.dtype)
     n, dn = (x.astype(mean.dtype) - mean) * r, g * scale
     dx = r * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
+    dx = dx if beside is None else dx + beside
     return dx.astype(x.dtype), (g * n).sum(0), g.sum(0)
 
 
-_layer_norm.defvjp(_forward, _backward)
+_layer_norm.defvjp(forward, backward)
 
 
 def layer_norm(x, scale, bias, *, eps: float = EPS):

@@ -70,13 +70,11 @@ def _over_keys(rows, arrays, lse, delta, scale, *, queries: int, p: Plan):
 
 
 def _kernel(*refs, tokens: int, p: Plan):
-    inputs, (dq_ref, dk_ref, dv_ref), buffers, (out, lse_s, delta_s, loaded, both, free) = (
-        refs[:4],
-        refs[4:7],
-        refs[7:11],
-        refs[11:],
-    )
-    b, t, n, h = inputs[0].shape
+    inputs, outputs, buffers, (out, lse_s, delta_s, loaded, both, free) = refs[:4], refs[4:-10], refs[-10:-6], refs[-6:]
+    b, t, n, h = inputs[3].shape
+    together = len(outputs) == 1  # q, k, v beside each other in one array, and their gradients
+    dq_ref, dk_ref, dv_ref = outputs * 3 if together else outputs
+    k_first, v_first = (n, 2 * n) if together else (0, 0)
     dtype = inputs[0].dtype
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     heads = (b * n - block + PROCESSORS - 1) // PROCESSORS
@@ -94,8 +92,8 @@ def _kernel(*refs, tokens: int, p: Plan):
         def _head(i):
             pl.when(i >= 1)(lambda: plgpu.barrier_wait(free))
             image, head = place(i)
-            for ref, (flat, _) in zip(inputs, buffers, strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[image, pl.ds(i * 0, p.rows), head], flat.at[0], loaded)
+            for ref, first, (flat, _) in zip(inputs, (0, k_first, v_first, 0), buffers, strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[image, pl.ds(i * 0, p.rows), head + first], flat.at[0], loaded)
 
     @pl.when(warpgroup < COMPUTE)
     def _multiply():
@@ -111,11 +109,11 @@ def _kernel(*refs, tokens: int, p: Plan):
                 zero = jnp.where(image + tile > b + p.tiles, 1, 0)
                 return [tiled.at[zero] for _, tiled in buffers], lse_s.at[zero], delta_s.at[zero]
 
-            def store(x, ref, rows, slot):
+            def store(x, ref, rows, slot, first=0):
                 flat, tiled = out
                 tiled.at[warpgroup, slot][...] = x.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(flat.at[warpgroup, slot], ref.at[image, rows, head])
+                plgpu.copy_smem_to_gmem(flat.at[warpgroup, slot], ref.at[image, rows, head + first])
 
             @pl.loop(warpgroup, p.tiles, step=COMPUTE)
             def _queries(tile):
@@ -136,8 +134,8 @@ def _kernel(*refs, tokens: int, p: Plan):
                     row = plgpu.broadcasted_iota(jnp.int32, dk.shape, 0, layout=plgpu.Layout.WGMMA) + tile * TILE
                     dk, dv = (jnp.where(row < tokens, d, 0.0) for d in (dk, dv))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                store(dv, dv_ref, rows, 0)
-                store(dk * h**-0.5, dk_ref, rows, 1)
+                store(dv, dv_ref, rows, 0, v_first)
+                store(dk * h**-0.5, dk_ref, rows, 1, k_first)
 
             plgpu.barrier_arrive(free)
 
@@ -146,13 +144,16 @@ def _kernel(*refs, tokens: int, p: Plan):
 
 @partial(jax.jit, static_argnums=4)  # see `hopper.forward`
 def backward(q, k, v, g, tokens: int):
-    """Gradients (dq, dk, dv) of `hopper.forward` for g, that of its result; arrays [B, T, N, 64] in one dtype."""
+    """Gradients (dq, dk, dv) of `hopper.forward` for g [B, T, N, 64], that of its result; arrays like it.
+
+    Or one of q, k and v beside each other, for them in one array that is given three times.
+    """
     p = plan(q.shape[1], tokens)
     whole = partial(buffer, 1, p.rows, dtype=q.dtype)
     numbers = plgpu.SMEM((1, p.rows), jnp.float32)
     return plgpu.kernel(
         partial(_kernel, tokens=tokens, p=p),
-        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),) * 3,
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),) * (3 if q.shape == g.shape else 1),
         scratch_types=[
             *(whole(), whole(), whole(), whole()),
             buffer(COMPUTE, 2, TILE, dtype=q.dtype),

@@ -33,7 +33,8 @@ LOADER, MULTIPLIER = {2: 40, 3: 32}, {2: 232, 3: 160}  # registers a thread, by 
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, o_ref, q_s, k_s, v_s, logits_ready, v_ready, free, *, tokens: int, p: Plan):
-    b, _, n, h = q_ref.shape
+    b, _, n, h = o_ref.shape
+    k_first, v_first = (n, 2 * n) if q_ref.shape[2] > n else (0, 0)  # the three of them beside each other in one array
     (q_flat, q_tiled), (k_flat, k_tiled), (v_flat, v_tiled) = q_s, k_s, v_s
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     heads = (b * n - block + PROCESSORS - 1) // PROCESSORS  # that this block takes
@@ -52,10 +53,10 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, q_s, k_s, v_s, logits_ready, v_r
             slot = lax.rem(i, p.stages)
             pl.when(i >= p.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
             image, head = place(i)
-            rows = (image, pl.ds(i * 0, p.rows), head)  # a start that is not constant: rows behind the last are asked for
-            plgpu.copy_gmem_to_smem(q_ref.at[rows], q_flat.at[slot], logits_ready.at[slot])
-            plgpu.copy_gmem_to_smem(k_ref.at[rows], k_flat.at[slot], logits_ready.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[rows], v_flat.at[slot], v_ready.at[slot])
+            rows = pl.ds(i * 0, p.rows)  # a start that is not constant: rows behind the last are asked for
+            plgpu.copy_gmem_to_smem(q_ref.at[image, rows, head], q_flat.at[slot], logits_ready.at[slot])
+            plgpu.copy_gmem_to_smem(k_ref.at[image, rows, head + k_first], k_flat.at[slot], logits_ready.at[slot])
+            plgpu.copy_gmem_to_smem(v_ref.at[image, rows, head + v_first], v_flat.at[slot], v_ready.at[slot])
 
     @pl.when(warpgroup < p.warpgroups)
     def _multiply():
@@ -88,17 +89,18 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, q_s, k_s, v_s, logits_ready, v_r
             plgpu.barrier_arrive(free.at[slot])
 
 
-@partial(jax.jit, static_argnums=3)
-def forward(q, k, v, tokens: int):
+@partial(jax.jit, static_argnums=(3, 4))
+def forward(q, k, v, tokens: int, n: int):
     """o [B, T, N, 64] of q, k, v like it, of whose T rows the first `tokens` are keys.
 
-    A jit of its own: then the layers of a model share one module, which is compiled once, and not once a layer.
+    Or of one array [B, T, 3 N, 64] that holds q, k and v, given three times. n: N. A jit of its own: then the layers of a model
+    share one module, which is compiled once, and not once a layer.
     """
     p = plan(q.shape[1], tokens)
     ring = partial(buffer, p.stages, p.rows, dtype=q.dtype)
     return plgpu.kernel(
         partial(_forward_kernel, tokens=tokens, p=p),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=jax.ShapeDtypeStruct((*q.shape[:2], n, HEAD), q.dtype),
         scratch_types=[
             *(ring(), ring(), ring()),
             plgpu.Barrier(num_arrivals=2, num_barriers=p.stages),
@@ -116,7 +118,7 @@ def forward(q, k, v, tokens: int):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attention(q, k, v, tokens):
-    return vary_alike(forward(q, k, v, tokens), q)[0]
+    return vary_alike(forward(q, k, v, tokens, q.shape[2]), q)[0]
 
 
 def _attention_backward(tokens, kept, g):

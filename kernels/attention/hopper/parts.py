@@ -39,10 +39,10 @@ def transposed(ref):
     return plgpu.transpose_ref(ref, (1, 0))
 
 
-def load(ref, layout):
+def load(ref, layout, **options):
     """What is behind ref, in this layout; jax 0.12 takes no index beside the reference."""
     index = ((),) if jax.__version_info__ < (0, 12) else ()
-    return plgpu.load(ref, *index, layout=layout)
+    return plgpu.load(ref, *index, layout=layout, **options)
 
 
 def product(a, b, columns: int):

@@ -40,12 +40,19 @@ def plan(t: int, tokens: int) -> Plan:
     return Plan(keys=keys, tiles=tiles, warpgroups=min(3, tiles) if keys <= NARROW else COMPUTE)
 
 
-def refuses(dtype, head_width: int, t: int) -> str | None:
-    """Why the kernels do not take heads of this dtype and width and rows of t on the device that is present; None if they do."""
+def not_hopper() -> str | None:
+    """What the device present is, if no Hopper GPU."""
     if jax.default_backend() != "gpu":
         return f"the devices are {jax.default_backend()}, the kernels are for GPUs"
     if (found := getattr(jax.devices()[0], "compute_capability", "unknown")) != CAPABILITY:
         return f"compute capability {found}, the kernels are written for {CAPABILITY}"
+    return None
+
+
+def refuses(dtype, head_width: int, t: int) -> str | None:
+    """Why the kernels do not take heads of this dtype and width and rows of t on the device that is present; None if they do."""
+    if (why := not_hopper()) is not None:
+        return why
     if dtype != jnp.bfloat16:
         return f"dtype {jnp.dtype(dtype).name}, the kernels take bfloat16"
     if head_width != HEAD:

@@ -1,0 +1,1 @@
+"""What several ops share on Hopper GPUs, by Mosaic GPU."""

@@ -1,0 +1,60 @@
+"""Which products the Hopper kernel (`product.py`) takes, and with which tiles; which half blocks are made of it.
+
+Plain numbers, so that asking imports no Mosaic GPU.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+
+from kernels.attention.hopper.plan import not_hopper
+
+# Names of what half blocks keep for their backward pass, products and statistics of norms: a checkpoint around a block knows them
+KEPT, STATISTICS = "kept by the GPU ops", "layer norm statistics"
+
+DEEP = 64  # of K at a time: 128 bytes of bfloat16, the widest swizzle of shared memory
+THREADS = 128  # of a warpgroup, over which a row of the norm is spread
+WIDEST = 2048  # row of the norm, for its registers
+READS = ("residual", "slope")  # kinds of epilogue that read an array of the result's shape
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Everything chosen for one product; hashable.
+
+    rows, columns: of a tile of the result. stages: slices of x and w in shared memory at a time. cluster: blocks, below each
+    other, that share slices of w. alternate: the two warpgroups take whole tiles in turn, and each has its epilogue while the
+    other multiplies; else they take the halves of one tile. given, made: pieces of 64 x 64 in shared memory, of each warpgroup,
+    on their way in and out.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    stages: int = 5
+    cluster: int = 2
+    alternate: bool = True
+    given: int = 2
+    made: int = 2
+
+
+WIDE = Tiles(columns=192, stages=4)  # three quarters of the bytes of two narrow ones
+NARROW = Tiles()
+
+
+def tiles(k: int, n: int, kind: str) -> Tiles:
+    """The tiles of a product [M, K] @ [K, N] with an epilogue of this kind."""
+    t = WIDE if n % WIDE.columns == 0 else NARROW
+    return t if kind in READS else replace(t, made=4)
+
+
+def refuses(dtype, d: int, inner: int) -> str | None:
+    """Why the half block [M, D] -> [M, inner] -> [M, D] is not of our kernels on the device that is present; None if it is."""
+    if (why := not_hopper()) is not None:
+        return why
+    if dtype != jnp.bfloat16:
+        return f"dtype {jnp.dtype(dtype).name}, the kernels take bfloat16"
+    if d % THREADS or d > WIDEST:
+        return f"rows of {d}, the kernels take multiples of {THREADS} to {WIDEST}"
+    if inner % THREADS:
+        return f"{inner} columns between, the kernels take multiples of {THREADS}"
+    return None

@@ -1,0 +1,72 @@
+"""The MLP half of a block on a Hopper GPU: two products of ours whose epilogues take what stands between and behind them.
+
+Forward, bias and GELU are the first one's epilogue, bias and residual the second one's. Kept are x, its rows' statistics and what
+GELU is taken of; backward, GELU's slope is in the epilogue of the gradient's product with out_kernel, which makes the hidden
+values again besides.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels.hopper.epilogue import Epilogue
+from kernels.hopper.plan import KEPT, STATISTICS
+from kernels.hopper.product import product
+from kernels.launch import vary_alike
+from kernels.layer_norm import rows
+from kernels.mlp.reference import MLPWeights
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is static of a half block."""
+
+    gelu: str
+    residual_scale: float
+    eps: float
+
+
+def _hidden(f: Form, x, w: MLPWeights, *, keep: bool):
+    z, mean, r = rows.forward(x, w.norm_scale, w.norm_bias, eps=f.eps)
+    return product(z, w.in_kernel, w.in_bias, e=Epilogue(bias=True, gelu=f.gelu, keep=keep)), mean, r
+
+
+def _close(f: Form, h, x, w: MLPWeights):
+    e = Epilogue(bias=True, residual=f.residual_scale)
+    return product(h, w.out_kernel, f.residual_scale * w.out_bias, x, e=e)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _half(f: Form, x, w: MLPWeights):
+    ((h,), _, _) = _hidden(f, x, w, keep=False)
+    return _close(f, h, x, w)
+
+
+def _forward(f: Form, x, w: MLPWeights):
+    (h, a), mean, r = _hidden(f, x, w, keep=True)
+    a, mean, r = checkpoint_name(a, KEPT), checkpoint_name(mean, STATISTICS), checkpoint_name(r, STATISTICS)
+    return _close(f, h, x, w), (x, mean, r, a, w)
+
+
+def _backward(f: Form, kept, g):
+    x, mean, r, a, w = kept
+    da, h = product(g, w.out_kernel, beside=a, e=Epilogue(slope=f.gelu), turned=True)
+    dz = da @ w.in_kernel.astype(x.dtype).T
+    dx, z, d_scale, d_bias = rows.backward(x, dz, g, mean, r, w.norm_scale, w.norm_bias, beside=f.residual_scale)
+    d_in = jnp.einsum("md,mf->df", z, da, preferred_element_type=w.in_kernel.dtype)  # over all rows: not rounded to x's dtype
+    d_out = jnp.einsum("mf,md->fd", h, g, preferred_element_type=w.out_kernel.dtype)
+    d_in_bias, d_out_bias = da.astype(jnp.float32).sum(0), f.residual_scale * g.astype(jnp.float32).sum(0)
+    grads = MLPWeights(d_scale, d_bias, d_in, d_in_bias, d_out, d_out_bias)
+    return dx, jax.tree.map(lambda a, like: a.astype(like.dtype), grads, w)
+
+
+_half.defvjp(_forward, _backward)
+
+
+def mlp_half(x, weights: MLPWeights, *, gelu: str, residual_scale: float, eps: float):
+    """As `kernels.mlp.reference.mlp_half` without dropout, for x [B, T, D] in bfloat16."""
+    x, *arrays = vary_alike(x, *weights)
+    return _half(Form(gelu, residual_scale, eps), x.reshape(-1, x.shape[-1]), MLPWeights(*arrays)).reshape(x.shape)
