@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention.reference import AttentionWeights
@@ -167,28 +169,38 @@ def heads_here(config, layer: Layer) -> int:
 
 def attend(x, w, config, layer: Layer):
     """x + dropout(MSA(LN(x))), paper Eq. 2, summed over the model axis."""
+
+    def half(x, dropout):
+        options = {"num_heads": heads_here(config, layer), "dropout": dropout, "eps": config.eps}
+        return layer.half(layer.context.ops.attention_half, x, attention_weights(w), **options)
+
+    return _summed(half, x, config, layer)
+
+
+def _summed(half, x, config, layer: Layer):
+    """half(x, dropout), summed over the model axis. Of x in parts of the batch (`Ops.paced`) each part in its turn: its sum runs
+    while the next part is computed."""
     mesh = layer.context.mesh
-    y = layer.half(
-        layer.context.ops.attention_half,
-        vary(x, mesh),
-        attention_weights(w),
-        num_heads=heads_here(config, layer),
-        eps=config.eps,
-    )
-    return sum_over_model(y, mesh)
+    if not isinstance(x, tuple):
+        return sum_over_model(half(vary(x, mesh), layer.dropout), mesh)
+    parts = []
+    for i, part in enumerate(x):
+        dropout = layer.dropout and layer.dropout._replace(row=layer.dropout.row + i * part.shape[0] * config.tokens)
+        part = vary(part, mesh)
+        if parts:  # left alone, XLA computes all parts side by side, and then sums them
+            part, parts[-1] = lax.optimization_barrier((part, parts[-1]))
+        parts.append(half(part, dropout))
+    return tuple(sum_over_model(y, mesh) for y in parts)
 
 
 def transform(x, w, config, layer: Layer):
     """x + dropout(MLP(LN(x))), paper Eq. 3, summed over the model axis."""
-    mesh = layer.context.mesh
-    y = layer.half(
-        layer.context.ops.mlp_half,
-        vary(x, mesh),
-        MLPWeights(*_pair(w["norm2"]), *_pair(w["mlp_in"]), *_pair(w["mlp_out"])),
-        gelu=config.gelu,
-        eps=config.eps,
-    )
-    return sum_over_model(y, mesh)
+
+    def half(x, dropout):
+        weights = MLPWeights(*_pair(w["norm2"]), *_pair(w["mlp_in"]), *_pair(w["mlp_out"]))
+        return layer.half(layer.context.ops.mlp_half, x, weights, gelu=config.gelu, dropout=dropout, eps=config.eps)
+
+    return _summed(half, x, config, layer)
 
 
 def attention_maps(x, w, config, layer: Layer):
@@ -221,7 +233,7 @@ def _extra(w, config):
 
 def _encoder(x, w, config, layer: Layer):
     x = (config.entries.position.attend or attend)(x, w, config, layer)
-    return transform(checkpoint_name(x, MIDDLE), w, config, layer)
+    return transform(jax.tree.map(lambda part: checkpoint_name(part, MIDDLE), x), w, config, layer)
 
 
 # --- LayerScale (CaiT, arXiv:2103.17239, Eq. 5 to 8): what each half adds is multiplied channel by channel ---------------------

@@ -66,7 +66,8 @@ class Layer(NamedTuple):
     """What a block is told besides its input and its weights.
 
     dropout: of this layer, or None. tokens: how many of the T tokens are real, None for all (the others are padding, which no token
-    may see). stacks: where the layer's weights lie in the arrays of all layers, None where they do not. The parts of the residual that the devices of a model axis add are to be multiplied by `residual_scale`.
+    may see). stacks: where the layer's weights lie in the arrays of all layers, None where they do not. The parts of the residual
+    that the devices of a model axis add are to be multiplied by `residual_scale`.
     """
 
     context: Context
@@ -81,7 +82,7 @@ class Layer(NamedTuple):
 
     def half(self, op: Callable, x, weights, **options):
         """A half block of x: `op` with its weights, those that lie in arrays of all layers in place."""
-        options |= {"dropout": self.dropout, "residual_scale": self.residual_scale, **self.padding}
+        options |= {"residual_scale": self.residual_scale, **self.padding}
         if self.stacks is None:
             return op(x, weights, **options)
         weights, names = self.stacks.found(weights)

@@ -54,7 +54,7 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
             table = at_block(p, w, config)
             x = (x + jnp.pad(table, ((0, extra + config.registers), (0, 0)))).astype(x.dtype)
         y = config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens, stacks))
-        if mesh and varies_over_model(y):
+        if mesh and any(map(varies_over_model, jax.tree.leaves(y))):
             raise ValueError(
                 f"block={config.block!r} returns tokens that differ along the model axis: it must end in `sum_over_model`, and "
                 "name the leaves that it uses behind that in `Block.outside`"
@@ -70,6 +70,19 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
     if remat > 1:
         x = _rematerialised(lambda *a: one(*a)[0], x, row, layers, remat, specs, context, scan)
         return (x[:, : config.tokens] if extra else x), {}
+
+    halved = (
+        ops.paced
+        and scan is _unrolled
+        and mesh
+        and mesh.model > 1
+        and not (remat or capture or at_block)
+        and x.shape[0] % 2 == 0
+        and config.block == "encoder"
+        and config.entries.position.attend is None
+    )
+    if halved:
+        x = tuple(lax.split(x, (x.shape[0] // 2,) * 2))
 
     def block(x, layer):
         w, key = layer
@@ -98,6 +111,7 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         block = checkpoint(block, policy=recompute_gathers(ops.keeps))
     x = scan(block, x, layers)[0]
     x = x[0] if paced else x
+    x = jnp.concatenate(x) if halved else x
     return (x[:, : config.tokens] if extra else x), {}
 
 
