@@ -161,7 +161,9 @@ def test_every_way_to_cut_keeps_what_its_backward_pass_reads(t):
 def test_what_is_kept_is_read_and_not_made_again():
     """The residuals hold B*T*F values in x's dtype, padding aside; with others in their place the gradients are others."""
     args = arrays(2, 16, 64, 256, jnp.bfloat16)
-    y, pullback = jax.vjp(partial(mlp_half, launch=WIDE, keep=True), *args)
+    run = partial(mlp_half, launch=WIDE, keep=True)
+    assert "mlp_half_hidden" not in str(jax.make_jaxpr(run)(*args)), "kept where nobody differentiates"
+    y, pullback = jax.vjp(run, *args)
     leaves, tree = jax.tree.flatten(pullback)
     (at,) = [i for i, a in enumerate(leaves) if getattr(a, "shape", ())[-1:] == (256,) and a.ndim == 3]
     assert leaves[at].dtype == jnp.bfloat16
