@@ -64,7 +64,7 @@ def name_of_ops(ops: Ops, config, full, mesh) -> str:
         if why := refuses(jnp.dtype(dtype), config.width // config.num_heads, rows):
             name += f" (attention without our kernel: {why})"
     images = full.batch_size // full.accumulate // mesh.shape["data"]
-    kept = keep.choose(ops, config, images, dtype, MeshShape.of(mesh), remat=full.remat)[1]
+    kept = keep.choose(ops, config, images, dtype, MeshShape.of(mesh), remat=full.remat, average=bool(full.polyak))[1]
     return ", ".join(filter(None, (name, keep.described(kept))))
 
 

@@ -110,7 +110,15 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
 
     def loss_of(params, images, labels, first_example, key):
         """The sum over this part's images of loss / B, over all devices: parts add up to the mean over the global batch."""
-        ops, _ = keep.choose(for_training(options.ops), config, images.shape[0], options.dtype, shape, remat=options.remat)
+        ops, _ = keep.choose(
+            for_training(options.ops),
+            config,
+            images.shape[0],
+            options.dtype,
+            shape,
+            remat=options.remat,
+            average=bool(options.polyak),
+        )
         context = Context(
             ops=ops,
             dtype=options.dtype,

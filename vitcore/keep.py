@@ -3,7 +3,7 @@
 The kernels save the input of each half block and make everything else again. Ops that can save more say so (`Ops.keeping`); each
 is taken, in their order, while what it keeps fits the room that is left:
 
-    room = SHARE HBM - COPIES of the parameters - the inputs of the half blocks of all layers
+    room = SHARE HBM - copies of the parameters - the inputs of the half blocks of all layers
 
 The room is an estimate on the safe side: a step that fits only without must not be refused for what it could do without.
 """
@@ -21,7 +21,7 @@ from vitcore.ops import Keeping, Ops
 from vitcore.sharding import partition_specs
 
 SHARE = 0.75  # of a device's memory; the rest is XLA's, the images', and the estimate's error
-COPIES = 5  # float32: parameters, two moments, gradients, and a Polyak average
+COPIES = 4  # float32: parameters, two moments and gradients; a Polyak average is one more
 INPUTS = 1.25  # the inputs of the half blocks, with the padding of their layout and what else grows with the batch
 
 
@@ -32,19 +32,22 @@ class Kept(NamedTuple):
     bytes: int
 
 
-def choose(ops: Ops, config, images: int, dtype, mesh: MeshShape | None, *, remat: int) -> tuple[Ops, tuple[Kept, ...]]:
-    """(the ops for a training step of so many images on a device at a time, what they keep). With remat nothing is kept."""
+def choose(
+    ops: Ops, config, images: int, dtype, mesh: MeshShape | None, *, remat: int, average: bool = False
+) -> tuple[Ops, tuple[Kept, ...]]:
+    """(the ops for a training step of so many images on a device at a time, what they keep). With remat nothing is kept. average:
+    the state has a Polyak average."""
     if remat or not isinstance(config, ViTConfig) or ops.device is None or not ops.keeping:
         return ops, ()
-    return _choose(ops, config, images, jnp.dtype(dtype), mesh or MeshShape(1, 1))
+    return _choose(ops, config, images, jnp.dtype(dtype), mesh or MeshShape(1, 1), COPIES + average)
 
 
 @cache
-def _choose(ops: Ops, config: ViTConfig, images: int, dtype, mesh: MeshShape) -> tuple[Ops, tuple[Kept, ...]]:
+def _choose(ops: Ops, config: ViTConfig, images: int, dtype, mesh: MeshShape, copies: int) -> tuple[Ops, tuple[Kept, ...]]:
     assert ops.device is not None
     calls = [(n, t + -t % ops.multiple) for n, t in config.entries.block.calls(config)]
     halves = 2 * sum(images * n * t for n, t in calls) * config.width * dtype.itemsize * config.depth
-    room = SHARE * ops.device().hbm_bytes - COPIES * 4 * _parameters(config, mesh) - INPUTS * halves
+    room = SHARE * ops.device().hbm_bytes - copies * 4 * _parameters(config, mesh) - INPUTS * halves
     found: list[Kept] = []
     for one in ops.keeping:
         if _by_another(config, one):

@@ -14,6 +14,7 @@ parameters. Generations whose Mosaic takes no bfloat16 operands get float32 weig
 """
 
 import contextlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -100,6 +101,8 @@ def part_scalars(scalars, first, x, tokens: int | None = None):
 def _half(scalars, x, weights: AttentionWeights, static: Static):
     """(y, the arrays of stacked weights). scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and
     [3, 1, K]."""
+    if static.plan.keep:  # nobody differentiates
+        static = replace(static, plan=replace(static.plan, keep=False))
     return _value(scalars, x, weights, static)[0], taken(weights)
 
 

@@ -93,6 +93,8 @@ IRREGULAR = (
     Case("v3", "layer_norm", "L/16@384", "float32"),
     Case("v5e", "patch_embed", "L/16@512", "float32", image=True),
     Case("v3", "mlp_half", FIRST, keep=True),
+    Case("v3", "attention_half", FIRST, keep=True),
+    Case("v3", "attention_half", "L/16@224", keep=True),
     Case("v5e", "mlp_half", FIRST, keep=True),
 )
 

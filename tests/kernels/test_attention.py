@@ -205,7 +205,11 @@ def test_half_agrees_in_parts_of_the_batch(device):
 
 @pytest.mark.parametrize(
     ("device", "t", "n", "h", "dtype"),
-    [("v3", 37, 2, 64, jnp.bfloat16), ("v5e", 17, 3, 32, jnp.bfloat16), ("v3", 8, 4, 32, jnp.float32)],
+    [
+        ("v3", 37, 2, 64, jnp.bfloat16),
+        pytest.param("v5e", 17, 3, 32, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("v3", 8, 4, 32, jnp.float32, marks=pytest.mark.slow),
+    ],
     ids=["fused", "general", "fused, whole registers"],
 )
 def test_half_agrees_with_what_is_kept(device, t, n, h, dtype):

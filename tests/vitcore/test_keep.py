@@ -27,8 +27,8 @@ SMALL = vitcore.ViTConfig(
 )
 
 
-def choose(config=B16, images=32, ops=V3, mesh=None, remat=0):
-    return keep.choose(ops, config, images, "bfloat16", mesh, remat=remat)
+def choose(config=B16, images=32, ops=V3, mesh=None, **options):
+    return keep.choose(ops, config, images, "bfloat16", mesh, **{"remat": 0, **options})
 
 
 def test_small_batches_keep_what_large_ones_make_again():
@@ -38,8 +38,9 @@ def test_small_batches_keep_what_large_ones_make_again():
     rows = 12 * 32 * 197
     assert rows * 3072 * 2 <= kept[0].bytes <= 1.1 * rows * 3072 * 2
     assert rows * 4 * 768 * 4 <= kept[1].bytes <= 1.1 * rows * 4 * 768 * 4
-    some = fused(Launch(device=replace(DEVICES["v3"], hbm_bytes=3 * 2**30 + 2**29)))
+    some = fused(Launch(device=replace(DEVICES["v3"], hbm_bytes=29 * 2**30 // 10)))
     assert [one.what for one in choose(ops=some)[1]] == ["the hidden layer"]
+    assert choose(ops=some, average=True) == (some, ())
     assert choose(images=1024) == (V3, ())
     assert choose(images=1024, ops=fused(Launch(device=replace(DEVICES["v3"], hbm_bytes=2**40))))[1]
     assert keep.described(()) == ""
@@ -120,6 +121,8 @@ def test_a_training_step_takes_them_unless_it_rematerialises():
     assert "mlp_half_hidden" not in program(ops=V3._replace(keeping=()))
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_gradients_are_those_of_the_same_step_without():
     """With dropout, interpreted; float32, in which what is kept is not rounded."""
     kernels = fused(Launch(device=DEVICES["v3"], interpret=True))

@@ -327,9 +327,8 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
     else:
         qkv = kept[0] if len(kept) == 1 else kept[:3]
     do = multiply(plan.output_gradient, [flat(g)], section(w_out, None), name="attention_output_gradient", by_rows=True)
-    with_o = kept is None or len(kept) == 1
-    found = _half_core(plan.core, qkv, do.reshape(b, padded, k), t, x.dtype, static, with_o=with_o)
-    *dqkv, o = map(flat, found if with_o else (*found, kept[3]))
+    o = kept[3:] if kept else ()
+    *dqkv, o = map(flat, (*_half_core(plan.core, qkv, do.reshape(b, padded, k), t, x.dtype, static, with_o=not o), *o))
     dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights", into=into[4])
     dw_qkv, db_qkv = _projection_gradients(partial(gradient, plan.projection_weights, flat(z)), dqkv, into[2])
     dz = multiply(plan.input_gradient, dqkv, w_qkv, name="attention_input_gradient", by_rows=True)
