@@ -69,7 +69,9 @@ class Epilogue:
     @property
     def kind(self) -> str:
         """What the table of tiles calls it."""
-        return "slope" if self.slope else "residual" if self.residual else "gelu" if self.gelu else "plain"
+        if self.beside:
+            return "slope" if self.slope else "residual"
+        return ("kept" if self.keep else "gelu") if self.gelu else "plain"
 
     def __call__(self, y, bias=None, beside=None) -> tuple:
         """The outputs, for y and what stands beside it in float32; bias broadcast to y's shape."""

@@ -3,11 +3,14 @@
 Plain numbers, so that asking imports no Mosaic GPU.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
+from math import log
 
 import jax.numpy as jnp
 
 from kernels.attention.hopper.plan import not_hopper
+from kernels.hopper.table import TABLE
 
 # Names of what half blocks keep for their backward pass, products and statistics of norms: a checkpoint around a block knows them
 KEPT, STATISTICS = "kept by the GPU ops", "layer norm statistics"
@@ -37,14 +40,23 @@ class Tiles:
     made: int = 2
 
 
-WIDE = Tiles(columns=192, stages=4)  # three quarters of the bytes of two narrow ones
-NARROW = Tiles()
+def memory(t: Tiles, kind: str) -> int:
+    """Bytes of shared memory, without barriers, of a block with these tiles and an epilogue of this kind."""
+    ring = t.stages * (t.rows + t.columns) * DEEP
+    pieces = t.made + (t.given if kind in READS else 0)
+    return 2 * (ring + 2 * pieces * 64 * 64)
 
 
+@cache
 def tiles(k: int, n: int, kind: str) -> Tiles:
-    """The tiles of a product [M, K] @ [K, N] with an epilogue of this kind."""
-    t = WIDE if n % WIDE.columns == 0 else NARROW
-    return t if kind in READS else replace(t, made=4)
+    """The tiles of a product [M, K] @ [K, N] with an epilogue of this kind: of the nearest in the table whose columns divide N."""
+    entries = {place: Tiles(*fields) for place, fields in TABLE.items()}
+    fits = {place: t for place, t in entries.items() if place[0] == kind and n % t.columns == 0}
+
+    def away(place):
+        return abs(log(place[1] / k)) + abs(log(place[2] / n))
+
+    return fits[min(fits, key=away)] if fits else Tiles()
 
 
 def refuses(dtype, d: int, inner: int) -> str | None:
