@@ -20,7 +20,7 @@ from vitcore.config import ViTConfig
 from vitcore.ops import Keeping, Ops
 from vitcore.sharding import partition_specs
 
-SHARE = 0.75  # of a device's memory; the rest is XLA's, the images', and the estimate's error
+SHARE = 0.82  # of a device's memory; the rest is XLA's, the images', and the estimate's error
 COPIES = 4  # float32: parameters, two moments and gradients; a Polyak average is one more
 INPUTS = 1.25  # the inputs of the half blocks, with the padding of their layout and what else grows with the batch
 

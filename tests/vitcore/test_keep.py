@@ -38,7 +38,7 @@ def test_small_batches_keep_what_large_ones_make_again():
     rows = 12 * 32 * 197
     assert rows * 3072 * 2 <= kept[0].bytes <= 1.1 * rows * 3072 * 2
     assert rows * 4 * 768 * 4 <= kept[1].bytes <= 1.1 * rows * 4 * 768 * 4
-    some = fused(Launch(device=replace(DEVICES["v3"], hbm_bytes=29 * 2**30 // 10)))
+    some = fused(Launch(device=replace(DEVICES["v3"], hbm_bytes=11 * 2**28)))
     assert [one.what for one in choose(ops=some)[1]] == ["the hidden layer"]
     assert choose(ops=some, average=True) == (some, ())
     assert choose(images=1024) == (V3, ())
