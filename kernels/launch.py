@@ -97,25 +97,26 @@ def call(
     stacked = any(isinstance(o, Stacked) for o in out_shapes)
     wanted = [tuple(o.array.shape if isinstance(o, Stacked) else o[0]) for o in out_shapes]
     padded = bool(aliases) and launch.interpret is not False and not stacked
+    shapes: Any = out_shapes
     if padded:  # the interpreter returns such an output as it pads it: to whole blocks
-        out_shapes = [
+        shapes = [
             (_in_blocks(shape, spec.block_shape) if k in (aliases or {}).values() else shape, dtype)
-            for k, ((shape, dtype), spec) in enumerate(zip(out_shapes, out_specs, strict=True))
+            for k, ((shape, dtype), spec) in enumerate(zip(shapes, out_specs, strict=True))
         ]
 
     def run(*arrays):
         if stacked or any(isinstance(a, Stacked) for a in arrays):
-            plain, arrays = _in_place(kernel, arrays, in_specs, out_specs, out_shapes, prefetch, aliases or {})
+            plain, arrays = _in_place(kernel, arrays, in_specs, out_specs, shapes, prefetch, aliases or {})
             options = {"launch": launch, "name": name, "grid": grid, "semantics": semantics, "cost": cost, "scratch": scratch}
             return call(**plain, **options)(*arrays)
         arrays = list(vary_alike(*arrays))
         for a, k in (aliases or {}).items() if padded else ():
-            arrays[a] = jnp.pad(arrays[a], [(0, n - m) for n, m in zip(out_shapes[k][0], arrays[a].shape, strict=True)])
+            arrays[a] = jnp.pad(arrays[a], [(0, n - m) for n, m in zip(shapes[k][0], arrays[a].shape, strict=True)])
         axes = jax.sharding.ManualAxisType(varying=varying(*arrays))
         interpret = pltpu.InterpretParams() if launch.interpret is True and axes.varying else launch.interpret
         return pl.pallas_call(
             kernel,
-            out_shape=[jax.ShapeDtypeStruct(tuple(s), d, manual_axis_type=axes) for s, d in out_shapes],
+            out_shape=[jax.ShapeDtypeStruct(tuple(s), d, manual_axis_type=axes) for s, d in shapes],
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=prefetch,
                 grid=tuple(grid),
@@ -148,7 +149,7 @@ def _in_blocks(shape, block) -> tuple[int, ...]:
 def _in_place(kernel, arrays, in_specs, out_specs, out_shapes, prefetch: int, aliases: dict[int, int]):
     """(arguments of `call`, arrays) without `Stacked`: one more scalar array says where they lie, index maps look there, and the
     arrays of outputs are inputs that share their memory."""
-    places = [item.at if isinstance(item, Stacked) else None for item in (*arrays[prefetch:], *out_shapes)]
+    places: list[Any] = [item.at if isinstance(item, Stacked) else None for item in (*arrays[prefetch:], *out_shapes)]
     firsts, total = [], 0
     for at in places:
         firsts.append(total)
@@ -158,7 +159,7 @@ def _in_place(kernel, arrays, in_specs, out_specs, out_shapes, prefetch: int, al
     def indices(n: int, at):
         return tuple(at[firsts[n] + k] for k in range(places[n].shape[0])) if places[n] is not None else ()
 
-    def moved(n: int, spec: pl.BlockSpec) -> pl.BlockSpec:
+    def moved(n: int, spec: Any) -> pl.BlockSpec:
         if spec.block_shape is None:  # a whole array in HBM: the kernel is given a part of it
             return spec
         block = *(None,) * (0 if places[n] is None else places[n].shape[0]), *spec.block_shape

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +231,7 @@ def _extra(w, config):
     return None if logits is None else lambda q: logits(q, w, config)
 
 
-def _encoder(x, w, config, layer: Layer):
+def _encoder(x, w, config, layer: Layer) -> Any:
     x = (config.entries.position.attend or attend)(x, w, config, layer)
     return transform(jax.tree.map(lambda part: checkpoint_name(part, MIDDLE), x), w, config, layer)
 

@@ -7,7 +7,7 @@ matrices together over "data" just before they are used (its transpose, a reduce
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,8 @@ def gather_in_turn(params, specs, mesh: MeshShape, dtype, turn):
     split = [w for w, dim in zip(leaves, dims, strict=True) if dim is not None]
     if not split or mesh.data == 1:
         return gather(params, specs, mesh, dtype), turn
-    whole, turn = _gather_in_turn(split, turn, tuple(dim for dim in dims if dim is not None), dtype)
+    both: Any = _gather_in_turn(split, turn, tuple(dim for dim in dims if dim is not None), dtype)
+    whole, turn = both
     rest = iter(whole)
     leaves = [_vary_axes(w, ("data",)) if dim is None else next(rest) for w, dim in zip(leaves, dims, strict=True)]
     return jax.tree.unflatten(tree, leaves), turn

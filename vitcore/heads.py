@@ -27,7 +27,7 @@ class Pool(NamedTuple):
 
 
 def class_token(config) -> tuple[Leaf, ...]:
-    names = {
+    names: dict[str, tuple[Name, ...]] = {
         naming: (Name(name, shape=(1, 1, config.width), when={"tower": False}),)
         for naming, name in (("release", "cls"), ("timm", "cls_token"), ("transformers", "{class}"))
     }

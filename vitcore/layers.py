@@ -5,6 +5,7 @@ block. On a mesh each layer's matrices are brought together inside the loop, jus
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ _nothing = jax.checkpoint_policies.nothing_saveable
 _again = partial(jax.checkpoint, policy=_nothing, prevent_cse=False)  # inside a loop
 
 
-def run(blocks, p, x, row, keys, dropout, config, context: Context):
+def run(blocks, p, x: Any, row, keys, dropout, config, context: Context):
     """Tokens [B, T, D] through all the blocks: (tokens, what `context.capture` asks for).
 
     blocks: their parameters, stacked and split as they lie. p: params["patch_embed"] ready for use. row: the global index of the
@@ -89,6 +90,7 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         return one(x, row, gather(w, layer_specs(specs), mesh, context.dtype), key)[0], None
 
     def block_in_turn(carry, layer):
+        assert mesh is not None
         (x, turn), (w, key) = carry, layer
         x, before = in_turn(vary(x, mesh), turn)
         w, turn = gather_in_turn(w, layer_specs(specs), mesh, context.dtype, turn)
@@ -99,17 +101,17 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
     gathered = mesh and mesh.data > 1
     if ops.stacked and scan is _unrolled and not remat and not gathered:
         layers = gather(layers[0], specs, mesh, context.dtype), keys
-        x = stacks.through(lambda x, layer, stacks: one(x, row, *layer, stacks)[0], x, layers, _split, config.depth)
+        x = stacks.through(lambda x, layer, at: one(x, row, layer[0], layer[1], at)[0], x, layers, _split, config.depth)
         return (x[:, : config.tokens] if extra else x), {}
     paced = ops.paced and scan is _unrolled and not remat and gathered
+    step: Any = block_in_turn if paced else block
     if paced:
-        block = block_in_turn
         x = x, _first_turn(layers[0], mesh)
     if remat:
-        block = checkpoint(block, policy=_nothing)
+        step = checkpoint(step, policy=_nothing)
     elif context.gathers_again:
-        block = checkpoint(block, policy=recompute_gathers(ops.keeps))
-    x = scan(block, x, layers)[0]
+        step = checkpoint(step, policy=recompute_gathers(ops.keeps))
+    x = scan(step, x, layers)[0]
     x = x[0] if paced else x
     x = jnp.concatenate(x) if halved else x
     return (x[:, : config.tokens] if extra else x), {}

@@ -202,7 +202,8 @@ def attention_half(
         plan=plan, tokens=tokens if tokens != shape.t else None,
     )  # fmt: skip
     scalars, x, *arrays = vary_alike(scalars, x, *arrays)
-    y, stacks = _half(scalars, x, AttentionWeights(*arrays), static)
+    both: Any = _half(scalars, x, AttentionWeights(*arrays), static)
+    y, stacks = both
     return (y, stacks) if stacks else y
 
 

@@ -150,7 +150,7 @@ class Refs(NamedTuple):
     nat: Any = None
 
 
-def kernel(*arrays, spec, t: Tiling, view: tuple[int, int]):
+def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
     """One row tile times one hidden tile of the arrays that `Refs` names."""
     refs = Refs(*arrays)
     i, j = pl.program_id(0), pl.program_id(1)

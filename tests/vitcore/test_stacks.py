@@ -1,4 +1,4 @@
-"""Weights in the arrays of all layers: the same values and gradients as with each layer's own, and nothing wrong where it cannot be."""
+"""Weights in the arrays of all layers: the same values and gradients as with each layer's own, and where it cannot be as well."""
 
 from dataclasses import replace
 
