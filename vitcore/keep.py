@@ -82,4 +82,6 @@ def described(kept: tuple[Kept, ...]) -> str:
     """For people: what is kept and how much; "" for nothing."""
     if not kept:
         return ""
-    return f"keeps {' and '.join(k.what for k in kept)}: {sum(k.bytes for k in kept) / 2**30:.1f} GiB"
+    total = sum(k.bytes for k in kept)
+    size = f"{total / 2**30:.1f} GiB" if total >= 2**27 else f"{total / 2**20:.1f} MiB"
+    return f"keeps {' and '.join(k.what for k in kept)}: {size}"

@@ -44,6 +44,7 @@ def test_small_batches_keep_what_large_ones_make_again():
     assert choose(images=1024) == (V3, ())
     assert choose(images=1024, ops=fused(Launch(device=replace(DEVICES["v3"], hbm_bytes=2**40))))[1]
     assert keep.described(()) == ""
+    assert keep.described((keep.Kept("x", 3 * 2**19),)) == "keeps x: 1.5 MiB"
 
 
 def test_what_is_kept_fits_beside_the_rest():
