@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.statistics import reference as statistics
 from kernels.mlp.reference import MLPWeights
-from vitcore.collectives import MIDDLE, sum_over_model, vary
+from vitcore.collectives import MIDDLE, vary
 from vitcore.context import Layer
+from vitcore.halves import summed
 from vitcore.parameters import ROWS, Leaf, Name, Split, constant, dense, norm, normal, xavier, zeros
 
 
@@ -193,23 +193,7 @@ def attend(x, w, config, layer: Layer):
             **layer.padding,
         )
 
-    return _summed(half, x, config, layer)
-
-
-def _summed(half, x, config, layer: Layer):
-    """half(x, dropout), summed over the model axis. Of x in parts of the batch (`Ops.paced`) each part in its turn: its sum runs
-    while the next part is computed."""
-    mesh = layer.context.mesh
-    if not isinstance(x, tuple):
-        return sum_over_model(half(vary(x, mesh), layer.dropout), mesh)
-    parts = []
-    for i, part in enumerate(x):
-        dropout = layer.dropout and layer.dropout._replace(row=layer.dropout.row + i * part.shape[0] * config.tokens)
-        part = vary(part, mesh)
-        if parts:  # left alone, XLA computes all parts side by side, and then sums them
-            part, parts[-1] = lax.optimization_barrier((part, parts[-1]))
-        parts.append(half(part, dropout))
-    return tuple(sum_over_model(y, mesh) for y in parts)
+    return summed(half, x, config, layer)
 
 
 def transform(x, w, config, layer: Layer):
@@ -226,7 +210,7 @@ def transform(x, w, config, layer: Layer):
             **layer.padding,
         )
 
-    return _summed(half, x, config, layer)
+    return summed(half, x, config, layer)
 
 
 def attention_maps(x, w, config, layer: Layer):

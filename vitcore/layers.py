@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vitcore import halves
 from vitcore.collectives import (
     gather,
     gather_in_turn,
@@ -70,18 +71,9 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         x = _rematerialised(lambda *a: one(*a)[0], x, row, layers, remat, specs, context, scan)
         return (x[:, : config.tokens] if extra else x), {}
 
-    halved = (
-        ops.paced
-        and scan is _unrolled
-        and mesh
-        and mesh.model > 1
-        and not (remat or capture or at_block)
-        and x.shape[0] % 2 == 0
-        and config.block == "encoder"
-        and config.entries.position.attend is None
-    )
+    halved = halves.worthwhile(config, context, x.shape[0], unrolled=scan is _unrolled)
     if halved:
-        x = tuple(lax.split(x, (x.shape[0] // 2,) * 2))
+        x = halves.split(x)
 
     def block(x, layer):
         w, key = layer
@@ -105,7 +97,7 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
         block = checkpoint(block, policy=recompute_gathers(ops.keeps))
     x = scan(block, x, layers)[0]
     x = x[0] if paced else x
-    x = jnp.concatenate(x) if halved else x
+    x = halves.join(x) if halved else x
     return (x[:, : config.tokens] if extra else x), {}
 
 
