@@ -3,7 +3,8 @@
 Ours is `python -m train.pretrain` in a process of its own, with its own defaults but for what is compared, and its rate is read off
 its records and the times of its lines. timm's is `bench.peers.timm_job`: its loader with 4 workers, as its script has it, and
 tuned: as many workers as cores, pinned memory, fused AdamW, compiled blocks. On a mesh of several devices it runs under torch's
-DDP, a process a card. All of them evaluate and save at the same steps; the clock starts at the first of these, when all is compiled.
+DDP, a process a card. All of them evaluate and save at the same steps; the clock starts at the first of these, when all is
+compiled.
 
 "images/s" is of the whole run, evaluations and saves with it; "steps alone" without them.
 """

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -50,7 +51,7 @@ BAD = [
     (dict(steps=5), "--steps belongs to --job"),
     (dict(job=True, target=("v3",)), "--job runs on devices and --target compiles for none"),
     (dict(job=True, images=0), "--images 0: a positive number is required"),
-    (dict(job=True, data=Path("/nowhere")), "--data /nowhere has no train/"),
+    (dict(job=True, data=pathlib.Path("/nowhere")), "--data /nowhere has no train/"),
     (dict(dropout=0.1), "--dropout 0.1 belongs to training: add --mode train"),
     (dict(dropout=1.5, mode=("train",)), "--dropout 1.5: a rate in [0, 1) is required"),
 ]
