@@ -3,7 +3,8 @@
 Ours is `python -m train.pretrain` in a process of its own, with its own defaults but for what is compared, and its rate is read off
 its records and the times of its lines. timm's is `bench.peers.timm_job`: its loader with 4 workers, as its script has it, and
 tuned: as many workers as cores, pinned memory, fused AdamW, compiled blocks. On a mesh of several devices it runs under torch's
-DDP, a process a card. All of them evaluate and save at the same steps; the clock starts when a few steps are done.
+DDP, a process a card. All of them evaluate and save at the same steps; the clock starts at the first of these, when all is
+compiled.
 
 "images/s" is of the whole run, evaluations and saves with it; "steps alone" without them.
 """
@@ -121,12 +122,12 @@ def _plan(options, model: str, size: int, batch: int, cards: int, count: int, dt
     if batch % cards:
         raise ValueError(f"--batch-sizes {batch} does not divide over {cards} devices: use a multiple")
     steps = options.steps or max(30, -(-6 * count // (5 * batch)))
-    warm = max(1, min(steps // 5, 50))
-    if steps <= warm:
-        raise ValueError(f"--steps {steps}: 2 at least are required, the first of which only warm up")
+    every = options.every or max(1, steps // 3)
+    if steps <= every:
+        raise ValueError(f"--steps {steps}: more than {every} are required, the first of which only warm up: see --every")
     return {
-        "model": model, "size": size, "batch": batch, "cards": cards, "steps": steps, "warm": warm,
-        "every": options.every or max(1, steps // 3), "dtype": dtype, "dropout": options.dropout, "data": str(data),
+        "model": model, "size": size, "batch": batch, "cards": cards, "steps": steps, "every": every,
+        "dtype": dtype, "dropout": options.dropout, "data": str(data),
     }  # fmt: skip
 
 
@@ -166,16 +167,17 @@ def ours(plan: dict[str, Any], words: list[str], work: Path, seconds: float) -> 
     command += ["--data", f"folder:{plan['data']}"]
     for name in ("model", "batch", "size", "steps", "dtype", "dropout"):
         command += [{"batch": "--batch-size", "size": "--image-size"}.get(name, f"--{name}"), str(plan[name])]
-    command += ["--eval-every", str(plan["every"]), "--checkpoint-every", str(plan["every"]), "--log-every", str(plan["warm"])]
+    for name in ("eval", "checkpoint", "log"):
+        command += [f"--{name}-every", str(plan["every"])]
     lines = _watched([*command, *words], seconds)
     records = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(out, ignore_errors=True)
-    begun = next(when for when, text in lines if text.split()[:2] == ["step", str(plan["warm"])])
+    begun = next(when for when, text in lines if text.split()[:2] == ["step", str(plan["every"])])
     ended = next(when for when, text in lines if text.startswith("finished at step"))
-    images = (plan["steps"] - plan["warm"]) * plan["batch"]
-    taken, before = 0.0, plan["warm"]
+    images = (plan["steps"] - plan["every"]) * plan["batch"]
+    taken, before = 0.0, plan["every"]
     for record in records:
-        if record["step"] > plan["warm"]:
+        if record["step"] > plan["every"]:
             taken += (record["step"] - before) * plan["batch"] / record["images_per_second"]
             before = record["step"]
     said = [text for _, text in lines if "waited for images" in text]

@@ -11,140 +11,24 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from train import distributed, memory
 from train.checkpoint import Checkpoints, abstract
-from train.data import EvalBatches, TrainBatches
 from train.data.device import on_mesh
 from train.feed import Feed
 from train.job import differing, place
 from train.meeting import Told
 from train.metrics import Recorder, Silence, log_line
+from train.run import Best as Best
+from train.run import Clock, Diverged, Progress, Result, Run
 from train.signals import Stop, Watchdog, check_interrupt
-from train.step import StepOptions, TrainState, make_eval_step, make_init, make_train_step
-from vitcore.config import ViTConfig
+from train.step import make_eval_step, make_init, make_train_step
 
 WAITING = 0.05  # share of a run's time that waiting for data may take unsaid
-
-
-class Diverged(ValueError):
-    """Too many steps in a row had no finite loss and gradient; a checkpoint has been written."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything `train` needs. batches: the endless stream of training batches; validation: a fresh pass over the held-out images;
-    both give this process's rows. log_every, eval_every, checkpoint_every: in steps. keep: newest checkpoints that stay;
-    keep_every: those of its multiples stay too. early_stop: evaluations without a better accuracy after which to stop, 0 for never.
-    config_json: the resolved configuration, kept in every checkpoint; identity: the part of it that a continuation must share.
-    start: makes the state at step 0 where that is not a fresh initialisation. claim: called on process 0 when the first batch has
-    come, before anything is written. probe: a measurement every probe_every steps, {name: number} into the records.
-    finish: called on every process with the state at the end, unless a signal ended the run.
-    step_timeout: seconds, 0 for none. bad_steps, checkpoint_wait: see `train.job.JobOptions`. tensorboard, profile: see
-    `train.options.TrainOptions`."""
-
-    directory: os.PathLike
-    config: ViTConfig
-    mesh: Mesh
-    tx: optax.GradientTransformation
-    learning_rate: optax.Schedule
-    options: StepOptions
-    batches: TrainBatches
-    validation: Callable[[], EvalBatches]
-    batch_size: int
-    total_steps: int
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
-    keep: int
-    early_stop: int
-    config_json: dict
-    identity: dict
-    keep_every: int | None = None
-    start: Callable[[], TrainState] | None = None
-    claim: Callable[[], None] = lambda: None
-    probe: Callable[[TrainState], dict[str, float]] = lambda state: {}
-    probe_every: int = 0
-    finish: Callable[[TrainState], None] = lambda state: None
-    step_timeout: float = 0
-    bad_steps: int = 20
-    checkpoint_wait: bool = False
-    tensorboard: bool = False
-    profile: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best validation so far: its accuracy and step, and how many evaluations have passed without a better one."""
-
-    accuracy: float = -1.0
-    step: int = 0
-    waited: int = 0
-
-    def after(self, accuracy: float, step: int) -> "Best":
-        return Best(accuracy, step, 0) if accuracy > self.accuracy else Best(self.accuracy, self.step, self.waited + 1)
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended. steps: done in all; started: where this process took it up; seconds: spent here, compilation included.
-    asked_to_stop: by a signal, with a checkpoint of the last step and no evaluation (accuracy is nan). stuck: a thread still waits
-    for data, so that only `os._exit` ends the process."""
-
-    steps: int
-    started: int
-    accuracy: float
-    correct: int
-    count: int
-    best: Best
-    stopped_early: bool
-    seconds: float
-    images_per_second: float
-    skipped: int = 0
-    asked_to_stop: bool = False
-    stuck: bool = False
-
-
-@dataclass(frozen=True)
-class _Clock:
-    """Steps, and the seconds they took."""
-
-    steps: int = 0
-    seconds: float = 0.0
-
-    def after(self, seconds: float) -> "_Clock":
-        return _Clock(self.steps + 1, self.seconds + seconds)
-
-    @property
-    def rate(self) -> float:
-        """Steps a second."""
-        return self.steps / self.seconds if self.steps else 0.0
-
-
-@dataclass
-class _Progress:
-    """What changes as the loop goes, but for the state. due: the record of a step whose evaluation a signal cut short."""
-
-    step: int = 0
-    best: Best = field(default_factory=Best)
-    scores: dict | None = None
-    due: dict | None = None
-    skipped: int = 0
-    in_a_row: int = 0
-
-    def saved(self) -> dict:
-        return {"best": vars(self.best), "scores": self.scores, "due": self.due, "skipped": self.skipped}
-
-    @classmethod
-    def restored(cls, step: int, extra: dict) -> "_Progress":
-        return cls(step, Best(**extra["best"]), extra["scores"], extra["due"], extra["skipped"])
 
 
 def train(run: Run, say: Callable[[str], None] = print, *, stop: Stop | None = None) -> Result:
@@ -176,7 +60,7 @@ class _Loop:
         self.simulated = self.run_device.platform == "cpu"
         self.memory = memory.limit_of(self.run_device)  # until the first step is known to fit; None: nobody can tell
         self.unseen: list[tuple[int, dict]] = []  # steps whose metrics nobody has looked at
-        self.now = _Progress()
+        self.now = Progress()
         self.watchdog = stack.enter_context(Watchdog(run.step_timeout))
         self.tracing = False
         stack.callback(self.end_trace)
@@ -231,7 +115,7 @@ class _Loop:
                 raise ValueError(f"{directory} is another run's ({', '.join(other)} differ): choose another --out")
             run.batches.set_state(extra["loader"])
             self.loader = extra["loader"]
-            self.now = _Progress.restored(int(self.state.step), extra)
+            self.now = Progress.restored(int(self.state.step), extra)
             self.say(f"resuming at step {self.now.step} from {directory}")
         if self.first and not fresh:
             run.claim()  # now that there is a run to go on with
@@ -363,7 +247,7 @@ class _Loop:
         else:
             recorder = Silence()
         self.recorder = self.stack.enter_context(recorder)
-        since, whole, waited = _Clock(), _Clock(), 0.0  # time since the last line; without the first step; of that, for batches
+        since, whole, waited = Clock(), Clock(), 0.0  # time since the last line; without the first step; of that, for batches
         if now.due is not None:
             self.finish_step(dict(now.due), 0.0)
         while now.step < run.total_steps and not self.waited_enough and not self.stopping:
@@ -391,7 +275,7 @@ class _Loop:
             if now.step > self.started + 1:  # the first step compiles
                 whole, waited = whole.after(taken), waited + waiting
             self.finish_step(record, since.rate)
-            since = _Clock() if record else since
+            since = Clock() if record else since
             self.checkpoints.check()
             if now.in_a_row >= run.bad_steps:
                 self.diverged()

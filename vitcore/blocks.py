@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.statistics import reference as statistics
 from kernels.mlp.reference import MLPWeights
-from vitcore.collectives import MIDDLE, sum_over_model, vary
+from vitcore.collectives import MIDDLE, vary
 from vitcore.context import Layer
+from vitcore.halves import summed
 from vitcore.parameters import ROWS, Leaf, Name, Split, constant, dense, norm, normal, xavier, zeros
 
 
@@ -174,23 +174,7 @@ def attend(x, w, config, layer: Layer):
         options = {"num_heads": heads_here(config, layer), "dropout": dropout, "eps": config.eps}
         return layer.half(layer.context.ops.attention_half, x, attention_weights(w), **options)
 
-    return _summed(half, x, config, layer)
-
-
-def _summed(half, x, config, layer: Layer):
-    """half(x, dropout), summed over the model axis. Of x in parts of the batch (`Ops.paced`) each part in its turn: its sum runs
-    while the next part is computed."""
-    mesh = layer.context.mesh
-    if not isinstance(x, tuple):
-        return sum_over_model(half(vary(x, mesh), layer.dropout), mesh)
-    parts = []
-    for i, part in enumerate(x):
-        dropout = layer.dropout and layer.dropout._replace(row=layer.dropout.row + i * part.shape[0] * config.tokens)
-        part = vary(part, mesh)
-        if parts:  # left alone, XLA computes all parts side by side, and then sums them
-            part, parts[-1] = lax.optimization_barrier((part, parts[-1]))
-        parts.append(half(part, dropout))
-    return tuple(sum_over_model(y, mesh) for y in parts)
+    return summed(half, x, config, layer)
 
 
 def transform(x, w, config, layer: Layer):
@@ -200,7 +184,7 @@ def transform(x, w, config, layer: Layer):
         weights = MLPWeights(*_pair(w["norm2"]), *_pair(w["mlp_in"]), *_pair(w["mlp_out"]))
         return layer.half(layer.context.ops.mlp_half, x, weights, gelu=config.gelu, dropout=dropout, eps=config.eps)
 
-    return _summed(half, x, config, layer)
+    return summed(half, x, config, layer)
 
 
 def attention_maps(x, w, config, layer: Layer):

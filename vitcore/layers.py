@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vitcore import stacks
+from vitcore import halves, stacks
 from vitcore.collectives import (
     gather,
     gather_in_turn,
@@ -72,18 +72,9 @@ def run(blocks, p, x: Any, row, keys, dropout, config, context: Context):
         x = _rematerialised(lambda *a: one(*a)[0], x, row, layers, remat, specs, context, scan)
         return (x[:, : config.tokens] if extra else x), {}
 
-    halved = (
-        ops.paced
-        and scan is _unrolled
-        and mesh
-        and mesh.model > 1
-        and not (remat or capture or at_block)
-        and x.shape[0] % 2 == 0
-        and config.block == "encoder"
-        and config.entries.position.attend is None
-    )
+    halved = halves.worthwhile(config, context, x.shape[0], unrolled=scan is _unrolled)
     if halved:
-        x = tuple(lax.split(x, (x.shape[0] // 2,) * 2))
+        x = halves.split(x)
 
     def block(x, layer):
         w, key = layer
@@ -113,7 +104,7 @@ def run(blocks, p, x: Any, row, keys, dropout, config, context: Context):
         step = checkpoint(step, policy=recompute_gathers(ops.keeps))
     x = scan(step, x, layers)[0]
     x = x[0] if paced else x
-    x = jnp.concatenate(x) if halved else x
+    x = halves.join(x) if halved else x
     return (x[:, : config.tokens] if extra else x), {}
 
 

@@ -4,7 +4,7 @@
     python -m bench.peers.timm_job < request.json        marked JSON lines on stdout, as `bench.trial` has them
 
 A request: data (a folder with train/ and val/), model, size, batch (of all cards), cards, workers (of a card), steps, every
-(steps between evaluations, and saves), warm (steps before the clock starts), dtype, dropout, tuned. As timm's users run it:
+(steps between evaluations, and saves; the clock starts at the first), dtype, dropout, tuned. As timm's users run it:
 `create_loader` with its prefetcher, AdamW, autocast. tuned: pinned memory, fused AdamW and compiled blocks besides. The images are
 cropped and flipped, as ours, and no more: timm's default would change their colours, which costs its workers much.
 """
@@ -112,19 +112,19 @@ class _Trainer:
             for images, labels in self.train:
                 loss = self.step(images.to(self.device), labels.to(self.device))
                 done += 1
-                if done == request["warm"]:
-                    begun, aside = self.sync(), 0.0
                 if done % request["every"] == 0 or done == request["steps"]:
                     stood = self.sync()
                     accuracy = self.evaluate()
                     self.save(folder)
                     aside += self.sync() - stood
+                    if done == request["every"]:  # all is compiled, and every worker there
+                        begun, aside = self.sync(), 0.0
                     if self.rank == 0:
                         say({"step": done, "loss": float(loss.detach()), "accuracy": accuracy})
                 if done == request["steps"]:
                     break
         seconds = self.sync() - begun
-        images = (done - request["warm"]) * request["batch"]
+        images = (done - request["every"]) * request["batch"]
         assert loss is not None
         rates = {"whole": images / seconds, "training": images / (seconds - aside)}
         return {**rates, "loss": float(loss.detach()), "accuracy": accuracy}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -48,6 +49,12 @@ BAD = [
         "--sizes 48 is not divisible by the patch of R+Ti/16: use a multiple of 32",
     ),
     (dict(step=0), "--step 0: a positive number is required"),
+    (dict(steps=5), "--steps belongs to --job"),
+    (dict(job=True, target=("v3",)), "--job runs on devices and --target compiles for none"),
+    (dict(job=True, images=0), "--images 0: a positive number is required"),
+    (dict(job=True, data=pathlib.Path("/nowhere")), "--data /nowhere has no train/"),
+    (dict(dropout=0.1), "--dropout 0.1 belongs to training: add --mode train"),
+    (dict(dropout=1.5, mode=("train",)), "--dropout 1.5: a rate in [0, 1) is required"),
 ]
 
 

@@ -1,5 +1,6 @@
 """The dropout mask: its rate, its independence, and that it belongs to the element and not to the way the array is cut."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,3 +62,14 @@ def test_kept_values_are_scaled_and_zero_rate_is_the_identity():
     assert set(np.unique(dropped)) <= {0.0, 4.0}
     assert dropout.apply(x, Dropout(0.0, jnp.int32(1)), dropout.MLP_OUT) is x
     assert dropout.apply(x, None, dropout.MLP_OUT) is x
+
+
+def test_rows_lose_what_the_same_rows_of_images_lose():
+    """`apply_rows` keeps [B * T, K]; rows behind the tokens shift no other's mask."""
+    x = jax.random.normal(jax.random.key(0), (3, 6, 16))
+    here = Dropout(0.4, jnp.int32(7), 11, 3)
+    for tokens in (None, 6, 5):
+        expected = dropout.apply(x, here, dropout.MLP_HIDDEN, 32, tokens=tokens)
+        found = dropout.apply_rows(x.reshape(18, 16), 6, here, dropout.MLP_HIDDEN, 32, tokens=tokens)
+        np.testing.assert_array_equal(np.asarray(found).reshape(x.shape), expected)
+        assert 0 < (np.asarray(found) == 0).sum() < found.size
