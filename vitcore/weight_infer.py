@@ -39,7 +39,7 @@ def infer(
     heads: number of heads, which timm's and transformers' files do not say; by default that of the named model of this width, depth
     and hidden width, and where there is none it must be said. grid: (rows, columns) of the position embedding, by default square.
     pool, position: where the names leave them open, which without class token and attention pooling is the pool, and without a
-    position embedding is how there is none. num_classes is 1 where there is no head; gelu is tanh for the release, erf for the
+    position embedding is how there is none. num_classes is 0 where there is no head; gelu is tanh for the release, erf for the
     others, as their models compute. Raises ValueError for the first thing that makes no model, or is open and not said.
     """
 
@@ -69,6 +69,8 @@ def infer(
         classes = head
     else:
         timm, parts = style.naming == "timm", words(style, 0)
+        if style.tower and len(found[f"{p}{parts['patches']}.weight"]) == 2:
+            raise ValueError("the model has patches of images of any shape (SigLIP 2's NaFlex), which is not supported")
         width, channels, side, other = shape(f"{p}{parts['patches']}.weight", 4)
         depth = _count(found, rf"{p}{re.escape(parts['blocks'])}\.(\d+)\.")
         mlp_dim = shape(f"{p}{parts['block']}.{parts['mlp_in']}.bias", 1)[0]
@@ -110,7 +112,7 @@ def infer(
         mlp_dim=mlp_dim,
         num_heads=heads,
         channels=stem[1] if stem else channels,
-        num_classes=found[classes][0] if len(found.get(classes, ())) == (1 if classes == head else 2) else 1,
+        num_classes=found[classes][0] if len(found.get(classes, ())) == (1 if classes == head else 2) else 0,
         head_bias=None if classes in found and head not in found else 0.0,
         representation_size=found[pre][0] if len(found.get(pre, ())) == 1 else None,
         pool=pool,
