@@ -107,7 +107,7 @@ def test_the_table_is_written_as_it_is_read(tmp_path):
     out = tmp_path / "table.py"
     out.write_text(tune.text(table.CARD, {**table.TABLE, ("plain", 64, 128): (128, 128, 5, 2, True, 2, 2)}))
     names: dict = {}
-    exec(out.read_text(), names)  # noqa: S102
+    exec(out.read_text(), names)
     assert names["TABLE"].pop(("plain", 64, 128)) == (128, 128, 5, 2, True, 2, 2)
     assert names["TABLE"] == table.TABLE
 
