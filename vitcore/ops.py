@@ -134,7 +134,7 @@ def _on_the_tpu(kernel):
 
 # Plain einsum, compiled by XLA: the specification, and the path of every platform without kernels.
 REFERENCE = Ops(patch_embed.patch_embed, attention.attention_half, mlp.mlp_half, layer_norm.layer_norm)
-# cuDNN's attention, and products that read and write the activations' dtype.
+# Our kernels on Hopper; elsewhere cuDNN's attention, and products that read and write the activations' dtype.
 GPU = Ops(
     patch_embed_gpu.patch_embed,
     attention_gpu.attention_half,

@@ -1,5 +1,7 @@
 """The MLP half of a block on a GPU: XLA's products, rounded to x's dtype where they are made; `kernels/attention/gpu.py` says why.
 
+On Hopper, without dropout, it is of our kernels (`hopper.py`), where `kernels.hopper.plan.refuses` says nothing.
+
 The backward pass keeps x, its rows' statistics and the hidden layer's product, and computes what is elementwise again.
 """
 
