@@ -8,7 +8,7 @@ There are two formulations, each with a forward and a backward file:
 `plan` chooses and returns everything that was chosen, as data; an op takes it as `plan=`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from kernels import parts
@@ -27,6 +27,7 @@ from kernels.attention.tiling import (
     head_lanes,
     product_tiles,
 )
+from kernels.by_xla import ByXLA, few_tokens
 from kernels.device import SUBLANES, Device
 from kernels.vmem import round_up
 
@@ -90,8 +91,8 @@ class Plan:
     """Of the attention half. head_lanes: of a head in the arrays, H or more; the weights are padded with zeros to it."""
 
     head_lanes: int
-    forward: FusedForward | GeneralForward
-    backward: Float32Backward | GeneralBackward | Refused
+    forward: FusedForward | GeneralForward | ByXLA
+    backward: Float32Backward | GeneralBackward | Refused | ByXLA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,19 @@ def plan(shape: Shape, device: Device, *, forward_rows: int = FORWARD_ROWS, back
     s = shape._replace(h=lanes)
     backward = _or_refused(lambda: _backward(s, device, backward_rows))
     return Plan(head_lanes=lanes, forward=_forward(s, device, forward_rows), backward=backward)
+
+
+@cache
+def choose(shape: Shape, device: Device) -> Plan:
+    """`plan`, with the passes left to XLA where it is ahead by the one count (LOG.md, 2026-11-27, has the table)."""
+    chosen = plan(shape, device)
+    forward, backward = few_tokens(shape.t, device)
+    if forward or backward:
+        return replace(chosen, forward=forward or chosen.forward, backward=backward or chosen.backward)
+    if chosen.head_lanes != shape.h and not device.bf16_matmul:
+        padded = ByXLA(reason=f"heads of {shape.h}, which the kernels pad to {chosen.head_lanes}")
+        return replace(chosen, forward=padded)
+    return chosen
 
 
 @cache

@@ -12,6 +12,7 @@ Operands are rounded where the reference rounds them, or not at all; sums, LN an
 parameters. Generations whose Mosaic takes no bfloat16 operands get float32 weights, which their MXU rounds.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels import by_xla, parts
 from kernels import dropout as drop
-from kernels import parts
 from kernels.attention import plan as planning
 from kernels.attention.float32 import backward as float32_backward
 from kernels.attention.float32 import forward as float32_forward
@@ -29,8 +30,10 @@ from kernels.attention.general import forward as general_forward
 from kernels.attention.general.forward import Static
 from kernels.attention.plan import CorePlan, Float32Backward, FusedForward, GeneralBackward, GeneralForward, Plan, Refused
 from kernels.attention.reference import AttentionWeights
+from kernels.attention.reference import attention_half as reference
 from kernels.attention.tiling import CoreTiles, Float32Core, Shape
 from kernels.body import operand_dtype
+from kernels.by_xla import ByXLA, Passes
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
 from kernels.stacked import apart, cast, cotangent, in_place, places, taken, writable
@@ -154,14 +157,17 @@ def attention_half(
     """The attention half of a block -> [B, T, D], as `reference.attention_half` (arguments and meaning there).
 
     launch: from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses. qkv_kernel and out_kernel
-    may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the heads are padded, the batch is taken in parts or they are
-    lent. Differentiable in x and all
-    weights; saves x and the weights only. ValueError for shapes or dtypes that do not fit together; NotImplementedError for a shape
-    that no tiles fit.
+    may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the heads are padded, the batch is taken in parts
+    or they are lent. Differentiable in x and all weights; saves x and the weights only. ValueError for shapes or dtypes that do not
+    fit together; NotImplementedError for a shape that no tiles fit.
     """
     check_half(x, weights, num_heads)
     shape = shape_of(x, weights, num_heads)
-    plan = plan or planning.plan(shape, launch.device)
+    # interpreted, it is the kernels that are tried
+    plan = plan or (planning.plan if launch.interpret else planning.choose)(shape, launch.device)
+    if isinstance(plan.forward, ByXLA) or isinstance(plan.backward, ByXLA):
+        options = {"num_heads": num_heads, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
+        return _partly_by_xla(x, apart(weights), dropout, plan, launch, options)
     scalars, rate = scalars_of(dropout)
     if plan.head_lanes == shape.h:
         whole = not isinstance(plan.backward, Refused) and plan.backward.images == shape.b
@@ -178,6 +184,21 @@ def attention_half(
     scalars, x, *arrays = vary_alike(scalars, x, *arrays)
     y, stacks = _half(scalars, x, AttentionWeights(*arrays), static)
     return (y, stacks) if stacks else y
+
+
+def _partly_by_xla(x, weights: AttentionWeights, dropout, plan: Plan, launch: Launch, options):
+    """The half with the passes by XLA that the plan leaves to it, the others by kernels."""
+    own = planning.plan(shape_of(x, weights, options["num_heads"]), launch.device)  # stands in for the passes that are XLA's
+    forward, backward = (isinstance(chosen, ByXLA) for chosen in (plan.forward, plan.backward))
+    plan = replace(plan, forward=own.forward if forward else plan.forward, backward=own.backward if backward else plan.backward)
+
+    def plain(x, w, dropout):
+        return reference(x, w, dropout=dropout, **options)
+
+    def kernels(x, w, dropout):
+        return attention_half(x, w, dropout=dropout, launch=launch, plan=plan, **options)
+
+    return by_xla.run(Passes(plain, kernels, forward, backward, "attention_half", options["tokens"]), x, weights, dropout)
 
 
 def scalars_of(dropout):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from jax.experimental import pallas as pl
 
 from kernels import parts
+from kernels.by_xla import ByXLA, few_tokens
 from kernels.device import LANES, SUBLANES, Device, MiB
 from kernels.vmem import round_up
 
@@ -24,6 +25,7 @@ _STEP_CYCLES = 600  # what a grid step costs beside its products: filling and dr
 # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
 _COPY_BYTES = 1.6
 BACKWARD_ROWS = 24576  # at a time through the backward kernel where it takes copies of x and dy without padded rows
+STREAMED_ROWS = 256  # of a backward step: with fewer, streaming the weights and their sums takes longer than the products
 _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
 
 
@@ -83,8 +85,8 @@ class Tiling:
 class Plan:
     """Of both kernels. backward_images: at a time through the backward kernel, a divisor of B; None: all of them."""
 
-    forward: Tiling
-    backward: Tiling
+    forward: Tiling | ByXLA
+    backward: Tiling | ByXLA
     backward_images: int | None = None
 
 
@@ -177,3 +179,16 @@ def plan(shape: Shape, device: Device) -> Plan:
         images = shape.b // parts.count(shape.b, shape.t, BACKWARD_ROWS)
         backward = best(shape._replace(b=images), True)
     return Plan(forward=forward, backward=backward, backward_images=images)
+
+
+@cache
+def choose(shape: Shape, device: Device) -> Plan:
+    """`plan`, with the passes left to XLA where it is ahead by the one count (LOG.md, 2026-11-27, has the table)."""
+    chosen = plan(shape, device)
+    forward, backward = few_tokens(shape.t, device)
+    if forward or backward:
+        return replace(chosen, forward=forward or chosen.forward, backward=backward or chosen.backward)
+    if isinstance(chosen.backward, Tiling) and not chosen.backward.resident and chosen.backward.columns < STREAMED_ROWS:
+        short = ByXLA(reason=f"weights streamed for {chosen.backward.height} rows at a time, which the memory's rate bounds")
+        return replace(chosen, backward=short)
+    return chosen

@@ -65,7 +65,7 @@ def token(first: int, count: int, dtype):
 
 
 def token_at(place, t: int, dtype):
-    """int32: the tokens at `place` in what `unpacked` made of the t rows of an image of `dtype`; behind them the rows themselves."""
+    """int32: the tokens at `place` in what `unpacked` made of an image's t rows of `dtype`; behind them the rows themselves."""
     whole = t // PACKED_ROWS * PACKED_ROWS if dtype == jnp.bfloat16 else 0
     return jnp.where(place < whole, unpacked_row(place, True), place)
 
@@ -123,8 +123,8 @@ def gather(found: dict, head: Head, value):
 
 
 def attend(run: list[Head], q, k, v, *, t: int, tokens: int, factor: float, dtype) -> None:
-    """Replaces the queries of a run of heads by what they attend to: q, k [R, K], v [S, K] refs, zeros in v behind R. tokens: of the
-    t rows, the first ones.
+    """Replaces the queries of a run of heads by what they attend to: q, k [R, K], v [S, K] refs, zeros in v behind R. tokens: of
+    the t rows, the first ones.
 
     2**(factor q k) are the probabilities before they are divided by their sum.
     """
