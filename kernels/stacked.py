@@ -6,8 +6,8 @@ find the layer in the array (`launch.call`), and its gradient is written into th
 
 How that is differentiated. An op that is given `Stacked` returns the arrays again, beside its result, and whoever calls it goes on
 with those that it returned: so the arrays run through the layers like x does. Backward their cotangents run the other way, and each
-layer's op puts its own gradient in its place, which nobody has used before. The last arrays are read by nobody: `close` gives them a
-cotangent that holds anything at all, for every place of it is written.
+layer's op puts its own gradient in its place, which nobody has used before. The last arrays are read by nobody: `close` gives them
+a cotangent that holds anything at all, for every place of it is written.
 
 All gradients are there from the first layer's on, which a large batch has no room for, and little gain of. There, and where the
 layers are a loop (`Lent`), the array is only read, and the gradient is that of `one`.
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-
 
 WRITTEN_TOKENS = 32768  # most tokens of a batch for whose gradients, in place, there is room from the first layer's on
 
@@ -61,8 +60,8 @@ def taken(weights):
 
 
 def in_place(weights, *, write: bool, dtype):
-    """The record with its stacked weights as a kernel takes them: in `dtype`. write: gradients in place. A lent array is not cast: in
-    a loop that would be every layer's weights for each layer."""
+    """The record with its stacked weights as a kernel takes them: in `dtype`. write: gradients in place. A lent array is not cast:
+    in a loop that would be every layer's weights for each layer."""
 
     def one(w):
         if not isinstance(w, Stacked):
@@ -93,7 +92,7 @@ def section(w, c: int | None):
 
 
 def places(weights, arrays) -> list:
-    """For each of `weights` where its gradient belongs, a `Stacked` of the cotangents `arrays` of what `taken` returned, or None."""
+    """For each of `weights` where its gradient belongs, `Stacked` in the cotangents `arrays` of what `taken` returned, or None."""
     rest = iter(arrays)
     return [w._replace(array=next(rest)) if _is_written(w) else None for w in weights]
 

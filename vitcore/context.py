@@ -59,7 +59,8 @@ class Layer(NamedTuple):
     """What a block is told besides its input and its weights.
 
     dropout: of this layer, or None. tokens: how many of the T tokens are real, None for all (the others are padding, which no token
-    may see). stacks: where the layer's weights lie in the arrays of all layers, None where they do not. The parts of the residual that the devices of a model axis add are to be multiplied by `residual_scale`.
+    may see). stacks: where the layer's weights lie in the arrays of all layers, None where they do not. The parts of the residual
+    that the devices of a model axis add are to be multiplied by `residual_scale`.
     """
 
     context: Context

@@ -73,8 +73,8 @@ def at(t: Tiling, image, r):
 
 
 class Block:
-    """Where the row tile i of the grid stands in x, of `images` images with `rows` rows, or flat, of one whose rows are many images of
-    `length`; of these the first `tokens` count in the masks of dropout."""
+    """Where the row tile i of the grid stands in x, of `images` images with `rows` rows, or flat, of one whose rows are many images
+    of `length`; of these the first `tokens` count in the masks of dropout."""
 
     def __init__(self, t: Tiling, i, images: int, rows: int, length: int, tokens: int):
         parts = pl.cdiv(rows, t.rows)

@@ -207,8 +207,8 @@ def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch, int
 
 
 def _differentiate(run: list[Head], arrays, out, *, t: int, tokens: int, scale: float, dtype) -> None:
-    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of a run of heads; refs [R, lanes], do zero behind T. tokens:
-    of the t rows, the first ones."""
+    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of a run of heads; refs [R, lanes], do zero behind T.
+    tokens: of the t rows, the first ones."""
     q, k, v, do = arrays
     rows = q.shape[0]
     # rows of keys that are all tokens, in whatever order the rows of their tile are
