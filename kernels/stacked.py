@@ -92,7 +92,7 @@ def section(w, c: int | None):
 
 
 def places(weights, arrays) -> list:
-    """For each of `weights` where its gradient belongs, a `Stacked` of the cotangents `arrays` of what `taken` gave, or None."""
+    """For each of `weights` where its gradient belongs, `Stacked` in the cotangents `arrays` of what `taken` returned, or None."""
     rest = iter(arrays)
     return [w._replace(array=next(rest)) if _is_written(w) else None for w in weights]
 
@@ -102,7 +102,7 @@ def writable(place) -> bool:
     return place is not None and place.dtype == jnp.float32
 
 
-def cotangent(w, place, gradient, *, written: bool) -> Any:
+def cotangent(w, place, gradient, *, written: bool):
     """What a custom_vjp returns for the weight `w`: its gradient in its dtype, or for a stacked one the array with the gradient in
     its place. written: a kernel has put it there, and `gradient` is the whole array."""
     if place is None:

@@ -60,7 +60,7 @@ def name_of_ops(ops: Ops, config, full, mesh) -> str:
     if apart := families.family_of(config).by_xla(config, ops, dtype, getattr(config, "num_heads", 1) // mesh.shape["model"]):
         name += f" ({' and '.join(apart)} by XLA)"
     if ops is GPU and isinstance(config, ViTConfig) and config.block == "encoder":
-        rows = config.tokens + -config.tokens % ops.multiple
+        rows = config.tokens + ops.padding(config.tokens)
         if why := refuses(jnp.dtype(dtype), config.width // config.num_heads, rows):
             name += f" (attention without our kernel: {why})"
     images = full.batch_size // full.accumulate // mesh.shape["data"]

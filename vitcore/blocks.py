@@ -283,7 +283,7 @@ def _along_rows(x, w, config, layer: Layer):
     x = x.reshape(b * rows, length, d)
     ops = layer.context.ops
     assert ops is not None
-    extra = -length % ops.multiple
+    extra = ops.padding(length)
     if extra:
         x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
     x = _encoder(x, w, config, layer._replace(tokens=length if extra else None))

@@ -45,7 +45,7 @@ def choose(
 @cache
 def _choose(ops: Ops, config: ViTConfig, images: int, dtype, mesh: MeshShape, copies: int) -> tuple[Ops, tuple[Kept, ...]]:
     assert ops.device is not None
-    calls = [(n, t + -t % ops.multiple) for n, t in config.entries.block.calls(config)]
+    calls = [(n, t + ops.padding(t)) for n, t in config.entries.block.calls(config)]
     halves = 2 * sum(images * n * t for n, t in calls) * config.width * dtype.itemsize * config.depth
     room = SHARE * ops.device().hbm_bytes - copies * 4 * _parameters(config, mesh) - INPUTS * halves
     found: list[Kept] = []

@@ -44,7 +44,7 @@ def run(blocks, p, x: Any, row, keys, dropout, config, context: Context):
     if capture and remat:
         raise ValueError(f"remat is {remat} and results of blocks are asked for: they are kept with remat=0 only")
 
-    extra, tokens = -x.shape[1] % ops.multiple, None
+    extra, tokens = ops.padding(x.shape[1]), None
     if extra:  # padding, to which no token attends
         x, tokens = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), config.tokens
     at_block = config.entries.position.at_block

@@ -13,6 +13,7 @@ from kernels.attention.relative import reference as attention_relative
 from kernels.attention.relative import tpu as attention_relative_tpu
 from kernels.attention.statistics import reference as attention_statistics
 from kernels.attention.statistics import tpu as attention_statistics_tpu
+from kernels.by_xla import FEW_TOKENS
 from kernels.device import DEVICES, SUBLANES, Device
 from kernels.launch import Launch, here
 from kernels.layer_norm import reference as layer_norm
@@ -41,7 +42,8 @@ class Keeping(NamedTuple):
 class Ops(NamedTuple):
     """What a ViT is made of; each function has the signature and meaning of that of its name in `kernels/*/reference.py`.
 
-    multiple: the model pads its tokens to a multiple of this, once, and half blocks take `tokens=`, how many of T are real.
+    multiple: the model pads its tokens to a multiple of this, once, and half blocks take `tokens=`, how many of T are real. It
+    does not where there are at most `unpadded`.
     unrolled: the programs, of "forward", "train" (a training step) and "remat" (a step that rematerialises its blocks), in which
     the blocks are compiled one after the other instead of as one loop. Without a loop, what the backward pass needs stays where
     it was made and is freed after its use; a loop copies it into and out of arrays with a layer axis. stacked: the half blocks take
@@ -65,6 +67,7 @@ class Ops(NamedTuple):
     mlp_half: Callable
     layer_norm: Callable
     multiple: int = 1
+    unpadded: int = 0
     unrolled: tuple[str, ...] = ()
     stacked: bool = False
     keeps: Callable | None = None
@@ -74,6 +77,10 @@ class Ops(NamedTuple):
     attention_statistics: Callable = attention_statistics.attention_statistics
     keeping: tuple[Keeping, ...] = ()
     device: Callable[[], Device] | None = None
+
+    def padding(self, tokens: int) -> int:
+        """The rows that the model adds to so many tokens."""
+        return -tokens % self.multiple if tokens > self.unpadded else 0
 
 
 FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's settings
@@ -111,7 +118,7 @@ def _kernels(started: Callable, launch: Callable[[], Launch]) -> Ops:
     )
     functions = dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True))
     # whole tiles of 8 rows: in HBM they are there anyway, and [B, T, D] as [B T, D], which products like best, is a view
-    return Ops(**functions, multiple=SUBLANES, stacked=True, keeping=keeping, device=lambda: launch().device)
+    return Ops(**functions, multiple=SUBLANES, unpadded=FEW_TOKENS, stacked=True, keeping=keeping, device=lambda: launch().device)
 
 
 @cache

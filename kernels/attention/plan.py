@@ -8,7 +8,7 @@ There are two formulations, each with a forward and a backward file:
 `plan` chooses and returns everything that was chosen, as data; an op takes it as `plan=`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from kernels import parts
@@ -27,6 +27,7 @@ from kernels.attention.tiling import (
     head_lanes,
     product_tiles,
 )
+from kernels.by_xla import ByXLA, few_tokens
 from kernels.device import SUBLANES, Device
 from kernels.vmem import padded_bytes, round_up
 
@@ -91,8 +92,8 @@ class Plan:
     forward pass leaves q, k, v and (keeps_o) o for the backward pass, which takes the batch whole."""
 
     head_lanes: int
-    forward: FusedForward | GeneralForward
-    backward: Float32Backward | GeneralBackward | Refused
+    forward: FusedForward | GeneralForward | ByXLA
+    backward: Float32Backward | GeneralBackward | Refused | ByXLA
     keep: bool = False
 
     @property
@@ -138,6 +139,24 @@ def plan(
     if keep and isinstance(forward, FusedForward) and s.d != s.k:  # whose scratch for z then holds o, and that for k the result
         raise NotImplementedError(f"attention half: the fused kernel keeps q, k, v and o of heads as wide as x; {s.k} is not {s.d}")
     return Plan(head_lanes=lanes, forward=forward, backward=backward, keep=keep)
+
+
+@cache
+def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
+    """`plan`, with the passes left to XLA where it is ahead by the one count (LOG.md, 2026-11-27, has the table). keep: as in
+    `plan`, and NotImplementedError too where a pass would be XLA's."""
+    if keep:
+        if any(isinstance(chosen, ByXLA) for chosen in (choose(shape, device).forward, choose(shape, device).backward)):
+            raise NotImplementedError("nothing is kept between kernels where a pass is left to XLA")
+        return plan(shape, device, keep=True)
+    chosen = plan(shape, device)
+    forward, backward = few_tokens(shape.t, device)
+    if forward or backward:
+        return replace(chosen, forward=forward or chosen.forward, backward=backward or chosen.backward)
+    if chosen.head_lanes != shape.h and not device.bf16_matmul:
+        padded = ByXLA(reason=f"heads of {shape.h}, which the kernels pad to {chosen.head_lanes}")
+        return replace(chosen, forward=padded)
+    return chosen
 
 
 @cache

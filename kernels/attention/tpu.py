@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels import by_xla, parts
 from kernels import dropout as drop
-from kernels import parts
 from kernels.attention import plan as planning
 from kernels.attention.float32 import backward as float32_backward
 from kernels.attention.float32 import forward as float32_forward
@@ -32,8 +32,10 @@ from kernels.attention.general import forward as general_forward
 from kernels.attention.general.forward import Static
 from kernels.attention.plan import CorePlan, Float32Backward, FusedForward, GeneralBackward, GeneralForward, Plan, Refused
 from kernels.attention.reference import AttentionWeights
+from kernels.attention.reference import attention_half as reference
 from kernels.attention.tiling import CoreTiles, Float32Core, Shape
 from kernels.body import operand_dtype
+from kernels.by_xla import ByXLA, Passes
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
 from kernels.stacked import apart, cast, cotangent, in_place, places, taken, writable
@@ -159,7 +161,7 @@ def kept_bytes(b: int, t: int, d: int, num_heads: int, width: int, dtype, *, lau
     """The HBM that a call with keep=True keeps beside x [b, t, d] in `dtype`; width: of a head. None where it refuses."""
     shape = Shape(b, t, d, num_heads, width, jnp.dtype(dtype))
     with contextlib.suppress(NotImplementedError):
-        return planning.plan(shape, launch.device, keep=True).kept_bytes(shape)
+        return (planning.plan if launch.interpret else planning.choose)(shape, launch.device, keep=True).kept_bytes(shape)
     return None
 
 
@@ -182,12 +184,15 @@ def attention_half(
     from `kernels.launch`. plan: which kernels run and how, by default what `plan.plan` chooses; one that is given says itself what
     is kept. qkv_kernel and out_kernel may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the heads are
     padded, the batch is taken in parts or they are lent. Differentiable in x and all weights. ValueError for shapes or dtypes that
-    do not fit together; NotImplementedError for a shape that no tiles fit, and with keep where the fused kernel has heads that are
-    together not as wide as x.
+    do not fit together; NotImplementedError for a shape that no tiles fit, and with keep where `kept_bytes` is None.
     """
     check_half(x, weights, num_heads)
     shape = shape_of(x, weights, num_heads)
-    plan = plan or planning.plan(shape, launch.device, keep=keep)
+    # interpreted, it is the kernels that are tried
+    plan = plan or (planning.plan if launch.interpret else planning.choose)(shape, launch.device, keep=keep)
+    if isinstance(plan.forward, ByXLA) or isinstance(plan.backward, ByXLA):
+        options = {"num_heads": num_heads, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
+        return _partly_by_xla(x, apart(weights), dropout, plan, launch, options)
     scalars, rate = scalars_of(dropout)
     if plan.head_lanes == shape.h:
         whole = not isinstance(plan.backward, Refused) and plan.backward.images == shape.b
@@ -205,6 +210,21 @@ def attention_half(
     both: Any = _half(scalars, x, AttentionWeights(*arrays), static)
     y, stacks = both
     return (y, stacks) if stacks else y
+
+
+def _partly_by_xla(x, weights: AttentionWeights, dropout, plan: Plan, launch: Launch, options):
+    """The half with the passes by XLA that the plan leaves to it, the others by kernels."""
+    own = planning.plan(shape_of(x, weights, options["num_heads"]), launch.device)  # stands in for the passes that are XLA's
+    forward, backward = (isinstance(chosen, ByXLA) for chosen in (plan.forward, plan.backward))
+    plan = replace(plan, forward=own.forward if forward else plan.forward, backward=own.backward if backward else plan.backward)
+
+    def plain(x, w, dropout):
+        return reference(x, w, dropout=dropout, **options)
+
+    def kernels(x, w, dropout):
+        return attention_half(x, w, dropout=dropout, launch=launch, plan=plan, **options)
+
+    return by_xla.run(Passes(plain, kernels, forward, backward, "attention_half", options["tokens"]), x, weights, dropout)
 
 
 def scalars_of(dropout):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from jax.experimental import pallas as pl
 
 from kernels import parts
+from kernels.by_xla import ByXLA, few_tokens
 from kernels.device import LANES, SUBLANES, Device, MiB
 from kernels.vmem import round_up
 
@@ -27,6 +28,7 @@ _CAST_CYCLES = (
 # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
 _COPY_BYTES = 1.6
 BACKWARD_ROWS = 24576  # at a time through the backward kernel where it takes copies of x and dy without padded rows
+STREAMED_ROWS = 256  # of a backward step: with fewer, streaming the weights and their sums takes longer than the products
 _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
 _KEEP_SHARES = {False: 0.82, True: 0.91}  # by backward, with `keep`: the body that reads it has fewer values in flight
 
@@ -94,8 +96,8 @@ class Tiling:
 class Plan:
     """Of both kernels. backward_images: at a time through the backward kernel, a divisor of B; None: all of them."""
 
-    forward: Tiling
-    backward: Tiling
+    forward: Tiling | ByXLA
+    backward: Tiling | ByXLA
     backward_images: int | None = None
 
 
@@ -223,3 +225,21 @@ def _keeping(shape: Shape, device: Device) -> Plan:
         raise NotImplementedError(f"mlp_half: no rows of D={shape.d}, F={shape.f} fit both kernels of {device.name} with keep")
     _, forward, backward = min(both, key=lambda pair: pair[0])
     return Plan(forward=forward, backward=backward, backward_images=shape.b)
+
+
+@cache
+def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
+    """`plan`, with the passes left to XLA where it is ahead by the one count (LOG.md, 2026-11-27, has the table). keep: as in
+    `plan`, and NotImplementedError too where a pass would be XLA's."""
+    if keep:
+        if any(isinstance(chosen, ByXLA) for chosen in (choose(shape, device).forward, choose(shape, device).backward)):
+            raise NotImplementedError("nothing is kept between kernels where a pass is left to XLA")
+        return plan(shape, device, keep=True)
+    chosen = plan(shape, device)
+    forward, backward = few_tokens(shape.t, device)
+    if forward or backward:
+        return replace(chosen, forward=forward or chosen.forward, backward=backward or chosen.backward)
+    if isinstance(chosen.backward, Tiling) and not chosen.backward.resident and chosen.backward.columns < STREAMED_ROWS:
+        short = ByXLA(reason=f"weights streamed for {chosen.backward.height} rows at a time, which the memory's rate bounds")
+        return replace(chosen, backward=short)
+    return chosen

@@ -26,18 +26,20 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
+from kernels import by_xla, parts
 from kernels import dropout as drop
-from kernels import parts
 from kernels.body import operand_dtype
+from kernels.by_xla import ByXLA, Passes
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
 from kernels.mlp import backward, forward
 from kernels.mlp import kept as backward_kept
-from kernels.mlp.plan import Plan, Shape, Tiling, cost
-from kernels.mlp.plan import plan as choose
+from kernels.mlp.plan import Plan, Shape, Tiling, choose, cost
+from kernels.mlp.plan import plan as kernels_of
 from kernels.mlp.reference import GELUS, MLPWeights
-from kernels.stacked import WRITTEN_TOKENS, cast, cotangent, in_place, places, taken, writable
+from kernels.mlp.reference import mlp_half as reference
+from kernels.stacked import WRITTEN_TOKENS, apart, cast, cotangent, in_place, places, taken, writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +150,8 @@ def _backward(spec: _Spec, plan: Plan, saved, cotangents):
 
 
 def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, into=(None,) * 6, kept=None):
-    """(dx, the gradients of the parameters in float32). into: where they belong, of each weight; the whole array is returned then.
-    kept: of the forward kernel."""
+    """(dx, the gradients of the parameters in float32). into: where each belongs; the whole array is returned then. kept: of the
+    forward kernel."""
     shape = _shape(x, w_in)
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
     rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
@@ -232,7 +234,10 @@ def kept_bytes(b: int, t: int, d: int, f: int, dtype, *, launch: Launch) -> int 
     """The HBM that a call with keep=True keeps beside x [b, t, d] in `dtype`, with F = f; None where it refuses."""
     shape = Shape(b, t, d, f, jnp.dtype(dtype).itemsize)
     with contextlib.suppress(NotImplementedError):
-        return math.prod(choose(shape, launch.device, keep=True).forward.kept(shape)) * shape.itemsize
+        return (
+            math.prod((kernels_of if launch.interpret else choose)(shape, launch.device, keep=True).forward.kept(shape))
+            * shape.itemsize
+        )
     return None
 
 
@@ -255,7 +260,7 @@ def mlp_half(
     launch: where the kernels run. plan: how they are cut into steps, by default what `plan.plan` chooses; one that is given says
     itself what is kept. in_kernel and out_kernel may be `stacked.Stacked`: returned is (y, their arrays), or y alone where the
     batch is large, or they are lent. Differentiable in x and all weights. ValueError for input the op does not take;
-    NotImplementedError for widths that no tiling fits on the device, and with keep for hidden widths that are no multiple of 128.
+    NotImplementedError for widths that no tiling fits on the device, and with keep where `kept_bytes` is None.
     """
     _check(x, weights, gelu, dropout)
     rate = 0.0 if dropout is None else float(dropout.rate)
@@ -263,7 +268,11 @@ def mlp_half(
     if dropout is not None and rate:
         sites = (drop.site_key(dropout.key, drop.MLP_HIDDEN), drop.site_key(dropout.key, drop.MLP_OUT))
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
-    plan = plan or choose(_shape(x, weights.in_kernel), launch.device, keep=keep)
+    # interpreted, it is the kernels that are tried
+    plan = plan or (kernels_of if launch.interpret else choose)(_shape(x, weights.in_kernel), launch.device, keep=keep)
+    if isinstance(plan.forward, ByXLA) or isinstance(plan.backward, ByXLA):
+        options = {"gelu": gelu, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
+        return _partly_by_xla(x, apart(weights), dropout, plan, launch, options)
     dtype = operand_dtype(x.dtype, launch.device)
     whole = plan.backward_images in (None, x.shape[0]) and x.shape[0] * x.shape[1] <= WRITTEN_TOKENS
     weights = in_place(weights, write=whole, dtype=dtype)
@@ -271,3 +280,18 @@ def mlp_half(
     arrays = vary_alike(scalars, x, *weights)
     y, stacks = _mlp_half(spec, plan, *arrays)  # type: ignore[misc]  # pyright cannot see through custom_vjp
     return (y, stacks) if stacks else y
+
+
+def _partly_by_xla(x, weights: MLPWeights, dropout, plan: Plan, launch: Launch, options):
+    """The half with the passes by XLA that the plan leaves to it, the others by kernels."""
+    own = kernels_of(_shape(x, weights.in_kernel), launch.device)  # stands in for the passes that are XLA's
+    forward, backward = (isinstance(chosen, ByXLA) for chosen in (plan.forward, plan.backward))
+    plan = replace(plan, forward=own.forward if forward else plan.forward, backward=own.backward if backward else plan.backward)
+
+    def plain(x, w, dropout):
+        return reference(x, w, dropout=dropout, **options)
+
+    def kernels(x, w, dropout):
+        return mlp_half(x, w, dropout=dropout, launch=launch, plan=plan, **options)
+
+    return by_xla.run(Passes(plain, kernels, forward, backward, "mlp_half_out", options["tokens"]), x, weights, dropout)

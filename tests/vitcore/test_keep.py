@@ -23,7 +23,7 @@ from vitcore.sharding import MeshShape
 B16 = vitcore.variant("ViT-B/16", num_classes=1000)
 V3 = fused(Launch(device=DEVICES["v3"]))
 SMALL = vitcore.ViTConfig(
-    image_size=8, patch_size=4, width=32, depth=2, mlp_dim=128, num_heads=2, num_classes=5, dropout=0.1, channels=1
+    image_size=24, patch_size=4, width=32, depth=2, mlp_dim=128, num_heads=2, num_classes=5, dropout=0.1, channels=1
 )
 
 
@@ -87,7 +87,8 @@ def test_an_op_that_cannot_keep_is_left_as_it_is():
 
 def test_an_axial_block_keeps_both_its_halves():
     axial = vitcore.variant("Axial-ViT-B/32", image_size=224, num_classes=10)
-    kept, *_ = choose(axial)[1]
+    assert choose(axial) == (V3, ())  # rows of 7 tokens are XLA's, which keeps nothing; interpreted, kernels take them
+    kept, *_ = choose(axial, ops=fused(Launch(device=DEVICES["v3"], interpret=True)))[1]
     assert kept.bytes >= 12 * 2 * 32 * 49 * axial.mlp_dim * 2
 
 
@@ -95,7 +96,7 @@ def kept_hidden(ops, remat=0) -> int:
     """How many values the backward pass of a forward pass of SMALL is given of hidden layers."""
     params = jax.eval_shape(partial(vitcore.init, config=SMALL), jax.random.key(0))
     context = Context(ops=ops._replace(unrolled=("forward",)), remat=remat)
-    images = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, 24, 24, 1), jnp.float32)
     pullback = jax.eval_shape(lambda p, x: jax.vjp(lambda p: forward(p, x, SMALL, context), p)[1], params, images)
     return sum(a.size for a in jax.tree.leaves(pullback) if a.ndim == 3 and a.shape[-1] == SMALL.mlp_dim)
 
@@ -104,13 +105,13 @@ def test_the_ops_chosen_keep_the_hidden_layer_of_every_block():
     ops, _ = choose(SMALL, images=2)
     layers = SMALL.depth * SMALL.width * SMALL.mlp_dim  # the weights, stacked or one by one
     assert kept_hidden(V3) <= layers
-    assert kept_hidden(ops) >= SMALL.depth * 2 * 5 * SMALL.mlp_dim
+    assert kept_hidden(ops) >= SMALL.depth * 2 * 37 * SMALL.mlp_dim
 
 
 def test_a_training_step_takes_them_unless_it_rematerialises():
     mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     tx = optax.adam(1e-2)
-    images, labels = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    images, labels = jax.ShapeDtypeStruct((2, 24, 24, 1), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def program(**changes) -> str:
         options = StepOptions(**{"ops": V3, **changes})
@@ -130,7 +131,7 @@ def test_gradients_are_those_of_the_same_step_without():
     of_mlp = kernels.keeping[:1]
     plain = vitcore.REFERENCE._replace(mlp_half=kernels.mlp_half, keeping=of_mlp, device=kernels.device)
     params = vitcore.init(jax.random.key(0), SMALL)
-    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    images = jax.random.normal(jax.random.key(1), (2, 24, 24, 1))
 
     def gradients(ops):
         context = Context(ops=ops, dropout_key=jax.random.key(2))

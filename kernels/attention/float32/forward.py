@@ -65,7 +65,7 @@ def token(first: int, count: int, dtype):
 
 
 def token_at(place, t: int, dtype):
-    """int32: the tokens at `place` in what `unpacked` made of the t rows of an image of `dtype`; behind them the rows."""
+    """int32: the tokens at `place` in what `unpacked` made of an image's t rows of `dtype`; behind them the rows themselves."""
     whole = t // PACKED_ROWS * PACKED_ROWS if dtype == jnp.bfloat16 else 0
     return jnp.where(place < whole, unpacked_row(place, True), place)
 

@@ -302,8 +302,8 @@ class _Core:
 
 
 def core(t: CoreTiles, qkv, do, *, num_heads: int, width: int, launch: Launch, with_o: bool, tokens=None):
-    """dqkv [3, B, T, K] (and with_o: o) of qkv [3, B, T, K] and do [B, T, K]; width: of a head, whose lanes may be padded.
-    tokens: of the T rows; the others are no keys."""
+    """dqkv [3, B, T, K] (and with_o: o) of qkv [3, B, T, K] and do [B, T, K]; width: of a head, whose lanes may be padded. tokens:
+    of the T rows; the others are no keys."""
     _, b, total, k = qkv.shape
     several = (t.queries, t.keys) != (total, total)
     queries, once = (t.queries, pl.Buffered(1)) if t.streamed else (total, None)

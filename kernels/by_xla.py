@@ -1,0 +1,101 @@
+"""An op's pass by XLA where a plan says so: where that takes fewer cycles than the kernels do, by the one count of both.
+
+The forward and the backward pass are chosen each for itself. Kept between them is what the kernels keep, x and the weights: XLA's
+backward pass recomputes what it needs. What it has in memory meanwhile is bounded by taking a large batch in parts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels import parts
+from kernels.device import Device
+from kernels.dropout import Dropout
+from kernels.launch import vary_alike
+
+ROWS = 24576  # tokens at a time
+FEW_TOKENS = 24  # of an image, at most, with which XLA's forward pass is ahead where the MXU takes float32 operands only
+VERY_FEW_TOKENS = 8  # at most, with which it is ahead everywhere, and backward; the attention kernels take minutes to compile there
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByXLA:
+    """In a plan, a pass that is left to XLA, the reference's, and why."""
+
+    reason: str
+
+
+def few_tokens(t: int, device: Device) -> tuple[ByXLA | None, ByXLA | None]:
+    """The forward and the backward pass of a half block where images have few tokens."""
+    few = ByXLA(reason=f"images of {t} tokens: grid steps of so few rows, each padded, wait for themselves")
+    return few if t <= (VERY_FEW_TOKENS if device.bf16_matmul else FEW_TOKENS) else None, few if t <= VERY_FEW_TOKENS else None
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Two functions (x, weights, dropout) -> y that compute the same, `reference` by XLA and `kernels`.
+
+    forward, backward: whether the pass is XLA's. name: of the result, for a rematerialisation policy. tokens: of an image, if the
+    rows of x are more.
+    """
+
+    reference: Callable
+    kernels: Callable
+    forward: bool
+    backward: bool
+    name: str
+    tokens: int | None = None
+
+
+def run(passes: Passes, x, weights, dropout):
+    """The op on (x, weights, dropout) by the passes, differentiable in x and weights."""
+    x, weights = vary_alike(x, weights)
+    rate, places = (0.0, (0, 0, 0)) if dropout is None else (float(dropout.rate), dropout[1:])
+    return _run(passes, rate, x, weights, places)
+
+
+def _part(passes: Passes, rate: float, places, first, n: int, *arrays):
+    """(The dropout of the part of 1/n of the batch that begins with image `first`, that part of each array)."""
+    arrays = [a if n == 1 else lax.dynamic_slice_in_dim(a, first, a.shape[0] // n) for a in arrays]
+    key, row, column = places
+    row = row + first * (passes.tokens or arrays[0].shape[1])
+    return (Dropout(rate, key, row, column) if rate else None), *arrays
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(passes: Passes, rate: float, x, weights, places) -> Any:
+    n, op = (parts.count(*x.shape[:2], ROWS), passes.reference) if passes.forward else (1, passes.kernels)
+
+    def step(first, y):
+        dropout, own = _part(passes, rate, places, first, n, x)
+        return lax.dynamic_update_slice_in_dim(y, op(own, weights, dropout), first, 0)
+
+    if n == 1:
+        return op(x, weights, _part(passes, rate, places, 0, 1, x)[0])
+    return parts.forward(step, n, x)
+
+
+def _forward(passes, rate, x, weights, places):
+    return checkpoint_name(_run(passes, rate, x, weights, places), passes.name), (x, weights, places)
+
+
+def _backward(passes, rate, saved, dy):
+    x, weights, places = saved
+    x, dy = lax.optimization_barrier((x, dy))  # or XLA keeps what the forward pass computed, and there is no room for it
+    n, op = (parts.count(*x.shape[:2], ROWS), passes.reference) if passes.backward else (1, passes.kernels)
+
+    def step(first, dy):
+        dropout, own, g = _part(passes, rate, places, first, n, x, dy)
+        _, pullback = jax.vjp(lambda x, w: op(x, w, dropout), own, weights)
+        dx, sums = pullback(g)
+        return (dx if n == 1 else lax.dynamic_update_slice_in_dim(dy, dx, first, 0)), sums
+
+    return *parts.backward(step, n, x, dy), None
+
+
+_run.defvjp(_forward, _backward)
