@@ -19,9 +19,9 @@ import numpy as np
 
 from bench import programs
 from bench.device_study import start
+from bench.marked import say
 from bench.peers import attention as peers
 from bench.shapes import SHAPES
-from bench.trial import say
 from kernels.device import DEVICES
 from kernels.launch import Launch
 from vitcore import ViTConfig, variant

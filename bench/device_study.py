@@ -17,7 +17,7 @@ from typing import Any
 
 from bench import edge
 from bench.cases import Case
-from bench.trial import records
+from bench.marked import records
 from train.signals import of_this_process
 from vitcore.flops import flops
 

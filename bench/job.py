@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import write_json
-from bench.data import write_photographs
+from bench.data_parts import write_photographs
 from bench.device_study import TrialError, describe, end_of, reason, start
 from train.signals import of_this_process
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from bench.accuracy import error
+from bench.marked import say
 from bench.programs import one_op
 from bench.timing import measure
-from bench.trial import say
 from train import mesh as meshes
 
 

@@ -5,9 +5,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from bench.marked import out_of_memory, say
 from bench.peers import on_torch
 from bench.timing import summary
-from bench.trial import out_of_memory, say
 
 
 def sweep(request: dict[str, Any]) -> None:

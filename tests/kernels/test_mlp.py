@@ -124,7 +124,7 @@ def test_rows_taken_apart_unpack_agree_with_the_reference(t):
     """As v2 and v3 do: even rows beside odd ones in VMEM, images that begin in the middle of 16 rows, each row's own dropout."""
     both = Plan(forward=replace(WORDS, rows=t, stride=-(-t // 8) * 8), backward=replace(WORDS, rows=48, stride=48))
     args = arrays(3, t, 64, 384, jnp.bfloat16)
-    options = {"dropout": Dropout(0.3, jnp.int32(5), 9, 4)}
+    options: dict = {"dropout": Dropout(0.3, jnp.int32(5), 9, 4)}
     judge(args, WIDE, both, **options)
 
 
