@@ -5,6 +5,7 @@ of floats takes ten times as long. Exact to a few units of float32, as exp2 is.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ class Epilogue:
             return "slope" if self.slope else "residual"
         return ("kept" if self.keep else "gelu") if self.gelu else "plain"
 
-    def __call__(self, y, bias=None, beside=None) -> tuple:
+    def __call__(self, y, bias: Any = None, beside: Any = None) -> tuple:
         """The outputs, for y and what stands beside it in float32; bias broadcast to y's shape."""
         y = y if bias is None else y + bias
         if self.slope:

@@ -8,6 +8,7 @@ tensor cores work for the other. Two neighbouring blocks (a cluster) take tiles 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
     refs = list(refs)
     x_ref, w_ref = refs[:2]
     del refs[:2]
-    bias_ref = refs.pop(0) if e.bias else None
-    beside_ref = refs.pop(0) if e.beside else None
+    bias_ref: Any = refs.pop(0) if e.bias else None
+    beside_ref: Any = refs.pop(0) if e.beside else None
     out_refs = refs[: e.outputs]
     (x_flat, x_tiled), w_s, (given_flat, given), (made_flat, made), ready, free, arrived = refs[e.outputs :]
     (m, _), n = x_ref.shape, out_refs[0].shape[1]
@@ -161,7 +162,7 @@ def _product(x, w, *rest, e: Epilogue, t: Tiles, turned: bool):
     m, n = x.shape[0], w.shape[1] if turned else w.shape[0] * w.shape[2]
     out = jax.ShapeDtypeStruct((m, n), x.dtype)
     w_shape = (t.stages, t.columns, DEEP) if turned else (t.stages, DEEP, t.columns)
-    free = {"num_arrivals": 1 if t.alternate else COMPUTE, "num_barriers": t.stages}
+    free: dict[str, Any] = {"num_arrivals": 1 if t.alternate else COMPUTE, "num_barriers": t.stages}
     return plgpu.kernel(
         partial(_kernel, e=e, t=t, turned=turned),
         out_type=(out,) * e.outputs,

@@ -59,7 +59,7 @@ def agrees(e: Epilogue, t: Tiles, m: int, k: int, n: int, *, groups: int = 1, tu
     beside = array(r, m, n) if e.beside else None
     found = product(x, w, bias, beside, e=e, t=t, turned=turned)
     with jax.enable_x64(True):
-        wide = [None if a is None else jnp.asarray(np.asarray(a), jnp.float64) for a in (x, w, bias, beside)]
+        wide: list = [None if a is None else jnp.asarray(np.asarray(a), jnp.float64) for a in (x, w, bias, beside)]
         whole = jnp.concatenate([a.T if turned else a for a in wide[1]], axis=0 if turned else 1)
         y = wide[0] @ whole + (0 if wide[2] is None else wide[2])
         if e.slope:
