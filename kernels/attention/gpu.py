@@ -1,8 +1,8 @@
 """The attention half of a block on a GPU: XLA's own products around our kernel for short rows on Hopper, or cuDNN's attention.
 
 On Hopper, without dropout, the whole half is of our kernels (`hopper/half.py`), where neither `hopper.plan.refuses` nor
-`kernels.hopper.plan.refuses` says why not. What follows is the way of the rest. It is the same as `reference.py` but for what goes
-through memory:
+`kernels.hopper.plan.refuses` says why not. What follows is the way of the rest. It is the same as `reference.py` but for what
+goes through memory:
 - An activation is rounded to x's dtype where it is made (the accumulator inside is float32). The reference keeps products float32,
   and then those of the backward pass read float32 operands, which costs the tensor cores two to four times as much.
 - Probabilities never exist in memory: the kernel in `hopper/` makes them from q, k, v, forward and backward, or else cuDNN does.
@@ -134,12 +134,10 @@ def rounded(x, dtype):
 
 
 def dropped(y, t: int, dropout, site: int, tokens: int, column=0):
-    """Dropout of rows y [B * T, K], of which `tokens` of every T are tokens.
-
-    They stay rows: seen as [B, T, K] for the mask's sake, XLA gave what is around the mask on a mesh another layout than the
-    products want, and transposed float32 copies of it (a sixth of a step's time).
-    """
-    return drop.apply_rows(y, t, dropout, site, column, tokens=tokens)
+    """Dropout of rows y [B * T, K], of which `tokens` of every T are tokens."""
+    if dropout is None:
+        return y
+    return drop.apply(y.reshape(-1, t, y.shape[-1]), dropout, site, column, tokens=tokens).reshape(y.shape)
 
 
 def implementation(dtype, head_width: int, t: int) -> Literal["hopper", "cudnn", "xla"]:

@@ -7,7 +7,6 @@ values again besides.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,5 +69,4 @@ _half.defvjp(_forward, _backward)
 def mlp_half(x, weights: MLPWeights, *, gelu: str, residual_scale: float, eps: float):
     """As `kernels.mlp.reference.mlp_half` without dropout, for x [B, T, D] in bfloat16."""
     x, *arrays = vary_alike(x, *weights)
-    y: Any = _half(Form(gelu, residual_scale, eps), x.reshape(-1, x.shape[-1]), MLPWeights(*arrays))
-    return y.reshape(x.shape)
+    return jnp.reshape(_half(Form(gelu, residual_scale, eps), x.reshape(-1, x.shape[-1]), MLPWeights(*arrays)), x.shape)

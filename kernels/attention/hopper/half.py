@@ -7,7 +7,6 @@ where.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,5 +95,4 @@ def attention_half(x, weights: AttentionWeights, *, tokens: int, residual_scale:
     """As `kernels.attention.reference.attention_half` without dropout, with heads of 64 and x [B, T, D] in bfloat16."""
     x, *arrays = vary_alike(x, *weights)
     f = Form(x.shape[0], tokens, residual_scale, eps)
-    y: Any = _half(f, x.reshape(-1, x.shape[-1]), AttentionWeights(*arrays))
-    return y.reshape(x.shape)
+    return jnp.reshape(_half(f, x.reshape(-1, x.shape[-1]), AttentionWeights(*arrays)), x.shape)
