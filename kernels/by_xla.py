@@ -86,7 +86,8 @@ def _forward(passes, rate, x, weights, places):
 
 def _backward(passes, rate, saved, dy):
     x, weights, places = saved
-    x, dy = lax.optimization_barrier((x, dy))  # or XLA keeps what the forward pass computed, and there is no room for it
+    # Without it XLA keeps what the forward pass computed, and casts all layers' weights before the first: there is no room for that.
+    x, weights, dy = lax.optimization_barrier((x, weights, dy))
     n, op = (parts.count(*x.shape[:2], ROWS), passes.reference) if passes.backward else (1, passes.kernels)
 
     def step(first, dy):
