@@ -140,7 +140,7 @@ def test_registers_are_in_no_result():
     (tokens,) = vitcore.features(params, images(), config, blocks=(1,))
     maps = vitcore.attention_maps(params, images(), config, blocks=(1,))
     found = vitcore.attention_statistics(params, images(), config, blocks=(1,), mean=True, row=True, distance=True)
-    assert tokens.shape == (2, 17, 32) and maps.shape == (1, 2, 4, 17, 17)
+    assert (tokens.shape, maps.shape) == ((2, 17, 32), (1, 2, 4, 17, 17))
     assert float(maps.sum(-1).max()) < 1
     np.testing.assert_allclose(found.mean, maps.mean(2), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.row, maps[..., 0, :], rtol=1e-4, atol=1e-6)
@@ -153,8 +153,10 @@ def test_pixels_and_gelu_are_those_of_the_family(tmp_path):
         config = vitcore.ViTConfig(**SMALL, **fields)
         assert weight_about.pixels_of("w.safetensors", weight_about.About(), naming, config)[0] == wanted
     for name, gelu in (
-        ("vit_base_patch16_clip_quickgelu_224", "quick"), ("vit_base_patch16_siglip_224", "erf"), ("vit_so400m_patch16_siglip_256", "tanh")
-    ):  # fmt: skip
+        ("vit_base_patch16_clip_quickgelu_224", "quick"),
+        ("vit_base_patch16_siglip_224", "erf"),
+        ("vit_so400m_patch16_siglip_256", "tanh"),
+    ):
         (tmp_path / "config.json").write_text(f'{{"architecture": "{name}"}}')
         assert weight_about.read(str(tmp_path / "w.safetensors"), {}).gelu == gelu
 
