@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import vitcore
-from vitcore import weight_names, weight_tree
+from vitcore import weight_about, weight_checks, weight_names, weight_tree
+from vitcore.normalisation import CLIP, HALF
 
 SMALL: dict[str, Any] = dict(image_size=16, patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=3, gelu="erf")
 SCALED = vitcore.ViTConfig(**SMALL, block="layerscale")
@@ -39,9 +40,11 @@ def test_layer_scale_is_the_plain_block_with_scaled_outputs():
     assert 0 < np.abs(first - last).max() < 1e-3
 
 
-def test_the_kernels_carry_layer_scale_and_its_gradients():
+def test_the_kernels_carry_layer_scale_registers_and_clip_s_stem_and_their_gradients():
+    config = vitcore.ViTConfig(**SMALL, block="layerscale", registers=2, stem="clip", head_bias=None)
+
     def loss(ops):
-        return jax.value_and_grad(lambda p: (vitcore.apply(p, images(), SCALED, ops=ops) ** 2).sum())(moved(SCALED))
+        return jax.value_and_grad(lambda p: (vitcore.apply(p, images(), config, ops=ops) ** 2).sum())(moved(config))
 
     for ours, plain in zip(jax.tree.leaves(loss(vitcore.INTERPRET)), jax.tree.leaves(loss(vitcore.REFERENCE)), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * float(jnp.abs(plain).max()))
@@ -77,6 +80,85 @@ def test_others_files_say_their_family(tmp_path, naming, position):
     found, of = vitcore.load(path, heads=4)
     assert of == config
     jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def as_others_write(config, naming, path):
+    """A file of the names and arrays alone, without our metadata; its parameters and names."""
+    params = moved(config)
+    leaves = {tuple(k.key for k in at): np.asarray(a) for at, a in jax.tree_util.tree_leaves_with_path(params)}
+    found = weight_names.entries(config, weight_names.written(config, naming))
+    arrays = {e.name: np.ascontiguousarray(e.to_file(leaves[e.path])) for e in found}
+    save_file(arrays, path)
+    return params, arrays
+
+
+TOWERS = [
+    ("timm", dict(block="layerscale", position="1d-patches", registers=2, num_classes=0), {"reg_token"}),
+    (
+        "transformers",
+        dict(block="layerscale", registers=2, num_classes=0),
+        {"dinov2_with_registers.embeddings.register_tokens", "dinov2_with_registers.embeddings.mask_token"},
+    ),
+    ("timm", dict(stem="clip", eps=1e-5), {"norm_pre.weight", "head.bias"}),
+    (
+        "transformers",
+        dict(stem="clip", eps=1e-5, gelu="quick", head_bias=None),
+        {"vision_model.pre_layrnorm.bias", "visual_projection.weight", "text_model.final_layer_norm.bias", "logit_scale"},
+    ),
+    ("timm", dict(pool="map", num_classes=0), {"attn_pool.latent", "attn_pool.kv.weight"}),
+    (
+        "transformers",
+        dict(pool="map", gelu="tanh", num_classes=0),
+        {"vision_model.head.probe", "vision_model.head.attention.in_proj_weight", "logit_bias", "text_model.head.weight"},
+    ),
+    ("transformers", dict(eps=1e-12, num_classes=0), {"decoder.decoder_norm.bias", "decoder.mask_token"}),
+]
+
+
+@pytest.mark.parametrize(("naming", "fields", "names"), TOWERS)
+def test_registers_clip_siglip_and_mae_say_their_family(tmp_path, naming, fields, names):
+    """By the names alone; what stands beside the encoder is left out and said; and out again the same bits."""
+    config, path = vitcore.ViTConfig(**{**SMALL, **fields}), tmp_path / "w.safetensors"
+    params, arrays = as_others_write(config, naming, path)
+    beside = names - set(arrays)
+    save_file(arrays | {name: np.zeros(3, np.float32) for name in beside}, path)
+    read, found = vitcore.load(path, heads=4)
+    assert found == config
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    style, _, stored = weight_tree.describe(path, heads=4)
+    assert bool(weight_checks.left_out(stored, style)) == bool(beside)
+    vitcore.save(tmp_path / "ours.safetensors", read, found)
+    again, of = vitcore.load(tmp_path / "ours.safetensors")
+    assert of == config
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_registers_are_in_no_result():
+    """Of features, maps and statistics, which agree with each other; what registers get is missing in the maps' rows."""
+    config = vitcore.ViTConfig(**SMALL, registers=2)
+    params = moved(config)
+    (tokens,) = vitcore.features(params, images(), config, blocks=(1,))
+    maps = vitcore.attention_maps(params, images(), config, blocks=(1,))
+    found = vitcore.attention_statistics(params, images(), config, blocks=(1,), mean=True, row=True, distance=True)
+    assert (tokens.shape, maps.shape) == ((2, 17, 32), (1, 2, 4, 17, 17))
+    assert float(maps.sum(-1).max()) < 1
+    np.testing.assert_allclose(found.mean, maps.mean(2), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.row, maps[..., 0, :], rtol=1e-4, atol=1e-6)
+    far = vitcore.token_distances(config)[:17, :17]
+    np.testing.assert_allclose(found.distance, (maps * far).sum((-1, -2)) / 16, rtol=1e-4)
+
+
+def test_pixels_and_gelu_are_those_of_the_family(tmp_path):
+    for naming, fields, wanted in (("timm", {"stem": "clip"}, CLIP), ("timm", {"pool": "map"}, HALF)):
+        config = vitcore.ViTConfig(**SMALL, **fields)
+        assert weight_about.pixels_of("w.safetensors", weight_about.About(), naming, config)[0] == wanted
+    for name, gelu in (
+        ("vit_base_patch16_clip_quickgelu_224", "quick"),
+        ("vit_base_patch16_siglip_224", "erf"),
+        ("vit_so400m_patch16_siglip_256", "tanh"),
+    ):
+        (tmp_path / "config.json").write_text(f'{{"architecture": "{name}"}}')
+        assert weight_about.read(str(tmp_path / "w.safetensors"), {}).gelu == gelu
 
 
 @pytest.mark.parametrize(
