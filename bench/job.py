@@ -27,6 +27,7 @@ from typing import Any
 from bench.cases import write_json
 from bench.data_parts import write_photographs
 from bench.device_study import TrialError, describe, end_of, reason, start
+from bench.peers.on_torch import free_port
 from train.signals import of_this_process
 
 WORKERS = 4  # of timm's training script by default

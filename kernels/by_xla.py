@@ -86,7 +86,7 @@ def _forward(passes, rate, x, weights, places):
 
 def _backward(passes, rate, saved, dy):
     x, weights, places = saved
-    # Without it XLA keeps what the forward pass computed, and casts all layers' weights before the first: there is no room for that.
+    # Without it XLA keeps what the forward pass computed, and casts all layers' weights before the first: there is no room for it.
     x, weights, dy = lax.optimization_barrier((x, weights, dy))
     n, op = (parts.count(*x.shape[:2], ROWS), passes.reference) if passes.backward else (1, passes.kernels)
 

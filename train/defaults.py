@@ -9,7 +9,8 @@ from train.options import check_numbers, resolve_images
 
 
 def resolve(args: Any, *, examples: int) -> Any:
-    """`args`, a `train.pretrain.Pretrain`, with every open value filled in from the recipe: what config.json holds. examples: training images there are.
+    """`args`, a `train.pretrain.Pretrain`, with every open value filled in from the recipe: what config.json holds.
+    examples: training images there are.
 
     Raises ValueError for unknown names and values that do not fit together.
     """

@@ -89,6 +89,7 @@ def _specs(t: Tiling, shape: Shape):
 def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
     shape = _shape(x, w_in)
     t = plan.forward
+    assert isinstance(t, Tiling)  # XLA's passes do not come here
     view, hidden_tiles = t.view(shape), t.grid(shape)[1]
     places = *view, shape.t, spec.tokens or shape.t
     in_specs, out_specs = forward.specs(t, shape)
@@ -130,15 +131,17 @@ def _backward(spec: _Spec, plan: Plan, saved, cotangents):
     (scalars, x, kept, weights), (dy, arrays) = saved, cotangents
     x = x.reshape(dy.shape)
     n = x.shape[0] // (plan.backward_images or x.shape[0])
+    chosen = plan.backward
+    assert isinstance(chosen, Tiling)
     where = places(weights, arrays)
     written = [n == 1 and writable(place) for place in where]
 
     def step(first, dy):
         if n == 1:
             into = [place if ready else None for place, ready in zip(where, written, strict=True)]
-            return _backward_part(spec, plan.backward, scalars, x, dy, *weights, into=into, kept=kept)
+            return _backward_part(spec, chosen, scalars, x, dy, *weights, into=into, kept=kept)
         part, g = (lax.dynamic_slice_in_dim(a, first, x.shape[0] // n) for a in (x, dy))
-        dx, sums = _backward_part(spec, plan.backward, scalars.at[2].add(first * (spec.tokens or x.shape[1])), part, g, *weights)
+        dx, sums = _backward_part(spec, chosen, scalars.at[2].add(first * (spec.tokens or x.shape[1])), part, g, *weights)
         return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
 
     dx, sums = parts.backward(step, n, x, dy)
@@ -234,10 +237,9 @@ def kept_bytes(b: int, t: int, d: int, f: int, dtype, *, launch: Launch) -> int 
     """The HBM that a call with keep=True keeps beside x [b, t, d] in `dtype`, with F = f; None where it refuses."""
     shape = Shape(b, t, d, f, jnp.dtype(dtype).itemsize)
     with contextlib.suppress(NotImplementedError):
-        return (
-            math.prod((kernels_of if launch.interpret else choose)(shape, launch.device, keep=True).forward.kept(shape))
-            * shape.itemsize
-        )
+        chosen = (kernels_of if launch.interpret else choose)(shape, launch.device, keep=True).forward
+        assert isinstance(chosen, Tiling)
+        return math.prod(chosen.kept(shape)) * shape.itemsize
     return None
 
 
