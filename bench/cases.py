@@ -126,7 +126,7 @@ def sources() -> str:
     """A digest of the code that decides what is measured: kernels, model, training step, the builders and the counting."""
     root = Path(__file__).resolve().parent.parent
     files = [*root.glob("kernels/**/*.py"), *root.glob("vitcore/*.py"), *root.glob("train/*.py")]
-    names = ("programs", "shapes", "hlo", "llo", "bundles", "yardstick", "trial", "timing", "edge")
+    names = ("programs", "shapes", "hlo", "llo", "bundles", "yardstick", "trial", "marks", "timing", "edge")
     files += [*root.glob("bench/peers/*.py"), *(root / "bench" / f"{n}.py" for n in names)]
     digest = hashlib.sha256()
     for file in sorted(files):

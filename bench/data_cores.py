@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.data import SIDE, bare, timed, torch_batches, write_photographs
+from bench.photographs import SIDE, bare, timed, torch_batches, write_photographs
 from train.build import reading_processes
 from train.data import DataError, open_source, train_batches
 from train.data.decode import check_decoder

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import write_json
-from bench.data import write_photographs
 from bench.device_study import TrialError, describe, end_of, reason, start
+from bench.peers.on_torch import free_port
+from bench.photographs import write_photographs
 from train.signals import of_this_process
 
 WORKERS = 4  # of timm's training script by default
@@ -223,9 +224,7 @@ def _watched(command: list[str], seconds: float) -> list[tuple[float, str]]:
 
 def theirs(request: dict[str, Any], seconds: float) -> dict[str, Any]:
     """A run of timm's. Raises TrialError where it fails."""
-    import portpicker
-
-    found, error = start({**request, "port": portpicker.pick_unused_port()}, seconds=seconds, module="bench.peers.timm_job")
+    found, error = start({**request, "port": free_port()}, seconds=seconds, module="bench.peers.timm_job")
     if error or not found or "whole" not in found[-1]:
         raise TrialError(error or "it ended without a word")
     return {**found[-1], "workers": request["workers"], "tuned": request["tuned"]}

@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from bench import edge
+from bench.marks import MARK as MARK
+from bench.marks import out_of_memory as out_of_memory
+from bench.marks import say as say
 from bench.timing import Stepper, measure, predicted, still_rising
 from train.signals import end_with_parent as end_with_parent  # done when `train` is imported
 
-MARK = "@@vitcore-trial "
 _STARTED = time.monotonic()
 _CPU_SHARE = 0.8  # of the memory that is free: the rest is the machine's
-
-
-def say(record: dict[str, Any]) -> None:
-    print(MARK + json.dumps(record), flush=True)
 
 
 def free_memory() -> int:
@@ -46,12 +44,6 @@ def free_memory() -> int:
             if soft != resource.RLIM_INFINITY:
                 free = min(free, soft)
     return int(free * _CPU_SHARE)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of jax or torch means that the memory of the device is used up."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "resource_exhausted" in text or "out of memory" in text or "can't allocate" in text
 
 
 def _mesh(text: str | None):

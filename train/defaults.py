@@ -2,19 +2,16 @@
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
+from typing import Any
 
 from train import masked, recipes
 from train.options import check_numbers, resolve_images
 
-if TYPE_CHECKING:
-    from train.pretrain import Pretrain
 
+def resolve(args: Any, *, examples: int) -> Any:
+    """`args`, a `train.pretrain.Pretrain`, with every open value filled in from the recipe: what config.json holds.
 
-def resolve(args: "Pretrain", *, examples: int) -> "Pretrain":
-    """`args` with every open value filled in from the recipe: what config.json holds. examples: training images there are.
-
-    Raises ValueError for unknown names and values that do not fit together.
+    examples: training images there are. Raises ValueError for unknown names and values that do not fit together.
     """
     from train.data import absolute
     from vitcore import families, variant

@@ -312,7 +312,7 @@ def _along_rows(x, w, config, layer: Layer):
     extra = -length % ops.multiple
     if extra:
         x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
-    x = _encoder(x, w, config, layer._replace(tokens=length if extra else None))
+    x = jnp.asarray(_encoder(x, w, config, layer._replace(tokens=length if extra else None)))
     return x[:, :length].reshape(b, rows, length, d)
 
 

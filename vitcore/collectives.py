@@ -7,7 +7,7 @@ matrices together over "data" just before they are used (its transpose, a reduce
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,8 @@ def gather_in_turn(params, specs, mesh: MeshShape, dtype, turn):
     """(`gather` of a layer's parameters, turn). Backward, the sums of its gradients begin when those that `turn` stands for are
     done, and the turn handed on stands for these."""
     leaves, tree = jax.tree.flatten(params)
-    dims = tuple(next((i for i, entry in enumerate(s) if "data" in _axes(entry)), None) for s in tree.flatten_up_to(specs))
+    lying: Any = tree.flatten_up_to(specs)
+    dims = tuple(next((i for i, entry in enumerate(s) if "data" in _axes(entry)), None) for s in lying)
     split = [w for w, dim in zip(leaves, dims, strict=True) if dim is not None]
     if not split or mesh.data == 1:
         return gather(params, specs, mesh, dtype), turn

@@ -5,6 +5,7 @@ block. On a mesh each layer's matrices are brought together inside the loop, jus
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +76,12 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
     if halved:
         x = halves.split(x)
 
-    def block(x, layer):
+    def plain(x, layer):
         w, key = layer
         return one(x, row, gather(w, layer_specs(specs), mesh, context.dtype), key)[0], None
 
-    def block_in_turn(carry, layer):
+    def in_order(carry, layer):
+        assert mesh is not None
         (x, turn), (w, key) = carry, layer
         x, before = in_turn(vary(x, mesh), turn)
         w, turn = gather_in_turn(w, layer_specs(specs), mesh, context.dtype, turn)
@@ -88,15 +90,15 @@ def run(blocks, p, x, row, keys, dropout, config, context: Context):
     if capture:
         return _captured(one, x, row, layers, config, context, scan, tokens)
     paced = ops.paced and scan is _unrolled and not remat and mesh and mesh.data > 1
+    block: Any = in_order if paced else plain
     if paced:
-        block = block_in_turn
         x = x, _first_turn(layers[0], mesh)
     if remat:
         block = checkpoint(block, policy=_nothing)
     elif context.gathers_again:
         block = checkpoint(block, policy=recompute_gathers(ops.keeps))
-    x = scan(block, x, layers)[0]
-    x = x[0] if paced else x
+    out: Any = scan(block, x, layers)[0]
+    x = out[0] if paced else out
     x = halves.join(x) if halved else x
     return (x[:, : config.tokens] if extra else x), {}
 

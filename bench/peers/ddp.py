@@ -5,19 +5,18 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from bench.marks import out_of_memory, say
 from bench.peers import on_torch
 from bench.timing import summary
-from bench.trial import out_of_memory, say
 
 
 def sweep(request: dict[str, Any]) -> None:
     """As `bench.trial.sweep`, of a training step on request["data"] devices; `batches` are of all of them."""
-    import portpicker
     import torch.multiprocessing as processes
 
     if request["mode"] != "train":
         raise ValueError("a peer on several devices trains and no more: --mode train")
-    processes.spawn(_work, args=(request, portpicker.pick_unused_port()), nprocs=request["data"])
+    processes.spawn(_work, args=(request, on_torch.free_port()), nprocs=request["data"])
 
 
 def _work(rank: int, request: dict[str, Any], port: int) -> None:

@@ -9,6 +9,7 @@ for training. The number of parameters must be ours.
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import socket
 import sys
 import types
 from collections.abc import Callable
@@ -23,6 +24,13 @@ def missing(peer: str) -> str:
     """What has to be installed before `peer` can run; empty if it can."""
     names = [name for name in ("torch", peer) if importlib.util.find_spec(name) is None]
     return f"--peer {peer} needs {' and '.join(names)}: pip install {' '.join(names)}" if names else ""
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -16,8 +16,8 @@ import tempfile
 import time
 from typing import Any
 
+from bench.marks import say
 from bench.peers import on_torch
-from bench.trial import say
 
 
 def _loaders(request: dict[str, Any], device, cards: int):
