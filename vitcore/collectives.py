@@ -95,12 +95,12 @@ def gather_in_turn(params, specs, mesh: MeshShape, dtype, turn):
     """(`gather` of a layer's parameters, turn). Backward, the sums of its gradients begin when those that `turn` stands for are
     done, and the turn handed on stands for these."""
     leaves, tree = jax.tree.flatten(params)
-    lying: Any = tree.flatten_up_to(specs)
-    dims = tuple(next((i for i, entry in enumerate(s) if "data" in _axes(entry)), None) for s in lying)
+    dims = tuple(next((i for i, entry in enumerate(s) if "data" in _axes(entry)), None) for s in tree.flatten_up_to(specs))
     split = [w for w, dim in zip(leaves, dims, strict=True) if dim is not None]
     if not split or mesh.data == 1:
         return gather(params, specs, mesh, dtype), turn
-    whole, turn = _gather_in_turn(split, turn, tuple(dim for dim in dims if dim is not None), dtype)
+    found: Any = _gather_in_turn(split, turn, tuple(dim for dim in dims if dim is not None), dtype)
+    whole, turn = found
     rest = iter(whole)
     leaves = [_vary_axes(w, ("data",)) if dim is None else next(rest) for w, dim in zip(leaves, dims, strict=True)]
     return jax.tree.unflatten(tree, leaves), turn
