@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +196,7 @@ def test_half_agrees_where_heads_take_whole_columns():
 def test_half_agrees_in_parts_of_the_batch(device):
     """A batch taken in parts, which lie in the whole arrays; dropout knows its rows all the same. On v3, float32 rows."""
     rows = {"forward_rows": 32, "backward_rows": 64 if device == "v3" else 32}
-    chosen = plan(shape(6, 11, 128, 2, 64, jnp.float32), DEVICES[device], **rows)
+    chosen: Any = plan(shape(6, 11, 128, 2, 64, jnp.float32), DEVICES[device], **rows)
     assert not isinstance(chosen.backward, Refused)
     assert chosen.backward.images < 6
     assert isinstance(chosen.forward, FusedForward) or chosen.forward.images < 6

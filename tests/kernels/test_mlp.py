@@ -3,6 +3,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import jax
@@ -205,11 +206,8 @@ def test_tall_row_tiles_agree_with_the_reference():
 @pytest.mark.parametrize("t", [RESIDENT, STREAMED], ids=["resident", "streamed"])
 def test_no_race_and_no_uninitialised_memory(t):
     """The TPU interpreter: DMAs take time, memory begins as NaN (rows beyond the array too), races raise."""
-    args, options = (
-        arrays(*((3, 17) if t is RESIDENT else (1, 150)), 32, 256 if t is RESIDENT else 384),
-        {"dropout": Dropout(0.2, jnp.int32(5))},
-    )
-    judge(args, STRICT, cut(t), **options)
+    args = arrays(*((3, 17) if t is RESIDENT else (1, 150)), 32, 256 if t is RESIDENT else 384)
+    judge(args, STRICT, cut(t), dropout=Dropout(0.2, jnp.int32(5)))
 
 
 def test_rows_are_independent_and_in_any_order():
@@ -323,7 +321,7 @@ def test_backward_is_one_kernel_that_saves_no_hidden_values():
 def test_tiles_fit_and_cover(shape, device):
     for itemsize in (2, 4):
         s = Shape(*shape, itemsize)
-        both = plan(s, device)
+        both: Any = plan(s, device)
         for backward, t in ((False, both.forward), (True, both.backward)):
             assert vmem_bytes(s, device, t, backward=backward) <= device.vmem_bytes
             row_tiles, hidden_tiles = t.grid(s)
@@ -336,7 +334,7 @@ def test_tiles_fit_and_cover(shape, device):
             with pytest.raises(NotImplementedError, match="multiple of 128"):
                 plan(s, device, keep=True)
             continue
-        kept = plan(s, device, keep=True)
+        kept: Any = plan(s, device, keep=True)
         assert kept.forward.kept(s) == kept.backward.kept(s)
         assert kept.backward_images == s.b
         for backward, t in ((False, kept.forward), (True, kept.backward)):

@@ -5,6 +5,7 @@ Each way: our file into their model, and the file that they write, by `vitcore.l
 """
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def config_of(shape, **more):
     return vitcore.ViTConfig(image_size=4 * sides["patch_size"], **sides, **({"num_classes": 0, "gelu": "erf"} | more))
 
 
-def shape_of(config, **more):
+def shape_of(config, **more) -> dict[str, Any]:
     return dict(
         hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.num_heads,
         intermediate_size=config.mlp_dim, image_size=config.image_shape[0], patch_size=config.patch_size, **more,

@@ -1,6 +1,7 @@
 """Weights in the arrays of all layers: the same values and gradients as with each layer's own, and where that cannot be, those."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def test_a_lent_array_is_read_and_its_weight_differentiated():
     x, where = jax.random.normal(jax.random.key(0), (2, 24, 128)), launch("v3")
 
     def loss(weights):
-        y = mlp_half(x, weights, launch=where)
+        y: Any = mlp_half(x, weights, launch=where)
         return jnp.square(y).sum()
 
     lent, plain = jax.grad(loss, allow_int=True)(stack(write=False)), jax.grad(loss)(stacked.apart(stack(write=False)))
