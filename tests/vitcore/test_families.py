@@ -150,7 +150,8 @@ def test_registers_are_in_no_result():
 
 def test_pixels_and_gelu_are_those_of_the_family(tmp_path):
     for naming, fields, wanted in (("timm", {"stem": "clip"}, CLIP), ("timm", {"pool": "map"}, HALF)):
-        config = vitcore.ViTConfig(**SMALL, **fields)
+        sides: dict[str, Any] = {**SMALL, **fields}
+        config = vitcore.ViTConfig(**sides)
         assert weight_about.pixels_of("w.safetensors", weight_about.About(), naming, config)[0] == wanted
     for name, gelu in (
         ("vit_base_patch16_clip_quickgelu_224", "quick"),

@@ -106,7 +106,9 @@ def test_mae_of_transformers(torch, tmp_path, shape):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
     config = config_of(shape, eps=1e-12)
-    decoder = dict(decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=32)
+    decoder: dict[str, Any] = dict(
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=32
+    )
     torch.manual_seed(0)
     whole = ViTMAEForPreTraining(ViTMAEConfig(**shape_of(config), **decoder, initializer_range=0.1, mask_ratio=0.0))
     table = np.pad(sincos2d(*config.grid, config.width), ((1, 0), (0, 0)))
