@@ -31,11 +31,11 @@ def test_ratios_are_medians_of_rounds():
 
 @pytest.mark.slow
 def test_a_million_files_start_in_seconds(tmp_path):
-    """From the kept index, in a new process: below 5 s and 300 MB, all imports included."""
+    """Listed anew, in a new process: below 15 s and 500 MB, all imports included."""
     found = data.start_up(tmp_path, 1_000_000)
     assert found["files"] == 1_000_000
-    assert found["import_s"] + found["open_s"] + found["order_s"] < 5
-    assert found["peak_mb"] < 300
+    assert found["import_s"] + found["open_s"] + found["order_s"] < 15
+    assert found["peak_mb"] < 500
 
 
 @pytest.mark.peers
