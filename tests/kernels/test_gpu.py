@@ -26,7 +26,6 @@ from kernels.layer_norm import reference as layer_norm
 from kernels.mlp import gpu as mlp_gpu
 from kernels.mlp import reference as mlp
 from kernels.patch_embed import gpu as patch_embed_gpu
-from kernels.patch_embed import reference as patch_embed
 from tests import oracle
 from train import mesh as meshes
 from vitcore.ops import resolve
@@ -58,6 +57,18 @@ def rounding_mlp_half(x, norm_scale, norm_bias, w_in, b_in, w_out, b_out, *, gel
     h = drop.apply(h, dropout, drop.MLP_HIDDEN, column=0 if dropout is None else dropout.column)
     y = jnp.einsum("btf,fd->btd", h, w_out.astype(x.dtype)) + (residual_scale * b_out).astype(x.dtype)
     return residual_scale * x + drop.apply(y, dropout, drop.MLP_OUT)
+
+
+def rounding_patch_embed(images, kernel, bias, cls, position, *, dropout):
+    """The specification's formula with its product, and so that product's gradient, in images' dtype."""
+    p, _, c, d = kernel.shape
+    b, y, x, _ = images.shape
+    patches = images.reshape(b, y // p, p, x // p, p, c)
+    tokens = jnp.einsum("byixjc,ijcd->byxd", patches, kernel.astype(images.dtype)).reshape(b, -1, d)
+    tokens = tokens.astype(bias.dtype) + bias
+    if cls is not None:
+        tokens = jnp.concatenate([jnp.broadcast_to(cls, (b, 1, d)), tokens], axis=1)
+    return drop.apply(tokens + position, dropout, drop.EMBEDDING).astype(images.dtype)
 
 
 def arrays(b, t, d, columns, parts, dtype, seed):
@@ -113,6 +124,9 @@ def test_mlp_agrees_with_the_reference(gelu, t, dtype, rate, residual_scale, see
 
 
 @settings(max_examples=4)
+@example(
+    parts=(1, 16, 1), cls=False, t=1, dtype=jnp.bfloat16, rate=0.3, residual_scale=1.0, seed=0
+)  # against products in float32 the kernel's gradient fails here, two tokens that are rounded
 @given(parts=st.sampled_from([(4, 8, 3), (1, 16, 1)]), cls=st.booleans(), **CASES)
 def test_patch_embedding_agrees_with_the_reference(parts, cls, t, dtype, rate, residual_scale, seed):
     p, d, c = parts
@@ -124,7 +138,7 @@ def test_patch_embedding_agrees_with_the_reference(parts, cls, t, dtype, rate, r
     def run(f):
         return lambda i, k, b, *more: f(i, k, b, more[0] if cls else None, more[-1], dropout=mask(rate, seed))
 
-    oracle.check(run(patch_embed_gpu.patch_embed), run(patch_embed.patch_embed), args)
+    oracle.check(run(patch_embed_gpu.patch_embed), run(rounding_patch_embed), args)
 
 
 @pytest.mark.parametrize("form", ["attention", "mlp"])

@@ -139,6 +139,8 @@ def test_rows_taken_apart_unpack_agree_with_the_reference(t):
     seed=st.integers(0, 99),
 )
 @example(bt=(3, 48), dtype=jnp.bfloat16, gelu="tanh", rate=0.3, launch=WIDE, seed=1)
+@pytest.mark.slow
+@pytest.mark.ci
 def test_kept_hidden_values_give_the_reference_s_gradients(bt, dtype, gelu, rate, launch, seed):
     dropout = Dropout(rate, jnp.int32(seed), 1000, 77) if rate else None
     judge(arrays(*bt, 48, 256, dtype, seed), launch, gelu=gelu, dropout=dropout, residual_scale=0.5, keep=True)
