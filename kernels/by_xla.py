@@ -69,7 +69,7 @@ def _part(passes: Passes, rate: float, places, first, n: int, *arrays):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run(passes: Passes, rate: float, x, weights, places) -> Any:
-    n, op = (parts.count(*x.shape[:2], ROWS), passes.reference) if passes.forward else (1, passes.kernels)
+    n, op = (parts.count(x.shape[0], x.shape[1], ROWS), passes.reference) if passes.forward else (1, passes.kernels)
 
     def step(first, y):
         dropout, own = _part(passes, rate, places, first, n, x)
@@ -88,7 +88,7 @@ def _backward(passes, rate, saved, dy):
     x, weights, places = saved
     # Without it XLA keeps what the forward pass computed, and casts all layers' weights before the first: there is no room for it.
     x, weights, dy = lax.optimization_barrier((x, weights, dy))
-    n, op = (parts.count(*x.shape[:2], ROWS), passes.reference) if passes.backward else (1, passes.kernels)
+    n, op = (parts.count(x.shape[0], x.shape[1], ROWS), passes.reference) if passes.backward else (1, passes.kernels)
 
     def step(first, dy):
         dropout, own, g = _part(passes, rate, places, first, n, x, dy)

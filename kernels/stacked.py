@@ -102,7 +102,7 @@ def writable(place) -> bool:
     return place is not None and place.dtype == jnp.float32
 
 
-def cotangent(w, place, gradient, *, written: bool):
+def cotangent(w, place, gradient, *, written: bool) -> Any:
     """What a custom_vjp returns for the weight `w`: its gradient in its dtype, or for a stacked one the array with the gradient in
     its place. written: a kernel has put it there, and `gradient` is the whole array."""
     if place is None:

@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false
+# torch and timm export more than they say, and take more than their types allow:
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """timm's model in training under torch's DistributedDataParallel, a process a device: what a mesh of ours is compared with."""
 
 import time

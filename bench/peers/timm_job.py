@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false
+# torch and timm export more than they say, and take more than their types allow:
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """timm's way of training on a folder of images, for `bench.job` to compare our trainer with: its loader, its model, torch's DDP.
 
     python -m bench.peers.timm_job < request.json        marked JSON lines on stdout, as `bench.trial` has them

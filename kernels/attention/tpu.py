@@ -110,7 +110,7 @@ def _half(scalars, x, weights: AttentionWeights, static: Static):
 
 def _value(scalars, x, weights: AttentionWeights, static: Static) -> tuple[Any, tuple]:
     """(the half, what is kept of it): float32 q, k, v, o, or qkv and o, or qkv, or with a plan that keeps nothing ()."""
-    chosen = static.plan.forward
+    chosen: Any = static.plan.forward  # XLA's passes do not come here
     if isinstance(chosen, FusedForward):
         w = operands(x, weights, static)
         y, *kept = float32_forward.fused(scalars, x, weights[:2], *w[2:], static)
@@ -134,7 +134,7 @@ def _half_forward(scalars, x, weights, static):
 
 def _half_backward(static: Static, residuals, cotangents):
     (scalars, x, weights, kept), (dy, arrays) = residuals, cotangents
-    chosen = static.plan.backward
+    chosen: Any = static.plan.backward
     if isinstance(chosen, Refused):
         raise NotImplementedError(chosen.reason)
     n, where = x.shape[0] // chosen.images, places(weights, arrays)
