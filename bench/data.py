@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import data_cores
-from bench.data_parts import SIDE, bare, timed, torch_batches, write_photographs
-from train.data import DataError, open_source, train_batches
-from train.data.decode import DECODERS, check_decoder
+from bench.data_parts import SIDE, bare, decoders_here, timed, torch_batches, write_photographs
+from train.data import open_source, train_batches
+from train.data.decode import DECODERS
 from train.data.job import run_job
 
 
@@ -114,12 +114,7 @@ def measure(options: Options, root: Path, say: Callable[[str], None]) -> dict[st
     write_photographs(root / "folder", options.images, options.width, options.height)
     specs = other_forms(root, options.sources)
     folder = open_source(f"folder:{root / 'folder'}", "train")
-    decoders = ["pillow"]
-    try:
-        check_decoder("simplejpeg")
-        decoders.append("simplejpeg")
-    except DataError as error:
-        say(f"no fast path here: {error}")
+    decoders = decoders_here(say)
 
     contenders: dict[str, Callable[[int], float]] = {}  # name -> seconds of so many batches
     closing = []

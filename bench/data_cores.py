@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.data_parts import SIDE, bare, timed, torch_batches, write_photographs
+from bench.data_parts import SIDE, bare, decoders_here, timed, torch_batches, write_photographs
 from train.build import reading_processes
-from train.data import DataError, open_source, train_batches
-from train.data.decode import check_decoder
+from train.data import open_source, train_batches
 from train.data.pack import Pack, pack
 
 BATCH = 128
@@ -52,12 +51,7 @@ def curve(cores: tuple[int, ...], seconds: float, root: Path, images: int, say: 
     (root / "packed").mkdir()
     pack(source, str(root / "packed"), "train", Pack(src="", dst="", workers=len(cores_here()), shorter_side=256))
     specs = {"folder": folder, "packed 256": f"arrayrecord:{root / 'packed'}"}
-    decoders = ["pillow"]
-    try:
-        check_decoder("simplejpeg")
-        decoders.append("simplejpeg")
-    except DataError as error:
-        say(f"no fast path here: {error}")
+    decoders = decoders_here(say)
     alone, mine = {}, cores_here()
     rows: list[dict[str, Any]] = []
     try:

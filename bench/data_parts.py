@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from train.data import AUGMENTATIONS
+from train.data import AUGMENTATIONS, DataError
 from train.data.augment import AUTHORS
-from train.data.decode import DECODERS
+from train.data.decode import DECODERS, check_decoder
 from train.data.sampling import uniforms
 
 SIDE = 224
@@ -33,6 +33,16 @@ def write_photographs(root: Path, count: int, width: int, height: int, split: st
         place = root / split / ("china", "flower")[k % 2]
         place.mkdir(parents=True, exist_ok=True)
         picture.save(place / f"{k:05d}.jpg", quality=90)
+
+
+def decoders_here(say: Callable[[str], None]) -> list[str]:
+    """The decoders that are installed; says why the fast one is not among them."""
+    try:
+        check_decoder("simplejpeg")
+    except DataError as error:
+        say(f"no fast path here: {error}")
+        return ["pillow"]
+    return ["pillow", "simplejpeg"]
 
 
 def bare(source: Any, decoder: str, threads: int, batch_size: int) -> Callable[[int], None]:

@@ -70,10 +70,27 @@ def start(
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     if platform:
         environment["JAX_PLATFORMS"] = platform
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (*sys.path, os.getcwd()) if p)
+    found: list[dict[str, Any]] = []
+
+    def line(text: str) -> None:
+        for record in records(text):
+            found.append(record)
+            tell(record)
+
+    return found, watched([sys.executable, "-m", module], environment, line, seconds=seconds, given=json.dumps(request))
+
+
+def watched(
+    command: list[str], environment: dict[str, str], line: Callable[[str], None], *, seconds: float, given: str = ""
+) -> str:
+    """Runs a command to its end and gives each line of its output to `line` as it comes; "", or one line that says how it failed.
+
+    It finds our modules where this process does, and ends with it, and after so many seconds. given: to its standard input.
+    """
+    environment = {**environment, "PYTHONPATH": os.pathsep.join(p for p in (*sys.path, os.getcwd()) if p)}
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", module],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -91,23 +108,20 @@ def start(
 
         timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), kill)
         timer.start()
-        found: list[dict[str, Any]] = []
         try:
-            child.stdin.write(json.dumps(request))
+            child.stdin.write(given)
             child.stdin.close()
-            for line in child.stdout:
-                for record in records(line):
-                    found.append(record)
-                    tell(record)
+            for text in child.stdout:
+                line(text)
             child.wait()
         finally:
             timer.cancel()
             end_of(child)
         errors.seek(0)
-        text = errors.read().decode(errors="replace")
+        said = errors.read().decode(errors="replace")
     if late.is_set():
-        return found, f"ended after {seconds:.0f} s, the time it was given"
-    return found, "" if child.returncode == 0 else reason(child.returncode, text)
+        return f"ended after {seconds:.0f} s, the time it was given"
+    return "" if child.returncode == 0 else reason(child.returncode, said)
 
 
 def end_of(child: subprocess.Popen) -> None:

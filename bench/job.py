@@ -13,10 +13,8 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +24,8 @@ from typing import Any
 
 from bench.cases import write_json
 from bench.data_parts import write_photographs
-from bench.device_study import TrialError, describe, end_of, reason, start
+from bench.device_study import TrialError, describe, start, watched
 from bench.peers.on_torch import free_port
-from train.signals import of_this_process
 
 WORKERS = 4  # of timm's training script by default
 _BATCH = {"cpu": 16}  # images a device; on others 256
@@ -170,7 +167,7 @@ def ours(plan: dict[str, Any], words: list[str], work: Path, seconds: float) -> 
         command += [{"batch": "--batch-size", "size": "--image-size"}.get(name, f"--{name}"), str(plan[name])]
     for name in ("eval", "checkpoint", "log"):
         command += [f"--{name}-every", str(plan["every"])]
-    lines = _watched([*command, *words], seconds)
+    lines = _lines([*command, *words], seconds)
     records = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(out, ignore_errors=True)
     begun = next(when for when, text in lines if text.split()[:2] == ["step", str(plan["every"])])
@@ -185,37 +182,13 @@ def ours(plan: dict[str, Any], words: list[str], work: Path, seconds: float) -> 
     return {"whole": images / (ended - begun), "training": images / taken, "loss": records[-1]["loss"], "said": said}
 
 
-def _watched(command: list[str], seconds: float) -> list[tuple[float, str]]:
-    """The lines of a job and when they came. It ends with this process, and after so many seconds. TrialError where it fails."""
+def _lines(command: list[str], seconds: float) -> list[tuple[float, str]]:
+    """The lines of a job and when they came. TrialError where it fails."""
     lines: list[tuple[float, str]] = []
-    with tempfile.TemporaryFile() as errors:
-        environment = of_this_process({**os.environ, "PYTHONUNBUFFERED": "1"})
-        environment["PYTHONPATH"] = os.pathsep.join(p for p in (*sys.path, os.getcwd()) if p)
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True, text=True
-        )  # fmt: skip
-        late = threading.Event()
-
-        def kill():
-            late.set()
-            end_of(child)
-
-        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), kill)
-        timer.start()
-        try:
-            assert child.stdout is not None
-            for text in child.stdout:
-                lines.append((time.perf_counter(), text.rstrip()))
-            child.wait()
-        finally:
-            timer.cancel()
-            end_of(child)
-        errors.seek(0)
-        said = errors.read().decode(errors="replace")
-    if late.is_set():
-        raise TrialError(f"ended after {seconds:.0f} s, the time it was given")
-    if child.returncode:
-        raise TrialError(reason(child.returncode, said))
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    error = watched(command, environment, lambda text: lines.append((time.perf_counter(), text.rstrip())), seconds=seconds)
+    if error:
+        raise TrialError(error)
     return lines
 
 

@@ -1,5 +1,6 @@
 """The lines that `bench.kernels` prints, and the records behind them."""
 
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -7,6 +8,12 @@ from bench import calibration, yardstick
 from bench.peers import FLAX
 from bench.reports import Report
 from kernels.device import gpu
+
+
+def progress(text: str) -> None:
+    """A line on a terminal that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def cycles_of(report: Report) -> int | None:

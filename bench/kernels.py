@@ -104,20 +104,15 @@ class Kernels:
             raise ValueError(f"--calibrate needs a static profile, which exists for {', '.join(PROFILED)} only")
 
 
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def _compile(target: str, programs: list[Program], **options: Any) -> list[Report]:
     done: list[str] = []
 
     def tell(report: Report) -> None:
         done.append(report.name)
-        _progress(f"{target}: {len(done)} of {len(programs)} compiled, last {report.name} ({report.seconds:.0f} s)")
+        kernel_tables.progress(f"{target}: {len(done)} of {len(programs)} compiled, last {report.name} ({report.seconds:.0f} s)")
 
     reports = compile_programs(target, programs, cycles=True, progress=tell, seconds=600, **options)
-    _progress("")
+    kernel_tables.progress("")
     return reports
 
 
@@ -145,9 +140,9 @@ def _pairs(options: Kernels, target: str, jobs: list[tuple[str, int, str, dict]]
     reports = iter(_compile(target, programs))
     errors: dict[int, dict[str, Any]] = {}
     if wanted:
-        _progress(f"{target}: errors against float64, interpreted")
+        kernel_tables.progress(f"{target}: errors against float64, interpreted")
         errors = accuracy.of_jobs(target, jobs, sides)
-        _progress("")
+        kernel_tables.progress("")
     records = []
     for i, ((what, work, _, _), names) in enumerate(zip(jobs, sides, strict=True)):
         found = {name: next(reports) for name, _ in names}
@@ -229,7 +224,7 @@ def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
             "kernels": kernels,
             "remat": options.keeps,
         }
-        _progress(f"{target}: {options.largest_batch}, batch {batch} ...")
+        kernel_tables.progress(f"{target}: {options.largest_batch}, batch {batch} ...")
         report = compile_programs(target, [Program(build="bench.programs:train_step", arguments=arguments)], seconds=600)[0]
         tried[batch] = report
         if report.error and not out_of_hbm(report.error):
@@ -237,7 +232,7 @@ def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
         return attempt_of(report, batch)
 
     found = edge.search(attempt, start=options.batch, step=options.step)
-    _progress("")
+    kernel_tables.progress("")
     record = {"target": target, "model": options.largest_batch, "remat": options.keeps, "kernels": kernels}
     record |= {"batch": found.batch, "beyond": found.beyond}
     whose = "ours" if kernels else "XLA"
@@ -303,9 +298,9 @@ def on_devices(options: Kernels) -> list[dict]:
             for backward in (False, True):
                 for name in kernel_tables.on_platform(platform, op):
                     request = dict(op=op, shape=shape, name=name, batch=options.batch, dtype=options.dtype, backward=backward)
-                    _progress(f"{op} {shape} {name}")
+                    kernel_tables.progress(f"{op} {shape} {name}")
                     found, problem = start({**request, "seconds": options.seconds}, seconds=600, module="bench.kernel_trial")
-                    _progress("")
+                    kernel_tables.progress("")
                     work = flops(op, SHAPES[shape].config, options.batch, backward=backward)
                     record = {"device": device["kind"], "measured": True, **request, **(found[0] if found else {"failed": problem})}
                     if "median" in record:

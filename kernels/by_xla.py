@@ -5,7 +5,7 @@ backward pass recomputes what it needs. What it has in memory meanwhile is bound
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,25 @@ def few_tokens(t: int, device: Device) -> tuple[ByXLA | None, ByXLA | None]:
     return few if t <= (VERY_FEW_TOKENS if device.bf16_matmul else FEW_TOKENS) else None, few if t <= VERY_FEW_TOKENS else None
 
 
+def left(chosen) -> tuple[bool, bool]:
+    """Whether the forward and whether the backward pass of a plan is XLA's."""
+    return isinstance(chosen.forward, ByXLA), isinstance(chosen.backward, ByXLA)
+
+
+def choose(plan: Callable, beyond: Callable, shape, device: Device, *, keep: bool) -> Any:
+    """`plan(shape, device)`, the kernels', with the passes left to XLA where images have few tokens, else as `beyond` leaves them,
+    given that plan. keep: `plan(..., keep=True)`; NotImplementedError where a pass would be XLA's."""
+    chosen = plan(shape, device)
+    forward, backward = few_tokens(shape.t, device)
+    if forward or backward:
+        chosen = replace(chosen, forward=forward or chosen.forward, backward=backward or chosen.backward)
+    else:
+        chosen = beyond(chosen)
+    if keep and any(left(chosen)):
+        raise NotImplementedError("nothing is kept between kernels where a pass is left to XLA")
+    return plan(shape, device, keep=True) if keep else chosen
+
+
 @dataclass(frozen=True)
 class Passes:
     """Two functions (x, weights, dropout) -> y that compute the same, `reference` by XLA and `kernels`.
@@ -50,6 +69,24 @@ class Passes:
     backward: bool
     name: str
     tokens: int | None = None
+
+
+def partly(half: Callable, reference: Callable, own, x, weights, dropout, *, plan, launch, name: str, options: dict[str, Any]):
+    """A half block with the passes by XLA that `plan` leaves to it, the others by kernels.
+
+    half, reference: the op by kernels and as einsum. own: the kernels' plan, which stands in for the passes that are XLA's. name:
+    as in `Passes`. options: of both, "tokens" among them.
+    """
+    forward, backward = left(plan)
+    plan = replace(plan, forward=own.forward if forward else plan.forward, backward=own.backward if backward else plan.backward)
+
+    def plain(x, w, dropout):
+        return reference(x, w, dropout=dropout, **options)
+
+    def kernels(x, w, dropout):
+        return half(x, w, dropout=dropout, launch=launch, plan=plan, **options)
+
+    return run(Passes(plain, kernels, forward, backward, name, options["tokens"]), x, weights, dropout)
 
 
 def run(passes: Passes, x, weights, dropout):

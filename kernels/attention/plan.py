@@ -11,7 +11,7 @@ There are two formulations, each with a forward and a backward file:
 from dataclasses import dataclass, replace
 from functools import cache
 
-from kernels import parts
+from kernels import by_xla, parts
 from kernels.attention.tiling import (
     STEPS,
     CoreTiles,
@@ -27,7 +27,7 @@ from kernels.attention.tiling import (
     head_lanes,
     product_tiles,
 )
-from kernels.by_xla import ByXLA, few_tokens
+from kernels.by_xla import ByXLA
 from kernels.device import SUBLANES, Device
 from kernels.vmem import padded_bytes, round_up
 
@@ -145,18 +145,13 @@ def plan(
 def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
     """`plan`, with the passes left to XLA where it is ahead by the one count (LOG.md, 2026-11-27, has the table). keep: as in
     `plan`, and NotImplementedError too where a pass would be XLA's."""
-    if keep:
-        if any(isinstance(chosen, ByXLA) for chosen in (choose(shape, device).forward, choose(shape, device).backward)):
-            raise NotImplementedError("nothing is kept between kernels where a pass is left to XLA")
-        return plan(shape, device, keep=True)
-    chosen = plan(shape, device)
-    forward, backward = few_tokens(shape.t, device)
-    if forward or backward:
-        return replace(chosen, forward=forward or chosen.forward, backward=backward or chosen.backward)
-    if chosen.head_lanes != shape.h and not device.bf16_matmul:
-        padded = ByXLA(reason=f"heads of {shape.h}, which the kernels pad to {chosen.head_lanes}")
-        return replace(chosen, forward=padded)
-    return chosen
+
+    def beyond(chosen: Plan) -> Plan:
+        if chosen.head_lanes == shape.h or device.bf16_matmul:
+            return chosen
+        return replace(chosen, forward=ByXLA(reason=f"heads of {shape.h}, which the kernels pad to {chosen.head_lanes}"))
+
+    return by_xla.choose(plan, beyond, shape, device, keep=keep)
 
 
 @cache

@@ -35,7 +35,7 @@ from kernels.attention.reference import AttentionWeights
 from kernels.attention.reference import attention_half as reference
 from kernels.attention.tiling import CoreTiles, Float32Core, Shape
 from kernels.body import operand_dtype
-from kernels.by_xla import ByXLA, Passes
+from kernels.by_xla import ByXLA
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
 from kernels.stacked import apart, cast, cotangent, in_place, places, taken, writable
@@ -190,12 +190,16 @@ def attention_half(
     shape = shape_of(x, weights, num_heads)
     # interpreted, it is the kernels that are tried
     plan = plan or (planning.plan if launch.interpret else planning.choose)(shape, launch.device, keep=keep)
-    if isinstance(plan.forward, ByXLA) or isinstance(plan.backward, ByXLA):
+    if any(by_xla.left(plan)):
+        own = planning.plan(shape, launch.device)
         options = {"num_heads": num_heads, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
-        return _partly_by_xla(x, apart(weights), dropout, plan, launch, options)
+        return by_xla.partly(
+            attention_half, reference, own, x, apart(weights), dropout, plan=plan, launch=launch, name="attention_half",
+            options=options,
+        )  # fmt: skip
     scalars, rate = scalars_of(dropout)
     if plan.head_lanes == shape.h:
-        whole = not isinstance(plan.backward, Refused) and plan.backward.images == shape.b
+        whole = not isinstance(plan.backward, Refused | ByXLA) and plan.backward.images == shape.b
         weights = in_place(weights, write=whole, dtype=operand_dtype(x.dtype, launch.device))
     else:
         weights = apart(weights)
@@ -210,21 +214,6 @@ def attention_half(
     both: Any = _half(scalars, x, AttentionWeights(*arrays), static)
     y, stacks = both
     return (y, stacks) if stacks else y
-
-
-def _partly_by_xla(x, weights: AttentionWeights, dropout, plan: Plan, launch: Launch, options):
-    """The half with the passes by XLA that the plan leaves to it, the others by kernels."""
-    own = planning.plan(shape_of(x, weights, options["num_heads"]), launch.device)  # stands in for the passes that are XLA's
-    forward, backward = (isinstance(chosen, ByXLA) for chosen in (plan.forward, plan.backward))
-    plan = replace(plan, forward=own.forward if forward else plan.forward, backward=own.backward if backward else plan.backward)
-
-    def plain(x, w, dropout):
-        return reference(x, w, dropout=dropout, **options)
-
-    def kernels(x, w, dropout):
-        return attention_half(x, w, dropout=dropout, launch=launch, plan=plan, **options)
-
-    return by_xla.run(Passes(plain, kernels, forward, backward, "attention_half", options["tokens"]), x, weights, dropout)
 
 
 def scalars_of(dropout):

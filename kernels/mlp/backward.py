@@ -204,9 +204,29 @@ def _clear(refs: Refs):
         refs.nat[...] = jnp.zeros_like(refs.nat)
 
 
-def _normal(refs: Refs, spec, t: Tiling, block: Block, b, r, n):
+def normal_rows(refs, spec, t: Tiling, block: Block, b, r, n):
     """n rows of image b from row r on, normalised, those behind its last token zero; and 1/deviation."""
     return normalise(jnp.where(block.valid(b, r, n), to_float32(refs.x[b, pl.ds(r, n)], t.unpack), 0.0), spec.eps)
+
+
+def gradient_rows(refs, spec, t: Tiling, block: Block, b, r, n):
+    """g of the same rows, the gradient of the output product's result, its dropout done; and their part of db2."""
+    g = jnp.where(block.valid(b, r, n), to_float32(refs.dy[b, pl.ds(r, n)], t.unpack), 0.0)
+    if spec.rate:
+        g = dropout(g, keep(refs.scalars, 1, block.global_rows(b, r, n), iota(refs.x.shape[-1], 1), spec.rate), spec.rate)
+    refs.db_out[...] += spec.residual_scale * sum_by_tile(g)
+    return g
+
+
+def finish_rows(refs, spec, t: Tiling, block: Block, b, r, n, read):
+    """dx of the same rows, and their part of the layer norm's gradients. read: a slice of the row tile -> its dz."""
+    normal, rsd = normal_rows(refs, spec, t, block, b, r, n)
+    dz = read(pl.ds(at(t, b, r), n))
+    refs.dscale[...] += sum_by_tile(dz * normal)
+    refs.dbias[...] += sum_by_tile(dz)
+    found = spec.residual_scale * to_float32(refs.dy[b, pl.ds(r, n)], t.unpack)
+    found = found + normalise_back(by_tile(lambda v: v * refs.scale[...], dz), normal, rsd)
+    refs.dx[b, pl.ds(r, n)] = from_float32(found, refs.dx.dtype, t.unpack)
 
 
 def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
@@ -228,14 +248,11 @@ def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
             sweep(t.columns, PIECE, square)
 
     def lay_z(b, r, n):
-        normal, _ = _normal(refs, spec, t, block, b, r, n)
+        normal, _ = normal_rows(refs, spec, t, block, b, r, n)
         lay(refs.zt, b, r, n, by_tile(lambda v: v * refs.scale[...] + refs.bias[...], normal))
 
     def lay_g(b, r, n):
-        g = jnp.where(block.valid(b, r, n), to_float32(refs.dy[b, pl.ds(r, n)], t.unpack), 0.0)
-        if spec.rate:
-            g = dropout(g, keep(refs.scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), spec.rate)
-        refs.db_out[...] += spec.residual_scale * sum_by_tile(g)
+        g = gradient_rows(refs, spec, t, block, b, r, n)
         lay(refs.gt, b, r, n, g)
 
     for_pieces(t, lay_z)
@@ -255,17 +272,10 @@ def _finish_rows(refs: Refs, spec, t: Tiling, block: Block):
 
         sweep(t.columns, PIECE, square)
 
-    def finish(b, r, n):
-        normal, rsd = _normal(refs, spec, t, block, b, r, n)
-        rows = pl.ds(at(t, b, r), n)
-        dz = dzt[:, rows].T if nat is None else nat[rows]
-        refs.dscale[...] += sum_by_tile(dz * normal)
-        refs.dbias[...] += sum_by_tile(dz)
-        found = spec.residual_scale * to_float32(refs.dy[b, pl.ds(r, n)], t.unpack)
-        found = found + normalise_back(by_tile(lambda v: v * refs.scale[...], dz), normal, rsd)
-        refs.dx[b, pl.ds(r, n)] = from_float32(found, refs.dx.dtype, t.unpack)
+    def read(rows):
+        return dzt[:, rows].T if nat is None else nat[rows]
 
-    for_pieces(t, finish)
+    for_pieces(t, lambda b, r, n: finish_rows(refs, spec, t, block, b, r, n, read))
 
 
 def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.body import dot, dropout, from_float32, iota, sweep, to_float32
+from kernels.body import dot, dropout, iota, sweep, to_float32
 from kernels.device import LANES
-from kernels.layer_norm.tpu import normalise, normalise_back
-from kernels.mlp.backward import SLOTS, Sums
+from kernels.mlp.backward import SLOTS, Sums, finish_rows, gradient_rows, normal_rows
 from kernels.mlp.body import (
     PIECE,
     Block,
@@ -113,17 +112,12 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
         _finish_rows(refs, spec, t, block)
 
 
-def _normal(refs: Refs, spec, t: Tiling, block: Block, b, r, n):
-    """n rows of image b from row r on, normalised, those behind its last token zero; and 1/deviation."""
-    return normalise(jnp.where(block.valid(b, r, n), to_float32(refs.x[b, pl.ds(r, n)], t.unpack), 0.0), spec.eps)
-
-
 def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
     """A row tile's z' and g, and their part of db2."""
-    d, whole = refs.zt.shape[0], t.stride % LANES == 0
+    whole = t.stride % LANES == 0
 
     def lay(b, r, n):
-        normal, _ = _normal(refs, spec, t, block, b, r, n)
+        normal, _ = normal_rows(refs, spec, t, block, b, r, n)
         z = by_tile(lambda v: v * refs.scale[...] + refs.bias[...], normal)
         if whole:
             refs.zt[:, pl.ds(at(t, b, r), n)] = z.T.astype(refs.zt.dtype)
@@ -131,10 +125,7 @@ def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
             refs.dz[pl.ds(at(t, b, r), n)] = z
 
     def lay_g(b, r, n):
-        g = jnp.where(block.valid(b, r, n), to_float32(refs.dy[b, pl.ds(r, n)], t.unpack), 0.0)
-        if spec.rate:
-            g = dropout(g, keep(refs.scalars, 1, block.global_rows(b, r, n), iota(d, 1), spec.rate), spec.rate)
-        refs.db_out[...] += spec.residual_scale * sum_by_tile(g)
+        g = gradient_rows(refs, spec, t, block, b, r, n)
         refs.g[pl.ds(at(t, b, r), n)] = g.astype(refs.g.dtype)
 
     def square(c, n):
@@ -150,17 +141,7 @@ def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
 
 def _finish_rows(refs: Refs, spec, t: Tiling, block: Block):
     """dx of a row tile from its whole dz, and its part of the layer norm's gradients."""
-
-    def finish(b, r, n):
-        normal, rsd = _normal(refs, spec, t, block, b, r, n)
-        dz = refs.dz[pl.ds(at(t, b, r), n)]
-        refs.dscale[...] += sum_by_tile(dz * normal)
-        refs.dbias[...] += sum_by_tile(dz)
-        found = spec.residual_scale * to_float32(refs.dy[b, pl.ds(r, n)], t.unpack)
-        found = found + normalise_back(by_tile(lambda v: v * refs.scale[...], dz), normal, rsd)
-        refs.dx[b, pl.ds(r, n)] = from_float32(found, refs.dx.dtype, t.unpack)
-
-    for_pieces(t, finish)
+    for_pieces(t, lambda b, r, n: finish_rows(refs, spec, t, block, b, r, n, lambda rows: refs.dz[rows]))
 
 
 def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:

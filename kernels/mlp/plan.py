@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
-from kernels import parts
-from kernels.by_xla import ByXLA, few_tokens
+from kernels import by_xla, parts
+from kernels.by_xla import ByXLA
 from kernels.device import LANES, SUBLANES, Device, MiB
 from kernels.vmem import round_up
 
@@ -231,15 +231,12 @@ def _keeping(shape: Shape, device: Device) -> Plan:
 def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
     """`plan`, with the passes left to XLA where it is ahead by the one count (LOG.md, 2026-11-27, has the table). keep: as in
     `plan`, and NotImplementedError too where a pass would be XLA's."""
-    if keep:
-        if any(isinstance(chosen, ByXLA) for chosen in (choose(shape, device).forward, choose(shape, device).backward)):
-            raise NotImplementedError("nothing is kept between kernels where a pass is left to XLA")
-        return plan(shape, device, keep=True)
-    chosen = plan(shape, device)
-    forward, backward = few_tokens(shape.t, device)
-    if forward or backward:
-        return replace(chosen, forward=forward or chosen.forward, backward=backward or chosen.backward)
-    if isinstance(chosen.backward, Tiling) and not chosen.backward.resident and chosen.backward.columns < STREAMED_ROWS:
-        short = ByXLA(reason=f"weights streamed for {chosen.backward.height} rows at a time, which the memory's rate bounds")
+
+    def beyond(chosen: Plan) -> Plan:
+        t = chosen.backward
+        if not isinstance(t, Tiling) or t.resident or t.columns >= STREAMED_ROWS:
+            return chosen
+        short = ByXLA(reason=f"weights streamed for {t.height} rows at a time, which the memory's rate bounds")
         return replace(chosen, backward=short)
-    return chosen
+
+    return by_xla.choose(plan, beyond, shape, device, keep=keep)

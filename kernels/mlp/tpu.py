@@ -29,7 +29,6 @@ from jax.experimental import pallas as pl
 from kernels import by_xla, parts
 from kernels import dropout as drop
 from kernels.body import operand_dtype
-from kernels.by_xla import ByXLA, Passes
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
@@ -272,9 +271,12 @@ def mlp_half(
         scalars = jnp.stack([jnp.asarray(s, jnp.int32) for s in (*sites, dropout.row, dropout.column)])
     # interpreted, it is the kernels that are tried
     plan = plan or (kernels_of if launch.interpret else choose)(_shape(x, weights.in_kernel), launch.device, keep=keep)
-    if isinstance(plan.forward, ByXLA) or isinstance(plan.backward, ByXLA):
+    if any(by_xla.left(plan)):
+        own = kernels_of(_shape(x, weights.in_kernel), launch.device)
         options = {"gelu": gelu, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
-        return _partly_by_xla(x, apart(weights), dropout, plan, launch, options)
+        return by_xla.partly(
+            mlp_half, reference, own, x, apart(weights), dropout, plan=plan, launch=launch, name="mlp_half_out", options=options
+        )
     dtype = operand_dtype(x.dtype, launch.device)
     whole = plan.backward_images in (None, x.shape[0]) and x.shape[0] * x.shape[1] <= WRITTEN_TOKENS
     weights = in_place(weights, write=whole, dtype=dtype)
@@ -282,18 +284,3 @@ def mlp_half(
     arrays = vary_alike(scalars, x, *weights)
     y, stacks = _mlp_half(spec, plan, *arrays)  # type: ignore[misc]  # pyright cannot see through custom_vjp
     return (y, stacks) if stacks else y
-
-
-def _partly_by_xla(x, weights: MLPWeights, dropout, plan: Plan, launch: Launch, options):
-    """The half with the passes by XLA that the plan leaves to it, the others by kernels."""
-    own = kernels_of(_shape(x, weights.in_kernel), launch.device)  # stands in for the passes that are XLA's
-    forward, backward = (isinstance(chosen, ByXLA) for chosen in (plan.forward, plan.backward))
-    plan = replace(plan, forward=own.forward if forward else plan.forward, backward=own.backward if backward else plan.backward)
-
-    def plain(x, w, dropout):
-        return reference(x, w, dropout=dropout, **options)
-
-    def kernels(x, w, dropout):
-        return mlp_half(x, w, dropout=dropout, launch=launch, plan=plan, **options)
-
-    return by_xla.run(Passes(plain, kernels, forward, backward, "mlp_half_out", options["tokens"]), x, weights, dropout)

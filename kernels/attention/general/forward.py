@@ -330,8 +330,7 @@ def over_chunks(total: int, size: int, chunk, carry):
 
 
 def core(tiles: CoreTiles, qkv, *, num_heads: int, width: int, launch: Launch, tokens: int | None = None):
-    """o [B, T, K] of qkv [3, B, T, K]; width: of a head, whose lanes may be padded. tokens: of the T rows; the others are
-    no keys."""
+    """o [B, T, K] of qkv [3, B, T, K]; width: of a head, whose lanes may be padded. tokens: of the T rows; others are no keys."""
     _, b, total, k = qkv.shape
     section = [pl.BlockSpec((1, tiles.images, total, tiles.lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
 
