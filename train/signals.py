@@ -21,6 +21,9 @@ TERMINATED = 128 + signal.SIGTERM  # exit code of a process that a second SIGTER
 
 _ASKS = (signal.SIGTERM, signal.SIGHUP)
 _LOOK = 0.25  # seconds between two looks of the watchdog
+# Between a watchdog's word and its process's end, in seconds: the other processes of a job, which wait for this one, are past the
+# limit a moment later, and its end breaks the collective they wait in. So each has said where it stood.
+_LINGER = 1.0
 
 _interrupted = threading.Event()
 
@@ -189,6 +192,7 @@ class Watchdog:
             line = f"hung for {self.seconds:g} s while {self._doing} (--step-timeout): the stacks of all threads follow"
             print(line, file=self._stream, flush=True)
             faulthandler.dump_traceback(file=self._stream, all_threads=True)
+        time.sleep(_LINGER)
         os._exit(1)
 
 
