@@ -178,7 +178,7 @@ def ours(plan: dict[str, Any], words: list[str], work: Path, seconds: float) -> 
         if record["step"] > plan["every"]:
             taken += (record["step"] - before) * plan["batch"] / record["images_per_second"]
             before = record["step"]
-    said = [text for _, text in lines if "waited for images" in text]
+    said = [text for _, text in lines if any(word in text for word in ("waited for images", "beside the steps"))]
     return {"whole": images / (ended - begun), "training": images / taken, "loss": records[-1]["loss"], "said": said}
 
 

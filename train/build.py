@@ -104,6 +104,7 @@ def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool)
 
 FEW_CORES = 8  # up to which threads feed what the devices take; beyond, one process's threads stand in each other's way
 MOST_WORKERS = 16  # more brought no more images on 32 cores: the process that joins their batches is the limit then
+MANY_IMAGES = 8192  # of a validation set, from which processes read it: threads bring some 1,200 a second, whatever the cores
 
 
 def reading_processes(asked: int | None, source: Source) -> int:
@@ -135,13 +136,17 @@ def make_run(
         workers=reading_processes(full.workers, source),
         mixup=full.mixup, cutmix=full.cutmix, mixup_share=full.mixup_share or "batch", **images, **data or {},
     )  # fmt: skip
+    # Processes take seconds to start, at every evaluation; fewer images have been read by threads in that time.
+    workers = reading_processes(full.workers, held_out) if len(held_out) >= MANY_IMAGES else 0
     size = meshes.whole_rows(min(full.batch_size // full.accumulate, len(held_out)), mesh)
     return Run(
         directory=out,
         config=config,
         mesh=mesh,
         batches=batches,
-        validation=lambda: eval_batches(held_out, batch_size=size, preprocess=full.preprocess, how=full.how, **images),
+        validation=lambda: eval_batches(
+            held_out, batch_size=size, preprocess=full.preprocess, how=full.how, workers=workers, **images
+        ),
         batch_size=full.batch_size,
         total_steps=full.steps,
         log_every=full.log_every,

@@ -1,12 +1,14 @@
 """Batches drawn in a thread and sent on to the device from there: they travel while a step runs, and a wait can be interrupted."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 
 _POLL = 0.1  # seconds between two looks at whether to go on waiting
+_BUSY_POLL = 0.005  # and while the devices compute, at whether they still do: a step takes some tens of milliseconds
 _GRACE = 2.0  # seconds that the end waits for a batch in the making
 
 
@@ -14,7 +16,8 @@ class Feed:
     """The batches of an iterator, one drawn and placed ahead.
 
     batches: an iterator that may have `get_state` and `close`. place: what the thread makes of each; `on_mesh` sends it to the
-    devices, which then hold one batch more. `state` is that of the batches given out so far, not of those drawn.
+    devices, which then hold one batch more. `state` is that of the batches given out so far, not of those drawn; `idle` the seconds
+    of the last `next` in which the devices had nothing to do.
     Use as a context manager: leaving closes the iterator, unless a draw does not end within two seconds: then `stuck` is True and
     the caller has a thread that an ordinary exit of the process would wait for.
     """
@@ -24,6 +27,7 @@ class Feed:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: Future | None = None
         self.state: Any = self._state()
+        self.idle = 0.0
         self.stuck = False
 
     def _state(self):
@@ -35,18 +39,26 @@ class Feed:
         except StopIteration:
             return None
 
-    def next(self, give_up: Callable[[], bool] = lambda: False, *, more: bool = True) -> Any:
+    def next(
+        self, give_up: Callable[[], bool] = lambda: False, *, more: bool = True, busy: Callable[[], bool] = lambda: False
+    ) -> Any:
         """The next batch; None where the iterator has ended, or as soon as `give_up` says so. more: draw another ahead.
+        busy: whether the devices still compute: a wait costs them nothing before they have ended, as the loop runs ahead of them.
 
         Raises what the iterator raises.
         """
         if self._ahead is None:
             self._ahead = self._pool.submit(self._draw)
+        self.idle, since = 0.0, None
         while not self._ahead.done():
             if give_up():
                 return None
+            if since is None and not busy():
+                since = time.perf_counter()
             with contextlib.suppress(NotYet):
-                self._ahead.exception(_POLL)
+                self._ahead.exception(_BUSY_POLL if since is None else _POLL)
+        if since is not None:
+            self.idle = time.perf_counter() - since
         drawn, self._ahead = self._ahead.result(), None
         if drawn is None:
             return None

@@ -24,11 +24,9 @@ from train.job import differing, place
 from train.meeting import Told
 from train.metrics import Recorder, Silence, log_line
 from train.run import Best as Best
-from train.run import Clock, Diverged, Progress, Result, Run
+from train.run import Clock, Diverged, Progress, Result, Run, Shares
 from train.signals import Stop, Watchdog, check_interrupt
 from train.step import make_eval_step, make_init, make_train_step
-
-WAITING = 0.05  # share of a run's time that waiting for data may take unsaid
 
 
 def train(run: Run, say: Callable[[str], None] = print, *, stop: Stop | None = None) -> Result:
@@ -62,12 +60,17 @@ class _Loop:
         self.unseen: list[tuple[int, dict]] = []  # steps whose metrics nobody has looked at
         self.now = Progress()
         self.watchdog = stack.enter_context(Watchdog(run.step_timeout))
+        self.shares = Shares()
         self.tracing = False
         stack.callback(self.end_trace)
 
     def next(self, feed: Feed, *, more: bool = True):
         """The next batch, waited for until one asks to stop; None where it has not come, or there is none."""
-        return feed.next(lambda: self.stop.asked, more=more)
+        return feed.next(lambda: self.stop.asked, more=more, busy=self.busy)
+
+    def busy(self) -> bool:
+        """Whether the devices still compute the last step that was given to them."""
+        return bool(self.unseen) and not self.unseen[-1][1]["loss"].is_ready()
 
     def asked(self) -> bool:
         """Whether any process has been asked to stop. Every process asks between having a batch, or waiting for it no longer, and
@@ -259,7 +262,6 @@ class _Loop:
                 batch = self.next(self.feed, more=more)
             if self.asked():
                 break
-            waiting = time.perf_counter() - tick
             self.loader = self.feed.state  # a batch that came but is not taken is drawn again by the continuation
             metrics = self.step(batch)
             last = now.step == run.total_steps
@@ -273,26 +275,25 @@ class _Loop:
             taken = time.perf_counter() - tick
             since = since.after(taken)
             if now.step > self.started + 1:  # the first step compiles
-                whole, waited = whole.after(taken), waited + waiting
-            self.finish_step(record, since.rate)
+                whole, waited = whole.after(taken), waited + self.feed.idle
+            with self.shares.of("evaluations", count=now.step > self.started + 1 and bool(due or probe)):
+                self.finish_step(record, since.rate)
             since = Clock() if record else since
             self.checkpoints.check()
             if now.in_a_row >= run.bad_steps:
                 self.diverged()
             if now.step % run.checkpoint_every == 0 or last or self.waited_enough:
-                self.save()
+                with self.shares.of("saves"):
+                    self.save()
             if due and now.due is None:
                 self.recorder.draw()
-        self.say_waiting(waited / whole.seconds if whole.steps else 0.0)
+        self.say_times(whole, waited)
         return self.result(whole.rate * run.batch_size)
 
-    def say_waiting(self, share: float) -> None:
-        """Says where devices stood idle for want of images. Simulated ones share the cores that decode: there it means nothing."""
-        if share > WAITING and not self.simulated:
-            self.say(
-                f"{share:.0%} of the time the devices waited for images: more --workers, --decoder simplejpeg, or a set packed "
-                "at a smaller size (python -m train.data.pack) brings them faster"
-            )
+    def say_times(self, whole: Clock, waited: float) -> None:
+        """Says where devices stood idle for long. Simulated ones share the cores that decode: there it means nothing."""
+        for line in () if self.simulated else self.shares.lines(whole.seconds, waited):
+            self.say(line)
 
     def diverged(self) -> None:
         self.save()

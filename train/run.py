@@ -1,6 +1,8 @@
 """What `train.loop` is given, what it keeps as it goes, and how a run ended."""
 
+import contextlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +16,9 @@ from vitcore.config import ViTConfig
 
 class Diverged(ValueError):
     """Too many steps in a row had no finite loss and gradient; a checkpoint has been written."""
+
+
+UNSAID = 0.05  # share of a run's time that may pass without a step and without a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,37 @@ class Clock:
     def rate(self) -> float:
         """Steps a second."""
         return self.steps / self.seconds if self.steps else 0.0
+
+
+class Shares:
+    """The seconds that parts of a run took beside its steps."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def of(self, part: str, *, count: bool = True):
+        """Counts what happens inside as `part`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            if count:
+                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begun
+
+    def lines(self, stepping: float, waited: float) -> list[str]:
+        """What is worth a word of a run whose steps took `stepping` seconds, `waited` of them without images for the devices."""
+        said = []
+        if stepping and waited / stepping > UNSAID:
+            said.append(
+                f"{waited / stepping:.0%} of the steps' time the devices waited for images: more --workers, --decoder simplejpeg, "
+                "or a set packed at a smaller size (python -m train.data.pack) brings them faster"
+            )
+        whole = stepping + sum(self.seconds.values())
+        shares = {part: took / whole for part, took in self.seconds.items() if took > UNSAID * whole}
+        if long := [f"{share:.0%} of the time went into {part}" for part, share in shares.items()]:
+            said.append(f"beside the steps, {' and '.join(long)}: --eval-every and --checkpoint-every say how often")
+        return said
 
 
 @dataclass

@@ -180,14 +180,17 @@ def test_threads_do_not_change_the_order(batch_size):
 
 WORKERS = """
 import sys
-from train.data import open_source, train_batches
+from train.data import eval_batches, open_source, train_batches
 if __name__ == "__main__":
     source = open_source(sys.argv[1], "train")
     for workers in map(int, sys.argv[2].split(",")):
         with train_batches(source, image_size=16, channels=3, batch_size=32, seed=3, workers=workers, threads=2, bad_share=0,
                            state={"global_next_index": 32}) as batches:
             taken = [next(batches) for _ in range(6)]
-            print(workers, hash(b"".join(b["image"].tobytes() + b["label"].tobytes() for b in taken)), batches.get_state())
+            state = batches.get_state()
+        with eval_batches(source, image_size=16, channels=3, batch_size=32, workers=workers, threads=2) as batches:
+            taken += list(batches)
+        print(workers, hash(b"".join(b["image"].tobytes() + b["label"].tobytes() for b in taken)), state, len(taken))
 """
 
 

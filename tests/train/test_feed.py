@@ -96,3 +96,25 @@ def test_what_was_given_up_is_not_lost():
         assert feed.next(lambda: True) is None
         numbers.gate.set()
         assert feed.next() == 1
+
+
+def test_a_wait_counts_as_idle_only_once_the_devices_have_ended():
+    for ends, least, most in ((0.0, 0.15, 1.0), (0.1, 0.05, 0.19), (9.0, 0.0, 0.0)):
+        numbers = Numbers(slow=1)
+        with Feed(numbers) as feed:
+            assert feed.next() == 0
+            begun = time.perf_counter()
+            threading.Timer(0.2, numbers.gate.set).start()
+            assert feed.next(busy=lambda begun=begun, ends=ends: time.perf_counter() < begun + ends) == 1
+            taken = time.perf_counter() - begun
+            assert least <= feed.idle <= most + taken - 0.2, (ends, feed.idle, taken)
+            assert feed.next() == 2
+
+
+def test_no_wait_is_no_idleness():
+    with Feed(Numbers()) as feed:
+        feed.next()
+        while not feed._ahead.done():  # pyright: ignore[reportOptionalMemberAccess]
+            time.sleep(0.01)
+        feed.next()
+        assert feed.idle == 0

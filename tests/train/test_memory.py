@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from train import loop, memory
+from train.run import Clock, Shares
 
 GiB = 2**30
 
@@ -61,11 +62,24 @@ def test_a_run_that_does_not_fit_ends_before_its_first_step_and_one_that_does_go
 
 def test_waiting_is_said_where_it_is_more_than_a_twentieth():
     said = []
-    of: Any = SimpleNamespace(simulated=False, say=said.append)
-    loop._Loop.say_waiting(of, 0.04)
+    of: Any = SimpleNamespace(simulated=False, say=said.append, shares=Shares())
+    loop._Loop.say_times(of, Clock(10, 100.0), 4.0)
     assert not said
-    loop._Loop.say_waiting(of, 0.06)
-    assert "6% of the time the devices waited for images" in said[0]
+    loop._Loop.say_times(of, Clock(10, 100.0), 6.0)
+    assert "6% of the steps' time the devices waited for images" in said[0]
     of.simulated = True
-    loop._Loop.say_waiting(of, 0.9)
+    loop._Loop.say_times(of, Clock(10, 100.0), 90.0)
     assert len(said) == 1
+
+
+def test_what_evaluations_and_saves_take_is_said_where_it_is_more_than_a_twentieth():
+    shares = Shares()
+    shares.seconds = {"evaluations": 4.0, "saves": 2.0}
+    assert not shares.lines(94.0, 0.0)
+    shares.seconds = {"evaluations": 20.0, "saves": 2.0}
+    assert "20% of the time went into evaluations: --eval-every" in shares.lines(78.0, 0.0)[0]
+    with shares.of("saves"), shares.of("probes", count=False):
+        pass
+    assert shares.seconds["saves"] > 2
+    assert "probes" not in shares.seconds
+    assert not Shares().lines(0.0, 0.0)  # a run that was stopped at its first step

@@ -270,6 +270,7 @@ def eval_batches(
     how: How = AUTHORS,
     shard: tuple[int, int] = (0, 1),
     threads: int | None = None,
+    workers: int = 0,
     decoder: str = "pillow",
     pixels: str = "float32",
     bad_share: float = BAD_SHARE,
@@ -283,13 +284,13 @@ def eval_batches(
     """
     _check_choice("preprocessing", preprocess, PREPROCESSES)
     _check_reading(decoder, bad_share)
-    place, count = _shard(source, image_size, channels, batch_size, shard, threads, 0, pairs=False)
+    place, count = _shard(source, image_size, channels, batch_size, shard, threads, workers, pairs=False)
     rows = EvalRows(
         source=source, size=image_size, channels=channels, decoder=decoder, dtype=_dtype(pixels, "none"), preprocess=preprocess,
         how=how,
     )  # fmt: skip
     steps = -(-len(source) // batch_size)
-    return EvalBatches(rows, place, steps=steps, threads=count, workers=0, bad_share=bad_share)
+    return EvalBatches(rows, place, steps=steps, threads=count, workers=workers, bad_share=bad_share)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------------
