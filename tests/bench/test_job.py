@@ -1,0 +1,45 @@
+"""`bench.throughput --job`: a whole training job measured, and what the table says of it."""
+
+import json
+import sys
+
+import pytest
+
+from bench import job
+from bench.device_study import TrialError
+from bench.throughput import Throughput, run
+
+
+@pytest.mark.slow
+def test_a_whole_job_on_the_cpu(tmp_path, capsys):
+    rows = run(Throughput(job=True, images=48, steps=6, every=2, batch_sizes=(8,), sizes=(32,), models=("ViT-Ti/16",), out=tmp_path))
+    printed = capsys.readouterr().out
+    assert "48 JPEGs made" in printed
+    assert json.loads((tmp_path / "job.json").read_text())["rows"] == rows
+    for row in rows:  # one a decoder that is installed
+        assert row["name"].startswith("vitcore"), row
+        assert (row["batch"], row["cards"], row["steps"]) == (8, 1, 6)
+        assert 0 < row["whole"] < row["training"] < 1e5, "evaluations and saves take time beside the steps"
+        assert row["loss"] > 0
+
+
+def test_the_table_compares_ours_with_each_of_theirs():
+    same = {"model": "ViT-B/16", "size": 224, "batch": 512, "cards": 2, "loss": 0.5, "training": 7000.0}
+    rows = [
+        same | {"name": "vitcore", "whole": 6000.0, "said": ["7% of the time"]},
+        same | {"name": "timm", "whole": 2000.0, "workers": 4},
+        same | {"name": "timm, tuned", "whole": 4000.0, "workers": 16},
+        same | {"name": "timm", "model": "ViT-L/16", "error": "out of memory"},
+    ]
+    assert job.compared(rows) == ["ViT-B/16@224: vitcore runs at 3.00 x timm, 1.50 x timm, tuned"]
+    assert "7% of the time" in job.line(rows[0])
+    assert "16 workers" in job.line(rows[2])
+    assert "out of memory" in job.line(rows[3])
+    assert job.compared(rows[:1]) == [], "nothing to compare with"
+
+
+def test_a_job_that_fails_says_what_it_said():
+    with pytest.raises(TrialError, match="no such thing"):
+        job._lines([sys.executable, "-c", "import sys; sys.exit('no such thing')"], 60)
+    with pytest.raises(TrialError, match="the time it was given"):
+        job._lines([sys.executable, "-c", "import time; time.sleep(60)"], 1)
