@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
             raise pytest.UsageError(f"{item.nodeid}: {why}")
     if config.getoption("--one-each"):
         first: dict[str, pytest.Item] = {}
-        for item in items:
+        for item in sorted(items, key=lambda item: item.get_closest_marker("slow") is not None):
             first.setdefault(item.nodeid.partition("[")[0], item)
         kept = set(first.values())
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

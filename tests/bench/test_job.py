@@ -12,7 +12,9 @@ from bench.throughput import Throughput, run
 
 @pytest.mark.slow
 def test_a_whole_job_on_the_cpu(tmp_path, capsys):
-    rows = run(Throughput(job=True, images=48, steps=6, every=2, batch_sizes=(8,), sizes=(32,), models=("ViT-Ti/16",), out=tmp_path))
+    rows = run(
+        Throughput(job=True, images=48, steps=6, every=2, batch_sizes=(8,), sizes=(32,), models=("ViT-Ti/16",), out=tmp_path)
+    )
     printed = capsys.readouterr().out
     assert "48 JPEGs made" in printed
     assert json.loads((tmp_path / "job.json").read_text())["rows"] == rows

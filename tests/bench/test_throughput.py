@@ -281,7 +281,6 @@ def test_a_trial_that_dies_or_hangs_says_why():
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_what_memory_there_is_decides_on_a_cpu():
     ask = request(task="edge", start=4, step=1, most=16, budget=50, mode="train")

@@ -122,6 +122,8 @@ def test_memory_that_does_not_suffice_is_said_in_one_line():
     assert "memory" in report.error
 
 
+@pytest.mark.ci
+@pytest.mark.slow  # it waits for a compiler that hangs
 def test_an_abort_or_a_hang_costs_one_program_and_not_the_rest():
     programs = [
         Program(build=f"{HERE}:aborts"),

@@ -96,7 +96,10 @@ def assert_kernels(reports: dict[Case, Report]) -> None:
     assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("target", grid.FIRST_TARGETS)
+FIRST, *OTHERS = grid.FIRST_TARGETS
+
+
+@pytest.mark.parametrize("target", [FIRST, *(pytest.param(t, marks=[pytest.mark.ci, pytest.mark.slow]) for t in OTHERS)])
 def test_every_op_compiles(target):
     assert_kernels(compiled(case for case in FAST if case.target == target))
 

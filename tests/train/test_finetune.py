@@ -160,7 +160,6 @@ def test_how_images_are_read_is_not_what_is_computed(weights, tmp_path, monkeypa
     assert "resuming at step 6" in capsys.readouterr().out
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_a_larger_image_and_a_pretraining_run_as_the_start(tmp_path):
     pre = [str(a) for a in (*TINY, "--data", "digits:0-4", "--model", "ViT-Nano/4", "--recipe", "digits", "--polyak", "0.5",

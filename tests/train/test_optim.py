@@ -280,11 +280,13 @@ def momentum64(name, w, gradients):
     ("job", "expected", "clip"),
     [
         (partial(pretraining, "imagenet"), adam64(3e-3, "cosine", 0.3), 1.0),
-        (partial(pretraining, "imagenet", loss="sigmoid"), adam64(3e-3, "cosine", 0.3), 1.0),
+        pytest.param(  # jft has the loss
+            partial(pretraining, "imagenet", loss="sigmoid"), adam64(3e-3, "cosine", 0.3), 1.0, marks=pytest.mark.slow
+        ),
         (partial(pretraining, "jft"), adam64(8e-4, "linear", 0.1), None),
         pytest.param(partial(pretraining, "imagenet21k"), adam64(1e-3, "linear", 0.03), None, marks=pytest.mark.slow),  # as jft
         (partial(fine_tuning, "cifar10", PEAK), momentum64, 1.0),
-        (partial(fine_tuning, "mae-b"), layers64(0.65, 0.05), None),
+        pytest.param(partial(fine_tuning, "mae-b"), layers64(0.65, 0.05), None, marks=pytest.mark.slow),  # as adamw
         (partial(fine_tuning, "pets", optimizer="adamw", layer_decay=0.5), layers64(0.5, 0.0), 1.0),
     ],
     ids=["imagenet", "imagenet, sigmoid", "jft", "imagenet21k", "fine-tuning", "mae", "adamw"],

@@ -119,6 +119,7 @@ def test_the_next_batch_is_on_its_way_while_a_step_is_taken(tmp_path, monkeypatc
     assert len(taken) == len(placed) == 12
 
 
+@pytest.mark.slow
 def test_mixed_images_of_five_digits_train(tmp_path):
     run(*TINY, "--out", tmp_path / "a", "--data", "digits:5-9", "--mixup", 0.5, "--accumulate", 2, "--augment", "none")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["data"] == "digits:5-9"

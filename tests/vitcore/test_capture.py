@@ -90,6 +90,7 @@ def test_a_mesh_gives_the_same_features_and_maps():
         np.testing.assert_allclose(found, vitcore.attention_maps(params, images, SMALL, blocks=(2,), mean=mean), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_captured_features_are_differentiable():
     params, images = small_inputs()
 
