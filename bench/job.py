@@ -131,11 +131,7 @@ def _plan(options, model: str, size: int, batch: int, cards: int, count: int, dt
 
 def _contenders(options, plan: dict[str, Any], cores: int, work: Path):
     seconds = 60 * (options.minutes or 60)
-    more: list[tuple[str, list[str]]] = [("vitcore", [])]
-    if find_spec("simplejpeg"):
-        more.append(("vitcore, simplejpeg", ["--decoder", "simplejpeg"]))
-    for name, words in more:
-        yield name, lambda words=words: ours(plan, [*words, *(["--mesh", options.mesh] if options.mesh else [])], work, seconds)
+    yield "vitcore", lambda: ours(plan, ["--mesh", options.mesh] if options.mesh else [], work, seconds)
     if "timm" in options.peer:
         for name, workers, tuned in (("timm", WORKERS, False), ("timm, tuned", max(1, cores // plan["cards"]), True)):
             yield name, lambda workers=workers, tuned=tuned: theirs({**plan, "workers": workers, "tuned": tuned}, seconds)

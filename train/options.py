@@ -39,8 +39,8 @@ class MeshOptions(JobOptions):
     """Of activations and matmul operands; parameters, sums and optimizer are float32."""
     ops: Literal["auto", "reference", "fused", "interpret"] = "auto"
     """reference: einsum through XLA. fused: the Pallas kernels, on a TPU. interpret: the kernels anywhere, slowly."""
-    decoder: Literal["pillow", "simplejpeg"] = "pillow"
-    """simplejpeg: the same pixels, faster; wants the extra [fast]."""
+    decoder: Literal["auto", "pillow", "simplejpeg"] = "auto"
+    """Of JPEGs. simplejpeg: the same pixels, faster; wants the extra [fast]. auto: simplejpeg where it is installed."""
     threads: int | None = None
     """That read and decode images. Default: by the source."""
 

@@ -132,7 +132,7 @@ class Shares:
         said = []
         if stepping and waited / stepping > UNSAID:
             said.append(
-                f"{waited / stepping:.0%} of the steps' time the devices waited for images: more --workers, --decoder simplejpeg, "
+                f"{waited / stepping:.0%} of the steps' time the devices waited for images: more --workers, the extra [fast], "
                 "or a set packed at a smaller size (python -m train.data.pack) brings them faster"
             )
         whole = stepping + sum(self.seconds.values())

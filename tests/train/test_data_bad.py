@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import train.data.decode as decoders
 from tests.train.test_data_forms import environment_of, jpeg, write_folder, write_parquet, write_tar
 from train.data import DataError, eval_batches, open_source, train_batches
 from train.data.decode import MAX_BYTES, decode_bytes, decode_fast, decode_pillow, read_file
@@ -473,3 +474,21 @@ def test_decoders_are_checked(damaged, monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(DataError, match=r"pip install 'vitcore\[fast\]'"):
         stream(source, decoder="simplejpeg")
+
+
+def test_the_decoder_by_default_is_simplejpeg_where_it_is_installed(damaged, monkeypatch):
+    source = open_source(f"tar:{damaged / 'tar'}", "train")
+    whole, used = stream(source)[0], []
+    for name in ("decode_fast", "decode_pillow"):
+        plain = getattr(decoders, name)
+        monkeypatch.setattr(decoders, name, lambda *args, plain=plain, name=name: used.append(name) or plain(*args))
+    assert_same(stream(source)[0], whole)
+    assert used[0] == "decode_fast"
+    decoders._fast_is_here.cache_clear()
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    used.clear()
+    try:
+        assert_same(stream(source)[0], whole)
+    finally:
+        decoders._fast_is_here.cache_clear()
+    assert set(used) == {"decode_pillow"}

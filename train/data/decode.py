@@ -11,6 +11,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -115,7 +116,21 @@ def _check_work(data: bytes, pixels: int) -> None:
         raise ValueError(f"its {scans:,} scans of {pixels:,} pixels would take too long")
 
 
-DECODERS: dict[str, Callable[[bytes, str], Picture]] = {"pillow": decode_pillow, "simplejpeg": decode_fast}
+@cache
+def _fast_is_here() -> bool:
+    try:
+        import simplejpeg  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def decode_auto(data: bytes, name: str) -> Picture:
+    """`decode_fast` where simplejpeg is installed, else `decode_pillow`: the same pixels. Raises BadImage."""
+    return (decode_fast if _fast_is_here() else decode_pillow)(data, name)
+
+
+DECODERS: dict[str, Callable[[bytes, str], Picture]] = {"pillow": decode_pillow, "simplejpeg": decode_fast, "auto": decode_auto}
 
 
 def check_decoder(name: str) -> None:
