@@ -16,6 +16,7 @@ from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches, train_batches
 from train.data import identity as identity_of_data
+from train.data.suspects import Reading
 from train.frozen import put_params
 from train.job import claim, say
 from train.loop import Run
@@ -126,9 +127,10 @@ def make_run(
     _agree(full, out, sources)
     (source, held_out), data_seen = _known(out, identity, sources, accept=full.accept_data)
     described = described | {identity_of_data.KEY: data_seen, "accept_data": False}  # the answer to one question, once
+    reading = Reading(out, (source, held_out), decoder=full.decoder, seconds=full.step_timeout)
     images: dict[str, Any] = dict(
         image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh),
-        decoder=full.decoder, pixels="uint8", bad_share=full.bad_share,
+        decoder=full.decoder, pixels="uint8", bad_share=full.bad_share, reading=reading,
     )  # fmt: skip
     batches = train_batches(
         source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, how=full.how,
@@ -141,6 +143,7 @@ def make_run(
         config=config,
         mesh=mesh,
         batches=batches,
+        reading=reading,
         validation=lambda: eval_batches(held_out, batch_size=size, preprocess=full.preprocess, how=full.how, **images),
         batch_size=full.batch_size,
         total_steps=full.steps,
