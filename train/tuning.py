@@ -177,7 +177,8 @@ def dev_splits(split: str, share: float) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all runs of a job share. pretrained: opened, with a new head. model: which weights it is, `Stored.model`."""
+    """What all runs of a job share. pretrained: opened, with a new head. stored: as it was read. model: which weights it is,
+    `Stored.model`."""
 
     mesh: Any
     where: str
@@ -185,6 +186,7 @@ class Session:
     pretrained: Any
     stop: Stop | None
     model: dict
+    stored: Any
 
 
 def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tuple[Finetune, Session]:
@@ -217,7 +219,7 @@ def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tup
     if opened.pixels != HALF:  # what the run wants of its pixels, kept with it
         full = dataclasses.replace(full, mean=opened.pixels.mean, std=opened.pixels.std)
     check_fit(full, opened.config, mesh, opened.about)
-    return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop, model=stored.model)
+    return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop, model=stored.model, stored=stored)
 
 
 def _dropout(args: Finetune, config) -> float:
