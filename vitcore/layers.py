@@ -57,7 +57,7 @@ def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
             x = (x + jnp.pad(table, ((0, extra + config.registers), (0, 0)))).astype(x.dtype)
         dropout, path = chances(key, row)
         y = config.entries.block.apply(x, w, config, Layer(context, dropout, tokens, stacks, path))
-        if mesh and any(map(varies_over_model, jax.tree.leaves(y))):
+        if mesh and any(varies_over_model(part, mesh) for part in jax.tree.leaves(y)):
             raise ValueError(
                 f"block={config.block!r} returns tokens that differ along the model axis: it must end in `sum_over_model`, and "
                 "name the leaves that it uses behind that in `Block.outside`"
