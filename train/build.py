@@ -20,6 +20,7 @@ from train.data.suspects import Reading
 from train.frozen import put_params
 from train.job import claim, say
 from train.loop import Run
+from train.optimizers import WHOLE
 from train.step import StepOptions, TrainState, shardings, state_specs
 from vitcore import families, keep
 from vitcore.config import ViTConfig
@@ -47,7 +48,7 @@ def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
 def step_options(full, ops: Ops, shard: Shard, **own) -> StepOptions:
     """How a step of resolved options is taken. shard: of `train.shards.choose`. own: what only one of the jobs has."""
     return StepOptions(
-        shard=shard,
+        shard=shard, whole=full.optimizer in WHOLE, sam=full.sam,
         ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat_every if full.remat else 0, accumulate=full.accumulate,
         label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed, **own,
     )  # fmt: skip

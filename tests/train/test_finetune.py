@@ -226,6 +226,7 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     plain = given()
     assert plain.config == dataclasses.replace(CONFIG, representation_size=None)
     assert given("--dropout", 0.3).config.dropout == 0.3
+    assert given("--drop-path", 0.2).config.drop_path == 0.2
     assert given("--gelu", "erf").config.gelu == "erf"
     assert given("--image-size", 16).config.image_size == 16
     assert given("--label-smoothing", 0.2).options.label_smoothing == 0.2
