@@ -221,10 +221,11 @@ def _from_run(path: str, step: int | None = None) -> Stored:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m train.pretrained RUN FILE`: a run's parameters as .npz or .safetensors. Returns the exit code."""
-    import argparse
     import sys
 
-    parser = argparse.ArgumentParser(prog="python -m train.pretrained", description="A run's parameters as a file of weights.")
+    from vitcore.command_line import Parser
+
+    parser = Parser(prog="python -m train.pretrained", description="A run's parameters as a file of weights.")
     parser.add_argument("run", help="a run's directory, or directory/STEP")
     parser.add_argument("file", help=".npz (the release's layout) or .safetensors")
     parser.add_argument("--naming", choices=["timm", "transformers"], help="of a .safetensors; default timm")
