@@ -16,6 +16,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from kernels.settings import own
+
 Axes = tuple[str | tuple[str, ...] | None, str | tuple[str, ...] | None]  # what a mesh calls the data and the model axis
 AXES = ("data", "model")
 
@@ -107,7 +109,7 @@ def _gather_backward(dim, dtype, over, _, g):
     return (lax.psum_scatter(g.astype(jnp.promote_types(g.dtype, jnp.float32)), over, scatter_dimension=dim, tiled=True),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(own(_gather_forward), own(_gather_backward))
 
 
 # --- gradients summed in turn (`Ops.paced`) -----------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def _gather_in_turn_backward(dims, dtype, mesh, _, gradients):
     return summed, turn + sum(_vary_axes(g.reshape(-1)[0], mesh.over) for g in summed)
 
 
-_gather_in_turn.defvjp(_gather_in_turn_forward, _gather_in_turn_backward)
+_gather_in_turn.defvjp(own(_gather_in_turn_forward), own(_gather_in_turn_backward))
 
 
 @jax.custom_vjp
@@ -152,7 +154,7 @@ def in_turn(x, turn):
     return x, turn
 
 
-in_turn.defvjp(lambda x, turn: ((x, turn), None), lambda _, gradients: lax.optimization_barrier(gradients))
+in_turn.defvjp(own(lambda x, turn: ((x, turn), None)), own(lambda _, gradients: lax.optimization_barrier(gradients)))
 
 
 MIDDLE = "tokens between the halves of a block"

@@ -50,7 +50,7 @@ def parsed(cls: type[Options], program: str, words: Sequence[str]) -> Options:
         said = re.sub(r"\x1b\[[\d;]*m|[^\x00-\x7f]|-{5,}|^\s*[|+]|[|+]\s*$", " ", printed.getvalue(), flags=re.MULTILINE)
         said = " ".join(said.split()).lstrip("+ ")
         said = re.sub(r"^(Value error|Invalid choice|Parsing error|Unrecognized options|Missing from \S+)\s+(?=\S)", "", said)
-        said = re.sub(r"^(Required options)\s+", "required and not given: ", said)
+        said = re.sub(r"^Required options\s+(Missing from python -m \S+\s+)?", "required and not given: ", said)
         said = re.sub(rf"Error parsing {cls.__name__}: ", "", said)
         said = re.split(r"Got errors:|Argument helptext:|For full helptext|Similar options|Perhaps you meant", said)[0]
         raise ValueError(f"{said.strip(' .-')}: {help_}") from None

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.attention.statistics.reference import Statistics
+from kernels.settings import own
 from vitcore.collectives import AXES, Axes, MeshShape
 from vitcore.context import Capture, Context
 from vitcore.model import asked_for, blocks_of, check, forward, representation
@@ -99,11 +100,13 @@ def _mapped(mesh: Mesh, axes: Axes, config, context: Context, local: Callable, o
     rows = P(names["data"])
     specs = partition_specs(config, shape)
 
+    @own
     def run(params, images, dropout_key=None):
         check(params, images, config)
-        if images.shape[0] % shape.data:
+        if images.shape[0] % shape.data or not len(images):
             raise ValueError(
-                f"images are {list(images.shape)}: [B, Y, X, C] with B divisible by the data axis, {shape.data}, is required"
+                f"images are {list(images.shape)}: [B, Y, X, C] with B above 0 and divisible by the data axis, {shape.data}, is "
+                "required"
             )
 
         def here(params, images, *key):

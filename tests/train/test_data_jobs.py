@@ -104,7 +104,7 @@ def test_pack_takes_parts_and_names(folder, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["folder:SET"], "Required"),
+        (["folder:SET"], "required and not given: STR Folder of the shards"),
         (["folder:SET", "OUT", "--workers", "0"], "--workers 0: a positive number is required"),
         (["folder:SET", "OUT", "--quality", "0"], "--quality 0"),
         (["folder:SET", "OUT", "--splits", "train", "train[:5]"], "two would have the same name"),
