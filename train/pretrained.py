@@ -11,7 +11,7 @@ import numpy as np
 
 from train import mesh as meshes
 from train.data import identity
-from train.data.files import open_regular
+from train.files import open_regular, text_of
 from train.job import BEFORE
 from train.masked import of as masked_of
 from train.shape import shape_of
@@ -183,8 +183,7 @@ def _from_run(path: str, step: int | None = None) -> Stored:
         run = os.path.dirname(run)
         run = os.path.dirname(run) if os.path.basename(run) == "checkpoints" else run
     try:
-        with open(os.path.join(run, "config.json")) as file:
-            held = json.load(file)
+        held = json.loads(text_of(os.path.join(run, "config.json")))
         if "vit" in held:  # a fine-tuned model need not have a name
             config = families.restored(held["vit"])
         else:

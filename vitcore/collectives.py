@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels.settings import own
@@ -41,7 +41,7 @@ class MeshShape(NamedTuple):
     over_model: tuple[str, ...] = ("model",)
 
     @classmethod
-    def of(cls, mesh: Mesh, axes: Axes = AXES) -> "MeshShape":
+    def of(cls, mesh: Mesh | AbstractMesh, axes: Axes = AXES) -> "MeshShape":
         """The shape of a `jax.sharding.Mesh`. axes: what it calls the data and the model axis: a name, several, or None for none.
 
         Over what other axes there are, everything is replicated. ValueError for a name that the mesh has not, or twice.

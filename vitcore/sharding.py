@@ -9,7 +9,7 @@ parameters. Batches are split over "data" and replicated over "model". Each leaf
 from functools import cache, partial
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from vitcore import families, parameters
@@ -25,13 +25,13 @@ def check_mesh(config, mesh: MeshShape) -> None:
     parameters.check_mesh(families.leaves(config), mesh)
 
 
-def partition_specs(config, mesh: Mesh | MeshShape | None, *, shard: Shard = "parameters", axes: Axes = AXES):
+def partition_specs(config, mesh: Mesh | AbstractMesh | MeshShape | None, *, shard: Shard = "parameters", axes: Axes = AXES):
     """The PartitionSpec of every parameter: a tree like that of `init`. With mesh None: nothing is split.
 
     axes: what a `Mesh` calls its data and model axis, as in `apply_on`. An axis that the data axis does not divide stays whole, and
     with shard="none" every axis does. Raises ValueError where the model axis does not divide, and for names that the mesh has not.
     """
-    shape = MeshShape.of(mesh, axes) if isinstance(mesh, Mesh) else mesh or MeshShape(1, 1)
+    shape = mesh if isinstance(mesh, MeshShape) else MeshShape(1, 1) if mesh is None else MeshShape.of(mesh, axes)
     return jax.tree.map(lambda spec: spec, _specs(config, shape, shard == "none"))  # a tree of the caller's own
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 import vitcore
 from vitcore.sharding import MeshShape
@@ -74,6 +74,12 @@ def test_gradients_features_and_maps_under_set_mesh(params, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), found, expected)
     np.testing.assert_allclose(features, vitcore.features(params, IMAGES, CONFIG, **alone), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(maps, vitcore.attention_maps(params, IMAGES, CONFIG, **alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mesh_without_devices_has_the_same_specs():
+    mesh, axes = mesh_of("explicit")
+    abstract = AbstractMesh((2, 2), ("fsdp", "tp"))
+    assert vitcore.partition_specs(CONFIG, abstract, axes=axes) == vitcore.partition_specs(CONFIG, mesh, axes=axes)
 
 
 @pytest.mark.parametrize("axes", [("data", "model"), ("fsdp", "fsdp"), ("fsdp",), ("fsdp", "tp", "x")], ids=str)
