@@ -1,8 +1,8 @@
 """Images that end a run: which ones its readers had in hand when its process ended, and which of them are to blame.
 
 A decoder that hangs, or takes all the memory there is, ends the process without a word of which image it was. So a reader marks
-what it is about to decode in a file mapped into memory, which outlives the process and costs a microsecond; a run that begins, or
-goes on, finds there what was in hand. Most of that is innocent, for whatever ended the run caught other readers at work: each is
+what it is about to decode in a file mapped into memory, which outlives the process and costs some microseconds; a run that begins,
+or goes on, finds there what was in hand. Most of that is innocent, for whatever ended the run caught other readers at work: each is
 decoded again, in a process of its own with a limit of time and memory. What fails there is bad from then on, like any image that
 cannot be decoded; it is named, and listed in the run's directory. The others change nothing: the run is the unbroken one.
 
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def current() -> "Reading | None":
     return _current[-1] if _current else None
 
 
+@lru_cache
 def _key(source: str) -> str:
     return hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
