@@ -53,8 +53,8 @@ class MeshShape(NamedTuple):
                 f"axes={axes} of a mesh with the axes {tuple(mesh.axis_names)}: (data axis, model axis) of its names are required, "
                 "each a name, several or None, e.g. jax.make_mesh((8, 4), ('fsdp', 'tp')) with axes=('fsdp', 'tp')"
             )
-        sizes = (math.prod(mesh.shape[name] for name in names) for names in over)
-        return cls(*sizes, *over)
+        data, model = (math.prod(mesh.shape[name] for name in names) for names in over)
+        return cls(data, model, *over)
 
     @property
     def over(self) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ def test_an_evaluation_on_other_classes_is_refused_with_the_difference(trained, 
     assert "labels are taken by number, as was asked" in capfd.readouterr().out
 
 
-def test_a_start_from_the_weights_of_other_classes_is_refused_and_of_the_same_taken_by_name(trained, tmp_path, capfd, monkeypatch):
+def test_a_start_from_weights_of_other_classes_is_refused_unless_asked(trained, tmp_path, capfd, monkeypatch):
     taken = []
 
     def nothing(run, say, **_):

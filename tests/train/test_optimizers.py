@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ CONFIG = vitcore.variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10,
 NAMES = ["lion", "adafactor", "muon"]
 
 
-def tree_of(seed):
+def tree_of(seed) -> Any:
     """A tree like the parameters, of numbers of the order of one."""
     params = jax.eval_shape(partial(vitcore.init, config=CONFIG), jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
@@ -30,8 +31,8 @@ def tree_of(seed):
     return jax.tree.unflatten(tree, [jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)])
 
 
-def two_updates(tx):
-    params, state = tree_of(0), None
+def two_updates(tx) -> Any:
+    params: Any = tree_of(0)
     state = tx.init(params)
     for seed in (1, 2):
         updates, state = jax.jit(tx.update)(tree_of(seed), state, params)
@@ -89,14 +90,14 @@ def mesh_of(data, model):
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model])
 
 
-def with_a_head(params):
+def with_a_head(params) -> Any:
     """The head's kernel is of zeros at first, and the blocks would have no gradient."""
     kernel = params["head"]["kernel"]
     new = jax.device_put(0.3 * jax.random.normal(jax.random.key(1), kernel.shape), kernel.sharding)
     return params | {"head": params["head"] | {"kernel": new}}
 
 
-def steps(name, data, model, *, sam=0.0, shard="parameters"):
+def steps(name, data, model, *, sam=0.0, shard: Any = "parameters") -> Any:
     """(losses and norms, parameters, average, the state) of three steps with clipping and Polyak average."""
     mesh, rate = mesh_of(data, model), lambda _: 0.01
     tx = optax.adam(rate) if name == "adam" else named(name, rate, CONFIG, weight_decay=0.1, factored=64)

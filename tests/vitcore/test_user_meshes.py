@@ -1,6 +1,7 @@
 """`apply_on` and its like on meshes as programs have them: other names, one axis or three, Auto or Explicit, `jax.set_mesh`."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,8 @@ def test_what_comes_out_is_what_one_device_gives(params, name):
 @pytest.mark.parametrize("name", [pytest.param("explicit", marks=pytest.mark.ci), "data on two"])
 def test_gradients_features_and_maps_under_set_mesh(params, name):
     mesh, axes = mesh_of(name)
-    on, alone = dict(ops=vitcore.REFERENCE, axes=axes), dict(ops=vitcore.REFERENCE)
+    on: dict[str, Any] = dict(ops=vitcore.REFERENCE, axes=axes)
+    alone: dict[str, Any] = dict(ops=vitcore.REFERENCE)
 
     def loss(apply, params):
         return jnp.square(apply(params, IMAGES, dropout_key=KEY)).sum()
