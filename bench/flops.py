@@ -8,13 +8,13 @@ Two FLOPs a multiply-add; matrix products and convolutions alone, of these only 
 is three forward passes (`vitcore/flops.py`). Table 6 is pre-training on JFT: 303 million images an epoch, 224 pixels, 18,291
 classes, and the hidden layer for what has a transformer in it."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from vitcore import ResNetConfig, variant
+from vitcore.command_line import Parser
 from vitcore.families import leaves
 from vitcore.flops import JFT_CLASSES, multiply_adds, pretraining_exaflops
 from vitcore.parameters import count
@@ -105,7 +105,7 @@ def printed(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m bench.flops`. Returns the exit code: 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m bench.flops", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m bench.flops", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", nargs="+", help="any names that vitcore.variant knows; default: Table 6")
     parser.add_argument("--size", nargs="+", type=int, help="sides of the image in pixels; default: the model's own")
     parser.add_argument("--classes", type=int, default=1000, help="of the head, 0 for none; not for Table 6")

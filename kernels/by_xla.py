@@ -17,6 +17,7 @@ from kernels import parts
 from kernels.device import Device
 from kernels.dropout import Dropout
 from kernels.launch import vary_alike
+from kernels.settings import own
 
 ROWS = 24576  # tokens at a time
 FEW_TOKENS = 24  # of an image, at most, with which XLA's forward pass is ahead where the MXU takes float32 operands only
@@ -136,4 +137,4 @@ def _backward(passes, rate, saved, dy):
     return *parts.backward(step, n, x, dy), None
 
 
-_run.defvjp(_forward, _backward)
+_run.defvjp(own(_forward), own(_backward))

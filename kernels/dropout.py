@@ -56,8 +56,12 @@ def row_hash(key, rows):
 
 def keep(hashed_rows, columns, rate: float):
     """bool mask, True where the element stays. `hashed_rows` and `columns` broadcast against each other."""
-    bits = lax.shift_right_logical(_mix(hashed_rows + columns * jnp.int32(_GOLDEN)), jnp.int32(8))
-    return bits >= jnp.int32(round(rate * 2**24))
+    return keep_above(hashed_rows, columns, jnp.int32(round(rate * 2**24)))
+
+
+def keep_above(hashed_rows, columns, threshold):
+    """`keep` for a rate of threshold / 2**24, an int32 array."""
+    return lax.shift_right_logical(_mix(hashed_rows + columns * jnp.int32(_GOLDEN)), jnp.int32(8)) >= threshold
 
 
 def apply(x, dropout: Dropout | None, site: int, column=0, *, tokens=None):

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.device import Device, from_kind
+from kernels.settings import in_kernels
 from kernels.stacked import Stacked
 from kernels.vmem import limit, round_up
 
@@ -136,9 +137,12 @@ def call(
             ),
         )(*arrays)
 
-    if not padded:
-        return lambda *arrays: tuple(run(*arrays))
-    return lambda *arrays: tuple(a[tuple(map(slice, shape))] for a, shape in zip(run(*arrays), wanted, strict=True))
+    def traced(*arrays):
+        with in_kernels():
+            found = run(*arrays)
+        return tuple(a[tuple(map(slice, shape))] for a, shape in zip(found, wanted, strict=True)) if padded else tuple(found)
+
+    return traced
 
 
 def _in_blocks(shape, block) -> tuple[int, ...]:

@@ -16,9 +16,12 @@ from train import distributed
 from train import mesh as meshes
 from train.data import Source, eval_batches, train_batches
 from train.data import identity as identity_of_data
+from train.data.suspects import Reading
+from train.files import text_of
 from train.frozen import put_params
 from train.job import claim, say
 from train.loop import Run
+from train.optimizers import WHOLE
 from train.step import StepOptions, TrainState, shardings, state_specs
 from vitcore import families, keep
 from vitcore.config import ViTConfig
@@ -46,7 +49,7 @@ def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
 def step_options(full, ops: Ops, shard: Shard, **own) -> StepOptions:
     """How a step of resolved options is taken. shard: of `train.shards.choose`. own: what only one of the jobs has."""
     return StepOptions(
-        shard=shard,
+        shard=shard, whole=full.optimizer in WHOLE, sam=full.sam,
         ops=ops, dtype=jnp.dtype(full.dtype), remat=full.remat_every if full.remat else 0, accumulate=full.accumulate,
         label_smoothing=full.label_smoothing, clip_norm=full.clip_norm or None, polyak=full.polyak, seed=full.seed, **own,
     )  # fmt: skip
@@ -89,7 +92,7 @@ def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool)
     held = None
     if distributed.rank() == 0 and config.exists():
         with contextlib.suppress(ValueError):  # damaged: `check_claim` says so
-            held = json.loads(config.read_text())
+            held = json.loads(text_of(config))
         here = isinstance(held, dict) and all(held.get(key) == value for key, value in identity.items())
     held, here = distributed.broadcast([held.get(identity_of_data.KEY, {}) if here and held else None, here])
     if held is None or not here:  # a new run; or another one's, which `check_claim` refuses
@@ -127,9 +130,10 @@ def make_run(
     _agree(full, out, sources)
     (source, held_out), data_seen = _known(out, identity, sources, accept=full.accept_data)
     described = described | {identity_of_data.KEY: data_seen, "accept_data": False}  # the answer to one question, once
+    reading = Reading(out, (source, held_out), decoder=full.decoder, seconds=full.step_timeout)
     images: dict[str, Any] = dict(
         image_size=full.image_size, channels=config.channels, threads=full.threads, shard=meshes.data_shard(mesh),
-        decoder=full.decoder, pixels="uint8", bad_share=full.bad_share,
+        decoder=full.decoder, pixels="uint8", bad_share=full.bad_share, reading=reading,
     )  # fmt: skip
     batches = train_batches(
         source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, how=full.how,
@@ -144,6 +148,7 @@ def make_run(
         config=config,
         mesh=mesh,
         batches=batches,
+        reading=reading,
         validation=lambda: eval_batches(
             held_out, batch_size=size, preprocess=full.preprocess, how=full.how, workers=workers, **images
         ),

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from train import masked, recipes
+from train.optimizers import WHOLE
 from train.options import check_numbers, resolve_images
 
 
@@ -24,11 +25,13 @@ def resolve(args: Any, *, examples: int) -> Any:
     shown = variant(model, image_size=_some_size(model))  # an unknown model is the first thing to say
     recipe = masked.recipe_of(args, name, model)
     has = families.fields_of(model)
-    for field in ("pool", "position", "dropout"):
+    for field in ("pool", "position", "dropout", "drop_path"):
         if getattr(args, field) and field not in has:
-            raise ValueError(f"--{field} {getattr(args, field)}: {model} is a ResNet, which has no {field}: leave it out")
+            option = field.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(args, field)}: {model} is a ResNet, which has no {option}: leave it out")
 
     args.check_ablation(model)
+    args.check_sam()
 
     def given(value, default):
         return default if value is None else value
@@ -38,6 +41,8 @@ def resolve(args: Any, *, examples: int) -> Any:
     check_numbers(args, positive="epochs fewshot_every", natural="subset_seed early_stop representation_size")
     if max(args.seed, args.subset_seed) >= 2**63:
         raise ValueError(f"--seed {args.seed}, --subset-seed {args.subset_seed}: seeds below 2**63 are required")
+    if not 0 <= (args.drop_path or 0) < 1:
+        raise ValueError(f"--drop-path {args.drop_path}: a rate in [0, 1) is required")
     if not 0 <= args.polyak < 1:
         raise ValueError(f"--polyak {args.polyak}: a decay in [0, 1) is required")
     batch = given(args.batch_size, recipe.batch_size)
@@ -47,7 +52,7 @@ def resolve(args: Any, *, examples: int) -> Any:
     # a run shorter than its recipe's warm-up keeps the warm-up's share of a tenth
     warmup = given(args.warmup_steps, recipe.warmup_steps if recipe.warmup_steps < steps else steps // 10)
     rate = given(args.learning_rate, recipe.base_lr)
-    form = given(args.weight_decay_form, recipe.weight_decay_form)
+    form = given(args.weight_decay_form, recipe.weight_decay_form if args.optimizer is None else "adamw")
     # in the other form than the recipe's: adamw's decay is multiplied by the rate, the independent form's has the peak rate in it
     other = {"independent": rate, "adamw": 1 / rate if rate else 1.0}[form] if form != recipe.weight_decay_form else 1.0
     weight_decay = given(args.weight_decay, recipe.weight_decay * other)
@@ -77,6 +82,7 @@ def resolve(args: Any, *, examples: int) -> Any:
         **masked.resolve(args),
         representation_size=given(args.representation_size, given(args.width, shown.width) if "width" in has and not hides else 0),
         dropout=checked.dropout,
+        drop_path=given(args.drop_path, 0.0),
         pool=given(args.pool, _own(shown, "pool", recipe.pool)),
         position=given(args.position, _own(shown, "position", recipe.position)),
         learning_rate=rate,
@@ -85,7 +91,7 @@ def resolve(args: Any, *, examples: int) -> Any:
         weight_decay=weight_decay,
         weight_decay_form=form,
         clip_norm=checked.clip_norm or 0.0,
-        first_moment=given(args.first_moment, recipe.first_moment),
+        first_moment=given(args.first_moment, "float32" if args.optimizer in WHOLE else recipe.first_moment),
         loss=loss,
         head_bias=given(args.head_bias, recipe.first_bias(loss)),
         label_smoothing=smoothing,

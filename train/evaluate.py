@@ -100,6 +100,7 @@ def run(args: Evaluate) -> dict:
     import jax.numpy as jnp
 
     from train.data import by_names, open_source
+    from train.data.identity import check, trained_on
     from train.frozen import Reader, make_predict, put_params
     from train.pretrained import open_pretrained, store
     from vitcore.sharding import MeshShape, check_mesh
@@ -133,6 +134,8 @@ def run(args: Evaluate) -> dict:
         source, line = by_names(source, model.classes, model.about, accept=args.accept_data)
         if line:
             say(line)
+    if line := trained_on(check(model.data), source, args.init):
+        say(line)
     if mapped is not None:
         if config.num_classes != 1000:
             raise ValueError(f"the model has {config.num_classes} classes: --objectnet requires ImageNet's 1000")

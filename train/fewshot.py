@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train.files import write_atomically
-from train.job import end, guard
+from train.job import end, guard, say
 from train.options import InitOptions, MeshOptions, check_numbers, parse
 from train.signals import Watchdog
 
@@ -234,6 +234,7 @@ def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
 
     from train import distributed
     from train.data import open_source
+    from train.data.identity import check, trained_on
     from train.data.select import check_classes
     from train.frozen import Reader, make_features, put_params
     from train.pretrained import open_pretrained, store
@@ -263,6 +264,8 @@ def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
         told = stored.model
         model = open_pretrained(stored, image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about
+        if line := trained_on(check(model.data), test, str(args.init)):
+            say(line)
         pixels = model.pixels
         params = put_params(model.params, config, mesh)
         antialias = model.antialias if args.antialias is None else args.antialias

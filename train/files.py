@@ -11,8 +11,32 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from etils import epath
+
+
+def open_regular(path: str) -> BinaryIO:
+    """A regular file, open for reading. Raises OSError for whatever is none, without waiting for it."""
+    # Through open, which also closes what it refuses (a directory); a descriptor of our own stayed open.
+    file = open(  # noqa: SIM115
+        path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
+    )
+    try:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(0, "it is no regular file", path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def text_of(path: str | os.PathLike) -> str:
+    """The text of a small file, local or on gs://. OSError, also for what is no regular file; ValueError for what is no UTF-8."""
+    if "://" in os.fspath(path):
+        return epath.Path(path).read_text()
+    with open_regular(os.fspath(path)) as file:
+        return file.read().decode()
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -76,7 +100,7 @@ def read_object(path: epath.Path, *, cure: str, holding: tuple[str, ...] = (), w
     """The JSON object in a file, which holds an object under each name of `holding`. ValueError, in one line, for another file:
     that it is damaged (`wrong`, where it is JSON), and what to do, `cure`. OSError."""
     try:
-        held = json.loads(path.read_text())
+        held = json.loads(text_of(path))
         if not isinstance(held, dict) or not all(isinstance(held.get(name), dict) for name in holding):
             raise ValueError(wrong)
     except ValueError as error:

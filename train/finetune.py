@@ -17,11 +17,10 @@ that goes on, from the step that was its newest when the sweep began.
 import sys
 from pathlib import Path
 
-from train import code, distributed, job
+from train import code, distributed, job, pinned
 from train import sweep as sweeps
 from train.job import end, guard, locked, say, stopped
 from train.options import parse
-from train.pretrained import store
 from train.signals import Stop, Watchdog, interruptible
 from train.tuning import Finetune, fine_tune, identity, prepare
 
@@ -52,7 +51,7 @@ def run(args: Finetune, stop: Stop | None = None):
     full, session = prepare(args, stop)
     out = directory(full)
     if full.sweep and (model := sweeps.model_of_sweep(out)) not in (None, session.model):
-        full, session = prepare(args, stop, store(args.init, model))
+        full, session = prepare(args, stop, pinned.begin(out, args.init, model))
     distributed.agree(
         configuration=identity(full),
         code=code.digest(),

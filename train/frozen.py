@@ -20,6 +20,7 @@ from train import mesh as meshes
 from train.data import Source, eval_batches
 from train.data.augment import How
 from train.data.device import on_mesh
+from train.data.suspects import current
 from train.feed import Feed
 from train.meeting import Told
 from train.signals import asked, beat
@@ -62,7 +63,7 @@ class Reader:
         batches = eval_batches(
             source, image_size=config.image_shape[0], channels=config.channels, batch_size=size,
             preprocess=self.preprocess, how=How(antialias=self.antialias), shard=meshes.data_shard(mesh), threads=self.threads,
-            decoder=self.decoder, pixels="uint8",
+            decoder=self.decoder, pixels="uint8", reading=current(),
         )  # fmt: skip
         start = 0
         with Feed(batches, on_mesh(mesh)) as feed:

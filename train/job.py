@@ -31,6 +31,9 @@ from train.files import make_directory, read_object, write_atomically
 from train.meeting import Told
 from train.signals import TERMINATED, Stop
 
+# What a job is written for, whatever the environment has for other programs (`kernels/settings.py`).
+_SETTINGS = {"jax_numpy_rank_promotion": "allow", "jax_numpy_dtype_promotion": "standard", "jax_enable_x64": False}
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
@@ -70,6 +73,8 @@ class JobOptions:
     def join(self) -> None:
         """Joins the other processes of the job, if there are any. Before anything asks for devices."""
         self.check_job()
+        for name, value in _SETTINGS.items():
+            jax.config.update(name, value)
         layout = distributed.parse(self.distributed)
         distributed.start(layout, heartbeat=self.heartbeat_timeout, shutdown=self.shutdown_timeout, join=self.join_timeout)
 
@@ -182,6 +187,7 @@ BEFORE: dict = {
     "position": "1d", "erase": 0.0, "init": None, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
     "objective": "classes", "masked_target": None, "corrupt": None,
     "width": None, "depth": None, "mlp_dim": None, "num_heads": None, "sgd": None, "allow_nonfinite": False, "eps": 1e-6,
+    "drop_path": 0.0, "sam": 0.0,
 }  # fmt: skip
 
 NAMED = {"mixup"}  # of these, what pre-training has always named its directories by

@@ -100,6 +100,8 @@ class _Loop:
     def restore(self) -> None:
         """The state, from the latest good checkpoint or made; the directory is claimed once a first batch has come."""
         run, stack = self.spec, self.stack
+        if run.reading is not None:
+            run.reading.begin(self.say)
         directory = place(run.directory) / "checkpoints"
         fresh = distributed.broadcast(not directory.exists())
         self.feed = stack.enter_context(Feed(run.batches, self.place))
@@ -321,6 +323,8 @@ class _Loop:
                 self.stopping = True
         sums = {"correct": 0.0, "count": math.nan} if self.stopping or scores is None else scores
         self.stack.close()
+        if run.reading is not None and not self.feed.stuck:
+            run.reading.end()
         return Result(
             steps=now.step,
             started=self.started,

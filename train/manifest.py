@@ -22,10 +22,12 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from train import files
+from train.files import open_regular, text_of
 
 MANIFEST = "MANIFEST.json"
 _CHUNK = 2**23  # bytes read at a time, by each thread
-_DAMAGE = {errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # what a disk or a file system has lost
+# What a disk or a file system has lost; 0: of `open_regular`, for what is no file.
+_DAMAGE = {errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, 0}
 _THREADS = 8  # a bucket answers many readers faster than one
 
 
@@ -46,7 +48,7 @@ def faults(directory) -> list[str]:
     """
     directory = epath.Path(directory)
     try:
-        entries = json.loads((directory / MANIFEST).read_text())["files"]
+        entries = json.loads(text_of(directory / MANIFEST))["files"]
         expected = {str(name): (int(size), int(crc)) for name, (size, crc) in entries.items()}
         if not expected or any(name.startswith("/") or ".." in name.split("/") for name in expected):
             raise ValueError("no list of files")
@@ -88,7 +90,7 @@ def _files(directory, below: str = "") -> list[str]:
 def _measure(path, most: int | None = None) -> tuple[int, int]:
     """(bytes, crc32) of a file. most: stop reading beyond so many bytes."""
     size = crc = 0
-    with path.open("rb") as file:
+    with path.open("rb") if "://" in str(path) else open_regular(str(path)) as file:
         while chunk := file.read(_CHUNK):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
             if most is not None and size > most:

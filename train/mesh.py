@@ -69,7 +69,7 @@ def make(shape: MeshShape | None) -> tuple[Mesh, str]:
             f"--mesh {shape.data}x{shape.model} has {count} devices, the {len(processes)} processes of this job "
             f"{len(devices)} x {kind}: use a mesh of all of them"
         )
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+    mesh = jax.make_mesh((shape.data, shape.model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
     if len(processes) > 1:
         rows = sorted(range(shape.data), key=lambda i: (sorted({d.process_index for d in mesh.devices[i]}), i))
         mesh = Mesh(mesh.devices[rows], AXES, axis_types=mesh.axis_types)

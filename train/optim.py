@@ -77,8 +77,8 @@ def optimizer(
         raise ValueError(f"weight_decay={weight_decay}, base_lr={base_lr}: required are a decay >= 0, a rate > 0")
     rate = weight_decay if weight_decay_form == "adamw" else weight_decay / base_lr
     return optax.chain(
-        _kept_in(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), "mu", jnp.dtype(first_moment)),
-        _decay_kernels(rate),
+        kept_in(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), "mu", jnp.dtype(first_moment)),
+        decay_kernels(rate),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -98,10 +98,10 @@ def sgd(
     """
     if weight_decay < 0:
         raise ValueError(f"weight_decay={weight_decay}: a decay of 0 or more is required")
-    trace = _kept_in(optax.trace(decay=momentum), "trace", jnp.dtype(dtype))
+    trace = kept_in(optax.trace(decay=momentum), "trace", jnp.dtype(dtype))
     parts = (trace, optax.scale_by_learning_rate(learning_rate))
     return (
-        optax.chain(_decay_kernels(weight_decay), *parts) if weight_decay else optax.chain(*parts)
+        optax.chain(decay_kernels(weight_decay), *parts) if weight_decay else optax.chain(*parts)
     )  # states of before it are as they were
 
 
@@ -123,14 +123,16 @@ def adamw(
     if not 0 < layer_decay <= 1 or weight_decay < 0:
         raise ValueError(f"layer_decay={layer_decay}, weight_decay={weight_decay}: a share in (0, 1] and 0 or more are required")
     return optax.chain(
-        _kept_in(optax.scale_by_adam(), "mu", jnp.dtype(mu_dtype)),
-        _decay_kernels(weight_decay),
-        _scale_layers(layer_decay, depth),
+        kept_in(optax.scale_by_adam(), "mu", jnp.dtype(mu_dtype)),
+        decay_kernels(weight_decay),
+        scale_layers(layer_decay, depth),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _scale_layers(share: float, depth: int) -> optax.GradientTransformation:
+def scale_layers(share: float, depth: int) -> optax.GradientTransformation:
+    """Multiplies the update of each leaf by share^(depth + 1 - its layer), as in `adamw`."""
+
     def scale(path, update):
         part = path[0].key
         if part == "blocks":
@@ -145,7 +147,7 @@ def _scale_layers(share: float, depth: int) -> optax.GradientTransformation:
     return optax.identity() if share == 1 else optax.stateless(update)
 
 
-def _kept_in(optimizer: optax.GradientTransformation, field: str, dtype) -> optax.GradientTransformation:
+def kept_in(optimizer: optax.GradientTransformation, field: str, dtype) -> optax.GradientTransformation:
     """An optimizer one part of whose state is kept in a dtype and worked on in float32.
 
     Not scale_by_adam(mu_dtype=): that one multiplies b1 by m in bfloat16, where 0.9 is 0.8984, and is off by several times the
@@ -164,7 +166,7 @@ def _kept_in(optimizer: optax.GradientTransformation, field: str, dtype) -> opta
     return optax.GradientTransformation(lambda params: kept(optimizer.init(params), dtype), update)
 
 
-def _decay_kernels(rate: float) -> optax.GradientTransformation:
+def decay_kernels(rate: float) -> optax.GradientTransformation:
     """Adds rate * w to the update of every leaf named "kernel". Not optax.masked: that one needs the tree's shape at `init`."""
 
     def update(updates, params):

@@ -3,22 +3,20 @@
 What jobs share of it: JobOptions (train/job.py) <- MeshOptions, a model on a mesh <- TrainOptions, a model that is trained.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from jax.sharding import Mesh
 
 from train import distributed
 from train import mesh as meshes
+from train.files import text_of
 from train.job import BEFORE, BEGAN_FROM, JobOptions
 from train.metrics import need_tensorboard
+from vitcore import command_line
 from vitcore.normalisation import pixels
 from vitcore.ops import BY_NAME, Ops
 from vitcore.ops import resolve as resolve_ops
@@ -247,33 +245,19 @@ def parse(cls: type[Options], program: str, argv: list[str]) -> Options:
 
     program: the module, "train.finetune". Raises ValueError, in one line, for what does not parse; SystemExit(0) for --help.
     """
-    import tyro
-
     before: list[str] = []
     if any(field.name == "config" for field in dataclasses.fields(cls)):  # pyright: ignore[reportArgumentType]
         for i, word in enumerate(argv):
             if word == "--config" or word.startswith("--config="):
                 path = argv[i + 1] if word == "--config" and i + 1 < len(argv) else word.partition("=")[2]
                 before = as_options(cls, program, path)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, args=[*before, *argv], prog=f"python -m {program}", description=cls.__doc__)
-    except SystemExit as error:
-        if not error.code:
-            raise  # --help
-        # tyro draws a box of several lines around what it says
-        said = " ".join(re.sub(r"\x1b\[[\d;]*m|[^\x00-\x7f]", " ", printed.getvalue()).split())
-        said = re.sub(r"^(Value error|Invalid choice|Parsing error|Unrecognized options|Missing from \S+)\s+(?=\S)", "", said)
-        said = re.sub(r"^(Required options)\s+", "required and not given: ", said)
-        said = re.split(r"Got errors:|Argument helptext:|For full helptext|Similar options|Perhaps you meant", said)[0].strip(" .")
-        raise ValueError(f"{said}: python -m {program} --help lists the options") from None
+    return command_line.parsed(cls, program, [*before, *argv])
 
 
 def as_options(cls, program: str, path: str) -> list[str]:
     """A config.json as the words of a command line: they are then checked as such."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(text_of(path))
     except ValueError as error:
         raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
     known = {field.name: field for field in dataclasses.fields(cls)}

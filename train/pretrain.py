@@ -25,13 +25,14 @@ from typing import Any, Literal
 from train import code, distributed, job, masked, options
 from train.defaults import resolve as resolve
 from train.job import check_claim, end, guard, locked, say, stopped
+from train.optimizers import SamOptions, named
 from train.options import ImageOptions
 from train.shape import AblationOptions, shape_of
 from train.signals import Stop, interruptible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(AblationOptions, ImageOptions):
+class Pretrain(AblationOptions, SamOptions, ImageOptions):
     """Pre-train a Vision Transformer. Whatever is not given comes from the recipe (paper Table 3)."""
 
     model: str | None = None
@@ -83,10 +84,16 @@ class Pretrain(AblationOptions, ImageOptions):
     representation_size: int | None = None
     """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper; of a ResNet none."""
     dropout: float | None = None
+    drop_path: float | None = None
+    """Stochastic depth: the chance with which an image passes by a half of the last block, rising from 0 at the first.
+    Default: 0."""
     gelu: Literal["tanh", "erf", "quick"] = "tanh"
     eps: float = 1e-6
     """Of every layer norm of a ViT: 1e-6 in the release and timm, 1e-12 in transformers' ViT, 1e-5 in CLIP."""
 
+    optimizer: Literal["lion", "adafactor", "muon"] | None = None
+    """In place of Adam. adafactor and muon take Adam's rate and decay, lion wants --learning-rate and --weight-decay: a rate some 5
+    times smaller and a decay as much larger."""
     learning_rate: float | None = None
     warmup_steps: int | None = None
     decay: Literal["linear", "cosine"] | None = None
@@ -163,9 +170,12 @@ def run(args: Pretrain, stop: Stop | None = None):
     ops = full.choose_ops(mesh, where)
     config = model_of(full, classes=len(source.classes), channels=source[0].image.shape[2] if source.decoded else 3)
     check_fit(full, config, mesh, full.model)
-    rate, tx = _optimizer(full)
+    rate, tx = _optimizer(full, config)
     shard = choose(full.shard, config, mesh, full.dtype)
-    start, pixels, model = _start(full, config, mesh, tx, shard)
+    start, pixels, found = _start(full, config, mesh, tx, shard)
+    model = None if found is None else found.model
+    if found is not None and full.objective == "classes":
+        source, held_out = _numbered(full, source, held_out, found)
     out, who, how = directory(full), identity(full), step_options(full, ops, shard, loss=full.loss, **pixels)
     began = {} if model is None else {job.BEGAN_FROM: job.model_of_run(out) or model}
     distributed.agree(code=code.digest(), versions=code.versions(), images=seen(source, held_out))
@@ -187,9 +197,21 @@ def run(args: Pretrain, stop: Stop | None = None):
     return result
 
 
-def _start(full, config, mesh, tx, shard) -> tuple[Any, dict[str, Any], dict | None]:
-    """What --init starts from, as `Run` takes it; the pixels it wants, as `StepOptions` do; which weights it is. ValueError for
-    another model."""
+def _numbered(full, source, held_out, found) -> tuple[Any, Any]:
+    """The two sets with the numbers that their classes have in --init's head. ValueError for others, but with --accept-data."""
+    from train.data import by_names
+    from train.data.identity import check, trained_on
+
+    numbered = [by_names(one, found.classes, full.init, accept=full.accept_data) for one in (source, held_out)]
+    for line in dict.fromkeys([*(line for _, line in numbered), trained_on(check(found.data), held_out, full.init)]):
+        if line:
+            say(line)
+    return numbered[0][0], numbered[1][0]
+
+
+def _start(full, config, mesh, tx, shard) -> tuple[Any, dict[str, Any], Any]:
+    """What --init starts from, as `Run` takes it; the pixels it wants, as `StepOptions` do; it as `train.pretrained.Pretrained`.
+    ValueError for another model."""
     if full.init is None:
         return None, {}, None
     from train.build import start_from
@@ -199,7 +221,7 @@ def _start(full, config, mesh, tx, shard) -> tuple[Any, dict[str, Any], dict | N
         store(full.init), image_size=full.image_size, gelu=full.gelu, masked=full.objective == "masked",
         allow_nonfinite=full.allow_nonfinite,
     )  # fmt: skip
-    same = {"dropout": 0.0, "head_bias": 0.0}
+    same = {"dropout": 0.0, "drop_path": 0.0, "head_bias": 0.0}
     has, wants = (dataclasses.asdict(c) | same | masked.described(c) for c in (found.config, config))
     if other := [f"{name} {has[name]} there, {wants[name]} here" for name in wants if has[name] != wants[name]]:
         raise ValueError(
@@ -207,7 +229,7 @@ def _start(full, config, mesh, tx, shard) -> tuple[Any, dict[str, Any], dict | N
             "with train.finetune"
         )
     start = partial(start_from, found._replace(config=config), mesh, tx, polyak=bool(full.polyak), shard=shard)
-    return start, {"pixels": found.pixels}, found.model
+    return start, {"pixels": found.pixels}, found
 
 
 def _fewshot(full, config, mesh, source, held_out, how) -> dict[str, Any]:
@@ -252,6 +274,7 @@ def model_of(full, *, classes: int, channels: int):
         pool=full.pool,
         position=full.position,
         dropout=full.dropout,
+        drop_path=full.drop_path,
         gelu=full.gelu,
         eps=full.eps,
         channels=channels,
@@ -261,7 +284,7 @@ def model_of(full, *, classes: int, channels: int):
     )
 
 
-def _optimizer(full):
+def _optimizer(full, config):
     """The schedule and the optimizer of resolved options."""
     from train.optim import optimizer, schedule, sgd
 
@@ -275,6 +298,8 @@ def _optimizer(full):
     )
     if full.sgd is not None:
         return rate, sgd(rate, momentum=full.sgd, weight_decay=full.weight_decay, dtype=full.first_moment)
+    if full.optimizer is not None:
+        return rate, named(full.optimizer, rate, config, weight_decay=full.weight_decay, first_moment=full.first_moment)
     tx = optimizer(
         rate,
         base_lr=full.learning_rate,

@@ -11,7 +11,7 @@ import numpy as np
 
 from train import mesh as meshes
 from train.data import identity
-from train.data.files import open_regular
+from train.files import open_regular, text_of
 from train.job import BEFORE
 from train.masked import of as masked_of
 from train.shape import shape_of
@@ -183,8 +183,7 @@ def _from_run(path: str, step: int | None = None) -> Stored:
         run = os.path.dirname(run)
         run = os.path.dirname(run) if os.path.basename(run) == "checkpoints" else run
     try:
-        with open(os.path.join(run, "config.json")) as file:
-            held = json.load(file)
+        held = json.loads(text_of(os.path.join(run, "config.json")))
         if "vit" in held:  # a fine-tuned model need not have a name
             config = families.restored(held["vit"])
         else:
@@ -221,10 +220,11 @@ def _from_run(path: str, step: int | None = None) -> Stored:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m train.pretrained RUN FILE`: a run's parameters as .npz or .safetensors. Returns the exit code."""
-    import argparse
     import sys
 
-    parser = argparse.ArgumentParser(prog="python -m train.pretrained", description="A run's parameters as a file of weights.")
+    from vitcore.command_line import Parser
+
+    parser = Parser(prog="python -m train.pretrained", description="A run's parameters as a file of weights.")
     parser.add_argument("run", help="a run's directory, or directory/STEP")
     parser.add_argument("file", help=".npz (the release's layout) or .safetensors")
     parser.add_argument("--naming", choices=["timm", "transformers"], help="of a .safetensors; default timm")

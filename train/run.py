@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from train.data import EvalBatches, TrainBatches
+from train.data.suspects import Reading
 from train.step import StepOptions, TrainState
 from vitcore.config import ViTConfig
 
@@ -24,12 +25,12 @@ UNSAID = 0.05  # share of a run's time that may pass without a step and without 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything `train` needs. batches: the endless stream of training batches; validation: a fresh pass over the held-out images;
-    both give this process's rows. log_every, eval_every, checkpoint_every: in steps. keep: newest checkpoints that stay;
-    keep_every: those of its multiples stay too. early_stop: evaluations without a better accuracy after which to stop, 0 for never.
-    config_json: the resolved configuration, kept in every checkpoint; identity: the part of it that a continuation must share.
-    start: makes the state at step 0 where that is not a fresh initialisation. claim: called on process 0 when the first batch has
-    come, before anything is written. probe: a measurement every probe_every steps, {name: number} into the records.
-    finish: called on every process with the state at the end, unless a signal ended the run.
+    both give this process's rows; reading: what both mark and pass over. log_every, eval_every, checkpoint_every: in steps. keep:
+    newest checkpoints that stay; keep_every: those of its multiples stay too. early_stop: evaluations without a better accuracy
+    after which to stop, 0 for never. config_json: the resolved configuration, kept in every checkpoint; identity: the part of it
+    that a continuation must share. start: makes the state at step 0 where that is not a fresh initialisation. claim: called on
+    process 0 when the first batch has come, before anything is written. probe: a measurement every probe_every steps, {name:
+    number} into the records. finish: called on every process with the state at the end, unless a signal ended the run.
     step_timeout: seconds, 0 for none. bad_steps, checkpoint_wait: see `train.job.JobOptions`. tensorboard, profile: see
     `train.options.TrainOptions`."""
 
@@ -51,6 +52,7 @@ class Run:
     config_json: dict
     identity: dict
     keep_every: int | None = None
+    reading: Reading | None = None
     start: Callable[[], TrainState] | None = None
     claim: Callable[[], None] = lambda: None
     probe: Callable[[TrainState], dict[str, float]] = lambda state: {}

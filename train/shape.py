@@ -33,6 +33,8 @@ class AblationOptions:
                 raise ValueError(f"{option}: {model} is a ResNet, whose shape its name says: leave it out")
             if value < 1:
                 raise ValueError(f"{option}: a positive number is required")
+        if args.optimizer is not None:
+            self._check_optimizer(args)
         if self.sgd is None:
             return
         if not 0 <= self.sgd < 1:
@@ -42,6 +44,16 @@ class AblationOptions:
                 f"--sgd {self.sgd}: --learning-rate and --weight-decay are required, and no --weight-decay-form: those of the "
                 "recipe are Adam's; BiT has 0.03 for every 256 images of the batch, and 0.0001"
             )
+
+    def _check_optimizer(self, args: Any) -> None:
+        if self.sgd is not None:
+            raise ValueError(f"--optimizer {args.optimizer} and --sgd {self.sgd}: give one of them")
+        if args.weight_decay_form == "independent":
+            raise ValueError(
+                f"--optimizer {args.optimizer} decays by the rate: --weight-decay-form independent is Adam's, leave it out"
+            )
+        if args.optimizer == "lion" and (args.learning_rate is None or args.weight_decay is None):
+            raise ValueError("--optimizer lion: --learning-rate and --weight-decay are required, for the recipe's are Adam's")
 
 
 def shape_of(held: Mapping[str, Any]) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """One training step and one evaluation step on a mesh, each a single shard_map with all axes manual.
 
 The model does its own collectives (`vitcore/model.py`). What is left to this file: the mean of the loss over the batch, the
-global gradient norm, and the update, which is elementwise and runs on each device's shard. Differentiating the mean inside
+global gradient norm, and the update, which is elementwise and runs on each device's shard; of an optimizer that looks at whole
+matrices it stands behind the shard_map, and XLA partitions it. Differentiating the mean inside
 the shard_map is right because check_vma knows which values differ between devices: every parameter's gradient arrives already
 summed, and scattered where the parameter is.
 """
@@ -43,7 +44,8 @@ class TrainState(NamedTuple):
 class StepOptions:
     """How a step is taken. accumulate: parts the batch is worked through in, one update for all. clip_norm: bound of the global
     gradient norm, None for none. polyak: decay of the parameters' average, 0 for none. seed: of the dropout masks. pixels: what the
-    model wants. shard: how the data axis splits parameters and optimizer (`vitcore.collectives.Shard`). The rest: as in
+    model wants. shard: how the data axis splits parameters and optimizer (`vitcore.collectives.Shard`). sam: how far uphill the
+    gradient is taken, 0 for here. whole: the optimizer looks at whole matrices. The rest: as in
     `vitcore.apply` and `train.recipes`."""
 
     ops: Ops | None = None
@@ -57,6 +59,8 @@ class StepOptions:
     seed: int = 0
     pixels: Pixels = HALF
     shard: Shard = "parameters"
+    sam: float = 0.0
+    whole: bool = False
 
     def losses(self, logits, labels):
         """[B] float32. labels: int32 [B], or [B, V], or with MixUp (label [B], other label [B], share of the first [B])."""
@@ -71,12 +75,21 @@ class StepOptions:
 def state_specs(
     config: ViTConfig, mesh: Mesh, tx: optax.GradientTransformation, *, polyak: bool, shard: Shard = "parameters"
 ) -> TrainState:
-    """PartitionSpecs of a TrainState: what mirrors a parameter lies where the parameter lies, counters everywhere."""
+    """PartitionSpecs of a TrainState: what mirrors a parameter, by its name and shape, lies where the parameter lies; all else,
+    such as counters and Adafactor's sums over rows and columns, everywhere."""
     specs = partition_specs(config, mesh, shard=shard)
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
-    opt_state = optax.tree.map_params(
-        tx, lambda _, spec: spec, jax.eval_shape(tx.init, params), specs, transform_non_params=lambda _: P()
-    )  # fmt: skip
+    shapes = [(path, leaf.shape) for path, leaf in jax.tree.leaves_with_path(params)]
+    flat = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
+    known = {path: (shape, spec) for (path, shape), spec in zip(shapes, flat, strict=True)}
+
+    def place(path, leaf):
+        # not optax.tree.map_params, which takes no optimizer that parts the tree by tables of its own, as Muon does
+        for shape, spec in (known[path[i:]] for i in range(len(path)) if path[i:] in known):
+            return spec if shape == leaf.shape else P()
+        return P()
+
+    opt_state = jax.tree.map_with_path(place, jax.eval_shape(tx.init, params))
     return TrainState(P(), specs, opt_state, specs if polyak else None)
 
 
@@ -105,8 +118,25 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
     divisible by the data axis times `accumulate`. The state is donated. Where the loss or the gradient is not finite, `step`
     alone moves on: parameters, optimizer and average stay as they were.
     """
-    shape = MeshShape.of(mesh)
     specs = state_specs(config, mesh, tx, polyak=bool(options.polyak), shard=options.shard)
+    gradients, rows = _gradients(config, MeshShape.of(mesh), options), (P("data"), P("data"))
+    if options.whole:
+        mapped = jax.shard_map(gradients, mesh=mesh, in_specs=(specs.params, P(), *rows), out_specs=(specs.params, P(), P()))
+
+        def step(state, images, labels):
+            return _updated(state, *mapped(state.params, state.step, images, labels), tx, options)
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, specs), NamedSharding(mesh, P())))
+
+    def step_here(state, images, labels):
+        return _updated(state, *gradients(state.params, state.step, images, labels), tx, options)
+
+    mapped = jax.shard_map(step_here, mesh=mesh, in_specs=(specs, *rows), out_specs=(specs, P()))
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def _gradients(config: ViTConfig, shape: MeshShape, options: StepOptions):
+    """A function (parameters, number of the step, images, labels) -> (clipped gradients, loss, their norm) of a device's shards."""
 
     def loss_of(params, images, labels, first_example, key):
         """The sum over this part's images of loss / B, over all devices: parts add up to the mean over the global batch."""
@@ -132,42 +162,48 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
         scale = 1.0 / (images.shape[0] * options.accumulate * shape.data)
         return lax.psum(losses.sum() * scale, "data")
 
-    def step(state, images, labels):
-        here = images.shape[0]  # examples on this device
-        part = here // options.accumulate
-        first = lax.axis_index("data") * here
-        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
-        gradient = jax.value_and_grad(loss_of)
-
+    def gradient(params, images, labels, key):
+        """(loss, gradients) of the global batch, of which this device has so many images."""
+        here = images.shape[0]
+        part, first = here // options.accumulate, lax.axis_index("data") * here
+        of_part = jax.value_and_grad(loss_of)
         if options.accumulate == 1:
-            loss, grads = gradient(state.params, images, labels, first, key)
-        else:
+            return of_part(params, images, labels, first, key)
 
-            def add(total, i):
-                rows = partial(lax.dynamic_slice_in_dim, start_index=i * part, slice_size=part)
-                return jax.tree.map(
-                    jnp.add, total, gradient(state.params, rows(images), jax.tree.map(rows, labels), first + i * part, key)
-                ), None
+        def add(total, i):
+            rows = partial(lax.dynamic_slice_in_dim, start_index=i * part, slice_size=part)
+            found = of_part(params, rows(images), jax.tree.map(rows, labels), first + i * part, key)
+            return jax.tree.map(jnp.add, total, found), None
 
-            zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-            (loss, grads), _ = lax.scan(add, zeros, jnp.arange(options.accumulate))
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+        return lax.scan(add, zeros, jnp.arange(options.accumulate))[0]
 
+    def gradients(params, number, images, labels):
+        key = jax.random.fold_in(jax.random.key(options.seed), number)
+        loss, grads = gradient(params, images, labels, key)
+        if options.sam:  # with the same masks
+            far = options.sam / (global_norm(grads) + 1e-12)
+            _, grads = gradient(jax.tree.map(lambda p, g: p + far * g, params, grads), images, labels, key)
         norm = global_norm(grads)
         if options.clip_norm is not None:
             grads = jax.tree.map(partial(jnp.multiply, jnp.minimum(1.0, options.clip_norm / (norm + 1e-6))), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if options.polyak:
-            average = jax.tree.map(lambda a, p: a + (1 - options.polyak) * (p - a), average, params)
-        # Not optax.apply_if_finite: after its limit that one takes the bad update.
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
-        params, opt_state, average = jax.tree.map(partial(jnp.where, finite), new, old)
-        return TrainState(state.step + 1, params, opt_state, average), {"loss": loss, "gradient_norm": norm, "finite": finite}
+        return grads, loss, norm
 
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=(specs, P()))
-    return jax.jit(mapped, donate_argnums=0)
+    return gradients
+
+
+def _updated(state, grads, loss, norm, tx, options: StepOptions):
+    """(the state behind a step, its metrics): an update where loss and gradients are finite."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.average
+    if options.polyak:
+        average = jax.tree.map(lambda a, p: a + (1 - options.polyak) * (p - a), average, params)
+    # Not optax.apply_if_finite: after its limit that one takes the bad update.
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
+    params, opt_state, average = jax.tree.map(partial(jnp.where, finite), new, old)
+    return TrainState(state.step + 1, params, opt_state, average), {"loss": loss, "gradient_norm": norm, "finite": finite}
 
 
 def make_eval_step(config: ViTConfig, mesh: Mesh, options: StepOptions):

@@ -14,7 +14,6 @@ whoever sees it writes OUT/NAME.md and OUT/NAME.png, the paper's numbers beside,
 
 import contextlib
 import dataclasses
-import difflib
 import fcntl
 import hashlib
 import json
@@ -66,20 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
 
     def work(stop):
-        run(parsed(given), stop)
+        run(parse(StudyOptions, "train.study", given), stop)
 
     return guard("train.study", work)
-
-
-def parsed(argv: list[str]) -> StudyOptions:
-    """The command line. ValueError, with the nearest option, for one there is not."""
-    known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(StudyOptions)] + ["--help", "--no-list"]
-    for word in argv:
-        option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and option not in known:
-            near = difflib.get_close_matches(option, known, 1)
-            raise ValueError(f"unknown option {option}{f': did you mean {near[0]}?' if near else ''} (--help lists them)")
-    return parse(StudyOptions, "train.study", argv)
 
 
 def setting_of(args: StudyOptions) -> Setting:

@@ -4,6 +4,7 @@ OUT/dev/lr-0.003/    a run for each learning rate, on the dev split
 OUT/final/seed-0/    the chosen rate on all of train, a run for each seed
 OUT/sweep.json       everything so far, renewed after each run; runs that it holds are not done again
 OUT/sweep.md, .png   the table and the picture
+OUT/init.npz         where --init is a run: the step that all began from
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from train import distributed, recipes
+from train import distributed, pinned, recipes
 from train.files import read_object, write_atomically, write_picture
 from train.job import check_claim, claim, locked, say, stopped
 from train.tuning import dev_splits, fine_tune, identity, model_held
@@ -54,6 +55,7 @@ def sweep(args, out, session, *, extra: dict | None = None) -> dict | None:
         }
         if first:
             _write(out, summary, args, extra)
+            pinned.keep(out, session.stored)
 
         def one(kind: str, key: str, folder: str, options) -> bool:
             """One run, unless it is done; False where it was asked to stop."""

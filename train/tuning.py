@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 from train import distributed, job, recipes
 from train.job import check_claim, say
+from train.optimizers import WHOLE, SamOptions, named
 from train.options import INIT_OPTIONS, PLACEMENT, ImageOptions, InitOptions, check_init, check_numbers, resolve_images
 from train.signals import Stop
 from vitcore.normalisation import HALF
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(InitOptions, ImageOptions):
+class Finetune(InitOptions, SamOptions, ImageOptions):
     """Fine-tune a Vision Transformer. Whatever is not given comes from the recipe (paper Table 4)."""
 
     init: str = ""
@@ -55,20 +56,23 @@ class Finetune(InitOptions, ImageOptions):
     warmup_steps: int | None = None
     clip_norm: float | None = None
     """Bound of the global gradient norm; 0 for none."""
-    optimizer: Literal["sgd", "adamw"] | None = None
-    """Default: the recipe's; Table 4's is sgd."""
+    optimizer: Literal["sgd", "adamw", "lion", "adafactor", "muon"] | None = None
+    """Default: the recipe's; Table 4's is sgd. The last three want --learning-rate, or a sweep's, where the recipe's is sgd."""
     momentum: float | None = None
     """Of sgd."""
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """What the momentum, or AdamW's first moment, is kept in."""
     weight_decay: float | None = None
-    """Of adamw, of kernels: rate x decay x w."""
+    """Of all but sgd, of kernels: rate x decay x w."""
     layer_decay: float | None = None
-    """Of adamw: by how much each block learns slower than the one behind it; 1 for none."""
+    """Of all but sgd: by how much each block learns slower than the one behind it; 1 for none."""
     polyak: float | None = None
     """Decay of the parameters' running average, which is then what is measured; 0 for none."""
     dropout: float | None = None
     """Default: as the release fine-tunes the model, 0.1 for L/16, H/14, R50+B/16 and R50+L/32, 0 for others."""
+    drop_path: float | None = None
+    """Stochastic depth: the chance with which an image passes by a half of the last block, rising from 0 at the first.
+    Default: the recipe's."""
     head_bias: float = 0.0
     """What the new head's bias starts at; its kernel starts at zero."""
     label_smoothing: float | None = None
@@ -94,6 +98,7 @@ def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None 
         return default if value is None else value
 
     check_numbers(args, positive="runs")
+    args.check_sam()
     if args.seed >= 2**62:
         raise ValueError(f"--seed {args.seed}: a seed below 2**62 is required")
     if args.dev and args.sweep:
@@ -107,6 +112,9 @@ def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None 
     smoothing = given(args.label_smoothing, recipe.label_smoothing)
     if not 0 <= smoothing < 1 or given(args.clip_norm, 1.0) < 0:
         raise ValueError(f"--label-smoothing {smoothing}, --clip-norm {args.clip_norm}: [0, 1) and 0 or more are required")
+    drop_path = given(args.drop_path, recipe.drop_path)
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"--drop-path {drop_path}: a rate in [0, 1) is required")
     checked = dataclasses.replace(  # the recipe's own checks, on what the command line made of it
         recipe,
         steps=steps,
@@ -135,6 +143,7 @@ def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None 
         momentum=momentum,
         **_resolve_optimizer(args, recipe),
         label_smoothing=smoothing,
+        drop_path=drop_path,
         polyak=checked.polyak,
         image_size=checked.image_size,
         **resolve_images(args, recipe),
@@ -145,14 +154,19 @@ def resolve(args: Finetune, *, width: int | None = None, patch_size: int | None 
 
 
 def _resolve_optimizer(args: Finetune, recipe) -> dict:
-    """The optimizer, and what only adamw has: None with sgd."""
+    """The optimizer, and what sgd has not: None with it."""
     optimizer = args.optimizer or recipe.optimizer
     if optimizer == "sgd":
         if args.weight_decay or args.layer_decay not in (None, 1.0):
             raise ValueError(
-                "--weight-decay and --layer-decay belong to --optimizer adamw, and this is sgd: give that, or leave them out"
+                "--weight-decay and --layer-decay are not of --optimizer sgd, which this is: give another, adamw, or leave them out"
             )
         return {"optimizer": optimizer, "weight_decay": None, "layer_decay": None}
+    others_rate = optimizer == "lion" or (optimizer != "adamw" and recipe.optimizer == "sgd")
+    if others_rate and args.learning_rate is None and not args.learning_rates:
+        raise ValueError(f"--optimizer {optimizer}: --learning-rate is required, for the recipe's are {recipe.optimizer}'s")
+    if args.momentum_dtype != "float32" and optimizer in WHOLE:
+        raise ValueError(f"--optimizer {optimizer} keeps its moments in float32: leave --momentum-dtype out")
     decay = recipe.weight_decay if args.weight_decay is None else args.weight_decay
     layers = recipe.layer_decay if args.layer_decay is None else args.layer_decay
     if decay < 0 or not 0 < layers <= 1:
@@ -177,7 +191,8 @@ def dev_splits(split: str, share: float) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all runs of a job share. pretrained: opened, with a new head. model: which weights it is, `Stored.model`."""
+    """What all runs of a job share. pretrained: opened, with a new head. stored: as it was read. model: which weights it is,
+    `Stored.model`."""
 
     mesh: Any
     where: str
@@ -185,6 +200,7 @@ class Session:
     pretrained: Any
     stop: Stop | None
     model: dict
+    stored: Any
 
 
 def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tuple[Finetune, Session]:
@@ -210,14 +226,14 @@ def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tup
         stored, image_size=full.image_size, num_classes=len(classes), head_bias=args.head_bias, gelu=args.gelu,
         interpolation=args.interpolation, **args.told,
     )  # fmt: skip
-    full = dataclasses.replace(full, dropout=_dropout(args, opened.config))
-    opened = opened._replace(config=families.changed(opened.config, dropout=full.dropout))
+    full = dataclasses.replace(full, dropout=_dropout(args, opened.config), drop_path=_drop_path(full, args, opened.config))
+    opened = opened._replace(config=families.changed(opened.config, dropout=full.dropout, drop_path=full.drop_path))
     gelu = getattr(opened.config, "gelu", args.gelu)
     full = dataclasses.replace(full, mesh=f"{mesh.shape['data']}x{mesh.shape['model']}", gelu=gelu)
     if opened.pixels != HALF:  # what the run wants of its pixels, kept with it
         full = dataclasses.replace(full, mean=opened.pixels.mean, std=opened.pixels.std)
     check_fit(full, opened.config, mesh, opened.about)
-    return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop, model=stored.model)
+    return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop, model=stored.model, stored=stored)
 
 
 def _dropout(args: Finetune, config) -> float:
@@ -231,6 +247,14 @@ def _dropout(args: Finetune, config) -> float:
     return recipes.finetune_dropout(config.width, across, hybrid=not config.of_pixels)
 
 
+def _drop_path(full: Finetune, args: Finetune, config) -> float:
+    if hasattr(config, "drop_path"):
+        return full.drop_path or 0.0
+    if args.drop_path:
+        raise ValueError(f"--drop-path {args.drop_path}: {args.init} is a ResNet, which has no such blocks: leave it out")
+    return 0.0
+
+
 def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):
     """One run of resolved options in directory `out`: on args.split, measured on args.test_split. The loop's Result.
 
@@ -238,7 +262,7 @@ def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):
     """
     from train.build import make_run, start_from, step_options
     from train.data import check_classes, open_source
-    from train.data.identity import seen
+    from train.data.identity import check, seen, trained_on
     from train.loop import train
     from train.shards import choose
 
@@ -246,6 +270,8 @@ def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):
     source, held_out = open_source(full.data, full.split), open_source(full.data, full.test_split)
     check_classes(source, held_out)
     distributed.agree(images=seen(source, held_out))
+    if line := trained_on(check(session.pretrained.data), held_out, full.init):
+        say(line)
     who, config = identity(full), session.pretrained.config
     if (full.layer_decay or 1) < 1 and not hasattr(config, "depth"):
         raise ValueError(f"--layer-decay {full.layer_decay}: {full.init} is a ResNet, without a ViT's blocks: leave it out")
@@ -257,7 +283,7 @@ def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):
             f"{out} began from {full.init} of {said_model(began)}, and this is {said_model(session.model)}: remove that run, or "
             "choose another --out"
         )
-    rate, tx = make_optimizer(full, depth=getattr(config, "depth", 0))
+    rate, tx = make_optimizer(full, config)
     shard = choose(full.shard, config, session.mesh, full.dtype)
     spec = make_run(
         full, out, who, _described(full, config, began), sources=(source, held_out), config=config, mesh=session.mesh,
@@ -269,7 +295,7 @@ def fine_tune(args: Finetune, out, session: Session, *, of_study: bool = False):
     return train(spec, say, stop=session.stop)
 
 
-def make_optimizer(full, *, depth: int):
+def make_optimizer(full, config):
     """The schedule and the optimizer of resolved options."""
     from train.optim import adamw, schedule, sgd
 
@@ -277,7 +303,9 @@ def make_optimizer(full, *, depth: int):
     if full.optimizer == "sgd":
         return rate, sgd(rate, momentum=full.momentum, dtype=full.momentum_dtype)
     decays = dict(weight_decay=full.weight_decay, layer_decay=full.layer_decay)
-    return rate, adamw(rate, depth=depth, mu_dtype=full.momentum_dtype, **decays)
+    if full.optimizer == "adamw":
+        return rate, adamw(rate, depth=getattr(config, "depth", 0), mu_dtype=full.momentum_dtype, **decays)
+    return rate, named(full.optimizer, rate, config, first_moment=full.momentum_dtype, **decays)
 
 
 def _described(args: Finetune, config, began: dict) -> dict:

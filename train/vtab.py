@@ -8,7 +8,8 @@ images; or --sources FILE, {task: {"data": source, "train": split, "test": split
 With several learning rates, each task is tuned with each on 800 images and measured on the other 200, and the rate that is best
 on the mean of all the tasks there are is taken for all. Then every task is tuned on its 1000 and measured on its test images.
 
-All tasks begin from the same weights: where --init is a run that goes on, from the step that was its newest at the beginning.
+All tasks begin from the same weights: where --init is a run that goes on, from the step that was its newest at the beginning, of
+which OUT/init.npz is a copy.
 OUT/vtab.json is renewed after each run, and what it holds is not done again; OUT/vtab.md is the table (means by group, as in
 Table 9), OUT/vtab.png the picture (as Figure 2). A task without data is named there and on the screen, and means say of how many.
 """
@@ -26,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from train import distributed, job, recipes
-from train.files import read_object, write_atomically, write_picture
+from train.files import read_object, text_of, write_atomically, write_picture
 from train.job import check_claim, claim, end, guard, locked, say, stopped
 from train.options import INIT_OPTIONS, TRAIN_OPTIONS, InitOptions, TrainOptions, check_init, check_numbers, parse
 from train.signals import Watchdog, beat, interruptible
@@ -109,7 +110,7 @@ def places(args: Vtab) -> dict[str, dict[str, str]]:
     if args.data is not None:
         return {task: {"data": f"folder:{os.path.join(args.data, task)}", "train": "train", "test": "val"} for task in wanted}
     try:
-        held = json.loads(Path(str(args.sources)).read_text())
+        held = json.loads(text_of(str(args.sources)))
         good = all(
             isinstance(v, dict) and isinstance(v["data"], str) and set(v) <= {"data", "train", "test"} for v in held.values()
         )
@@ -123,7 +124,7 @@ def places(args: Vtab) -> dict[str, dict[str, str]]:
 
 def run(args: Vtab, stop=None) -> dict | None:
     """All tasks that are not done; what vtab.json holds, or None where it was asked to stop."""
-    from train.pretrained import store
+    from train import pinned
     from train.tuning import Finetune, dev_splits, fine_tune, model_held, prepare
 
     check_init(args.init)
@@ -147,7 +148,7 @@ def run(args: Vtab, stop=None) -> dict | None:
             say(f"{TASKS[task][0]} has no data: {reason}")
         if not there:
             raise ValueError(f"none of the {len(where)} tasks has data, the first because {next(iter(result['missing'].values()))}")
-        stored = store(args.init, model_held(out / "vtab.json", held))  # of a run that goes on, what it was at the beginning
+        stored = pinned.begin(out, args.init, model_held(out / "vtab.json", held))  # of a run that goes on, as it was then
         result["model"] = stored.model
         distributed.agree(model=stored.model)
 
@@ -181,6 +182,7 @@ def run(args: Vtab, stop=None) -> dict | None:
         if first:
             claim(out, who, dataclasses.asdict(args))
             _write(out, result, args)
+            pinned.keep(out, stored)
         if len(rates) > 1:
             for task in there:
                 train, dev = dev_splits(where[task]["train"], recipe.dev_share)

@@ -8,13 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels import dropout as drop
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.statistics import reference as statistics
 from kernels.mlp.reference import MLPWeights
+from vitcore import drop_path
 from vitcore.collectives import MIDDLE, vary
 from vitcore.context import Layer
 from vitcore.halves import summed
 from vitcore.parameters import ROWS, Leaf, Name, Split, constant, dense, norm, normal, xavier, zeros
+
+# Where the two halves stand: `Layer.residual`'s places.
+IN_ATTENTION, IN_MLP = (drop.ATTENTION_OUT, drop_path.ATTENTION), (drop.MLP_OUT, drop_path.MLP)
 
 
 class Block(NamedTuple):
@@ -170,9 +175,9 @@ def heads_here(config, layer: Layer) -> int:
 def attend(x, w, config, layer: Layer):
     """x + dropout(MSA(LN(x))), paper Eq. 2, summed over the model axis."""
 
-    def half(x, dropout):
-        options = {"num_heads": heads_here(config, layer), "dropout": dropout, "eps": config.eps}
-        return layer.half(layer.context.ops.attention_half, x, attention_weights(w), **options)
+    def half(x, layer):
+        options = {"num_heads": heads_here(config, layer), "eps": config.eps}
+        return layer.half(layer.context.ops.attention_half, x, attention_weights(w), IN_ATTENTION, **options)
 
     return summed(half, x, config, layer)
 
@@ -180,9 +185,9 @@ def attend(x, w, config, layer: Layer):
 def transform(x, w, config, layer: Layer):
     """x + dropout(MLP(LN(x))), paper Eq. 3, summed over the model axis."""
 
-    def half(x, dropout):
+    def half(x, layer):
         weights = MLPWeights(*_pair(w["norm2"]), *_pair(w["mlp_in"]), *_pair(w["mlp_out"]))
-        return layer.half(layer.context.ops.mlp_half, x, weights, gelu=config.gelu, dropout=dropout, eps=config.eps)
+        return layer.half(layer.context.ops.mlp_half, x, weights, IN_MLP, gelu=config.gelu, eps=config.eps)
 
     return summed(half, x, config, layer)
 
@@ -273,6 +278,8 @@ def _axial(x, w, config, layer: Layer):
     x = _along_rows(x, w["row"], config, layer)
     if layer.dropout is not None:  # other masks than the rows'
         layer = layer._replace(dropout=layer.dropout._replace(key=layer.dropout.key ^ jnp.int32(0x5BD1E995)))
+    if layer.path is not None:
+        layer = layer._replace(path=layer.path._replace(key=layer.path.key ^ jnp.int32(0x5BD1E995)))
     x = _along_rows(x.swapaxes(1, 2), w["column"], config, layer).swapaxes(1, 2).reshape(b, rows * columns, d)
     return jnp.pad(x, ((0, 0), (0, t - rows * columns), (0, 0)))
 
@@ -286,7 +293,8 @@ def _along_rows(x, w, config, layer: Layer):
     extra = ops.padding(length)
     if extra:
         x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
-    x = _encoder(x, w, config, layer._replace(tokens=length if extra else None))
+    path = layer.path and layer.path._replace(sequences=rows)
+    x = _encoder(x, w, config, layer._replace(tokens=length if extra else None, path=path))
     return x[:, :length].reshape(b, rows, length, d)
 
 

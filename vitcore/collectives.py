@@ -6,15 +6,19 @@ matrices together over "data" just before they are used (its transpose, a reduce
 `sum_over_model` ends a half block.
 """
 
+import math
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from kernels.settings import own
+
+Axes = tuple[str | tuple[str, ...] | None, str | tuple[str, ...] | None]  # what a mesh calls the data and the model axis
 AXES = ("data", "model")
 
 # How the data axis splits parameters, and with them what an optimizer keeps of each. parameters: split, and brought together layer
@@ -23,20 +27,39 @@ AXES = ("data", "model")
 Shard = Literal["parameters", "optimizer", "none"]
 
 
+def _axes(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 class MeshShape(NamedTuple):
-    """Devices along the two axes: what the model must know of a mesh. Static."""
+    """What the model must know of a mesh. Static. data, model: devices along the two axes. over_data, over_model: their names on
+    the mesh, none for an axis that there is not."""
 
     data: int
     model: int
+    over_data: tuple[str, ...] = ("data",)
+    over_model: tuple[str, ...] = ("model",)
 
     @classmethod
-    def of(cls, mesh: Mesh) -> "MeshShape":
-        """The shape of a `jax.sharding.Mesh`; ValueError where its axes are not named data and model."""
-        if tuple(mesh.axis_names) != AXES:
+    def of(cls, mesh: Mesh | AbstractMesh, axes: Axes = AXES) -> "MeshShape":
+        """The shape of a `jax.sharding.Mesh`. axes: what it calls the data and the model axis: a name, several, or None for none.
+
+        Over what other axes there are, everything is replicated. ValueError for a name that the mesh has not, or twice.
+        """
+        over = tuple(_axes(names) for names in axes)
+        both = [name for names in over for name in names]
+        if len(over) != 2 or len(set(both)) < len(both) or not set(both) <= set(mesh.axis_names):
             raise ValueError(
-                f"mesh axes are {mesh.axis_names}: ('data', 'model') is required, e.g. jax.make_mesh((8, 4), ('data', 'model'))"
+                f"axes={axes} of a mesh with the axes {tuple(mesh.axis_names)}: (data axis, model axis) of its names are required, "
+                "each a name, several or None, e.g. jax.make_mesh((8, 4), ('fsdp', 'tp')) with axes=('fsdp', 'tp')"
             )
-        return cls(mesh.shape["data"], mesh.shape["model"])
+        data, model = (math.prod(mesh.shape[name] for name in names) for names in over)
+        return cls(data, model, *over)
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        """The names of both."""
+        return self.over_data + self.over_model
 
 
 def layer_specs(specs):
@@ -44,13 +67,14 @@ def layer_specs(specs):
     return jax.tree.map(lambda spec: P(*spec[1:]), specs)
 
 
-def _axes(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+def lies_on(entry, names: tuple[str, ...]) -> bool:
+    """Whether an entry of a PartitionSpec splits over any of these axes of a mesh."""
+    return any(axis in names for axis in _axes(entry))
 
 
-def without_data(spec: P) -> P:
-    """A spec of what is whole over "data"."""
-    kept = [tuple(axis for axis in _axes(entry) if axis != "data") for entry in spec]
+def without_data(spec: P, mesh: MeshShape) -> P:
+    """A spec of what is whole over the data axis."""
+    kept = [tuple(axis for axis in _axes(entry) if axis not in mesh.over_data) for entry in spec]
     return P(*(axes[0] if len(axes) == 1 else axes or None for axes in kept)) if any(kept) else P()
 
 
@@ -64,28 +88,28 @@ def gather(params, specs, mesh: MeshShape | None, dtype):
         return params
 
     def one(w, spec):
-        dims = [i for i, entry in enumerate(spec) if "data" in _axes(entry)] if mesh.data > 1 else []
-        return _gather(w, dims[0], dtype) if dims else _vary_axes(w, ("data",))
+        dims = [i for i, entry in enumerate(spec) if lies_on(entry, mesh.over_data)] if mesh.data > 1 else []
+        return _gather(w, dims[0], dtype, mesh.over_data) if dims else _vary_axes(w, mesh.over_data)
 
     return jax.tree.map(one, params, specs)
 
 
 # Gathered in the compute dtype, half the bytes in bfloat16; the gradients are summed in float32.
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(w, dim, dtype):
-    return lax.all_gather(w.astype(dtype), "data", axis=dim, tiled=True)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(w, dim, dtype, over):
+    return lax.all_gather(w.astype(dtype), over, axis=dim, tiled=True)
 
 
-def _gather_forward(w, dim, dtype):
+def _gather_forward(w, dim, dtype, over):
     # the all_gather itself, not `_gather`: `recompute_gathers` must see the primitive in the forward pass of the derivative
-    return lax.all_gather(w.astype(dtype), "data", axis=dim, tiled=True), None
+    return lax.all_gather(w.astype(dtype), over, axis=dim, tiled=True), None
 
 
-def _gather_backward(dim, dtype, _, g):
-    return (lax.psum_scatter(g.astype(jnp.promote_types(g.dtype, jnp.float32)), "data", scatter_dimension=dim, tiled=True),)
+def _gather_backward(dim, dtype, over, _, g):
+    return (lax.psum_scatter(g.astype(jnp.promote_types(g.dtype, jnp.float32)), over, scatter_dimension=dim, tiled=True),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(own(_gather_forward), own(_gather_backward))
 
 
 # --- gradients summed in turn (`Ops.paced`) -----------------------------------------------------------------------------------
@@ -95,33 +119,33 @@ def gather_in_turn(params, specs, mesh: MeshShape, dtype, turn):
     """(`gather` of a layer's parameters, turn). Backward, the sums of its gradients begin when those that `turn` stands for are
     done, and the turn handed on stands for these."""
     leaves, tree = jax.tree.flatten(params)
-    dims = tuple(next((i for i, entry in enumerate(s) if "data" in _axes(entry)), None) for s in tree.flatten_up_to(specs))
+    dims = tuple(next((i for i, entry in enumerate(s) if lies_on(entry, mesh.over_data)), None) for s in tree.flatten_up_to(specs))
     split = [w for w, dim in zip(leaves, dims, strict=True) if dim is not None]
     if not split or mesh.data == 1:
         return gather(params, specs, mesh, dtype), turn
-    both: Any = _gather_in_turn(split, turn, tuple(dim for dim in dims if dim is not None), dtype)
+    both: Any = _gather_in_turn(split, turn, tuple(dim for dim in dims if dim is not None), dtype, mesh)
     whole, turn = both
     rest = iter(whole)
-    leaves = [_vary_axes(w, ("data",)) if dim is None else next(rest) for w, dim in zip(leaves, dims, strict=True)]
+    leaves = [_vary_axes(w, mesh.over_data) if dim is None else next(rest) for w, dim in zip(leaves, dims, strict=True)]
     return jax.tree.unflatten(tree, leaves), turn
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _gather_in_turn(split, turn, dims, dtype):
-    return [_gather(w, dim, dtype) for w, dim in zip(split, dims, strict=True)], turn
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _gather_in_turn(split, turn, dims, dtype, mesh):
+    return [_gather(w, dim, dtype, mesh.over_data) for w, dim in zip(split, dims, strict=True)], turn
 
 
-def _gather_in_turn_forward(split, turn, dims, dtype):
-    return ([_gather_forward(w, dim, dtype)[0] for w, dim in zip(split, dims, strict=True)], turn), None
+def _gather_in_turn_forward(split, turn, dims, dtype, mesh):
+    return ([_gather_forward(w, dim, dtype, mesh.over_data)[0] for w, dim in zip(split, dims, strict=True)], turn), None
 
 
-def _gather_in_turn_backward(dims, dtype, _, gradients):
+def _gather_in_turn_backward(dims, dtype, mesh, _, gradients):
     whole, turn = lax.optimization_barrier(gradients)
-    summed = [_gather_backward(dim, dtype, None, g)[0] for g, dim in zip(whole, dims, strict=True)]
-    return summed, turn + sum(_vary_axes(g.reshape(-1)[0], AXES) for g in summed)
+    summed = [_gather_backward(dim, dtype, mesh.over_data, None, g)[0] for g, dim in zip(whole, dims, strict=True)]
+    return summed, turn + sum(_vary_axes(g.reshape(-1)[0], mesh.over) for g in summed)
 
 
-_gather_in_turn.defvjp(_gather_in_turn_forward, _gather_in_turn_backward)
+_gather_in_turn.defvjp(own(_gather_in_turn_forward), own(_gather_in_turn_backward))
 
 
 @jax.custom_vjp
@@ -130,7 +154,7 @@ def in_turn(x, turn):
     return x, turn
 
 
-in_turn.defvjp(lambda x, turn: ((x, turn), None), lambda _, gradients: lax.optimization_barrier(gradients))
+in_turn.defvjp(own(lambda x, turn: ((x, turn), None)), own(lambda _, gradients: lax.optimization_barrier(gradients)))
 
 
 MIDDLE = "tokens between the halves of a block"
@@ -157,24 +181,24 @@ def vary(tree, mesh: MeshShape | None, specs=None, outside: tuple[tuple[str, ...
     """Mark values as differing between the devices of both axes, so that a sum over them appears in the backward pass.
 
     With `specs`, parameters split over "data" are left as they are: `gather` sees to them. outside: paths of parameters that are
-    used outside the sums over "model": they are marked along "data" alone.
+    used outside the sums over the model axis: they are marked along the data axis alone.
     """
     if mesh is None:
         return tree
     if specs is None:
-        return jax.tree.map(lambda x: _vary_axes(x, AXES), tree)
-    split = jax.tree.map(lambda spec: any("data" in _axes(entry) for entry in spec), specs)
+        return jax.tree.map(lambda x: _vary_axes(x, mesh.over), tree)
+    split = jax.tree.map(lambda spec: any(lies_on(entry, mesh.over_data) for entry in spec), specs)
 
     def one(path, x, split):
-        axes = ("data",) if tuple(key.key for key in path) in outside else AXES
+        axes = mesh.over_data if tuple(key.key for key in path) in outside else mesh.over
         return x if split else _vary_axes(x, axes)
 
     return jax.tree.map_with_path(one, tree, split)
 
 
-def varies_over_model(x) -> bool:
+def varies_over_model(x, mesh: MeshShape) -> bool:
     """Whether x differs, or may, between the devices of a model axis."""
-    return "model" in jax.typeof(x).manual_axis_type.varying
+    return not jax.typeof(x).manual_axis_type.varying.isdisjoint(mesh.over_model)
 
 
 def vary_like(x, like):
@@ -184,9 +208,9 @@ def vary_like(x, like):
 
 def sum_over_model(x, mesh: MeshShape | None):
     """The sum of what the devices of a model axis have of x; x itself on one device."""
-    return lax.psum(x, "model") if mesh else x
+    return lax.psum(x, mesh.over_model) if mesh and mesh.over_model else x
 
 
 def first_column(columns: int, mesh: MeshShape | None):
-    """The global index of the first of a device's columns, of an axis of so many that is split over "model"."""
-    return lax.axis_index("model") * (columns // mesh.model) if mesh else 0
+    """The global index of the first of a device's columns, of an axis of so many that is split over the model axis."""
+    return lax.axis_index(mesh.over_model) * (columns // mesh.model) if mesh and mesh.over_model else 0

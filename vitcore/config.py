@@ -31,7 +31,8 @@ class ViTConfig:
     release takes -10 for the sigmoid loss on ImageNet-21k), None for a head without one. stem: None (a linear projection of
     patches), a name of `stems.STEMS`, or a stem's own record. position: a name of `positions.POSITIONS`. block: a name of
     `blocks.BLOCKS`. masked: what masked patch prediction is told, which adds its leaves; None without it. registers: R, learned
-    tokens that the blocks see besides and nobody reads (arXiv:2309.16588). Raises ValueError where a value makes no model.
+    tokens that the blocks see besides and nobody reads (arXiv:2309.16588). drop_path: the last block's rate of stochastic depth, as
+    dropout with a key alone (`vitcore/drop_path.py`). Raises ValueError where a value makes no model.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -53,6 +54,7 @@ class ViTConfig:
     block: str = "encoder"
     masked: Masked | None = None
     registers: int = 0
+    drop_path: float = 0.0
 
     def __post_init__(self):
         self._from_json()
@@ -84,6 +86,8 @@ class ViTConfig:
             raise ValueError(f"eps={self.eps!r}: a number from {SMALLEST_EPS:g} to below 1 is required, e.g. 1e-6")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: a rate in [0, 1) is required")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path={self.drop_path}: a rate in [0, 1) is required")
         self.entries.position.check(self)
         self.entries.block.check(self)
         if self.masked is not None:

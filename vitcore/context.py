@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from kernels import dropout as drop
 from kernels.dropout import Dropout
 from vitcore.collectives import MeshShape, Shard, gather
+from vitcore.drop_path import DropPath
 from vitcore.stacks import Stacks
 
 
@@ -66,31 +68,53 @@ class Layer(NamedTuple):
     """What a block is told besides its input and its weights.
 
     dropout: of this layer, or None. tokens: how many of the T tokens are real, None for all (the others are padding, which no token
-    may see). stacks: where the layer's weights lie in the arrays of all layers, None where they do not. The parts of the residual
-    that the devices of a model axis add are to be multiplied by `residual_scale`.
+    may see). stacks: where the layer's weights lie in the arrays of all layers, None where they do not. path: of stochastic depth,
+    or None. The parts of the residual that the devices of a model axis add are to be multiplied by `residual_scale`.
     """
 
     context: Context
     dropout: Dropout | None = None
     tokens: int | None = None
     stacks: Stacks | None = None
+    path: DropPath | None = None
 
     @property
     def padding(self) -> dict[str, int]:
         """The option `tokens` of an op, for ops that the model pads its tokens for."""
         return {} if self.tokens is None else {"tokens": self.tokens}
 
-    def half(self, op: Callable, x, weights, **options):
-        """A half block of x: `op` with its weights, those that lie in arrays of all layers in place."""
-        options |= {"residual_scale": self.residual_scale, **self.padding}
-        if self.stacks is None:
-            return op(x, weights, **options)
-        weights, names = self.stacks.found(weights)
-        y = op(x, weights, **options)
-        if isinstance(y, tuple):
-            y, arrays = y
-            self.stacks.put(names, arrays)
-        return y
+    def half(self, op: Callable, x, weights, places: tuple[int, int], **options):
+        """A half block of x: `op` with its weights, those that lie in arrays of all layers in place. places: as in `residual`."""
+        options |= {"dropout": self.dropout, **self.padding}
+
+        def run(residual_scale):
+            if self.stacks is None:
+                return op(x, weights, residual_scale=residual_scale, **options)
+            found, names = self.stacks.found(weights)
+            y = op(x, found, residual_scale=residual_scale, **options)
+            if isinstance(y, tuple):
+                y, arrays = y
+                self.stacks.put(names, arrays)
+            return y
+
+        return self.residual(run, x, weights.out_bias, places)
+
+    def residual(self, run: Callable, x, bias, places: tuple[int, int]):
+        """A half block of x [B, T, D]; with stochastic depth what it adds to each image is times the image's multiplier.
+
+        run: (residual_scale) -> the op's result with residual and output bias [D] of that scale. places: where its output is
+        dropped, of `kernels.dropout`, and which half it is, of `vitcore.drop_path`.
+        """
+        if self.path is None:
+            return run(self.residual_scale)
+        acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
+        site, half = places
+        bias = (self.residual_scale * bias).astype(acc_dtype)
+        if self.dropout is not None:  # with the rest of what the op would add, as the op does
+            bias = drop.apply(jnp.broadcast_to(bias, x.shape), self.dropout, site, tokens=self.tokens)
+        added = run(0.0).astype(acc_dtype) + bias
+        m = self.path.multiplier(half, x.shape[0]).astype(acc_dtype)
+        return (self.residual_scale * x.astype(acc_dtype) + m * added).astype(x.dtype)
 
     @property
     def residual_scale(self) -> float:

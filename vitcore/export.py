@@ -17,7 +17,6 @@ device. Whoever loads it needs jax and flatbuffers, and nothing of ours:
     logits = jax.jit(model.call)(images)
 """
 
-import argparse
 import dataclasses
 import math
 import os
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcore import weight_about
+from vitcore.command_line import Parser
 from vitcore.config import ViTConfig
 from vitcore.families import changed
 from vitcore.model import apply
@@ -96,12 +96,13 @@ def _need_flatbuffers() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m vitcore.export", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m vitcore.export", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", nargs="?", help=".npz (release) or .safetensors; or a run's directory, or directory/STEP")
     parser.add_argument("target", nargs="?", help="the file to write")
     parser.add_argument(
         "--try", dest="attempt", metavar="FILE", help="load an exported file, run it on random images, say how fast"
     )
+    parser.add_argument("--format", default="stablehlo", help="stablehlo, which is all that is written")
     parser.add_argument("--batch", type=int, help="the only batch size; default: any")
     parser.add_argument("--image-size", type=int, help="default: the model's; the position embedding is fitted to it")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -128,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(args) -> str:
+    if (asked := args.format.lower()) != "stablehlo":
+        cure = "jax2onnx makes ONNX of vitcore.apply" if asked == "onnx" else "give stablehlo, or leave it out"
+        raise ValueError(f"--format {args.format}: StableHLO is what is written (any JAX runs it, and IREE, OpenXLA); {cure}")
     if (suffix := os.path.splitext(args.target)[1].lower()) in OTHERS:
         raise ValueError(f"{args.target}: StableHLO is what is written, not {OTHERS[suffix]}: give a name like vit.stablehlo")
     with as_file(args.source, allow_nonfinite=args.allow_nonfinite) as source:

@@ -33,15 +33,16 @@ def join(x):
 
 
 def summed(half, x, config, layer: Layer):
-    """half(x, dropout), summed over the model axis; of a tuple of halves each in its turn, and a tuple."""
+    """half(x, layer), summed over the model axis; of a tuple of halves each in its turn, and a tuple."""
     mesh = layer.context.mesh
     if not isinstance(x, tuple):
-        return sum_over_model(half(vary(x, mesh), layer.dropout), mesh)
+        return sum_over_model(half(vary(x, mesh), layer), mesh)
     parts = []
     for i, part in enumerate(x):
         dropout = layer.dropout and layer.dropout._replace(row=layer.dropout.row + i * part.shape[0] * config.tokens)
+        path = layer.path and layer.path._replace(image=layer.path.image + i * part.shape[0])
         part = vary(part, mesh)
         if parts:  # left alone, XLA computes both side by side, and then sums them
             part, parts[-1] = lax.optimization_barrier((part, parts[-1]))
-        parts.append(half(part, dropout))
+        parts.append(half(part, layer._replace(dropout=dropout, path=path)))
     return tuple(sum_over_model(y, mesh) for y in parts)

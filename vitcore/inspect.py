@@ -10,7 +10,6 @@ line. Images are whatever Pillow reads: of each the middle, of the model's own a
 `vitcore.attention_statistics` are the same in a program.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 
 from vitcore import look, look_pictures, weight_about
+from vitcore.command_line import Parser
 from vitcore.config import ViTConfig
 from vitcore.model import attention_statistics
 from vitcore.normalisation import Pixels
@@ -172,7 +172,7 @@ def _run(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m vitcore.inspect", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m vitcore.inspect", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", help="a file of weights, .npz or .safetensors; or a run's directory, or directory/STEP")
     parser.add_argument("images", nargs="*", help="image files; without any, what needs none is drawn")
     parser.add_argument("--out", default="look", help="the directory that is written to; default: look")

@@ -31,11 +31,12 @@ _nothing = jax.checkpoint_policies.nothing_saveable
 _again = partial(jax.checkpoint, policy=_nothing, prevent_cse=False)  # inside a loop
 
 
-def run(blocks, p, x: Any, row, keys, dropout, config, context: Context):
+def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
     """Tokens [B, T, D] through all the blocks: (tokens, what `context.capture` asks for).
 
     blocks: their parameters, stacked and split as they lie. p: params["patch_embed"] ready for use. row: the global index of the
-    first token. keys: int32 [L] dropout keys or None. dropout: (key, row) -> Dropout or None.
+    first token. keys: a tree with a leading L, of random keys and rates, or None. chances: (a layer's part of it, row) -> Dropout
+    or None, DropPath or None.
     """
     mesh, ops, remat = context.mesh, context.ops, int(context.remat)
     assert ops is not None
@@ -54,8 +55,9 @@ def run(blocks, p, x: Any, row, keys, dropout, config, context: Context):
         if at_block:
             table = at_block(p, w, config)
             x = (x + jnp.pad(table, ((0, extra + config.registers), (0, 0)))).astype(x.dtype)
-        y = config.entries.block.apply(x, w, config, Layer(context, dropout(key, row), tokens, stacks))
-        if mesh and any(map(varies_over_model, jax.tree.leaves(y))):
+        dropout, path = chances(key, row)
+        y = config.entries.block.apply(x, w, config, Layer(context, dropout, tokens, stacks, path))
+        if mesh and any(varies_over_model(part, mesh) for part in jax.tree.leaves(y)):
             raise ValueError(
                 f"block={config.block!r} returns tokens that differ along the model axis: it must end in `sum_over_model`, and "
                 "name the leaves that it uses behind that in `Block.outside`"

@@ -7,10 +7,12 @@ Parameters are float32 in a nested dict. On a mesh the same code runs inside one
 wrapper for a user's own mesh.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention.statistics.reference import Statistics
+from kernels.settings import own
 from vitcore import families, parameters, vit
 from vitcore.config import ViTConfig
 from vitcore.context import Capture, Context
@@ -22,6 +24,7 @@ from vitcore.sharding import partition_specs
 PLAIN = Context()
 
 
+@own
 def init(key, config):
     """Fresh parameters: a nested dict of float32 arrays. Values as in the authors' release.
 
@@ -31,6 +34,7 @@ def init(key, config):
     return parameters.init(key, families.leaves(config))
 
 
+@own
 def apply(
     params, images, config, *, ops: Ops | None = None, dtype=jnp.float32, dropout_key=None, remat=0, edit=None
 ):  # fmt: skip
@@ -44,9 +48,12 @@ def apply(
     fit the configuration, or n does not divide the depth.
     """
     check(params, images, config)
+    if not len(images):  # as the last batch of a filtered stream; no op is made for it
+        return jnp.zeros((0, config.num_classes or config.feature_size), jnp.float32)
     return forward(params, images, config, Context(ops=ops, dtype=dtype, dropout_key=dropout_key, remat=remat, edit=edit))
 
 
+@own
 def features(params, images, config, *, ops: Ops | None = None, dtype=jnp.float32, remat=0, blocks: tuple[int, ...] | None = None):
     """The image representation y of Eq. 4, [B, D] float32: the class token after the last norm, or the mean of the patches.
 
@@ -56,6 +63,9 @@ def features(params, images, config, *, ops: Ops | None = None, dtype=jnp.float3
     ValueError as `apply`, for a block that the model does not have, and where both blocks and remat are given.
     """
     check(params, images, config)
+    if not len(images):
+        one = jax.eval_shape(lambda x: features(params, x, config, dtype=dtype, blocks=blocks), some(images))
+        return jax.tree.map(lambda a: jnp.zeros((0, *a.shape[1:]), a.dtype), one)
     if blocks is None:
         return representation(params, images, config, Context(ops=ops, dtype=dtype, remat=remat))[0].astype(jnp.float32)
     capture = Capture(features=tuple(blocks))
@@ -63,6 +73,7 @@ def features(params, images, config, *, ops: Ops | None = None, dtype=jnp.float3
     return tuple(found["features"].astype(jnp.float32))
 
 
+@own
 def attention_maps(
     params, images, config, *, blocks: tuple[int, ...] | None = None, mean: bool = False, ops: Ops | None = None, dtype=jnp.float32
 ):
@@ -74,12 +85,14 @@ def attention_maps(
     and for a block that there is not or that has no attention maps.
     """
     check(params, images, config)
+    _not_empty(images)
     if mean:
         return attention_statistics(params, images, config, blocks=blocks, mean=True, ops=ops, dtype=dtype).mean
     capture = Capture(maps=blocks_of(config, blocks))
     return representation(params, images, config, Context(ops=ops, dtype=dtype, capture=capture))[1]["maps"]
 
 
+@own
 def attention_statistics(
     params,
     images,
@@ -101,8 +114,19 @@ def attention_statistics(
     not or that has no attention maps, and where nothing is asked for.
     """
     check(params, images, config)
+    _not_empty(images)
     capture = asked_for(config, blocks, mean=mean, row=row, distance=distance)
     return representation(params, images, config, Context(ops=ops, dtype=dtype, capture=capture))[1]["statistics"]
+
+
+def _not_empty(images) -> None:
+    if not len(images):
+        raise ValueError("images are none: of an empty batch there are no attention maps, give at least one image")
+
+
+def some(images):
+    """The shape of one image in place of none."""
+    return jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
 
 
 def blocks_of(config, blocks: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -103,6 +103,11 @@ def per_layer(tx: optax.GradientTransformation, config) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def stacked_axes(config) -> dict:
+    """The parameters' tree with the number of leading axes of each leaf that hold separate arrays: layers, and q, k and v."""
+    return parameters.nested({leaf.path: _stacked_axes(leaf) for leaf in families.leaves(config)})
+
+
 def _stacked_axes(leaf: parameters.Leaf) -> int:
     """How many leading axes of a leaf hold arrays that are separate: the layers', and the three of q, k and v.
 

@@ -227,7 +227,8 @@ def _spec(leaf: Leaf, mesh: MeshShape) -> P:
             return None
         over = mesh.model if split.model else 1
         data = split.data and n % (over * mesh.data) == 0
-        return ("model", "data") if split.model and data else "model" if split.model else "data" if data else None
+        names = (mesh.over_model if split.model else ()) + (mesh.over_data if data else ())
+        return names[0] if len(names) == 1 else names or None
 
     return P(*map(axis, leaf.shape, leaf.split))
 

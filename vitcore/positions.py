@@ -10,7 +10,7 @@ import numpy as np
 
 from kernels.attention.relative import reference as relative
 from vitcore import posemb
-from vitcore.blocks import attention_weights, heads_here
+from vitcore.blocks import IN_ATTENTION, attention_weights, heads_here
 from vitcore.collectives import sum_over_model, vary
 from vitcore.parameters import ROWS, Leaf, Name, Split, normal
 
@@ -153,17 +153,21 @@ def _offsets(config) -> tuple[Leaf, ...]:
 def _attend_relative(x, w, config, layer):
     """The attention half of a block with relative positions, summed over the model axis."""
     mesh = layer.context.mesh
-    y = layer.context.ops.relative_half(
-        vary(x, mesh),
-        relative.RelativeWeights(attention_weights(w), w["relative"]),
-        num_heads=heads_here(config, layer),
-        class_token=bool(config.class_tokens),
-        dropout=layer.dropout,
-        residual_scale=layer.residual_scale,
-        **layer.padding,
-        eps=config.eps,
-    )
-    return sum_over_model(y, mesh)
+    x, weights = vary(x, mesh), attention_weights(w)
+
+    def run(residual_scale):
+        return layer.context.ops.relative_half(
+            x,
+            relative.RelativeWeights(weights, w["relative"]),
+            num_heads=heads_here(config, layer),
+            class_token=bool(config.class_tokens),
+            dropout=layer.dropout,
+            residual_scale=residual_scale,
+            **layer.padding,
+            eps=config.eps,
+        )
+
+    return sum_over_model(layer.residual(run, x, weights.out_bias, IN_ATTENTION), mesh)
 
 
 def _no_registers(config) -> None:

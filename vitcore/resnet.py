@@ -31,7 +31,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from vitcore import axial
-from vitcore.collectives import MeshShape, gather, recompute_gathers
+from vitcore.collectives import MeshShape, gather, lies_on, recompute_gathers, sum_over_model
 
 GROUPS = 32
 # Bottleneck units of the stages (He et al. 2016; 200: paper appendix; 26: the later hybrids R26+S/32).
@@ -153,10 +153,10 @@ def group_norm(x, scale, bias, *, groups: int = GROUPS, eps: float):
     return (z * scale + bias).astype(x.dtype)
 
 
-def standardised(kernel, form: Form, *, split: str | None = None):
+def standardised(kernel, form: Form, *, split: tuple[str, ...] | None = None):
     """A kernel [y, x, in, out] with mean 0 and deviation 1 over (y, x, in), for each output channel; in the kernel's dtype.
 
-    split: the mesh axis its input channels are split over, None for whole kernels.
+    split: the mesh axes its input channels are split over, None for whole kernels.
     """
     mean = partial(jnp.mean, axis=(0, 1, 2), keepdims=True)
     total = (lambda a: lax.pmean(a, split)) if split else lambda a: a
@@ -256,8 +256,8 @@ def _axial(x, w, stride, form, mesh):
     y = _relu(_norm(convolve(x, w["conv1"]["kernel"], 1, form), w["gn1"], form))
     heads = AXIAL_HEADS // (mesh.model if mesh else 1)
     y = axial.along(y, w["height"], 1, heads, lambda z, n: _norm(z, n, form, mesh))
-    if mesh:  # the other heads' channels, of which each head reads all
-        y = lax.all_gather(y, "model", axis=y.ndim - 1, tiled=True)
+    if mesh and mesh.over_model:  # the other heads' channels, of which each head reads all
+        y = lax.all_gather(y, mesh.over_model, axis=y.ndim - 1, tiled=True)
     y = axial.along(y, w["width"], 2, heads, lambda z, n: _norm(z, n, form, mesh))
     if stride > 1:
         y = _halved(y)
@@ -283,12 +283,13 @@ def _norm(x, w, form: Form, mesh: MeshShape | None = None):
 
 
 def _sum(x, mesh):
-    return lax.psum(x, "model") if mesh else x
+    return sum_over_model(x, mesh)
 
 
 def _scatter(x, mesh):
-    """The sum over "model", of which each device keeps its part of the channels."""
-    return lax.psum_scatter(x, "model", scatter_dimension=x.ndim - 1, tiled=True) if mesh else x
+    """The sum over the model axis, of which each device keeps its part of the channels."""
+    over = mesh.over_model if mesh else ()
+    return lax.psum_scatter(x, over, scatter_dimension=x.ndim - 1, tiled=True) if over else x
 
 
 def _ready(params, specs, *, form: Form, mesh, dtype):
@@ -296,7 +297,7 @@ def _ready(params, specs, *, form: Form, mesh, dtype):
 
     def one(path, w, spec=None):
         if path[-1].key == "kernel":
-            w = standardised(w, form, split="model" if spec and "model" in _axes(spec[2]) else None)
+            w = standardised(w, form, split=mesh.over_model if spec and lies_on(spec[2], mesh.over_model) else None)
         return gather(w, spec, mesh, dtype) if mesh else w
 
     return jax.tree_util.tree_map_with_path(one, params, *((specs,) if mesh else ()))
@@ -308,14 +309,11 @@ def _vary(params, specs, mesh):
         return params
 
     def one(w, spec):
-        split = any("data" in _axes(entry) for entry in spec)
-        return w if split or "data" in jax.typeof(w).manual_axis_type.varying else lax.pcast(w, ("data",), to="varying")
+        split = any(lies_on(entry, mesh.over_data) for entry in spec)
+        new = tuple(axis for axis in mesh.over_data if axis not in jax.typeof(w).manual_axis_type.varying)
+        return w if split or not new else lax.pcast(w, new, to="varying")
 
     return jax.tree.map(one, params, specs)
-
-
-def _axes(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _unrolled(unit, x, stack):

@@ -6,14 +6,15 @@ layer when it is used; vectors are too small to be worth a collective each and s
 parameters. Batches are split over "data" and replicated over "model". Each leaf's own record says how it is split.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from vitcore import families, parameters
 from vitcore.collectives import AXES as AXES
+from vitcore.collectives import Axes as Axes
 from vitcore.collectives import MeshShape as MeshShape
 from vitcore.collectives import Shard as Shard
 from vitcore.collectives import without_data
@@ -24,17 +25,17 @@ def check_mesh(config, mesh: MeshShape) -> None:
     parameters.check_mesh(families.leaves(config), mesh)
 
 
-def partition_specs(config, mesh: Mesh | MeshShape | None, *, shard: Shard = "parameters"):
+def partition_specs(config, mesh: Mesh | AbstractMesh | MeshShape | None, *, shard: Shard = "parameters", axes: Axes = AXES):
     """The PartitionSpec of every parameter: a tree like that of `init`. With mesh None: nothing is split.
 
-    An axis that the data axis does not divide stays whole, and with shard="none" every axis does. Raises ValueError where the model
-    axis does not divide.
+    axes: what a `Mesh` calls its data and model axis, as in `apply_on`. An axis that the data axis does not divide stays whole, and
+    with shard="none" every axis does. Raises ValueError where the model axis does not divide, and for names that the mesh has not.
     """
-    shape = MeshShape.of(mesh) if isinstance(mesh, Mesh) else mesh or MeshShape(1, 1)
+    shape = mesh if isinstance(mesh, MeshShape) else MeshShape(1, 1) if mesh is None else MeshShape.of(mesh, axes)
     return jax.tree.map(lambda spec: spec, _specs(config, shape, shard == "none"))  # a tree of the caller's own
 
 
 @cache
 def _specs(config, shape: MeshShape, whole: bool):
     specs = parameters.specs(families.leaves(config), shape)
-    return jax.tree.map(without_data, specs, is_leaf=lambda x: isinstance(x, P)) if whole else specs
+    return jax.tree.map(partial(without_data, mesh=shape), specs, is_leaf=lambda x: isinstance(x, P)) if whole else specs

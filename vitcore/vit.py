@@ -19,6 +19,7 @@ from vitcore import layers, masked
 from vitcore.collectives import first_column
 from vitcore.config import ViTConfig
 from vitcore.context import Context
+from vitcore.drop_path import DropPath, rates
 from vitcore.heads import linear, registers
 from vitcore.ops import Ops
 from vitcore.parameters import Leaf, norm, stacked
@@ -58,20 +59,27 @@ def pooled(params, x, config: ViTConfig, context: Context):
 def encode(params, images, config: ViTConfig, context: Context):
     """Images [B, Y, X, C] to (the last block's tokens [B, T, D] without registers, what was captured): Eq. 1 to 3."""
     keys = None
-    if context.dropout_key is not None and config.dropout > 0:
+    if context.dropout_key is not None and (config.dropout > 0 or config.drop_path > 0):
         bits = jax.random.bits(context.dropout_key, (config.depth + 1,), jnp.uint32)
         keys = lax.bitcast_convert_type(bits, jnp.int32)  # one for the embedding, one for each block
     column = first_column(config.mlp_dim, context.mesh)
 
     def dropout(key, row):
-        return None if key is None else Dropout(config.dropout, key, row, column)
+        return None if key is None or not config.dropout else Dropout(config.dropout, key, row, column)
+
+    def chances(key, row):
+        if key is None or not config.drop_path:
+            return dropout(key, row), None
+        key, rate = key
+        return dropout(key, row), DropPath(rate, key, row // config.tokens)
 
     row = context.first_example * config.tokens
     p = context.take(params, "patch_embed")
     x = embed(params, p, images.astype(context.dtype), config, context, dropout(None if keys is None else keys[0], row))
     if finish := config.entries.stem.finish:
         x = finish(params, x, config, context)
-    x, found = layers.run(params["blocks"], p, x, row, None if keys is None else keys[1:], dropout, config, context)
+    of_blocks = None if keys is None else (keys[1:], jnp.asarray(rates(config))) if config.drop_path else keys[1:]
+    x, found = layers.run(params["blocks"], p, x, row, of_blocks, chances, config, context)
     return x[:, : config.seen_tokens], found
 
 

@@ -6,7 +6,6 @@
 FROM and TO are .npz (the release's layouts) or .safetensors (timm's or transformers' naming): `vitcore/weight_tree.py`.
 """
 
-import argparse
 import dataclasses
 import re
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 import jax
 
 from vitcore import families, parameters
+from vitcore.command_line import Parser
 from vitcore.config import ViTConfig
 from vitcore.runs import as_file
 from vitcore.weight_about import pixels_of
@@ -31,7 +31,7 @@ from vitcore.weight_tree import save as save
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m vitcore.weights`. Returns the exit code: 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m vitcore.weights", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="python -m vitcore.weights", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("show", help="what a file holds: its naming, its model, every array")
     shown.add_argument("file", help=".npz or .safetensors; or a run's directory, or directory/STEP")

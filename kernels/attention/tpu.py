@@ -38,6 +38,7 @@ from kernels.body import operand_dtype
 from kernels.by_xla import ByXLA
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
+from kernels.settings import own
 from kernels.stacked import apart, cast, cotangent, in_place, places, taken, writable
 
 
@@ -154,7 +155,7 @@ def _half_backward(static: Static, residuals, cotangents):
     return None, dx, AttentionWeights(*(cotangent(w, place, g, written=ready) for w, place, g, ready in found))
 
 
-_half.defvjp(_half_forward, _half_backward)
+_half.defvjp(own(_half_forward), own(_half_backward))
 
 
 def kept_bytes(b: int, t: int, d: int, num_heads: int, width: int, dtype, *, launch: Launch) -> int | None:
@@ -261,7 +262,7 @@ def _attention_backward(num_heads, launch, plan: CorePlan, qkv, do):
     return (general_backward.core(plan.backward, qkv, do, with_o=False, **options)[0],)
 
 
-_attention.defvjp(lambda qkv, *static: (_attention(qkv, *static), qkv), _attention_backward)
+_attention.defvjp(own(lambda qkv, *static: (_attention(qkv, *static), qkv)), own(_attention_backward))
 
 
 def attention(qkv, num_heads: int, *, launch: Launch, plan: CorePlan | None = None) -> Any:

@@ -151,7 +151,7 @@ def product(x, w, bias=None, beside=None, *, e: Epilogue, turned: bool = False, 
     """
     w = (w if w.ndim == 3 else w[None]).astype(x.dtype)
     rest = [] if bias is None else [bias.reshape(-1).astype(jnp.float32)]
-    arrays = vary_alike(x, w, *rest, *([] if beside is None else [beside]))
+    arrays = vary_alike(x, w, *rest, *([beside] if e.beside else []))
     n = w.shape[1 if turned else 2]  # of what a tile lies in
     out = _product(*arrays, e=e, t=t or tiles(x.shape[1], n, e.kind), turned=turned)
     return vary_alike(*out, x)[:-1]

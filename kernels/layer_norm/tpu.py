@@ -19,6 +19,7 @@ from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.plan import Plan
 from kernels.layer_norm.plan import plan as choose
 from kernels.layer_norm.reference import EPS
+from kernels.settings import own
 
 
 def cost(shape: tuple[int, int], itemsize: int, *, backward: bool) -> pl.CostEstimate:
@@ -116,7 +117,7 @@ def _backward(launch, plan: Plan, eps, saved, dz):
     return dx[:r], dscale[0].astype(scale.dtype), dbias[0].astype(bias.dtype)
 
 
-_layer_norm.defvjp(_forward, _backward)
+_layer_norm.defvjp(own(_forward), own(_backward))
 
 
 def layer_norm(x, scale, bias, *, eps: float = EPS, launch: Launch, plan: Plan | None = None):

@@ -18,6 +18,7 @@ from kernels.hopper.product import product
 from kernels.launch import vary_alike
 from kernels.layer_norm import rows
 from kernels.mlp.reference import MLPWeights
+from kernels.settings import own
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _backward(f: Form, kept, g):
     return dx, jax.tree.map(lambda a, like: a.astype(like.dtype), grads, w)
 
 
-_half.defvjp(_forward, _backward)
+_half.defvjp(own(_forward), own(_backward))
 
 
 def mlp_half(x, weights: MLPWeights, *, gelu: str, residual_scale: float, eps: float):

@@ -38,6 +38,7 @@ from kernels.mlp.plan import Plan, Shape, Tiling, choose, cost
 from kernels.mlp.plan import plan as kernels_of
 from kernels.mlp.reference import GELUS, MLPWeights
 from kernels.mlp.reference import mlp_half as reference
+from kernels.settings import own
 from kernels.stacked import WRITTEN_TOKENS, apart, cast, cotangent, in_place, places, taken, writable
 
 
@@ -212,7 +213,7 @@ def _mlp_half(spec, plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
     return _forward(spec, plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out)[0]
 
 
-_mlp_half.defvjp(_forward, _backward)
+_mlp_half.defvjp(own(_forward), own(_backward))
 
 
 def _check(x, weights: MLPWeights, gelu, dropout) -> None:

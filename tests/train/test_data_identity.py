@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import train.loop
 from train import evaluate, pretrain
 from train.data import DataError, by_names, open_source
-from train.data.identity import fingerprint
+from train.data.identity import fingerprint, trained_on
 from train.data.source import Example
 
 SMALL = [
@@ -152,6 +153,42 @@ def test_an_evaluation_on_other_classes_is_refused_with_the_difference(trained, 
     assert "has cat" in said
     assert evaluate.main([*words, "--accept-data"]) == 0
     assert "labels are taken by number, as was asked" in capfd.readouterr().out
+
+
+def test_a_start_from_weights_of_other_classes_is_refused_unless_asked(trained, tmp_path, capfd, monkeypatch):
+    taken = []
+
+    def nothing(run, say, **_):
+        taken.append(next(run.batches)["label"])
+        return train.loop.Result(1, 0, 0.5, 1, 2, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", nothing)
+    init = ["--init", str(trained / "run"), "--seed", "1", "--batch-size", "8"]
+
+    def start(name, *words):
+        capfd.readouterr()
+        code = pretrain.main([*SMALL, *init, "--out", str(tmp_path / name), *words])
+        said = capfd.readouterr()
+        return code, said.out + said.err
+
+    shutil.copytree(trained / "set", tmp_path / "set")
+    rename_class(tmp_path / "set", "ant", "cat")
+    code, said = start("other", "--data", f"folder:{tmp_path / 'set'}")
+    assert code == 2
+    assert "has ant" in said
+    assert "has cat" in said
+    assert start("accepted", "--data", f"folder:{tmp_path / 'set'}", "--accept-data")[0] == 0
+    code, said = start("plain", "--data", f"folder:{trained / 'set'}", "--val-split", "train")
+    assert code == 0
+    assert "was trained on: if they are the same, what it gets right there says little of others" in said
+    assert sorted(taken[-1].tolist()) == [0] * 4 + [1] * 4
+
+
+def test_images_that_a_model_was_trained_on_are_said(trained):
+    seen = held(trained)
+    whole, part = (open_source(f"folder:{trained / 'set'}", split) for split in ("train", "train[:50%]"))
+    assert "of those that RUN was trained on" in trained_on(seen, whole, "RUN")
+    assert trained_on(seen, part, "RUN") == trained_on(None, whole, "RUN") == ""
 
 
 class Three:

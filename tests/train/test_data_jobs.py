@@ -104,9 +104,10 @@ def test_pack_takes_parts_and_names(folder, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["folder:SET"], "Required"),
+        (["folder:SET"], "required and not given: STR Folder of the shards"),
         (["folder:SET", "OUT", "--workers", "0"], "--workers 0: a positive number is required"),
         (["folder:SET", "OUT", "--quality", "0"], "--quality 0"),
+        (["folder:SET", "OUT", "--step-timeout", "-3"], "--step-timeout -3: zero, for none, or a positive number is required"),
         (["folder:SET", "OUT", "--splits", "train", "train[:5]"], "two would have the same name"),
         (["folder:SET", "OUT", "--splits", "test"], "cannot read the folder"),
         (["folders:SET", "OUT"], "unknown data source"),

@@ -40,10 +40,10 @@ def compiled_once():
     """The runs in this process share what they compile, where all that goes into it is equal."""
     optimizers = {}
 
-    def optimizer(full, make=pretrain._optimizer):
+    def optimizer(full, config, make=pretrain._optimizer):
         key = (full.learning_rate, full.steps, full.warmup_steps, full.decay, full.weight_decay, full.weight_decay_form,
                full.recipe, full.model, full.first_moment)  # fmt: skip
-        return optimizers.setdefault(key, make(full))
+        return optimizers.setdefault(key, make(full, config))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "_optimizer", optimizer)

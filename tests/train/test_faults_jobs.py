@@ -383,3 +383,22 @@ def test_a_transfer_guard_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("JAX_TRANSFER_GUARD", "disallow")
     with pytest.raises(ValueError, match=r"JAX_TRANSFER_GUARD=disallow: .*: unset it"):
         JobOptions().check_job()
+
+
+def test_settings_that_are_for_other_programs_change_nothing():
+    code = """
+        import jax, jax.numpy as jnp
+        from train.job import JobOptions
+        JobOptions(distributed="off").join()
+        print((jnp.ones((2, 3)) + jnp.ones(3) + jnp.int8(1)).dtype, jnp.arange(3).dtype)
+        """
+    strict = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_ENABLE_X64": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment() | strict,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout.split() == ["float32", "int32"], done.stderr

@@ -1,5 +1,7 @@
 """Reading a run changes nothing in it, also while it goes on: exports, evaluations, few-shot measurements, fine-tunings."""
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 import train.saved
+import vitcore
 from tests.train.fault_jobs import ROOT, environment, start, steps, tree_of
 from train.checkpoint import CheckpointError, Checkpoints, Damaged, abstract
 from train.pretrained import open_pretrained
@@ -224,3 +227,18 @@ def test_two_contents_of_a_step_have_two_digests(tmp_path):
             checkpoints.save(1, jax.tree.map(lambda w, k=k: w + k, small(1)), {})
         found.add(SavedSteps(tmp_path / str(k)).digest(1))
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("what", ["config.json", "checkpoints/4/state/MANIFEST.json", "checkpoints/4/state/_METADATA"])
+def test_a_pipe_in_place_of_a_file_of_a_run_is_not_waited_for(tmp_path, what):
+    """A pipe that nobody writes to: of the run's description an error, of a checkpoint's files damage."""
+    config = vitcore.variant("ViT-Nano/4", image_size=8, num_classes=3, representation_size=None)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(4, {"params": jax.jit(lambda: vitcore.init(jax.random.key(0), config))()}, {})
+    (tmp_path / "config.json").write_text(json.dumps({"vit": dataclasses.asdict(config)}))
+    (tmp_path / what).unlink()
+    os.mkfifo(tmp_path / what)
+    code = f"from train.pretrained import open_pretrained; open_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "no regular file" in done.stderr.splitlines()[-1]

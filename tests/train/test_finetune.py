@@ -225,6 +225,7 @@ def test_every_option_reaches_the_run(weights, tmp_path, monkeypatch):
     plain = given()
     assert plain.config == dataclasses.replace(CONFIG, representation_size=None)
     assert given("--dropout", 0.3).config.dropout == 0.3
+    assert given("--drop-path", 0.2).config.drop_path == 0.2
     assert given("--gelu", "erf").config.gelu == "erf"
     assert given("--image-size", 16).config.image_size == 16
     assert given("--label-smoothing", 0.2).options.label_smoothing == 0.2
@@ -343,17 +344,18 @@ def test_a_sweep_does_each_run_once(weights, tmp_path, monkeypatch, capsys):
 
 
 def test_a_sweep_stays_with_the_step_it_began_from(whole, tmp_path, monkeypatch, capsys):
-    """--init goes on: taken up again, the sweep does not mix its newer step in; it says so where the old one is gone."""
+    """--init goes on, and deletes the step: the sweep has a copy. Without that it says so."""
     live, out, begun = tmp_path / "live", tmp_path / "out", []
     shutil.copytree(whole, live)
     (live / "checkpoints" / "6").rename(tmp_path / "6")
+    wanted = open_pretrained(str(live / "4")).params["patch_embed"]["kernel"]
 
     def quick(run, say, **_):
         if len(begun) == allowed:
             raise KeyboardInterrupt
         begun.append(run.config_json["began_from"]["step"])
         weights = np.asarray(run.start().params["patch_embed"]["kernel"])
-        assert np.array_equal(weights, open_pretrained(str(live / "4")).params["patch_embed"]["kernel"])
+        assert np.array_equal(weights, wanted)
         return train.loop.Result(1, 1, 0.5, 1, 2, train.loop.Best(), False, 0.0, 0.0)
 
     monkeypatch.setattr(train.loop, "train", quick)
@@ -361,6 +363,7 @@ def test_a_sweep_stays_with_the_step_it_began_from(whole, tmp_path, monkeypatch,
     allowed = 1
     assert finetune.main(argv) == 130
     (tmp_path / "6").rename(live / "checkpoints" / "6")  # the run goes on
+    shutil.rmtree(live / "checkpoints" / "4")
     allowed = 10
     run(*argv)
     assert begun == [4] * 4
@@ -369,8 +372,15 @@ def test_a_sweep_stays_with_the_step_it_began_from(whole, tmp_path, monkeypatch,
     assert {(one["step"], one["checksum"]) for kind in ("dev", "final") for one in held[kind].values()} == {
         (4, held["model"]["checksum"])
     }
+    copy = bytearray((out / "init.npz").read_bytes())
+    copy[len(copy) // 2] ^= 1
+    (out / "init.npz").write_bytes(copy)
     capsys.readouterr()
-    shutil.rmtree(live / "checkpoints" / "4")
+    run(*argv, fails=True)
+    said = capsys.readouterr().err
+    assert f"{out / 'init.npz'} is damaged (" in said
+    assert said.count("\n") == 1
+    (out / "init.npz").unlink()
     run(*argv, fails=True)
     said = capsys.readouterr().err
     assert f"was begun from {live} (step 4, checksum {held['model']['checksum']}), and no checkpoint of step 4" in said

@@ -1,6 +1,7 @@
 """Schedules and optimizers against a float64 NumPy implementation written from the equations."""
 
 import math
+import types
 from functools import partial
 from typing import Any
 
@@ -219,7 +220,7 @@ def pretraining(recipe, **options):
         examples=10**6,
     )
     step = StepOptions(loss=full.loss, clip_norm=full.clip_norm or None, label_smoothing=full.label_smoothing)
-    return full, pretrain._optimizer(full)[1], step
+    return full, pretrain._optimizer(full, None)[1], step
 
 
 def fine_tuning(recipe, rate=ADAMW_PEAK, **more):
@@ -228,7 +229,7 @@ def fine_tuning(recipe, rate=ADAMW_PEAK, **more):
         init="x.npz", data="folder:x", recipe=recipe, steps=STEPS, warmup_steps=WARM, learning_rate=rate, **more
     )
     full: Any = tuning.resolve(options)
-    tx = tuning.make_optimizer(full, depth=DEPTH)[1]
+    tx = tuning.make_optimizer(full, types.SimpleNamespace(depth=DEPTH))[1]
     return full, tx, StepOptions(clip_norm=full.clip_norm or None, label_smoothing=full.label_smoothing)
 
 

@@ -17,7 +17,7 @@ from train.step import StepOptions, make_eval_step, make_init, make_train_step
 from vitcore import GPU, REFERENCE, partition_specs, variant
 from vitcore.sharding import MeshShape
 
-CONFIG = variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10, depth=2, dropout=0.1)
+CONFIG = variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10, depth=2, dropout=0.1, drop_path=0.3)
 
 
 def mesh_of(data, model):
@@ -25,7 +25,8 @@ def mesh_of(data, model):
 
 
 def three_steps(data, model, shard, ops):
-    """(losses, the parameters, how many of the state's arrays are split, correct images) of three steps with dropout."""
+    """(losses, the parameters, how many of the state's arrays are split, correct images) of three steps with dropout and stochastic
+    depth."""
     mesh, tx = mesh_of(data, model), optax.sgd(0.1, momentum=0.9)
     options = StepOptions(ops=ops, shard=shard, clip_norm=1.0)
     state = make_init(CONFIG, mesh, tx, options)(jax.random.key(0))

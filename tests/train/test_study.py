@@ -14,6 +14,7 @@ import train.loop
 from train import pretrain, study
 from train.metrics import read
 from train.optim import sgd
+from train.options import parse
 from train.signals import Stop
 from train.studies import catalogue, cost, execute, paper, report
 from train.studies.catalogue import STUDIES
@@ -31,7 +32,7 @@ def test_every_run_is_one_that_its_job_takes(name, setting):
     assert runs
     assert {run.after for run in runs if run.after} <= {run.name for run in runs if run.job == "pretrain"}
     if name == "masked" and not HAS_MASKED:
-        with pytest.raises(ValueError, match=r"train\.pretrain as it is here: Unrecognized options: --objective"):
+        with pytest.raises(ValueError, match=r"train\.pretrain as it is here: unknown option --objective"):
             execute.check(runs)
         return
     execute.check(runs)
@@ -265,7 +266,7 @@ def test_a_real_study_stopped_in_the_middle_of_a_run(monkeypatch, tmp_path, caps
         return metrics
 
     monkeypatch.setattr(train.loop._Loop, "step", counted)
-    args = study.parsed(["fake", "--mesh", "1x1", "--out", str(tmp_path / "s")])
+    args = parse(study.StudyOptions, "train.study", ["fake", "--mesh", "1x1", "--out", str(tmp_path / "s")])
     study.run(args, stop)
     assert "asked to stop in sgd" in capsys.readouterr().out
     assert taken[-1] == ("sgd", 4)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 
 import jax
 import numpy as np
@@ -129,7 +132,8 @@ def test_each_task_is_done_once_and_what_is_missing_is_named(weights, sets, tmp_
 
 
 def test_all_tasks_begin_from_the_step_that_the_first_began_from(sets, tmp_path, monkeypatch, capsys):
-    """--init is a run that goes on, first at step 4 and then at 12; what went wrong before it was opened has claimed nothing."""
+    """--init is a run that goes on, first at step 4 and then at 12, when it has 4 no more; what went wrong before it was opened has
+    claimed nothing."""
     config, live, out = dataclasses.replace(CONFIG, representation_size=None), tmp_path / "live", tmp_path / "out"
     argv = [*TINY, "--init", live, "--data", sets, "--out", out]
     run(*argv, fails=True)
@@ -153,6 +157,7 @@ def test_all_tasks_begin_from_the_step_that_the_first_began_from(sets, tmp_path,
     monkeypatch.setattr(train.loop, "train", quick)
     assert vtab.main([str(a) for a in argv]) == 130
     save(12)
+    shutil.rmtree(live / "checkpoints" / "4")
     allowed = 9
     run(*argv)
     assert len(begun) == 3
@@ -160,6 +165,33 @@ def test_all_tasks_begin_from_the_step_that_the_first_began_from(sets, tmp_path,
     held = json.loads((out / "vtab.json").read_text())
     assert held["model"]["step"] == 4
     assert {one["checksum"] for runs in held["final"].values() for one in runs.values()} == {held["model"]["checksum"]}
+
+
+def test_a_signal_between_two_tasks(weights, sets, tmp_path, monkeypatch, capsys):
+    """SIGTERM when one task is done and the next has not begun: nothing of it is begun, and nothing is done twice."""
+    done, train_, signalled = [], train.loop.train, False
+
+    def quick(run, say, *, stop):
+        if len(done) == 1 and not signalled:
+            os.kill(os.getpid(), signal.SIGTERM)  # this moment lies between the tasks
+            stop.wait()
+            ended = train_(run, say, stop=stop)  # the loop itself
+            assert ended.asked_to_stop
+            assert ended.steps == 0
+            return ended
+        done.append(str(run.directory).split("/")[-2])
+        return train.loop.Result(1, 1, 0.5, 5, 10, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", quick)
+    argv = [*TINY, "--init", weights, "--data", sets, "--out", tmp_path / "out"]
+    run(*argv)
+    assert f"asked to stop in final/{HERE[1]} at step 0: the same command resumes there" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out" / "vtab.json").read_text())["final"]) == [HERE[0]]
+    assert not (tmp_path / "out" / "vtab.png").exists()
+    signalled = True
+    run(*argv)
+    assert done == list(HERE)
+    assert json.loads((tmp_path / "out" / "vtab.json").read_text())["means"]["all"]["tasks"] == 3
 
 
 def test_sources_from_a_file_and_tables_recipe(weights, tmp_path, monkeypatch):

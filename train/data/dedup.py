@@ -58,6 +58,8 @@ class Dedup:
 
 def run(args: Dedup) -> None:
     _imagehash()  # is it there?
+    if args.step_timeout < 0:
+        raise ValueError(f"--step-timeout {args.step_timeout}: zero, for none, or a positive number is required")
     with Watchdog(args.step_timeout):
         _run(args)
 

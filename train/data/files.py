@@ -1,27 +1,11 @@
 """Opening what a user names: regular files only. A pipe that nobody writes to would be waited for, a device read, for ever."""
 
 import os
-import stat
-from typing import BinaryIO
 
 from train.data.source import DataError
+from train.files import open_regular as open_regular
 
 MOST_TEXT = 2**26  # bytes of a list, a manifest or class names: a million names have a third of that
-
-
-def open_regular(path: str) -> BinaryIO:
-    """A regular file, open for reading. Raises OSError for whatever is none, without waiting for it."""
-    # Through open, which also closes what it refuses (a directory); a descriptor of our own stayed open.
-    file = open(  # noqa: SIM115
-        path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
-    )
-    try:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(0, "it is no regular file", path)
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
 def read_text(path: str, what: str) -> str | None:

@@ -89,6 +89,16 @@ def _differences(part: str, held: dict, now: dict, classes: list[str]) -> Iterab
         yield f"{part} has other names or sizes of files, or another order ({prints})"
 
 
+def trained_on(held: dict | None, source: Source, whose: str) -> str:
+    """A line where `source` is what a model was trained on, which `held` says (of `check`), else "". whose: the model."""
+    if held is None or held["train"]["fingerprint"] != fingerprint(source):
+        return ""
+    return (
+        f"the images of {source.name} have the names and sizes of those that {whose} was trained on: if they are the same, what it "
+        "gets right there says little of others"
+    )
+
+
 def check(held: object) -> dict | None:
     """What a config.json holds under KEY, where it is whole; None where there is nothing. Raises DataError for what is damaged."""
     if held is None:

@@ -88,6 +88,8 @@ def run(args: Pack) -> None:
     for option, value in (("shorter-side", args.shorter_side), ("shard-images", args.shard_images), ("workers", args.workers)):
         if value is not None and value < 1:
             raise ValueError(f"--{option} {value}: a positive number is required")
+    if args.step_timeout < 0:
+        raise ValueError(f"--step-timeout {args.step_timeout}: zero, for none, or a positive number is required")
     if not 1 <= args.quality <= 100 or not 0 <= args.bad_share <= 1:
         raise ValueError(f"--quality {args.quality} --bad-share {args.bad_share}: 1 to 100 and 0 to 1 are required")
     named = []

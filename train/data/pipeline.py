@@ -32,6 +32,7 @@ from train.data.mix import Mix
 from train.data.rows import BAD, BadImages, Batch, EvalRows, TrainRows
 from train.data.sampling import random_subset
 from train.data.source import DataError, Source
+from train.data.suspects import Reading
 
 GROUP = 16  # files an item decodes: large against grain's 0.1 ms, small enough to spread a batch over the threads
 AT_ONCE = 32  # side up to which a batch of decoded examples is one item, made by one thread: nothing in it takes long
@@ -209,6 +210,7 @@ def train_batches(
     cutmix: float = 0.0,
     mixup_share: str = "batch",
     bad_share: float = BAD_SHARE,
+    reading: Reading | None = None,
 ) -> TrainBatches:
     """The endless stream of training batches: a new permutation each epoch, no example left out, none twice in an epoch.
 
@@ -235,6 +237,7 @@ def train_batches(
             drawn each time. Needs an even batch in each process.
         mixup_share: "batch", one share for all rows of the global batch, or "row", one for each.
         bad_share: of images that cannot be read (each is replaced by another, counted and logged), the most to go on with.
+        reading: of a run, what its readers mark and pass over.
 
     Raises:
         ValueError: an argument out of range, at once. DataError, from `next`: a shard cannot be read, or too many images.
@@ -252,6 +255,7 @@ def train_batches(
     rows = TrainRows(
         source=source, size=image_size, channels=channels, decoder=decoder, dtype=_dtype(pixels, augment or source.augment),
         seed=seed, augment=augment or source.augment, chosen=chosen, mix=mix, batch=batch_size, how=how,
+        reading=reading,
     )  # fmt: skip
     _check_reading(decoder, bad_share)
     batches = TrainBatches(rows, place, steps=None, threads=count, workers=workers, bad_share=bad_share)
@@ -274,6 +278,7 @@ def eval_batches(
     decoder: str = "auto",
     pixels: str = "float32",
     bad_share: float = BAD_SHARE,
+    reading: Reading | None = None,
 ) -> EvalBatches:
     """One pass over the source: every image once, whatever the batch size and the number of processes.
 
@@ -287,7 +292,7 @@ def eval_batches(
     place, count = _shard(source, image_size, channels, batch_size, shard, threads, workers, pairs=False)
     rows = EvalRows(
         source=source, size=image_size, channels=channels, decoder=decoder, dtype=_dtype(pixels, "none"), preprocess=preprocess,
-        how=how,
+        how=how, reading=reading,
     )  # fmt: skip
     steps = -(-len(source) // batch_size)
     return EvalBatches(rows, place, steps=steps, threads=count, workers=workers, bad_share=bad_share)

@@ -4,6 +4,7 @@ A row depends on (seed, epoch, index) alone, and so does what stands in for a ba
 other processes, mark such rows; `BadImages` counts and logs the marks where the run is.
 """
 
+import contextlib
 import logging
 import math
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from train.data.mix import DRAWS as MIX_DRAWS
 from train.data.mix import Mix, mixed
 from train.data.sampling import MIXUP, MIXUP_BATCH, epoch_order, replacements, uniforms
 from train.data.source import BadImage, DataError, Source
+from train.data.suspects import Reading
 
 log = logging.getLogger("train.data")
 
@@ -30,7 +32,8 @@ BAD = "bad"  # int64 [b], within the pipeline: the index of the image that could
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What training and evaluation share. dtype: of the images, float32 or uint8. how: they are cut and resized."""
+    """What training and evaluation share. dtype: of the images, float32 or uint8. how: they are cut and resized. reading: what a
+    run marks and passes over, None for nothing."""
 
     source: Source
     size: int
@@ -38,14 +41,16 @@ class Rows:
     decoder: str
     dtype: Any
     how: How
+    reading: Reading | None
 
     def read(self, index: int) -> tuple[Picture, int]:
         """Raises BadImage."""
         if self.source.decoded or not hasattr(self.source, "encoded"):
             image, label, _ = self.source[index]
             return image, label
-        data, label, name = self.source.encoded(index)  # type: ignore[attr-defined]
-        return DECODERS[self.decoder](data, name), label
+        with self.reading.of(self.source, index) if self.reading else contextlib.nullcontext():
+            data, label, name = self.source.encoded(index)  # type: ignore[attr-defined]
+            return DECODERS[self.decoder](data, name), label
 
     def images(self, count: int) -> np.ndarray:
         return np.zeros((count, self.size, self.size, self.channels), self.dtype)

@@ -26,6 +26,7 @@ from kernels.attention.hopper.backward import backward
 from kernels.attention.hopper.parts import LOG2E, PARAMS, along, buffer, masked, product, transposed, widened
 from kernels.attention.hopper.plan import HEAD, MOST, TILE, Plan, plan
 from kernels.launch import vary_alike
+from kernels.settings import own
 
 PROCESSORS = 132  # of an H100 or H200 (SXM); a card with fewer runs the rest of the blocks after the first
 
@@ -126,7 +127,7 @@ def _attention_backward(tokens, kept, g):
     return tuple(vary_alike(d, a)[0] for d, a in zip(grads, kept, strict=True))
 
 
-_attention.defvjp(lambda q, k, v, tokens: (_attention(q, k, v, tokens), (q, k, v)), _attention_backward)
+_attention.defvjp(own(lambda q, k, v, tokens: (_attention(q, k, v, tokens), (q, k, v))), own(_attention_backward))
 
 
 def attention(q, k, v, *, tokens=None):

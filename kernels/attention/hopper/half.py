@@ -22,6 +22,7 @@ from kernels.hopper.plan import KEPT, STATISTICS
 from kernels.hopper.product import product
 from kernels.launch import vary_alike
 from kernels.layer_norm import rows
+from kernels.settings import own
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _backward(f: Form, kept, g):
     return dx, jax.tree.map(lambda a, like: a.astype(like.dtype), grads, w)
 
 
-_half.defvjp(_forward, _backward)
+_half.defvjp(own(_forward), own(_backward))
 
 
 def attention_half(x, weights: AttentionWeights, *, tokens: int, residual_scale: float, eps: float):

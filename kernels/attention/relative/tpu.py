@@ -27,6 +27,7 @@ from kernels.attention.tiling import Shape
 from kernels.body import operand_dtype
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
+from kernels.settings import own
 
 
 def by_xla(shape: Shape, *, launch: Launch) -> str:
@@ -114,7 +115,7 @@ def _half_backward(static: Static, class_token: bool, residuals, dy):
     return None, dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)
 
 
-_half.defvjp(_half_forward, _half_backward)
+_half.defvjp(own(_half_forward), own(_half_backward))
 
 
 def attention_half(
@@ -175,8 +176,8 @@ def _attention_backward(num_heads, class_token, launch, forward, backward, resid
 
 
 _attention.defvjp(
-    lambda qkv, positions, *static: (_attention(qkv, positions, *static), (qkv, positions)), _attention_backward
-)  # fmt: skip
+    own(lambda qkv, positions, *static: (_attention(qkv, positions, *static), (qkv, positions))), own(_attention_backward)
+)
 
 
 def attention(
