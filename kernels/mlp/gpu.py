@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
 from kernels.attention.gpu import KEPT, again, dropped, product, rounded
+from kernels.hopper import plan
 from kernels.hopper.plan import refuses
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import layer_norm
@@ -26,10 +27,11 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
     b, t, d = x.shape
     tokens = tokens or t
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    if dropout is None and refuses(x.dtype, d, w_in.shape[1]) is None:
+    if not (dropout and dropout.rate and not plan.DROPOUT) and refuses(x.dtype, d, w_in.shape[1]) is None:
         from kernels.mlp import hopper  # Mosaic GPU takes a third of a second to import
 
-        return hopper.mlp_half(x, weights, gelu=gelu, residual_scale=residual_scale, eps=eps)
+        options = {"gelu": gelu, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
+        return hopper.mlp_half(x, weights, **options)
 
     @again
     def project(x, norm_scale, norm_bias, w_in):
