@@ -1,7 +1,7 @@
 """The attention half of a block on a GPU: XLA's own products around our kernel for short rows on Hopper, or cuDNN's attention.
 
-On Hopper, without dropout, the whole half is of our kernels (`hopper/half.py`), where neither `hopper.plan.refuses` nor
-`kernels.hopper.plan.refuses` says why not. What follows is the way of the rest. It is the same as `reference.py` but for what
+On Hopper the half is of our kernels (`hopper/half.py`) where `kernels.hopper.plan.refuses` does not say why not, its core too where
+`hopper.plan.refuses` does not. What follows is the way of the rest. It is the same as `reference.py` but for what
 goes through memory:
 - An activation is rounded to x's dtype where it is made (the accumulator inside is float32). The reference keeps products float32,
   and then those of the backward pass read float32 operands, which costs the tensor cores two to four times as much.
@@ -84,11 +84,7 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     if t % TOKENS and by != "hopper":
         padded = jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))
         return attention_half(padded, weights, **options)[:, :t]
-    if (
-        (by == "hopper" or (products.CUDNN and by == "cudnn"))
-        and not (dropout and dropout.rate and not products.DROPOUT)
-        and products.refuses(x.dtype, d, w_out.shape[0]) is None
-    ):
+    if by != "xla" and products.refuses(x.dtype, d, w_out.shape[0]) is None:
         from kernels.attention.hopper.half import attention_half as whole  # Mosaic GPU takes a third of a second to import
 
         return whole(x, weights, by=by, **options)

@@ -18,8 +18,6 @@ KEPT, STATISTICS = "kept by the GPU ops", "layer norm statistics"
 DEEP = 64  # of K at a time: 128 bytes of bfloat16, the widest swizzle of shared memory
 THREADS = 128  # of a warpgroup, over which a row of the norm is spread
 WIDEST = 2048  # row of the norm, for its registers
-DROPOUT = False  # whether half blocks that drop are of our kernels
-CUDNN = False  # whether the attention half is where its core is cuDNN's
 READS = ("residual", "slope")  # kinds of epilogue that read an array of the result's shape
 
 

@@ -1,6 +1,6 @@
 """The MLP half of a block on a GPU: XLA's products, rounded to x's dtype where they are made; `kernels/attention/gpu.py` says why.
 
-On Hopper, without dropout, it is of our kernels (`hopper.py`), where `kernels.hopper.plan.refuses` says nothing.
+On Hopper it is of our kernels (`hopper.py`), where `kernels.hopper.plan.refuses` says nothing.
 
 The backward pass keeps x, its rows' statistics and the hidden layer's product, and computes what is elementwise again.
 """
@@ -13,7 +13,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
 from kernels.attention.gpu import KEPT, again, dropped, product, rounded
-from kernels.hopper import plan
 from kernels.hopper.plan import refuses
 from kernels.launch import vary_alike
 from kernels.layer_norm.gpu import layer_norm
@@ -27,7 +26,7 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
     b, t, d = x.shape
     tokens = tokens or t
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    if not (dropout and dropout.rate and not plan.DROPOUT) and refuses(x.dtype, d, w_in.shape[1]) is None:
+    if refuses(x.dtype, d, w_in.shape[1]) is None:
         from kernels.mlp import hopper  # Mosaic GPU takes a third of a second to import
 
         options = {"gelu": gelu, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
