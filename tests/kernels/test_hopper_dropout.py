@@ -16,12 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import dropout as drop
 from kernels.attention.hopper import half as attention_hopper
 from kernels.attention.reference import AttentionWeights
-from kernels.hopper import plan
 from kernels.hopper import product as kernel
 from kernels.hopper.epilogue import Epilogue
 from kernels.hopper.plan import Tiles
 from kernels.layer_norm import gpu as layer_norm
-from kernels.mlp import gpu as mlp_gpu
 from kernels.mlp import hopper as mlp_hopper
 from kernels.mlp.reference import MLPWeights
 from tests import oracle
@@ -151,10 +149,3 @@ def test_rows_behind_the_tokens_take_no_place_in_the_mask(on_xla, form):
     else:
         half = partial(attention_hopper.attention_half, weights=AttentionWeights(*w), num_heads=2, by="hopper", **options)
     np.testing.assert_array_equal(half(x, tokens=5)[:, :5], half(x[:, :5], tokens=5))
-
-
-def test_a_half_that_drops_is_of_our_kernels(monkeypatch):
-    monkeypatch.setattr(plan, "not_hopper", lambda: None)
-    x = jax.ShapeDtypeStruct((2, 7, 128), jnp.bfloat16)
-    w = MLPWeights(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((128,), (128,), (128, 256), (256,), (256, 128), (128,))))
-    assert "product_hopper" in str(jax.make_jaxpr(partial(mlp_gpu.mlp_half, dropout=dropout()))(x, w))
