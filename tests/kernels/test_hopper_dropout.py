@@ -120,7 +120,7 @@ def on_xla(monkeypatch):
     monkeypatch.setattr(attention_hopper, "backward", backward)
 
 
-@pytest.mark.parametrize("rate", [0.0, RATE])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), RATE])
 def test_the_mlp_half_agrees_with_the_reference(on_xla, rate):
     options = {"gelu": "quick", "residual_scale": 0.5, "dropout": dropout() if rate else None}
     ours = oracle.flat(partial(mlp_hopper.mlp_half, eps=1e-6, **options), MLPWeights)
@@ -129,7 +129,7 @@ def test_the_mlp_half_agrees_with_the_reference(on_xla, rate):
 
 
 @pytest.mark.parametrize("by", ["hopper", "xla"])
-@pytest.mark.parametrize("rate", [0.0, RATE])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), RATE])
 def test_the_attention_half_agrees_with_the_reference(on_xla, by, rate):
     """With our core, which takes q, k and v in one array, and with another's, which takes three."""
     options = {"num_heads": 2, "residual_scale": 0.5, "dropout": dropout() if rate else None}
