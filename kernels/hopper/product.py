@@ -42,7 +42,8 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
     del refs[:2]
     bias_ref: Any = refs.pop(0) if e.bias else None
     beside_ref: Any = refs.pop(0) if e.beside else None
-    hashed_ref, columns_ref = (refs.pop(0), refs.pop(0)) if e.dropout else (None, None)
+    hashed_ref: Any = refs.pop(0) if e.dropout else None
+    columns_ref: Any = refs.pop(0) if e.dropout else None
     out_refs = refs[: e.outputs]
     (x_flat, x_tiled), w_s, (given_flat, given), (made_flat, made), ready, free, arrived = refs[e.outputs :]
     (m, _), n = x_ref.shape, out_refs[0].shape[1]

@@ -15,6 +15,7 @@ wait for the last read of this one: that is what is left to win.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,9 @@ def _over_queries(rows, arrays, lse, delta, scale, *, tokens: int, p: Plan):
         dq = gradient(e, dp, d, *p.spans[0])
         lse[rows], delta[rows] = largest + jnp.log(total) * LOG2E, d
         return [a * along(1 / total, a, 0) for a in dq]
-    largest = total = d = None
+    largest: Any = None
+    total: Any = None
+    d: Any = None
     for span in p.spans:
         most, sums, e, dp = products(*span, before=largest)
         weighed = (e * dp).sum(axis=1)
@@ -83,7 +86,7 @@ def _over_queries(rows, arrays, lse, delta, scale, *, tokens: int, p: Plan):
         largest = most
     d, lse_rows = d / total, largest + jnp.log(total) * LOG2E
     lse[rows], delta[rows] = lse_rows, d
-    dq = None
+    dq: Any = None
     for span in p.spans:
         _, _, e, dp = products(*span, most=lse_rows)
         more = gradient(e, dp, d, *span)

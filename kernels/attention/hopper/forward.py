@@ -16,6 +16,7 @@ The backward pass (`backward.py`) needs q, k, v and o's gradient, no statistics.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,10 @@ LOADER, MULTIPLIER = {2: 40, 3: 32}, {2: 232, 3: 160}  # registers a thread, by 
 
 def _attend(q, k, v, scale, arrived, *, tokens: int, p: Plan) -> list:
     """The result of 64 queries, by pieces of the head. arrived(): waits for v."""
-    largest = total = o = None
+    largest: Any = None
+    total: Any = None
+    less: Any = None
+    o: Any = None
     for first, width in p.spans:
         s = product(q, [transposed(a.at[pl.ds(first, width)]) for a in k], width)
         s = masked(s, min(width, tokens - first))

@@ -62,7 +62,8 @@ def _core(f: Form, *qkv):
         q = _heads(f, qkv[0], 3 * f.heads)
         (o,) = vary_alike(forward(q, q, q, f.tokens, f.heads), qkv[0])[:1]
     else:
-        o = attend(*(_heads(f, a, f.heads) for a in qkv), f.tokens, f.by)
+        q, k, v = (_heads(f, a, f.heads) for a in qkv)
+        o = attend(q, k, v, f.tokens, f.by)
     return o.reshape(qkv[0].shape[0], -1)
 
 
