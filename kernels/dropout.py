@@ -80,10 +80,21 @@ def apply_rows(x, t: int, dropout: Dropout | None, site: int, column=0, *, token
     """`apply` of x [B * T, K], rows of T each, and the result likewise: the same mask, and no array of three axes on the way."""
     if dropout is None or dropout.rate == 0.0:
         return x
-    row = lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
-    if tokens not in (None, t):
-        row = row // t * tokens + row % t
-    return _dropped(x, row, dropout, site, column)
+    return _dropped(x, _rows(x.shape[0], t, tokens)[:, None], dropout, site, column)
+
+
+def vectors(shape: tuple[int, int], t: int, dropout: Dropout, site: int, column=0, *, tokens=None):
+    """(hashed rows [M], columns [N]), int32: what `keep` takes of the mask that `apply_rows` uses for an array [M, N]."""
+    m, n = shape
+    rows = jnp.asarray(dropout.row, jnp.int32) + _rows(m, t, tokens)
+    columns = jnp.asarray(column, jnp.int32) + lax.broadcasted_iota(jnp.int32, (n,), 0)
+    return row_hash(site_key(dropout.key, site), rows), columns
+
+
+def _rows(m: int, t: int, tokens: int | None):
+    """How many rows of tokens stand before each of m rows, t an image of which `tokens` are tokens."""
+    row = lax.broadcasted_iota(jnp.int32, (m,), 0)
+    return row if tokens in (None, t) else row // t * tokens + row % t
 
 
 def _dropped(x, rows, dropout: Dropout, site: int, column):

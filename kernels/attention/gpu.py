@@ -1,7 +1,7 @@
 """The attention half of a block on a GPU: XLA's own products around our kernel for short rows on Hopper, or cuDNN's attention.
 
-On Hopper, without dropout, the whole half is of our kernels (`hopper/half.py`), where neither `hopper.plan.refuses` nor
-`kernels.hopper.plan.refuses` says why not. What follows is the way of the rest. It is the same as `reference.py` but for what
+On Hopper the half is of our kernels (`hopper/half.py`) where `kernels.hopper.plan.refuses` does not say why not, its core too where
+`hopper.plan.refuses` does not. What follows is the way of the rest. It is the same as `reference.py` but for what
 goes through memory:
 - An activation is rounded to x's dtype where it is made (the accumulator inside is float32). The reference keeps products float32,
   and then those of the backward pass read float32 operands, which costs the tensor cores two to four times as much.
@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import dropout as drop
 from kernels.attention.hopper.plan import refuses
+from kernels.attention.library import attend
 from kernels.attention.reference import AttentionWeights
 from kernels.hopper import plan as products
 from kernels.hopper.plan import KEPT as KEPT
@@ -80,14 +81,14 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     tokens = tokens or t
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
     by = implementation(x.dtype, w_qkv.shape[-1] // num_heads, t)
-    if by == "hopper" and dropout is None and products.refuses(x.dtype, d, w_out.shape[0]) is None:
-        from kernels.attention.hopper.half import attention_half as whole  # Mosaic GPU takes a third of a second to import
-
-        return whole(x, weights, tokens=tokens, residual_scale=residual_scale, eps=eps)
+    options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
     if t % TOKENS and by != "hopper":
         padded = jnp.pad(x, ((0, 0), (0, -t % TOKENS), (0, 0)))
-        options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
         return attention_half(padded, weights, **options)[:, :t]
+    if by != "xla" and products.refuses(x.dtype, d, w_out.shape[0]) is None:
+        from kernels.attention.hopper.half import attention_half as whole  # Mosaic GPU takes a third of a second to import
+
+        return whole(x, weights, by=by, **options)
 
     @again
     def project(x, norm_scale, norm_bias, w_qkv, b_q):
@@ -116,17 +117,7 @@ def _core(q, k, v, tokens: int, by: Literal["hopper", "cudnn", "xla"]) -> jax.Ar
         from kernels.attention.hopper.forward import attention  # Mosaic GPU takes a third of a second to import
 
         return attention(q, k, v, tokens=tokens)
-    b, t, *_ = q.shape
-    # every query is a real one, so that each row of the result is finite; what is padding is no key
-    lengths = None if tokens == t else (jnp.full(b, t, jnp.int32), jnp.full(b, tokens, jnp.int32))
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        query_seq_lengths=lengths and lengths[0],
-        key_value_seq_lengths=lengths and lengths[1],
-        implementation=by,
-    )
+    return attend(q, k, v, tokens, by)
 
 
 def rounded(x, dtype):

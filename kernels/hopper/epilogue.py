@@ -49,7 +49,8 @@ class Epilogue:
 
     bias: a row is added first. gelu: then this form of GELU is taken; keep: and what it is taken of is written, too. residual: or
     that many times an array of the result's shape is added. slope: or y is multiplied by the slope of this form of GELU at an array
-    of its shape, and the GELU of that array is written, too.
+    of its shape, and the GELU of that array is written, too. dropout: the rate at which elements are dropped, by the mask of
+    `kernels/dropout.py`, of GELU's result, of what is added to the array beside, and of both that a slope makes.
     """
 
     bias: bool = False
@@ -57,6 +58,7 @@ class Epilogue:
     keep: bool = False
     residual: float = 0.0
     slope: str = ""
+    dropout: float = 0.0
 
     @property
     def beside(self) -> bool:
@@ -74,14 +76,18 @@ class Epilogue:
             return "slope" if self.slope else "residual"
         return ("kept" if self.keep else "gelu") if self.gelu else "plain"
 
-    def __call__(self, y, bias: Any = None, beside: Any = None) -> tuple:
-        """The outputs, for y and what stands beside it in float32; bias broadcast to y's shape."""
+    def __call__(self, y, bias: Any = None, beside: Any = None, mask: Any = None) -> tuple:
+        """The outputs, for y and what stands beside it in float32; bias broadcast to y's shape. mask: bool, what is not dropped."""
         y = y if bias is None else y + bias
         if self.slope:
             h, slope = gelu_and_slope(beside, self.slope)
-            return y * slope, h
+            return self._dropped(y * slope, mask), self._dropped(h, mask)
         if self.residual:
-            return (y + (beside if self.residual == 1.0 else self.residual * beside),)
+            return (self._dropped(y, mask) + (beside if self.residual == 1.0 else self.residual * beside),)
         if not self.gelu:
-            return (y,)
-        return (gelu(y, self.gelu), y) if self.keep else (gelu(y, self.gelu),)
+            return (self._dropped(y, mask),)
+        h = self._dropped(gelu(y, self.gelu), mask)
+        return (h, y) if self.keep else (h,)
+
+    def _dropped(self, y, mask):
+        return y if mask is None else jnp.where(mask, y * (1.0 / (1.0 - self.dropout)), 0.0)

@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels import dropout as drop
+from kernels.attention.hopper import parts
 from kernels.attention.hopper.parts import COLUMNS, PARAMS, along, load, transposed
 from kernels.hopper.epilogue import Epilogue
 from kernels.hopper.plan import DEEP, Tiles, tiles
@@ -40,6 +42,8 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
     del refs[:2]
     bias_ref: Any = refs.pop(0) if e.bias else None
     beside_ref: Any = refs.pop(0) if e.beside else None
+    hashed_ref: Any = refs.pop(0) if e.dropout else None
+    columns_ref: Any = refs.pop(0) if e.dropout else None
     out_refs = refs[: e.outputs]
     (x_flat, x_tiled), w_s, (given_flat, given), (made_flat, made), ready, free, arrived = refs[e.outputs :]
     (m, _), n = x_ref.shape, out_refs[0].shape[1]
@@ -121,7 +125,10 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
             sums = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((mine, t.columns), jnp.float32))
             if len(pieces) * e.outputs % t.made:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            written, bias, beside = 0, None, None
+            written, bias, beside, mask, numbers = 0, None, None, None, None
+            hashed = {
+                r: load(hashed_ref.at[where((r, 0))[0]], parts.ROWS, optimized=False) for r in range(0, mine, ROWS) if e.dropout
+            }
             for i, (r, c) in enumerate(pieces):
                 y = sums[r : r + ROWS, c : c + DEEP]
                 if e.bias and r == 0:
@@ -129,7 +136,11 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
                 if e.beside:
                     plgpu.barrier_wait(arrived.at[warpgroup * t.given + i % t.given])
                     beside = load(given.at[warpgroup, i % t.given], plgpu.Layout.WGMMA).astype(jnp.float32)
-                for ref, value in zip(out_refs, e(y, bias, beside), strict=True):
+                if e.dropout:
+                    if r == 0:
+                        numbers = load(columns_ref.at[where((r, c))[1]], COLUMNS, optimized=False)
+                    mask = drop.keep(along(hashed[r], y, 0), along(numbers, y, 1), e.dropout)
+                for ref, value in zip(out_refs, e(y, bias, beside, mask), strict=True):
                     slot = written % t.made
                     plgpu.wait_smem_to_gmem(t.made - 1, wait_read_only=True)
                     made.at[warpgroup, slot][...] = value.astype(ref.dtype)
@@ -142,18 +153,22 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
         plgpu.wait_smem_to_gmem(0)
 
 
-def product(x, w, bias=None, beside=None, *, e: Epilogue, turned: bool = False, t: Tiles | None = None) -> tuple:
+def product(x, w, bias=None, beside=None, mask=None, *, e: Epilogue, turned: bool = False, t: Tiles | None = None) -> tuple:
     """What `e` makes of x [M, K] @ w [K, N] in x's dtype, bfloat16: arrays [M, N].
 
     w may be [G, K, n], G matrices whose columns stand beside each other, N = G n. bias [N] where e.bias, beside [M, N] like x where
-    e.beside. turned: the product is with w's transpose; w is [N, K], or [G, N, k], K = G k. w is rounded to x's dtype. t: the
-    tiles, by default those of the table. `plan.refuses` says what is not taken.
+    e.beside, mask where e.dropout: `kernels.dropout.vectors` of [M, N]. turned: the product is with w's transpose; w is [N, K], or
+    [G, N, k], K = G k. w is rounded to x's dtype. t: the tiles, by default those of the table. `plan.refuses` says what is not
+    taken.
     """
     w = (w if w.ndim == 3 else w[None]).astype(x.dtype)
     rest = [] if bias is None else [bias.reshape(-1).astype(jnp.float32)]
-    arrays = vary_alike(x, w, *rest, *([beside] if e.beside else []))
-    n = w.shape[1 if turned else 2]  # of what a tile lies in
-    out = _product(*arrays, e=e, t=t or tiles(x.shape[1], n, e.kind), turned=turned)
+    t = t or tiles(x.shape[1], w.shape[1 if turned else 2], e.kind)  # columns of what a tile lies in
+    if mask is not None:  # rows are read as whole tiles, behind the last one, too
+        hashed, columns = mask
+        mask = jnp.pad(hashed, (0, -hashed.shape[0] % (t.rows * t.cluster))), columns
+    arrays = vary_alike(x, w, *rest, *([beside] if e.beside else []), *(mask or ()))
+    out = _product(*arrays, e=e, t=t, turned=turned)
     return vary_alike(*out, x)[:-1]
 
 

@@ -1,6 +1,6 @@
 """The MLP half of a block on a GPU: XLA's products, rounded to x's dtype where they are made; `kernels/attention/gpu.py` says why.
 
-On Hopper, without dropout, it is of our kernels (`hopper.py`), where `kernels.hopper.plan.refuses` says nothing.
+On Hopper it is of our kernels (`hopper.py`), where `kernels.hopper.plan.refuses` says nothing.
 
 The backward pass keeps x, its rows' statistics and the hidden layer's product, and computes what is elementwise again.
 """
@@ -27,10 +27,11 @@ def mlp_half(x, weights: MLPWeights, *, gelu="tanh", dropout=None, residual_scal
     b, t, d = x.shape
     tokens = tokens or t
     acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    if dropout is None and refuses(x.dtype, d, w_in.shape[1]) is None:
+    if refuses(x.dtype, d, w_in.shape[1]) is None:
         from kernels.mlp import hopper  # Mosaic GPU takes a third of a second to import
 
-        return hopper.mlp_half(x, weights, gelu=gelu, residual_scale=residual_scale, eps=eps)
+        options = {"gelu": gelu, "dropout": dropout, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
+        return hopper.mlp_half(x, weights, **options)
 
     @again
     def project(x, norm_scale, norm_bias, w_in):

@@ -31,9 +31,9 @@ def plain(q, k, v, tokens):
     return jnp.einsum("bnts,bsnh->btnh", probs, v[:, :tokens])
 
 
-def arrays(b, t, n, scale=1.0, seed=0):
+def arrays(b, t, n, scale=1.0, seed=0, head=64):
     r = np.random.default_rng(seed)
-    return [jnp.asarray(r.standard_normal((b, t, n, 64)) * s, jnp.bfloat16) for s in (scale, scale, 1.0)]
+    return [jnp.asarray(r.standard_normal((b, t, n, head)) * s, jnp.bfloat16) for s in (scale, scale, 1.0)]
 
 
 @pytest.mark.parametrize("t", [1, 7, 8, 50, 64, 65, 128, 129, 192, 193, 197, 201, 208, 209, 256])
@@ -41,6 +41,20 @@ def test_value_and_gradients_agree(t):
     for tokens in {t, max(1, t - 1)}:
         ours, reference = partial(hopper.attention, tokens=tokens), partial(plain, tokens=tokens)
         oracle.check(ours, reference, arrays(2, t, 3, seed=t), names="qkv")
+
+
+@pytest.mark.parametrize(
+    ("t", "head"), [(257, 64), (325, 64), (384, 64), (7, 80), (197, 80), (257, 80), (320, 80), (50, 128), (128, 128)]
+)
+def test_other_heads_and_rows_that_are_taken_in_spans(t, head):
+    for tokens in {t, t - 1}:
+        args = arrays(2, t, 3, seed=t, head=head)
+        oracle.check(partial(hopper.attention, tokens=tokens), partial(plain, tokens=tokens), args, names="qkv")
+
+
+def test_blocks_that_take_several_heads_in_spans():
+    args = arrays(20, 258, 16, 3.0, head=80)
+    oracle.check(partial(hopper.attention, tokens=257), partial(plain, tokens=257), args, names="qkv")
 
 
 @pytest.mark.parametrize("scale", [0.0, 6.0])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import dropout as drop
 from kernels.attention import gpu as attention_gpu
 from kernels.attention import reference as attention
 from kernels.attention.hopper.plan import CAPABILITY
@@ -18,6 +19,7 @@ from kernels.layer_norm import rows
 from kernels.mlp import gpu as mlp_gpu
 from kernels.mlp import reference as mlp
 from tests import oracle
+from tests.kernels import test_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -28,6 +30,9 @@ EPILOGUES = [
     Epilogue(bias=True, residual=1.0),
     Epilogue(residual=0.5),
     *(Epilogue(slope=form) for form in ("tanh", "quick", "erf")),
+    Epilogue(bias=True, gelu="tanh", keep=True, dropout=0.1),
+    Epilogue(bias=True, residual=1.0, dropout=0.1),
+    Epilogue(slope="tanh", dropout=0.1),
 ]
 OTHERS = [
     Tiles(stages=3),
@@ -51,24 +56,33 @@ def array(r, *shape, scale=1.0, dtype=jnp.bfloat16):
     return jnp.asarray(r.standard_normal(shape) * scale, dtype)
 
 
+def dropped(e: Epilogue, m: int, n: int):
+    """(the mask as a product takes it, or None; 0 or 1 / (1 - rate) by element), with rows of padding and a first column."""
+    if not e.dropout:
+        return None, 1.0
+    site = {"dropout": drop.Dropout(e.dropout, jnp.int32(77), 1234567), "site": drop.MLP_HIDDEN, "column": 768, "tokens": 49}
+    return drop.vectors((m, n), 50, **site), np.asarray(drop.apply_rows(jnp.ones((m, n)), 50, **site), np.float64)
+
+
 def agrees(e: Epilogue, t: Tiles, m: int, k: int, n: int, *, groups: int = 1, turned: bool = False):
     """Each output is as near to float64 as one rounding of it is."""
     r = np.random.default_rng(0)
     x, w = array(r, m, k), array(r, groups, *((n, k // groups) if turned else (k, n // groups)), scale=k**-0.5)
     bias = array(r, n, dtype=jnp.float32) if e.bias else None
     beside = array(r, m, n) if e.beside else None
-    found = product(x, w, bias, beside, e=e, t=t, turned=turned)
+    mask, kept = dropped(e, m, n)
+    found = product(x, w, bias, beside, mask, e=e, t=t, turned=turned)
     with jax.enable_x64(True):
         wide: list = [None if a is None else jnp.asarray(np.asarray(a), jnp.float64) for a in (x, w, bias, beside)]
         whole = jnp.concatenate([a.T if turned else a for a in wide[1]], axis=0 if turned else 1)
         y = wide[0] @ whole + (0 if wide[2] is None else wide[2])
         if e.slope:
             h, pull = jax.vjp(mlp.GELUS[e.slope], wide[3])
-            true = (y * pull(jnp.ones_like(y))[0], h)
+            true = (y * pull(jnp.ones_like(y))[0] * kept, h * kept)
         elif e.gelu:
-            true = (mlp.GELUS[e.gelu](y), y)
+            true = (mlp.GELUS[e.gelu](y) * kept, y)
         else:
-            true = (y if wide[3] is None else y + e.residual * wide[3],)
+            true = (y * kept if wide[3] is None else y * kept + e.residual * wide[3],)
         true = [np.asarray(a) for a in true]
     assert len(found) == e.outputs
     for a, b in zip(found, true, strict=False):
@@ -120,12 +134,16 @@ def test_the_norm_of_rows(m, d):
 
 
 @pytest.mark.parametrize(("form", "t", "d", "f"), [("tanh", 50, 384, 1536), ("quick", 37, 256, 512), ("erf", 37, 128, 768)])
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_the_mlp_half(form, t, d, f, scale):
+@pytest.mark.parametrize(("scale", "rate"), [(1.0, 0.0), (0.5, 0.1)])
+def test_the_mlp_half(form, t, d, f, scale, rate):
     r = np.random.default_rng(t)
     assert refuses(jnp.dtype(jnp.bfloat16), d, f) is None
     weights = [array(r, d) + 1, array(r, d), array(r, d, f, scale=d**-0.5), array(r, f), array(r, f, d, scale=f**-0.5), array(r, d)]
-    ours, plain = (oracle.flat(partial(m.mlp_half, gelu=form, residual_scale=scale), mlp.MLPWeights) for m in (mlp_gpu, mlp))
+    options = {"gelu": form, "residual_scale": scale, "dropout": drop.Dropout(rate, jnp.int32(5), 7, 512) if rate else None}
+    ours = oracle.flat(partial(mlp_gpu.mlp_half, **options), mlp.MLPWeights)
+    plain = (
+        partial(test_gpu.rounding_mlp_half, **options) if rate else oracle.flat(partial(mlp.mlp_half, **options), mlp.MLPWeights)
+    )
     x = array(r, 3, t, d)
     oracle.check(ours, plain, [x, *(a.astype(jnp.float32) for a in weights)], names=("x", *mlp.MLPWeights._fields))
 
@@ -152,3 +170,11 @@ def test_the_attention_half(t, d, n, tokens, scale):
 
     args = [array(r, 2, t, d), *(a.astype(jnp.float32) for a in weights)]
     oracle.check(half(attention_gpu), half(attention), args, names=("x", *attention.AttentionWeights._fields))
+
+
+@pytest.mark.parametrize(("n", "t", "h"), [(8, 197, 64), (8, 50, 80), (8, 258, 80), (4, 600, 64)])
+def test_the_attention_half_that_drops(n, t, h):
+    """Around our core, and around cuDNN's where rows are longer than ours are taken for."""
+    options = {"num_heads": n, "residual_scale": 0.5, "dropout": drop.Dropout(0.1, jnp.int32(5), 7)}
+    args = test_gpu.arrays(2, t, 512, n * h, 3, jnp.bfloat16, t)
+    oracle.check(partial(test_gpu.attention_half, **options), partial(test_gpu.rounding_attention_half, **options), args)

@@ -15,6 +15,7 @@ from bench import tune
 from kernels.attention import gpu as attention_gpu
 from kernels.attention.hopper import half as attention_hopper
 from kernels.attention.reference import AttentionWeights
+from kernels.dropout import Dropout
 from kernels.hopper import epilogue, plan, table
 from kernels.hopper.epilogue import Epilogue
 from kernels.hopper.plan import Tiles, memory, refuses, tiles
@@ -40,9 +41,13 @@ def weights(record, *shapes):
 
 MLP = weights(MLPWeights, (D,), (D,), (D, F), (F,), (F, D), (D,))
 ATTENTION = weights(AttentionWeights, (D,), (D,), (3, D, D), (3, D), (D, D), (D,))
+HALF_OF_MLP = partial(mlp_hopper.mlp_half, gelu="tanh", residual_scale=1.0, eps=1e-6)
+HALF_OF_ATTENTION = partial(attention_hopper.attention_half, num_heads=2, tokens=T - 1, residual_scale=0.5, eps=1e-6)
 HALVES = {
-    "mlp": (partial(mlp_hopper.mlp_half, gelu="tanh", residual_scale=1.0, eps=1e-6), MLP),
-    "attention": (partial(attention_hopper.attention_half, tokens=T - 1, residual_scale=0.5, eps=1e-6), ATTENTION),
+    "mlp": (HALF_OF_MLP, MLP),
+    "attention": (partial(HALF_OF_ATTENTION, by="hopper"), ATTENTION),
+    "attention around another's core": (partial(HALF_OF_ATTENTION, by="xla"), ATTENTION),
+    "mlp that drops": (partial(HALF_OF_MLP, dropout=Dropout(0.1, jnp.int32(1), 5, 7), tokens=T - 1), MLP),
 }
 
 
@@ -63,7 +68,7 @@ def test_half_blocks_lower_for_a_card_on_a_mesh_and_alone(name):
     assert "all_reduce" in text
 
 
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("name", ["mlp", "attention"])
 def test_what_a_half_block_keeps_for_its_backward_pass(name):
     """Also under a checkpoint around the block with the GPU ops' policy: x, two numbers a row, and the products named."""
     half, w = HALVES[name]
@@ -152,12 +157,13 @@ def test_which_half_blocks_are_refused_and_why(monkeypatch, dtype, d, inner, bec
     assert why is None if because is None else because in why
 
 
-def test_halves_are_of_our_kernels_where_a_hopper_card_is_and_nothing_is_dropped(monkeypatch):
+def test_halves_are_of_our_kernels_where_a_hopper_card_is(monkeypatch):
     for module in (plan, attention_gpu.products):
         monkeypatch.setattr(module, "not_hopper", lambda: None)
     monkeypatch.setattr(attention_gpu, "refuses", lambda *_: None)
     x = shape(2, T, D)
-    assert "product_hopper" in str(jax.make_jaxpr(mlp_gpu.mlp_half)(x, MLP))
+    for options in ({}, {"dropout": Dropout(0.1, jnp.int32(1))}):
+        assert "product_hopper" in str(jax.make_jaxpr(partial(mlp_gpu.mlp_half, **options))(x, MLP))
     assert "product_hopper" in str(jax.make_jaxpr(partial(attention_gpu.attention_half, num_heads=2))(x, ATTENTION))
     assert "product_hopper" not in str(jax.make_jaxpr(mlp_gpu.mlp_half)(shape(2, T, D, dtype=jnp.float32), MLP))
 

@@ -3,16 +3,19 @@
     p = softmax(q k^T / sqrt(H))    dv = p^T g    dp = g v^T    ds = p (dp - delta)    dq = ds k / sqrt(H)    dk = ds^T q / sqrt(H)
     delta = rowsum(p dp), which is rowsum(o g): o is not read
 
-A head's q, k, v, g lie whole in shared memory (128 KB), and two warpgroups take it in two passes of 64 rows at a time. Over
-queries: logits as in the forward pass, which give p, delta and dq; lse (base 2) and delta stay in shared memory. Over keys: the
-transposed logits and dp of `chunk` queries at a time, whose p^T and ds^T are the left operands, from registers, of dv and dk. So
-no tile of p or ds goes through shared memory, and nothing is summed across warpgroups, at the price of seven products for five.
+A head's q, k, v, g lie whole in shared memory (128 KB if 256 x 64), and two warpgroups take it in two passes of 64 rows at a
+time. Over queries: logits as in the forward pass, which give p, delta and dq; lse (base 2) and delta stay in shared memory. Over
+keys: the transposed logits and dp of `chunk` queries at a time, whose p^T and ds^T are the left operands, from registers, of dv and
+dk. So no tile of p or ds goes through shared memory, and nothing is summed across warpgroups, at the price of seven products for
+five, nine where rows of more than 256 keys are taken in spans: once for lse and delta, once more for dq. dk and dv leave by the
+places of their keys and values, which no one reads any more.
 
 Memory: 4 arrays read and 3 written once, 14 B T N H bytes, 271 MB and 81 us for ViT-B/16 at 128 images. Loads of the next head
 wait for the last read of this one: that is what is left to win.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention.hopper.parts import COLUMNS, LOG2E, PARAMS, along, buffer, load, masked, product, transposed, widened
+from kernels.attention.hopper.parts import (
+    COLUMNS,
+    LOG2E,
+    PARAMS,
+    along,
+    arrivals,
+    buffer,
+    fetch,
+    load,
+    masked,
+    part,
+    product,
+    store,
+    transposed,
+    widened,
+)
 from kernels.attention.hopper.plan import COMPUTE, TILE, Plan, plan
 
 PROCESSORS = 132
@@ -28,45 +46,84 @@ LOADER, MULTIPLIER = 24, 240  # registers a thread
 
 
 def _over_queries(rows, arrays, lse, delta, scale, *, tokens: int, p: Plan):
-    """Gradient of 64 queries (without 1 / sqrt(H)); their lse and delta into shared memory."""
+    """Gradient of 64 queries (without 1 / sqrt(H)), by pieces of the head; their lse and delta into shared memory."""
     q, k, v, g = arrays
-    keys = pl.ds(0, p.keys)
-    s = masked(product(q.at[rows], transposed(k.at[keys]), p.keys), tokens)
-    largest = s.max(axis=1) * scale
-    e = jnp.exp2(s * scale - along(largest, s, 0))
-    total = e.sum(axis=1)
-    # rounded, and so packed, before the next accumulator: both in float32 do not fit the registers
-    e = lax.optimization_barrier(e.astype(q.dtype))
-    dp = product(g.at[rows], transposed(v.at[keys]), p.keys)
-    e = e.astype(jnp.float32)
-    d = (e * dp).sum(axis=1) / total
-    dq = product(widened((e * (dp - along(d, dp, 0))).astype(q.dtype), p.rows), k, q.shape[-1])
-    lse[rows] = largest + jnp.log(total) * LOG2E
-    delta[rows] = d
-    return dq * along(1 / total, dq, 0)
+    q, g = [a.at[rows] for a in q], [a.at[rows] for a in g]
+
+    def products(first, width, most=None, before=None):
+        """(largest logit, exponentials, dp) of a span of keys."""
+        keys = pl.ds(first, width)
+        s = masked(product(q, [transposed(a.at[keys]) for a in k], width), min(width, tokens - first))
+        if most is None:
+            most = s.max(axis=1) * scale
+            most = most if before is None else jnp.maximum(most, before)
+        e = jnp.exp2(s * scale - along(most, s, 0))
+        total = e.sum(axis=1)
+        # rounded, and so packed, before the next accumulator: both in float32 do not fit the registers
+        e = lax.optimization_barrier(e.astype(q[0].dtype))
+        dp = product(g, [transposed(a.at[keys]) for a in v], width)
+        return most, total, e.astype(jnp.float32), dp
+
+    def gradient(e, dp, d, first, width):
+        filled = -(-width // TILE) * TILE
+        ds = widened((e * (dp - along(d, dp, 0))).astype(q[0].dtype), filled)
+        return [product([ds], [a.at[pl.ds(first, filled)]], a.shape[-1]) for a in k]
+
+    if len(p.spans) == 1:
+        largest, total, e, dp = products(*p.spans[0])
+        d = (e * dp).sum(axis=1) / total
+        dq = gradient(e, dp, d, *p.spans[0])
+        lse[rows], delta[rows] = largest + jnp.log(total) * LOG2E, d
+        return [a * along(1 / total, a, 0) for a in dq]
+    largest: Any = None
+    total: Any = None
+    d: Any = None
+    for span in p.spans:
+        most, sums, e, dp = products(*span, before=largest)
+        weighed = (e * dp).sum(axis=1)
+        less = 0.0 if largest is None else jnp.exp2(largest - most)
+        total, d = (sums, weighed) if largest is None else (sums + total * less, weighed + d * less)
+        largest = most
+    d, lse_rows = d / total, largest + jnp.log(total) * LOG2E
+    lse[rows], delta[rows] = lse_rows, d
+    dq: Any = None
+    for span in p.spans:
+        _, _, e, dp = products(*span, most=lse_rows)
+        more = gradient(e, dp, d, *span)
+        dq = more if dq is None else [a + b for a, b in zip(dq, more, strict=True)]
+    return dq
 
 
 def _over_keys(rows, arrays, lse, delta, scale, *, queries: int, p: Plan):
-    """Gradients of 64 keys (without 1 / sqrt(H)) and 64 values."""
+    """Gradients of 64 keys (without 1 / sqrt(H)) and 64 values, each by pieces of the head."""
     q, k, v, g = arrays
+    k, v, dtype = [a.at[rows] for a in k], [a.at[rows] for a in v], q[0].dtype
 
-    def run(dk, dv):
+    def run(*sums):
+        dk, dv = sums[: len(q)], sums[len(q) :]
         for start in range(0, queries, p.chunk):
             width = min(p.chunk, queries - start)
             whole = -(-width // TILE) * TILE
-            part, filled = pl.ds(start, width), pl.ds(start, whole)
-            s = product(k.at[rows], transposed(q.at[part]), width)
-            e = jnp.exp2(s * scale - along(load(lse.at[part], COLUMNS), s, 1))
-            e = lax.optimization_barrier(e.astype(q.dtype))
-            dp = product(v.at[rows], transposed(g.at[part]), width)
-            plgpu.wgmma(dv, widened(e, whole), g.at[filled])
-            ds = e.astype(jnp.float32) * (dp - along(load(delta.at[part], COLUMNS), s, 1))
-            plgpu.wgmma(dk, widened(ds.astype(q.dtype), whole), q.at[filled])
+            some, filled = pl.ds(start, width), pl.ds(start, whole)
+            s = product(k, [transposed(a.at[some]) for a in q], width)
+            e = jnp.exp2(s * scale - along(load(lse.at[some], COLUMNS), s, 1))
+            e = lax.optimization_barrier(e.astype(dtype))
+            dp = product(v, [transposed(a.at[some]) for a in g], width)
+            for into, a in zip(dv, g, strict=True):
+                plgpu.wgmma(into, widened(e, whole), a.at[filled])
+            ds = widened((e.astype(jnp.float32) * (dp - along(load(delta.at[some], COLUMNS), s, 1))).astype(dtype), whole)
+            for into, a in zip(dk, q, strict=True):
+                plgpu.wgmma(into, ds, a.at[filled])
             plgpu.wgmma_wait(0)
-        return dk[...], dv[...]
+        return [a[...] for a in dk], [a[...] for a in dv]
 
-    accumulator = plgpu.WGMMAAccumulatorRef((TILE, q.shape[-1]), jnp.float32)
-    return pl.run_scoped(run, accumulator, accumulator)
+    return pl.run_scoped(run, *(plgpu.WGMMAAccumulatorRef((TILE, a.shape[-1]), jnp.float32) for a in (*q, *q)))
+
+
+def _of_keys(d, tile, tokens: int):
+    """A tile's gradients, zero where its rows are no keys."""
+    row = plgpu.broadcasted_iota(jnp.int32, d.shape, 0, layout=plgpu.Layout.WGMMA) + tile * TILE
+    return jnp.where(row < tokens, d, 0.0)
 
 
 def _kernel(*refs, tokens: int, p: Plan):
@@ -75,7 +132,6 @@ def _kernel(*refs, tokens: int, p: Plan):
     together = len(outputs) == 1  # q, k, v beside each other in one array, and their gradients
     dq_ref, dk_ref, dv_ref = outputs * 3 if together else outputs
     k_first, v_first = (n, 2 * n) if together else (0, 0)
-    dtype = inputs[0].dtype
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     heads = (b * n - block + PROCESSORS - 1) // PROCESSORS
     scale = h**-0.5 * LOG2E
@@ -92,8 +148,8 @@ def _kernel(*refs, tokens: int, p: Plan):
         def _head(i):
             pl.when(i >= 1)(lambda: plgpu.barrier_wait(free))
             image, head = place(i)
-            for ref, first, (flat, _) in zip(inputs, (0, k_first, v_first, 0), buffers, strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[image, pl.ds(i * 0, p.rows), head + first], flat.at[0], loaded)
+            for ref, first, buffers_of in zip(inputs, (0, k_first, v_first, 0), buffers, strict=True):
+                fetch(ref, (image, head + first), buffers_of, 0, i * 0, p, loaded)
 
     @pl.when(warpgroup < COMPUTE)
     def _multiply():
@@ -107,20 +163,14 @@ def _kernel(*refs, tokens: int, p: Plan):
             def here(tile):
                 # always 0, but not to the compiler: it would take the addresses of all products out of the loops, and spill them
                 zero = jnp.where(image + tile > b + p.tiles, 1, 0)
-                return [tiled.at[zero] for _, tiled in buffers], lse_s.at[zero], delta_s.at[zero]
-
-            def store(x, ref, rows, slot, first=0):
-                flat, tiled = out
-                tiled.at[warpgroup, slot][...] = x.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(flat.at[warpgroup, slot], ref.at[image, rows, head + first])
+                return [part(a, zero) for a in buffers], lse_s.at[zero], delta_s.at[zero]
 
             @pl.loop(warpgroup, p.tiles, step=COMPUTE)
             def _queries(tile):
                 rows = pl.ds(tile * TILE, TILE)
                 dq = _over_queries(rows, *here(tile), scale, tokens=tokens, p=p)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                store(dq * h**-0.5, dq_ref, rows, 0)
+                store([a * h**-0.5 for a in dq], out, (warpgroup,), dq_ref, (image, head), rows, p)
 
             plgpu.commit_smem()
             plgpu.barrier_arrive(both)
@@ -131,12 +181,12 @@ def _kernel(*refs, tokens: int, p: Plan):
                 rows = pl.ds(tile * TILE, TILE)
                 dk, dv = _over_keys(rows, *here(tile), scale, queries=-(-t // 8) * 8, p=p)
                 if tokens < t:  # rows behind T are not stored, those between are no keys
-                    row = plgpu.broadcasted_iota(jnp.int32, dk.shape, 0, layout=plgpu.Layout.WGMMA) + tile * TILE
-                    dk, dv = (jnp.where(row < tokens, d, 0.0) for d in (dk, dv))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                store(dv, dv_ref, rows, 0, v_first)
-                store(dk * h**-0.5, dk_ref, rows, 1, k_first)
+                    dk, dv = ([_of_keys(a, tile, tokens) for a in d] for d in (dk, dv))
+                _, k_s, v_s, _ = buffers
+                store(dv, v_s, (0, rows), dv_ref, (image, head + v_first), rows, p)
+                store([a * h**-0.5 for a in dk], k_s, (0, rows), dk_ref, (image, head + k_first), rows, p)
 
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(free)
 
         plgpu.wait_smem_to_gmem(0)
@@ -144,21 +194,21 @@ def _kernel(*refs, tokens: int, p: Plan):
 
 @partial(jax.jit, static_argnums=4)  # see `hopper.forward`
 def backward(q, k, v, g, tokens: int):
-    """Gradients (dq, dk, dv) of `hopper.forward` for g [B, T, N, 64], that of its result; arrays like it.
+    """Gradients (dq, dk, dv) of `hopper.forward` for g [B, T, N, H], that of its result; arrays like it.
 
     Or one of q, k and v beside each other, for them in one array that is given three times.
     """
-    p = plan(q.shape[1], tokens)
-    whole = partial(buffer, 1, p.rows, dtype=q.dtype)
+    p = plan(q.shape[1], tokens, q.shape[3])
+    whole = partial(buffer, 1, p.rows, head=p.head, dtype=q.dtype)
     numbers = plgpu.SMEM((1, p.rows), jnp.float32)
     return plgpu.kernel(
         partial(_kernel, tokens=tokens, p=p),
         out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),) * (3 if q.shape == g.shape else 1),
         scratch_types=[
             *(whole(), whole(), whole(), whole()),
-            buffer(COMPUTE, 2, TILE, dtype=q.dtype),
+            buffer(COMPUTE, TILE, head=p.head, dtype=q.dtype),
             *(numbers, numbers),
-            plgpu.Barrier(num_arrivals=4),
+            plgpu.Barrier(num_arrivals=4 * arrivals(p)),
             plgpu.Barrier(num_arrivals=COMPUTE),
             plgpu.Barrier(num_arrivals=COMPUTE),
         ],

@@ -14,25 +14,56 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from kernels.attention.hopper.plan import HEAD
+from kernels.attention.hopper.plan import Plan, pieces
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a number a row of an accumulator
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a number a column
 LOG2E = 1.4426950408889634  # the kernels' exponentials have base 2
 
-_SWIZZLE = plgpu.SwizzleTransform(128)
-_TILES = plgpu.TilingTransform((8, 64))
-
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
-def buffer(*rows: int, dtype):
-    """Scratch: a pair (flat, tiled) of names for [*rows, HEAD] in shared memory."""
-    shape = (*rows, HEAD)
-    return plgpu.RefUnion(
-        plgpu.SMEM(shape, dtype, transforms=(_SWIZZLE,)),
-        plgpu.SMEM(shape, dtype, transforms=(_TILES, _SWIZZLE)),
-    )
+def buffer(*rows: int, head: int, dtype):
+    """Scratch for [*rows, head] in shared memory: a pair (flat, tiled) of names for each of its `pieces`."""
+
+    def piece(width):
+        shape, swizzle = (*rows, width), plgpu.SwizzleTransform(2 * width)
+        tiled = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, width)), swizzle))
+        return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), tiled)
+
+    return [piece(width) for _, width in pieces(head)]
+
+
+def part(buffers, *index) -> list:
+    """What wgmma reads of a buffer at this index, of each piece."""
+    return [tiled.at[index] for _, tiled in buffers]
+
+
+def fetch(ref, place, buffers, slot, zero, p: Plan, barrier) -> None:
+    """Copies a head of an image (`place`) of ref [B, T, N, H] into a slot of a buffer; the barrier gets `arrivals(p)` for it.
+
+    zero: a 0 that is not constant, so that rows behind the last may be asked for.
+    """
+    image, head = place
+    for (first, width), (flat, _) in zip(pieces(p.head), buffers, strict=True):
+        for start, many in p.copies:
+            source = ref.at[image, pl.ds(zero + start, many), head, pl.ds(first, width)]
+            plgpu.copy_gmem_to_smem(source, flat.at[slot, pl.ds(start, many)], barrier)
+
+
+def arrivals(p: Plan) -> int:
+    """Copies that bring a head into shared memory."""
+    return len(pieces(p.head)) * len(p.copies)
+
+
+def store(values, buffers, index, ref, place, rows, p: Plan) -> None:
+    """Writes a tile's values, one array a piece, into a buffer at this index, and from there into rows of a head of ref."""
+    for value, (flat, tiled) in zip(values, buffers, strict=True):
+        tiled.at[index][...] = value.astype(flat.dtype)
+    plgpu.commit_smem()
+    image, head = place
+    for (first, width), (flat, _) in zip(pieces(p.head), buffers, strict=True):
+        plgpu.copy_smem_to_gmem(flat.at[index], ref.at[image, rows, head, pl.ds(first, width)])
 
 
 def transposed(ref):
@@ -46,10 +77,11 @@ def load(ref, layout, **options):
 
 
 def product(a, b, columns: int):
-    """a [64, K] @ b [K, columns] in float32; a in shared memory or registers, b in shared memory."""
+    """a [64, K] @ b [K, columns] in float32; a in shared memory or registers, b in shared memory, both in pieces of K."""
 
     def run(accumulator):
-        plgpu.wgmma(accumulator, a, b)
+        for left, right in zip(a, b, strict=True):
+            plgpu.wgmma(accumulator, left, right)
         return accumulator[...]
 
     return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((64, columns), jnp.float32))
