@@ -53,7 +53,8 @@ def _program(case: Case, batch: int) -> Program:
     if case.library == FLAX:  # on one core, whatever the mesh is called
         build = "bench.programs:train_step" if case.mode == "train" else "bench.programs:whole_forward"
     elif case.mode == "train":
-        build, common = "bench.programs:train_step", {**common, "remat": case.remat, "data": mesh.data, "axis": mesh.model}
+        build, common = "bench.programs:train_step", {**common, "remat": case.remat, "shard": case.shard}
+        common |= {"data": mesh.data, "axis": mesh.model, "dropout": case.dropout}
     elif case.mesh:
         build, common = "bench.programs:mesh_forward", {**common, "data": mesh.data, "axis": mesh.model}
     else:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vitcore import families, parameters
-from vitcore.collectives import Shard
+from vitcore.collectives import MeshShape, Shard
 
 WHOLE = 2**24  # parameters up to which all is whole: 16 bytes each, with Adam's moments and the gradient, a quarter GiB
 COPY = 2**30  # bytes up to which a device holds a copy of the parameters during a step: a sixteenth of a TPU core's memory
@@ -22,11 +22,11 @@ _WORDS = {
 }
 
 
-def choose(asked: str, config, mesh: Mesh, dtype) -> Shard:
+def choose(asked: str, config, mesh: Mesh | MeshShape, dtype) -> Shard:
     """What --shard means for a model on a mesh. dtype: of the products, in which parameters are brought together."""
     if asked != "auto":
         return asked  # pyright: ignore[reportReturnType]
-    here = parameters.count(families.leaves(config)) / mesh.shape["model"]
+    here = parameters.count(families.leaves(config)) / (mesh if isinstance(mesh, MeshShape) else MeshShape.of(mesh)).model
     if here <= WHOLE:
         return "none"
     return "optimizer" if here * jnp.dtype(dtype).itemsize <= COPY else "parameters"
