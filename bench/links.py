@@ -32,7 +32,11 @@ _DOCS = "Cloud TPU documentation, page of the generation"
 # "bidirectional bandwidth of a chip" gives over ports and two directions.
 LINKS = {
     "v2": Fabric(4, 62.0e9, "496 Gbit/s a link: Jouppi et al., A Domain-Specific Supercomputer ..., CACM 63(7), 2020"),
-    "v3": Fabric(4, 82.0e9, f"656 Gbit/s a link: the same, table 3; {_DOCS}: all-reduce 340 TB/s, 1,024 chips, 4 ports: 83 GB/s"),
+    "v3": Fabric(
+        4,
+        82.0e9,
+        f"656 Gbit/s a link: Jouppi et al., CACM 63(7), 2020; {_DOCS}: all-reduce 340 TB/s, 1,024 chips, 4 ports: 83 GB/s",
+    ),
     "v4": Fabric(6, 50.0e9, "50 GB/s a link, 6 links: Jouppi et al., TPU v4, ISCA 2023"),
     "v5e": Fabric(4, 50.0e9, f"{_DOCS}: 400 GB/s bidirectional, 4 ports; all-reduce 51.2 TB/s, 256 chips"),
     "v5p": Fabric(6, 100.0e9, f"{_DOCS}: 1,200 GB/s bidirectional, 6 ports"),
@@ -42,7 +46,7 @@ LINKS = {
 
 
 class Reach(NamedTuple):
-    """Where the members of a collective's groups stand. cores: of a chip, in one group. axes: (number of an axis of the torus, chips
+    """Where the members of a collective's groups stand. cores: of a chip, in one group. axes: (number of a torus axis, chips
     of a group along it) where more than one. stride: of how many groups the members alternate along a link."""
 
     cores: int = 1

@@ -64,6 +64,13 @@ HOSTS = {
 }
 
 
+def known(target: str, chips: str | None) -> str:
+    """The chips of a slice that there is. ValueError for another."""
+    if chips is None or chips not in _SLICES[target][1]:
+        raise ValueError(f"--slice {chips}: {target} comes in slices of {', '.join(_SLICES[target][1])} chips")
+    return chips
+
+
 def topology(target: str, need: int, chips: str | None = None) -> tuple[str, int]:
     """libtpu's name of a slice and its devices: the one asked for, or the smallest that has `need` of them.
 

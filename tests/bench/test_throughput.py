@@ -15,7 +15,7 @@ import pytest
 from bench import calibration, device_study, plots, slices, tables
 from bench.cases import Case, Notebook, cases
 from bench.reports import Cache, Kernel, Program, Report
-from bench.target_study import _program, first_batch, out_of_hbm, too_much
+from bench.target_study import first_batch, out_of_hbm, program_of, too_much
 from bench.throughput import Throughput, run
 from bench.timing import still_rising, summary
 from bench.tpu_compiler import Compiler, CompilerMissing
@@ -109,10 +109,10 @@ def test_cases_move_sizes_only_when_asked():
 @pytest.mark.parametrize(("mode", "build"), [("train", "train_step"), ("forward", "whole_forward")])
 def test_the_peer_is_compiled_and_not_our_kernels_under_its_name(mode, build, mesh):
     same: dict[str, Any] = dict(where="v3", model="ViT-B/16", size=224, asked=224, mode=mode, dtype="bfloat16", mesh=mesh)
-    program = _program(Case(**same, library="flax", ops=""), 8)
+    program = program_of(Case(**same, library="flax", ops=""), 8)
     assert program.build == f"bench.programs:{build}"
     assert program.arguments["kernels"] == "flax"
-    assert _program(Case(**same, ops="fused"), 8).arguments["kernels"] is True
+    assert program_of(Case(**same, ops="fused"), 8).arguments["kernels"] is True
 
 
 def test_slices_are_the_smallest_that_hold_the_mesh():
@@ -152,7 +152,7 @@ def test_every_model_of_the_paper_is_a_case():
     large = {c.model: c for c in found if c.size == 224}
     assert (large["R50x1"].tokens, large["R50+ViT-B/16"].tokens) == (196, 197)
     assert first_batch(large["R50x1"]) == first_batch(large["R50+ViT-B/16"])
-    assert _program(large["R50x1"], 8).arguments["kernels"] is False
+    assert program_of(large["R50x1"], 8).arguments["kernels"] is False
 
 
 def test_a_sweep_begins_at_the_same_tokens_for_every_size():
