@@ -31,7 +31,7 @@ _DOCS = "Cloud TPU documentation, page of the generation"
 # The documentation's all-reduce bandwidth of a pod, over its chips and ports, is the rate of a link in one direction, the same that
 # "bidirectional bandwidth of a chip" gives over ports and two directions.
 LINKS = {
-    "v2": Fabric(4, 62.0e9, "496 Gbit/s a link: Jouppi et al., A Domain-Specific Supercomputer ..., CACM 63(7), 2020"),
+    "v2": Fabric(4, 62.0e9, "496 Gbit/s a link: Jouppi et al., CACM 63(7), 2020"),
     "v3": Fabric(
         4,
         82.0e9,
