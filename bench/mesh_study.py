@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from bench import links, slices, yardstick
@@ -43,12 +44,19 @@ class MeshStudyOptions:
     depths: tuple[int, ...] = (2, 3)
     """With --mesh auto: two depths at which a ViT is compiled, from which its own is extrapolated; none: it is compiled whole."""
 
-    def check_meshes(self, mesh: str | None, targets: tuple[str, ...], chips: str | None, peers: tuple[str, ...]) -> None:
+    def check_meshes(
+        self, mesh: str | None, targets: tuple[str, ...], chips: str | None, peers: tuple[str, ...], *, job: bool
+    ) -> None:
         """Raises ValueError for what does not fit."""
+        if self.depths and (len(self.depths) != 2 or not 0 < self.depths[0] < self.depths[1]):
+            raise ValueError(
+                f"--depths {' '.join(map(str, self.depths))}: two rising depths are required, e.g. --depths 2 3, or none"
+            )
         if mesh != "auto":
-            for name, default in (("devices", None), ("depths", (2, 3))):
-                if getattr(self, name) != default:
-                    raise ValueError(f"--{name} belongs to --mesh auto: give that, or leave it out")
+            if self.devices is not None:
+                raise ValueError("--devices belongs to --mesh auto: give that, or leave it out")
+            if self.depths != (2, 3) and not (job and targets):
+                raise ValueError("--depths belongs to --mesh auto and to --job --target: give one of them, or leave it out")
             return
         if not targets:
             raise ValueError("--mesh auto asks the TPU compiler: name a --target and a slice, e.g. --target v3 --slice 4x4")
@@ -58,10 +66,6 @@ class MeshStudyOptions:
             raise ValueError("--mesh auto wants to know the slice: add --slice, e.g. --slice 4x4, or --devices 32")
         if peers:
             raise ValueError(f"--peer {peers[0]} runs on one core and --mesh auto compares meshes: leave one of them out")
-        if self.depths and (len(self.depths) != 2 or not 0 < self.depths[0] < self.depths[1]):
-            raise ValueError(
-                f"--depths {' '.join(map(str, self.depths))}: two rising depths are required, e.g. --depths 2 3, or none"
-            )
 
 
 def meshes(config, devices: int, batch: int) -> tuple[list[MeshShape], list[str]]:
@@ -93,19 +97,21 @@ def programs(case: Case, batch: int, depths: tuple[int, ...]) -> list[tuple[int,
     return [(d, replace(whole, arguments={**whole.arguments, **plan, "depth": d}, name=f"{whole.name}, depth {d}")) for d in depths]
 
 
+def at_depth(case: Case, found: list[tuple[int, Report]], of: Callable[[Report], float]) -> float:
+    """A figure of a case's model, from the reports at the depths that were compiled."""
+    values = [of(report) for _, report in found]
+    if len(found) == 1:
+        return values[0]
+    return extrapolated(values[0], values[1], (found[0][0], found[1][0]), getattr(case.config, "depth", 0))
+
+
 def row_of(case: Case, batch: int, found: list[tuple[int, Report]], chips: tuple[int, ...]) -> dict[str, Any]:
     """The figures of a case from the reports at its depths. RuntimeError where a program did not compile."""
     for _, report in found:
         if report.error:
             raise RuntimeError(report.error)
 
-    def at(of: Callable[[Report], float]) -> float:
-        values = [of(report) for _, report in found]
-        if len(found) == 1:
-            return values[0]
-        depths = found[0][0], found[1][0]
-        return extrapolated(values[0], values[1], depths, case.config.depth)  # pyright: ignore[reportAttributeAccessIssue]
-
+    at = partial(at_depth, case, found)
     mesh = parse(case.mesh or "1x1")
     seconds = [links.played(report.timeline, case.where, chips) for _, report in found]
     of = {id(report): played for (_, report), played in zip(found, seconds, strict=True)}
@@ -162,7 +168,7 @@ def best_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 # --- the study -----------------------------------------------------------------------------------------------------------------
 
 
-def _resolved(case: Case, shape: MeshShape, shard: str) -> Case:
+def resolved(case: Case, shape: MeshShape, shard: str) -> Case:
     """The case on a mesh, with what --shard means for the whole model there; where nothing can be split, none."""
     import jax.numpy as jnp
 
@@ -206,7 +212,7 @@ def _compare(options, notebook: Notebook, case: Case, batch: int, topology: str,
     if options.depths and isinstance(case.config, ViTConfig):
         bar.write(f"  extrapolated to {case.config.depth} blocks from {options.depths[0]} and {options.depths[1]}")
     bar.write(HEADER)
-    cases = list(dict.fromkeys(_resolved(case, shape, options.shard) for shape in shapes))
+    cases = list(dict.fromkeys(resolved(case, shape, options.shard) for shape in shapes))
     rows: list[dict[str, Any]] = []
     with Compiler(
         case.where, topology=topology, seconds=_SECONDS, gigabytes=24, cache=options.cache or default_cache()

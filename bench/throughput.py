@@ -5,6 +5,7 @@
     python -m bench.throughput --models ViT-S/16 --sizes 224 --peer timm transformers
     python -m bench.throughput --target v3 --models ViT-B/16 --ops fused reference      a TPU that nobody has: compiled only
     python -m bench.throughput --job --peer timm                            train.pretrain whole, on JPEGs, beside timm's training
+    python -m bench.throughput --job --target v3 --slice 4x4                what it needs of a slice's memory and of its hosts
     python -m bench.throughput --target v3 --mesh 8x4 --models ViT-L/16 --mode train    does this step fit on that slice?
     python -m bench.throughput --target v3 --mesh auto --slice 4x4 --mode train         which mesh of that slice is the fastest?
 
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import job, mesh_picture, mesh_study, plots
+from bench import job, mesh_picture, mesh_study, plots, slice_job
 from bench.cases import FIGURE_12, FIGURE_12_SIZES, Case, Notebook, cases
 from bench.device_study import Clock, Settings, TrialError, describe, largest, measure
 from bench.mesh_study import MeshStudyOptions
@@ -116,9 +117,9 @@ class Throughput(job.JobStudyOptions, MeshStudyOptions):
             if peer in TORCH and (why := missing(peer)):
                 raise ValueError(why)
         self.check_job(self.peer, self.mode)
-        self.check_meshes(self.mesh, self.target, self.slice, self.peer)
+        self.check_meshes(self.mesh, self.target, self.slice, self.peer, job=self.job)
         if self.job and self.target:
-            raise ValueError("--job runs on devices and --target compiles for none: leave one of them out")
+            slice_job.check(self)
         if self.peer and self.mesh not in (None, "1x1") and not self.job and (self.mode != ("train",) or self.largest):
             raise ValueError(f"--peer on several devices, --mesh {self.mesh}, trains and no more: add --mode train --no-largest")
 
@@ -241,7 +242,7 @@ def run(options: Throughput) -> list[dict[str, Any]]:
     """The study that the options ask for: prints its table, writes its files, returns its rows."""
     started = time.monotonic()
     if options.job:
-        return job.study(options, _about)
+        return slice_job.study(options, _about) if options.target else job.study(options, _about)
     rows = on_targets(options) if options.target else on_devices(options)
     if options.mesh == "auto":
         file, draw = options.out / mesh_study.FILE, mesh_picture.pictures
