@@ -1,4 +1,4 @@
-"""Meshes of a slice by the compiler: collectives in a program's text, what links need for them, the mesh that is named, a job's needs.
+"""Meshes of a slice by the compiler: collectives in a program's text, what links need for them, the best mesh, a job's needs.
 
 The compiler is a stub here, but for one real compilation: its reports are made by hand.
 """
@@ -166,7 +166,8 @@ class Stub:
         send = Event("send", 0, "all-reduce", depth * 10**7, 1, "s", Reach(2, ((0, 4), (1, 4))))
         return Report(
             name="p", target=self.request["target"], lines=(line,), timeline=(Event("compute", work), send),
-            live_bytes=depth * 2**28 + 2**27, alias_bytes=depth * 2**26, temporary_bytes=2**27, output_bytes=12, collectives={"all-reduce": depth},
+            live_bytes=depth * 2**28 + 2**27, alias_bytes=depth * 2**26, temporary_bytes=2**27, output_bytes=12,
+            collectives={"all-reduce": depth},
             collective_bytes={"all-reduce": depth * 10**7},
         )  # fmt: skip
 
