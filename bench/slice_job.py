@@ -4,8 +4,8 @@
 
 The programs are those that `train.pretrain` runs, its training step and its evaluation, at one global batch (--batch-sizes, 4,096
 by default) on all devices of the slice, or on --mesh. Memory of a device: the step's; the state, which stays, beside the
-temporaries of an evaluation; and three batches of bytes that are on their way (`train.memory`). A save takes nothing of it: arrays go
-to the host from where they lie. The two programs take turns, so together is the larger one and what is on its way.
+temporaries of an evaluation; and three batches of bytes that are on their way (`train.memory`). A save takes nothing of it: arrays
+go to the host from where they lie. The two programs take turns, so together is the larger one and what is on its way.
 
 What a host has to feed is the slice's images/s over its hosts. What it decodes: its cores, two hardware threads each, times what
 one core decodes and crops with nothing around it. All is the compiler's estimate but the decoding, which was measured elsewhere.
