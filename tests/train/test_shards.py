@@ -155,3 +155,18 @@ def test_parameters_that_a_data_axis_does_not_divide_are_never_silent():
         "data" in str(spec)
         for spec in jax.tree.leaves(partition_specs(huge, MeshShape(256, 2)), is_leaf=lambda x: isinstance(x, P))
     )
+
+
+@pytest.mark.parametrize(("mesh", "faster"), [("1x3", True), ("2x1", False)])
+def test_a_run_says_that_another_mesh_is_faster(mesh, faster, tmp_path, monkeypatch, capsys):
+    """Its lines, up to where the loop would begin."""
+
+    def begin(spec, say, **_):
+        raise ValueError("the loop begins")
+
+    monkeypatch.setattr("train.loop.train", begin)
+    words = ["--model", "ViT-Ti/16", "--image-size", "64", "--batch-size", "96", "--steps", "2", "--out", str(tmp_path / "run")]
+    assert pretrain.main([*words, "--mesh", mesh]) == 2
+    said = capsys.readouterr()
+    assert "the loop begins" in said.err
+    assert ("mesh 1x3: --mesh 3x1 is faster" in said.out) == faster
