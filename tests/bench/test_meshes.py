@@ -261,7 +261,6 @@ def test_meshes_that_suit_a_model():
     assert mesh_study.meshes(variant("ViT-B/16"), 32, 16)[0] == [(16, 2), (8, 4)]
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_a_real_step_on_four_cores_is_placed_and_played(tmp_path):
     """A tiny step by libtpu: the model's sums stay on a chip on 2x2, and gradients go over links."""
