@@ -157,7 +157,7 @@ def from_json(records: Sequence[Any]) -> tuple[Event, ...]:
     """Events as JSON keeps them."""
 
     def one(record) -> Event:
-        *fields, (cores, axes, stride) = record
-        return Event(*fields, Reach(cores, tuple((axis, n) for axis, n in axes), stride))
+        what, cycles, kind, size, trips, name, (cores, axes, stride) = record
+        return Event(what, cycles, kind, size, trips, name, Reach(cores, tuple((axis, n) for axis, n in axes), stride))
 
     return tuple(map(one, records))
