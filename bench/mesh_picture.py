@@ -25,7 +25,10 @@ def _panels(left, right, some: Sequence[dict[str, Any]]) -> None:
     for i, row in enumerate(some):
         left.text(i, work[i] + waiting[i], f"{row['images_per_second']:,.0f}/s", ha="center", va="bottom", fontsize=8)
     first = some[0]
-    left.set_title(f"{first['model']}@{first['size']} {first['mode']}, {first['batch']:,} images, {first['topology']}", fontsize=10)
+    left.set_title(
+        f"{first['model']}@{first['size']} {first['mode']} {first['ops']}, {first['batch']:,} images, {first['topology']}",
+        fontsize=10,
+    )
     left.set_ylabel("ms a step, compiler estimate")
     left.margins(y=0.12)
     right.bar(at, [row["bytes"] / 2**30 for row in some], color="tab:green")
@@ -45,7 +48,9 @@ def picture(rows: Sequence[dict[str, Any]]):
 
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[k] for k in ("where", "model", "size", "mode", "batch", "topology", "remat")), []).append(row)
+        groups.setdefault(
+            tuple(row[k] for k in ("where", "model", "size", "mode", "batch", "topology", "remat", "ops")), []
+        ).append(row)
     figure = Figure(figsize=(11, 0.6 + 3.4 * len(groups)), layout="constrained")
     FigureCanvasAgg(figure)
     for (left, right), some in zip(figure.subplots(len(groups), 2, squeeze=False), groups.values(), strict=True):

@@ -91,6 +91,7 @@ def programs(case: Case, batch: int, depths: tuple[int, ...]) -> list[tuple[int,
     """(depth, program) of a case: two to extrapolate from, or its own alone."""
     whole, config = program_of(case, batch), case.config
     depth = config.depth if isinstance(config, ViTConfig) else 0
+    depths = tuple(d * max(1, case.remat) for d in depths)  # whole groups of blocks
     if not depths or depth <= depths[-1]:
         return [(depth, whole)]
     plan = {"whole_plan": True} if case.mode == "train" else {}

@@ -5,7 +5,7 @@ The compiler is a stub here, but for one real compilation: its reports are made 
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -283,3 +283,5 @@ def test_cases_take_the_shard_of_the_whole_model():
         (2, "parameters", True),
         (3, "parameters", True),
     ]
+    pairs = mesh_study.programs(replace(case, remat=2), 64, (2, 3))  # whole groups of blocks
+    assert [(d, p.arguments["depth"]) for d, p in pairs] == [(4, 4), (6, 6)]
