@@ -46,11 +46,10 @@ def picture(rows: Sequence[dict[str, Any]]):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    names = ("where", "model", "size", "mode", "batch", "topology", "remat", "ops")
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(
-            tuple(row[k] for k in ("where", "model", "size", "mode", "batch", "topology", "remat", "ops")), []
-        ).append(row)
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
     figure = Figure(figsize=(11, 0.6 + 3.4 * len(groups)), layout="constrained")
     FigureCanvasAgg(figure)
     for (left, right), some in zip(figure.subplots(len(groups), 2, squeeze=False), groups.values(), strict=True):
