@@ -126,7 +126,7 @@ def sources() -> str:
     """A digest of the code that decides what is measured: kernels, model, training step, the builders and the counting."""
     root = Path(__file__).resolve().parent.parent
     files = [*root.glob("kernels/**/*.py"), *root.glob("vitcore/*.py"), *root.glob("train/*.py")]
-    names = ("programs", "shapes", "hlo", "llo", "bundles", "yardstick", "trial", "timing", "edge")
+    names = ("programs", "shapes", "hlo", "llo", "bundles", "yardstick", "trial", "timing", "edge", "links", "slices")
     files += [*root.glob("bench/peers/*.py"), *(root / "bench" / f"{n}.py" for n in names)]
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -148,8 +148,10 @@ def write_json(path: Path, value: Any) -> None:
 class Notebook:
     """The rows of a study, on disk after each; a study with the same options over the same code finds its rows here again."""
 
-    def __init__(self, folder: Path, *, about: dict[str, Any], settings: dict[str, Any], fresh: bool = False):
-        self.path = folder / "throughput.json"
+    def __init__(
+        self, folder: Path, *, about: dict[str, Any], settings: dict[str, Any], fresh: bool = False, file: str = "throughput.json"
+    ):
+        self.path = folder / file
         self.about = about
         self.settings = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
@@ -167,14 +169,14 @@ class Notebook:
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{self.path} is not a study of this program: remove it, or name another --out") from None
 
-    def key(self, case: Case) -> str:
-        """What must be equal for a row to be taken over: the case, how it is measured, the code."""
-        text = json.dumps([asdict(case), self.settings, sources()], sort_keys=True)
+    def key(self, case: Case, **more: Any) -> str:
+        """What must be equal for a row to be taken over: the case, how it is measured, the code. more: besides."""
+        text = json.dumps([asdict(case), {**self.settings, **more}, sources()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def kept(self, case: Case) -> dict[str, Any] | None:
-        """The row of an earlier run, put among the rows of this one."""
-        row = self._kept.get(self.key(case))
+    def kept(self, case: Case, **more: Any) -> dict[str, Any] | None:
+        """The row of an earlier run, put among the rows of this one. more: as of `key`."""
+        row = self._kept.get(self.key(case, **more))
         if row is None or not row.get("complete"):
             return None
         self.rows.append(row)
@@ -185,10 +187,11 @@ class Notebook:
         row = self._kept.get(self.key(case))
         return row if row is not None and row.get("swept") else None
 
-    def add(self, case: Case, row: dict[str, Any]) -> None:
-        """A finished case; `row["complete"]` says whether a later run may take it over."""
-        self.rows.append({"key": self.key(case), **asdict(case), "tokens": case.tokens, **row})
+    def add(self, case: Case, row: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """The row of a finished case, kept; `row["complete"]` says whether a later run may take it over. more: as of `key`."""
+        self.rows.append({"key": self.key(case, **more), **asdict(case), "tokens": case.tokens, **row})
         self.save()
+        return self.rows[-1]
 
     def save(self) -> None:
         write_json(self.path, {"about": self.about, "rows": self.rows})

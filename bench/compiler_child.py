@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bench import hlo, llo, yardstick
+from bench import hlo, links, llo, yardstick
 from bench.reports import Cache, Kernel, Program, Report, profiles
 from bench.tpu_compiler import MARK
 from kernels import launch
@@ -65,7 +65,8 @@ def _compile(program: Program, devices, request: dict) -> Report:
     assert memory is not None
     assert text is not None  # what only a backend other than XLA's may leave out
     seconds = time.monotonic() - started
-    operations = hlo.operations(text)
+    scheduled = hlo.schedule(text)
+    operations = [op for op in scheduled if not op.waits]
     xla = [op for op in operations if op.kind != "kernel"]
     ours = [op for op in operations if op.kind == "kernel"]
     counted = yardstick.counts(operations, Path(request["dumps"]), request["target"]) if request["cycles"] else {}
@@ -76,8 +77,7 @@ def _compile(program: Program, devices, request: dict) -> Report:
     collectives: dict[str, int] = {}
     moved: dict[str, int] = {}
     for op in xla:
-        opcode = op.kind.removesuffix("-start")
-        if opcode in hlo.COLLECTIVES:
+        if opcode := hlo.collective(op.kind):
             collectives[opcode] = collectives.get(opcode, 0) + op.trips
             moved[opcode] = moved.get(opcode, 0) + op.trips * op.bytes
     top = sorted(xla, key=lambda op: -op.cycles * op.trips)[:12]
@@ -96,6 +96,7 @@ def _compile(program: Program, devices, request: dict) -> Report:
         xla_top=tuple((op.name, op.cycles, op.trips, op.source) for op in top if op.cycles),
         collectives=collectives,
         collective_bytes=moved,
+        timeline=_timeline(scheduled, counted, request["target"], _placed_at(arguments)) if counted else (),
         text=text if request["text"] else "",
     )
     if cache:
@@ -120,6 +121,31 @@ def _placed(arguments, device):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
     return jax.tree.map(place, arguments)
+
+
+def _placed_at(arguments) -> list[tuple[tuple[int, ...], int]]:
+    """(coordinates of the chip, core of it) of the devices of the program's mesh, in its order; empty for a program on one."""
+    import jax
+
+    meshes = (getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in jax.tree.leaves(arguments))
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    return [(tuple(d.coords), d.core_on_chip) for d in mesh.devices.flat] if mesh is not None and mesh.devices.size > 1 else []
+
+
+def _timeline(scheduled, counted, target: str, places) -> tuple[links.Event, ...]:
+    """The program as `links.played` takes it; () for one on one device."""
+    events: list[links.Event] = []
+    for op in scheduled if places else ():
+        kind = hlo.collective(op.kind)
+        if op.waits:
+            events.append(links.Event("done", name=op.waits))
+        elif kind:
+            what = "start" if op.kind.endswith("-start") else "send"
+            events.append(links.Event(what, 0, kind, op.bytes, op.trips, op.name, links.reach_of(op.groups, places)))
+        elif cycles := yardstick.cycles(op, counted[op.name], target):
+            before = events.pop().cycles if events and events[-1].what == "compute" else 0
+            events.append(links.Event("compute", before + cycles))
+    return tuple(events)
 
 
 def _kernel(op: hlo.Operation, count: llo.Count | str | None) -> Kernel:

@@ -17,6 +17,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-<>]+) = (.*?) ([a-z][\w\-]*)\
 _CYCLES = re.compile(r'"window_config":\{[^{}]*"estimated_cycles":"(\d+)"')
 _OPERANDS = re.compile(r"%([\w.\-<>]+)")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_ASYNC = re.compile("-(start|done)$")
 
 
 class ProgramError(ValueError):
@@ -27,10 +28,11 @@ class ProgramError(ValueError):
 class Operation:
     """One operation of a program. trips: how often it runs. cycles: of one run, by XLA's cost model (0 for a kernel).
 
-    kind: the HLO opcode, or "kernel" for a Mosaic kernel, also one inside a fusion. source: the `op_name` that jax gave it.
-    bytes: of
-    a collective alone, the larger of what a core brings to it and what it takes away. moved: bytes of its operands and results in
-    HBM, as they lie there. key: equal for operations of one code. aliases: other names under which its schedule may be dumped.
+    kind: the HLO opcode, or "kernel" for a Mosaic kernel, also one inside a fusion, or of a fusion around a collective that of the
+    collective. source: the `op_name` that jax gave it. bytes: of a collective alone, the larger of what a core brings to it and
+    what it takes away. groups: of a collective, its `replica_groups` (or pairs) as they are written. waits: of a collective's
+    "-done", the name of its "-start". moved: bytes of its operands and results in HBM, as they lie there. key: equal for
+    operations of one code. aliases: other names under which its schedule may be dumped.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Operation:
     source: str
     shape: str
     bytes: int = 0
+    groups: str = ""
+    waits: str = ""
     moved: int = 0
     key: str = ""
     aliases: tuple[str, ...] = ()
@@ -49,6 +53,12 @@ class Operation:
         """The `name=` of the pallas_call, from `jit(f)/transpose(jvp(NAME))/pallas_call`, else the instruction's name."""
         inside = re.search(r"([\w.\-]+)\)*/pallas_call$", self.source)
         return inside[1] if inside else re.sub(r"\.\d+$", "", self.name)
+
+
+def collective(kind: str) -> str:
+    """The collective that a kind names, of a "-start" or "-done" too; "" for what is none."""
+    plain = _ASYNC.sub("", kind)
+    return plain if plain in COLLECTIVES else ""
 
 
 @dataclass(frozen=True)
@@ -236,9 +246,41 @@ def _key(line: _Line, lines: dict[str, _Line], called: dict[str, _Line] | None) 
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
+
+
+def _sends(line: _Line, lines: dict[str, _Line], called: dict[str, _Line] | None) -> tuple[str, _Line | None]:
+    """(kind, the collective itself) of an operation that sends, also one wrapped by XLA: a reduce-scatter whose slices are padded
+    is a fusion around an all-reduce, an asynchronous one a computation that is started. ("", None) for what sends nothing."""
+    if collective(line.opcode):
+        if not line.opcode.endswith("-done"):
+            return line.opcode, line
+        return line.opcode, None
+    if line.opcode == "async-done":
+        start = lines.get((line.operands() or [""])[0])
+        while start is not None and start.opcode == "async-update":
+            start = lines.get((start.operands() or [""])[0])
+        return ("async-done", None) if start is not None and start.opcode == "async-start" else ("", None)
+    inner = next((x for x in (called or {}).values() if collective(x.opcode)), None)
+    if inner is None:
+        return "", None
+    if line.opcode == "async-start":
+        return f"{inner.opcode}-start", inner
+    scatters = inner.opcode == "all-reduce" and _bytes(line.shape) < _bytes(inner.shape)
+    return ("reduce-scatter" if scatters else inner.opcode), inner
+
+
 def _kernel_in(computation: dict[str, _Line]) -> _Line | None:
     """The Mosaic kernel of a fused computation."""
     return next((line for line in computation.values() if _is_kernel(line)), None)
+
+
+def _sent(line: _Line, lines: dict[str, _Line], kind: str, inner: _Line | None) -> dict:
+    """The fields of an `Operation` that sends, or waits for one."""
+    if inner is None:
+        return {"kind": kind, "cycles": 0, "waits": (line.operands() or [""])[0]}
+    groups = _GROUPS.search(inner.text)
+    return {"kind": kind, "cycles": 0, "bytes": _collective_bytes(line, lines), "groups": groups[1] if groups else ""}
 
 
 def _is_kernel(line: _Line) -> bool:
@@ -250,12 +292,17 @@ def operations(text: str) -> list[Operation]:
 
     text: `compiled.as_text()`. Fused computations count as the one fusion they are. ProgramError for a loop that is not counted.
     """
+    return [op for op in schedule(text) if not op.waits]
+
+
+def schedule(text: str) -> list[Operation]:
+    """`operations` in the order in which a core runs them, and between them where it waits for a collective that it has started."""
     computations, entry = _computations(text)
 
     def walk(name: str, trips: int) -> Iterator[Operation]:
         lines = computations[name]
         for line in lines.values():
-            called = computations.get(line.attribute("calls") or "") if line.opcode == "fusion" else None
+            called = computations.get(line.attribute("calls") or "") if line.opcode in ("fusion", "async-start") else None
             inner = line if _is_kernel(line) else _kernel_in(called or {})
             source = re.search(r'op_name="([^"]*)"', (inner or line).text)
             cycles = _CYCLES.search(line.text)
@@ -275,8 +322,8 @@ def operations(text: str) -> list[Operation]:
                 names = re.findall(r"(?:true_computation|false_computation)=%([\w.\-]+)", line.text)
                 names += _OPERANDS.findall(m[1]) if (m := re.search(r"branch_computations=\{([^}]*)\}", line.text)) else []
                 yield from max((list(walk(n, trips)) for n in names), key=lambda ops: sum(o.cycles * o.trips for o in ops))
-            elif line.opcode.removesuffix("-start") in COLLECTIVES:
-                yield replace(op, bytes=_collective_bytes(line, lines))
+            elif (sent := _sends(line, lines, called))[0]:
+                yield replace(op, **_sent(line, lines, *sent))
             elif inner is not None:
                 key, moved = _key(line, lines, called), _moved(line, lines, called)
                 yield replace(op, kind="kernel", cycles=0, key=key, moved=moved, aliases=() if inner is line else (inner.name,))

@@ -37,7 +37,8 @@ class JobStudyOptions:
     """A whole training job, measured."""
 
     job: bool = False
-    """Measure whole jobs instead: train.pretrain beside timm's training (--peer timm) on a folder of JPEGs."""
+    """Measure whole jobs instead: train.pretrain beside timm's training (--peer timm) on a folder of JPEGs. With --target: what a
+    job needs of a slice's memory and of its hosts, by the compiler."""
     data: Path | None = None
     """With --job: a folder with train/CLASS/ and val/CLASS/. Default: photographs made for the purpose."""
     images: int = 4096

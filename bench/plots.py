@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import mesh_picture
+
 _STYLES = {"fused": "-", "gpu": "-", "xla": ":", "reference": "--", "timm": "-.", "transformers": ":"}
 _MARKERS = {"fused": "o", "gpu": "o", "xla": "v", "reference": "s", "timm": "^", "transformers": "D"}
 
@@ -130,7 +132,8 @@ def main() -> int:
     path = Path(sys.argv[1])
     try:
         rows = json.loads(path.read_text())["rows"]
-        made = pictures(rows, path.parent, stem=path.stem)
+        draw = mesh_picture.pictures if any("exposed_seconds" in row for row in rows) else pictures
+        made = draw(rows, path.parent, stem=path.stem)
     except (OSError, ValueError, KeyError) as error:
         print(f"bench.plots: {path} cannot be drawn: {error!r}", file=sys.stderr)
         return 2

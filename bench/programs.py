@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.experimental.layout import Format, Layout
 
@@ -28,14 +27,18 @@ from kernels.device import from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
 from kernels.mlp.reference import MLPWeights
-from train.step import StepOptions, make_train_step, state_specs
+from train.mesh import laid
+from train.shards import choose
+from train.step import StepOptions, make_eval_step, make_train_step, state_specs
 from train.step import shardings as shardings_of
 from vitcore import ViTConfig, apply_on, partition_specs, variant
 from vitcore.context import Context
 from vitcore.heads import logits
+from vitcore.keep import choose as choose_kept
 from vitcore.model import asked_for, forward, init, prepared, representation
-from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, KEPT, OTHERS, REFERENCE, Ops, fused
+from vitcore.ops import BY_NAME, FUNCTIONS, FUSED, KEPT, OTHERS, REFERENCE, Ops, for_training, fused
 from vitcore.pixels import to_unit
+from vitcore.sharding import MeshShape
 
 S = jax.ShapeDtypeStruct
 
@@ -196,10 +199,10 @@ def statistics_alone(devices, *, shape, batch, dtype="bfloat16", mean=True, row=
     return run, (S((batch, c.tokens, d), jnp.dtype(dtype)), S((c.tokens, c.tokens), f32), weights)
 
 
-def mesh_forward(devices, *, model, batch, data=1, axis=1, dtype="bfloat16", kernels=True, image_size=None):
+def mesh_forward(devices, *, model, batch, data=1, axis=1, dtype="bfloat16", kernels=True, image_size=None, depth=None):
     """The logits of a whole model for bytes on a mesh of data x axis cores; `batch` is the global batch."""
-    config = _config(model, image_size)
-    mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
+    config = _config(model, image_size, depth)
+    mesh = laid(MeshShape(data, axis), devices[: data * axis])
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     params = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), params, shardings_of(mesh, partition_specs(config, mesh)))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -224,10 +227,14 @@ def train_step(
     units=(),
     dropout=0.0,
     position=None,
+    shard="parameters",
+    whole_plan=False,
 ):
     """The training step of `train.step`, fed bytes as the loop feeds it, with Adam on a mesh of data x axis cores; `batch` is the
-    global batch."""
+    global batch. shard: "parameters", "optimizer", "none", or "auto" for what a job takes. whole_plan: at a smaller depth, shard
+    and what is kept for the backward pass are those of the whole model."""
     config = _config(model, image_size, depth, units, position)
+    whole = _config(model, image_size, None, units, position) if whole_plan else config
     config = replace(config, dropout=dropout) if dropout else config  # which a ResNet has none of
     if kernels == FLAX:
         if (data, axis, remat, accumulate, dropout) != (1, 1, 0, 1, 0.0):
@@ -235,10 +242,14 @@ def train_step(
         tx, params = vit.optimizer(), vit.shapes(config)
         step = jax.jit(partial(vit.step, tx=tx, dtype=jnp.dtype(dtype)), donate_argnums=(0, 1))
         return step, (params, jax.eval_shape(tx.init, params), _floats(config, batch, dtype), S((batch,), jnp.int32))
-    mesh = jax.sharding.Mesh(np.array(devices[: data * axis]).reshape(data, axis), ("data", "model"))
+    mesh = laid(MeshShape(data, axis), devices[: data * axis])
     tx = optax.adam(1e-3)
-    options = StepOptions(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), remat=remat, accumulate=accumulate)
-    specs = state_specs(config, mesh, tx, polyak=False)
+    how, ops = choose(shard, whole, mesh, jnp.dtype(dtype)), ops_for(devices[0], kernels=kernels)
+    if whole_plan:
+        images = batch // data // accumulate
+        ops = choose_kept(for_training(ops), whole, images, dtype, MeshShape(data, axis), remat=remat)[0]._replace(keeping=())
+    options = StepOptions(ops=ops, dtype=jnp.dtype(dtype), remat=remat, accumulate=accumulate, shard=how)
+    specs = state_specs(config, mesh, tx, polyak=False, shard=how)
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     state: Any = specs._replace(step=S((), jnp.int32), params=params, opt_state=jax.eval_shape(tx.init, params), average=None)
     state = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), state, shardings_of(mesh, specs))
@@ -246,6 +257,22 @@ def train_step(
     images = _bytes(config, batch, split)
     labels = S((batch,), jnp.int32, sharding=split)
     return make_train_step(config, mesh, tx, options), (state, images, labels)
+
+
+def eval_step(
+    devices, *, model, batch, data=1, axis=1, dtype="bfloat16", kernels=True, image_size=None, depth=None, shard="auto"
+):  # fmt: skip
+    """The evaluation step of `train.step`, fed bytes as the loop feeds it, on a mesh of data x axis cores; `batch` is the global
+    batch. shard: as of `train_step`, of the whole model."""
+    config, mesh = _config(model, image_size, depth), laid(MeshShape(data, axis), devices[: data * axis])
+    how = choose(shard, _config(model, image_size), mesh, jnp.dtype(dtype))
+    options = StepOptions(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), shard=how)
+    params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
+    specs = shardings_of(mesh, partition_specs(config, mesh, shard=how))
+    params = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), params, specs)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    labels, weights = S((batch,), jnp.int32, sharding=split), S((batch,), jnp.float32, sharding=split)
+    return make_eval_step(config, mesh, options), (params, _bytes(config, batch, split), labels, weights)
 
 
 def relative_half(devices, *, shape, batch, dtype="bfloat16", backward=False, kernels=True, class_token=True):

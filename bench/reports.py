@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench import yardstick
+from bench import links, yardstick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class Report:
     xla_top: tuple[tuple[str, int, int, str], ...] = ()  # costliest operations: name, cycles of one, trips, source
     collectives: dict[str, int] = field(default_factory=dict)  # opcode -> number in the program, times trips
     collective_bytes: dict[str, int] = field(default_factory=dict)  # opcode -> bytes a core sends or receives, times trips
+    timeline: tuple[links.Event, ...] = ()  # work and collectives in a core's order, where cycles were asked for, on a mesh
     cached: bool = False  # compiled before, in another run
     text: str = ""  # the compiled program, where asked for
 
@@ -92,7 +93,8 @@ def from_json(record: dict) -> Report:
     kernels = tuple(Kernel(**k) for k in record.pop("kernels"))
     top = tuple(tuple(x) for x in record.pop("xla_top"))
     lines = tuple(yardstick.Line(**line) for line in record.pop("lines"))
-    return Report(**record, kernels=kernels, lines=lines, xla_top=top)
+    events = links.from_json(record.pop("timeline", ()))
+    return Report(**record, kernels=kernels, lines=lines, xla_top=top, timeline=events)
 
 
 def profiles(dumps: Path) -> tuple[Kernel, ...]:
@@ -129,6 +131,7 @@ _COUNTING = (
     "bench/llo.py",
     "bench/bundles.py",
     "bench/yardstick.py",
+    "bench/links.py",
     "bench/compiler_child.py",
     "kernels/device.py",
 )

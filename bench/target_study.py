@@ -27,7 +27,7 @@ from vitcore.sharding import MeshShape, check_mesh
 
 _TOKENS = 64 * 197  # of a core, where the sweep begins: below, XLA keeps whole activations in VMEM and looks better than it is
 _DOUBLINGS = 3
-_SYSTEM = 0.5 * 2**30  # HBM that a program cannot have; the compiler's message says it exactly once one does not fit
+SYSTEM = 0.5 * 2**30  # HBM that a program cannot have; the compiler's message says it exactly once one does not fit
 _TOO_MUCH = re.compile(r"\(([\d.]+)([GMK])\) exceeds available HBM \(([\d.]+)([GMK])\)|Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm")
 _SECONDS = 900.0
 
@@ -40,7 +40,7 @@ def _mesh(case: Case) -> MeshShape:
     return parse(case.mesh) if case.mesh else MeshShape(1, 1)
 
 
-def _program(case: Case, batch: int) -> Program:
+def program_of(case: Case, batch: int) -> Program:
     """The program of a case at a global batch."""
     mesh = _mesh(case)
     common: dict[str, Any] = dict(
@@ -53,7 +53,8 @@ def _program(case: Case, batch: int) -> Program:
     if case.library == FLAX:  # on one core, whatever the mesh is called
         build = "bench.programs:train_step" if case.mode == "train" else "bench.programs:whole_forward"
     elif case.mode == "train":
-        build, common = "bench.programs:train_step", {**common, "remat": case.remat, "data": mesh.data, "axis": mesh.model}
+        build, common = "bench.programs:train_step", {**common, "remat": case.remat, "shard": case.shard}
+        common |= {"data": mesh.data, "axis": mesh.model, "dropout": case.dropout}
     elif case.mesh:
         build, common = "bench.programs:mesh_forward", {**common, "data": mesh.data, "axis": mesh.model}
     else:
@@ -90,7 +91,7 @@ def attempt_of(report: Report, batch: int) -> edge.Attempt:
     """
     need, have = too_much(report.error)
     used = 0 if "HLO temporaries" in report.error else need or report.peak_bytes
-    limit = have or int(DEVICES[report.target].hbm_bytes - _SYSTEM)
+    limit = have or int(DEVICES[report.target].hbm_bytes - SYSTEM)
     return edge.Attempt(batch=batch, fits=not report.error, used=used, limit=limit, why=report.error)
 
 
@@ -106,7 +107,7 @@ class _Study:
 
     def compile(self, batch: int, *, cycles: bool) -> Report:
         self.tell(f"{self.case}: batch {batch}")
-        report = self.compiler.compile(_program(self.case, batch), cycles=cycles)
+        report = self.compiler.compile(program_of(self.case, batch), cycles=cycles)
         self.compiled += not report.cached
         self.reports[batch] = report
         return report

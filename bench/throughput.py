@@ -5,7 +5,9 @@
     python -m bench.throughput --models ViT-S/16 --sizes 224 --peer timm transformers
     python -m bench.throughput --target v3 --models ViT-B/16 --ops fused reference      a TPU that nobody has: compiled only
     python -m bench.throughput --job --peer timm                            train.pretrain whole, on JPEGs, beside timm's training
+    python -m bench.throughput --job --target v3 --slice 4x4                what it needs of a slice's memory and of its hosts
     python -m bench.throughput --target v3 --mesh 8x4 --models ViT-L/16 --mode train    does this step fit on that slice?
+    python -m bench.throughput --target v3 --mesh auto --slice 4x4 --mode train         which mesh of that slice is the fastest?
 
 On devices every figure is measured: batch sizes rise until throughput does not, timing is synchronised after a warm-up, the median
 stands beside its spread and beside the rate of a plain matrix product in the same run; the largest batch is tried in processes of
@@ -20,9 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import job, plots
+from bench import job, mesh_picture, mesh_study, plots, slice_job
 from bench.cases import FIGURE_12, FIGURE_12_SIZES, Case, Notebook, cases
 from bench.device_study import Clock, Settings, TrialError, describe, largest, measure
+from bench.mesh_study import MeshStudyOptions
 from bench.options import command
 from bench.peers import FLAX, TORCH
 from bench.peers.on_torch import missing
@@ -35,7 +38,7 @@ LAPTOP = ("ViT-Ti/16", "ViT-S/16"), (64, 128, 224), 3.0  # models, sizes, minute
 
 
 @dataclass(frozen=True, kw_only=True)
-class Throughput(job.JobStudyOptions):
+class Throughput(job.JobStudyOptions, MeshStudyOptions):
     """Images per second and largest batch, on the devices present or by the TPU compiler."""
 
     models: tuple[str, ...] = ()
@@ -49,7 +52,7 @@ class Throughput(job.JobStudyOptions):
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of activations and products; bfloat16 by default, float32 on a CPU."""
     mesh: str | None = None
-    """DATAxMODEL, e.g. 8x4; one device by default."""
+    """DATAxMODEL, e.g. 8x4; one device by default. auto, with --target and --slice: all meshes of the slice, compared."""
     shard: Literal["auto", "parameters", "optimizer", "none"] = "auto"
     """Training on a mesh: what its data axis splits, as in train.pretrain."""
     batch_sizes: tuple[int, ...] = ()
@@ -114,14 +117,17 @@ class Throughput(job.JobStudyOptions):
             if peer in TORCH and (why := missing(peer)):
                 raise ValueError(why)
         self.check_job(self.peer, self.mode)
+        self.check_meshes(self.mesh, self.target, self.slice, self.peer, job=self.job)
         if self.job and self.target:
-            raise ValueError("--job runs on devices and --target compiles for none: leave one of them out")
+            slice_job.check(self)
         if self.peer and self.mesh not in (None, "1x1") and not self.job and (self.mode != ("train",) or self.largest):
             raise ValueError(f"--peer on several devices, --mesh {self.mesh}, trains and no more: add --mode train --no-largest")
 
     def chosen(self, platform: str) -> tuple[tuple[str, ...], tuple[int, ...], float | None]:
         """Models, sizes and minutes, the user's or what suits the platform."""
         models, sizes, minutes = LAPTOP if platform == "cpu" else (FIGURE_12, FIGURE_12_SIZES, None)
+        if self.mesh == "auto":
+            models, sizes = ("ViT-B/16",), (224,)
         return self.models or models, self.sizes or sizes, self.minutes if self.minutes or self.models else minutes
 
 
@@ -228,19 +234,23 @@ def on_targets(options: Throughput) -> list[dict[str, Any]]:
     from bench.target_study import study
 
     todo: Callable[[str], list[Case]] = lambda target: _all(options, target, "tpu", options.dtype or "bfloat16", "fused")  # noqa: E731
-    return study(options, [case for target in options.target for case in todo(target)], about=_about(compiler_estimate=True))
+    compare = mesh_study.study if options.mesh == "auto" else study
+    return compare(options, [case for target in options.target for case in todo(target)], about=_about(compiler_estimate=True))
 
 
 def run(options: Throughput) -> list[dict[str, Any]]:
     """The study that the options ask for: prints its table, writes its files, returns its rows."""
     started = time.monotonic()
     if options.job:
-        return job.study(options, _about)
+        return slice_job.study(options, _about) if options.target else job.study(options, _about)
     rows = on_targets(options) if options.target else on_devices(options)
-    print("\n".join([header(rows), *(line(row) for row in rows), *compared(rows)]))
-    file = options.out / "throughput.json"
+    if options.mesh == "auto":
+        file, draw = options.out / mesh_study.FILE, mesh_picture.pictures
+    else:
+        print("\n".join([header(rows), *(line(row) for row in rows), *compared(rows)]))
+        file, draw = options.out / "throughput.json", plots.pictures
     try:
-        made = plots.pictures([row for row in rows if row.get("images_per_second") or row.get("largest_batch")], options.out)
+        made = draw([row for row in rows if row.get("images_per_second") or row.get("largest_batch")], options.out)
     except ImportError:
         print(f"matplotlib is not installed here, so nothing is drawn: python -m bench.plots {file} draws it where it is")
         made = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import llo
-from bench.hlo import COLLECTIVES, Operation
+from bench.hlo import Operation, collective
 from kernels.device import DEVICES
 
 # TensorCores that one jax device is made of; XLA splits its operations over them, and a kernel is counted on one.
@@ -134,11 +134,16 @@ def counts(operations: Sequence[Operation], folder: Path, target: str) -> dict[s
     return {op: dumps.count(name) if name else "the compiler dumped no schedule for it" for op, name in names.items()}
 
 
+def cycles(op: Operation, found: llo.Count | str, target: str) -> int:
+    """Cycles of all runs of an operation. found: as `counts` has it."""
+    return _line(op, found, DEVICES[target].hbm_bytes_per_cycle).total
+
+
 def lines(operations: Sequence[Operation], counted: dict[str, llo.Count | str], target: str) -> tuple[Line, ...]:
     """What a program costs, operation by operation, the costliest first; those of one code and cost are one line."""
     merged: dict[tuple, Line] = {}
     for op in operations:
-        if op.kind.removesuffix("-start") in COLLECTIVES:
+        if collective(op.kind):
             continue
         line = _line(op, counted[op.name], DEVICES[target].hbm_bytes_per_cycle)
         if not line.cycles:

@@ -69,15 +69,21 @@ def make(shape: MeshShape | None) -> tuple[Mesh, str]:
             f"--mesh {shape.data}x{shape.model} has {count} devices, the {len(processes)} processes of this job "
             f"{len(devices)} x {kind}: use a mesh of all of them"
         )
-    mesh = jax.make_mesh((shape.data, shape.model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
-    if len(processes) > 1:
-        rows = sorted(range(shape.data), key=lambda i: (sorted({d.process_index for d in mesh.devices[i]}), i))
-        mesh = Mesh(mesh.devices[rows], AXES, axis_types=mesh.axis_types)
+    mesh = laid(shape, devices[:count])
     where = f"{count} x {kind}"
     if devices[0].platform == "cpu" and count > 1:
         where = f"{count} devices simulated on {os.cpu_count()} CPU cores"
     among = f" in {len(processes)} processes" if len(processes) > 1 else ""
     return mesh, f"mesh {shape.data}x{shape.model}: {where}{among}"
+
+
+def laid(shape: MeshShape, devices) -> Mesh:
+    """The mesh of as many devices, neighbours where their links are; those of each process are neighbours along "data"."""
+    mesh = jax.make_mesh((shape.data, shape.model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    if len({device.process_index for device in devices}) > 1:
+        rows = sorted(range(shape.data), key=lambda i: (sorted({d.process_index for d in mesh.devices[i]}), i))
+        mesh = Mesh(mesh.devices[rows], AXES, axis_types=mesh.axis_types)
+    return mesh
 
 
 def whole_rows(images: int, mesh: Mesh) -> int:

@@ -157,7 +157,7 @@ def run(args: Pretrain, stop: Stop | None = None):
     from train.data import check_classes, open_source
     from train.data.identity import seen
     from train.loop import train
-    from train.shards import choose, said
+    from train.shards import better, choose, said
 
     source, held_out = open_source(args.data, args.train_split), open_source(args.data, args.val_split)
     check_classes(source, held_out)
@@ -190,7 +190,10 @@ def run(args: Pretrain, stop: Stop | None = None):
     named = name_of_ops(ops, config, full, mesh)
     of = masked.about(full, config) or f"of {len(source.classes)} classes"
     say(f"{full.model} on {full.data}: {len(source)} training and {len(held_out)} held-out images {of}")
-    say(f"{where}{said(shard, mesh)}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
+    where += said(shard, mesh, config)
+    say(f"{where}; ops: {named}; {full.steps} steps of {full.batch_size} images; recipe {full.recipe}; {out}")
+    if line := better(config, mesh, full.batch_size // full.accumulate, asked=full.shard, dtype=full.dtype):
+        say(line)
     with locked(out):
         result = train(spec, say, stop=stop)
     _report(result, out, masked.counted(full.objective))

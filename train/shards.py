@@ -6,14 +6,22 @@ backward pass. So the less is split, the faster a step is, and the more memory i
 process of a job, and its continuation on other devices, comes to the same one. `vitcore.collectives.Shard` says what each does.
 """
 
+import contextlib
+
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vitcore import families, parameters
-from vitcore.collectives import Shard
+from vitcore.collectives import MeshShape, Shard
+from vitcore.config import ViTConfig
 
 WHOLE = 2**24  # parameters up to which all is whole: 16 bytes each, with Adam's moments and the gradient, a quarter GiB
 COPY = 2**30  # bytes up to which a device holds a copy of the parameters during a step: a sixteenth of a TPU core's memory
+
+LITTLE = 0.01  # share of the parameters that may stay whole without a word: position embeddings and such
+STATE = 16  # bytes a parameter, with Adam's moments and its gradient
+MEMORY = 16 * 2**30  # of a TPU core or chip of v3 to v5e, the smallest that anybody trains on
+FEW = 8  # images a device from which a convolutional network's gradients are fewer bytes than its activations
 
 _WORDS = {
     "parameters": "parameters and optimizer split over the data axis",
@@ -22,16 +30,79 @@ _WORDS = {
 }
 
 
-def choose(asked: str, config, mesh: Mesh, dtype) -> Shard:
+def choose(asked: str, config, mesh: Mesh | MeshShape, dtype) -> Shard:
     """What --shard means for a model on a mesh. dtype: of the products, in which parameters are brought together."""
     if asked != "auto":
         return asked  # pyright: ignore[reportReturnType]
-    here = parameters.count(families.leaves(config)) / mesh.shape["model"]
+    here = parameters.count(families.leaves(config)) / _shape(mesh).model
     if here <= WHOLE:
         return "none"
     return "optimizer" if here * jnp.dtype(dtype).itemsize <= COPY else "parameters"
 
 
-def said(shard: Shard, mesh: Mesh) -> str:
-    """For the line that says what a mesh lies on; "" where there is nothing to split over."""
-    return f"; {_WORDS[shard]} (--shard {shard})" if mesh.shape["data"] > 1 else ""
+def said(shard: Shard, mesh: Mesh | MeshShape, config=None) -> str:
+    """For the line that says what a mesh lies on; "" where there is nothing to split over. config: of the model, so that parameters
+    which the data axis does not divide, and which stay whole on every device, are named."""
+    shape = _shape(mesh)
+    if shape.data == 1:
+        return ""
+    return f"; {_WORDS[shard]} (--shard {shard}){_left_whole(config, shape) if config is not None and shard != 'none' else ''}"
+
+
+def _left_whole(config, shape: MeshShape) -> str:
+    """What stays whole though it should be split, and the longest data axis of as many devices that splits all; "" for a little."""
+    every = parameters.count(families.leaves(config))
+
+    def share(shape: MeshShape) -> float:
+        return parameters.whole_over_data(families.leaves(config), shape)[0] / every
+
+    if share(shape) < LITTLE:
+        return ""
+    count, lengths = shape.data * shape.model, parameters.whole_over_data(families.leaves(config), shape)[1]
+    better = ""
+    for data in range(shape.data - 1, 1, -1):
+        if count % data == 0:
+            with contextlib.suppress(ValueError):  # the heads do not divide over such a model axis
+                if share(MeshShape(data, count // data)) < share(shape) / 2:
+                    better = f"; --mesh {data}x{count // data} splits them"
+                    break
+    widths = " and ".join(map(str, lengths))
+    return f", but for {share(shape):.0%} of the parameters, whole on each because {shape.data} does not divide {widths}{better}"
+
+
+def better(config, mesh: Mesh | MeshShape, images: int, *, asked: str, dtype) -> str:
+    """A line where a longer data axis is clearly faster than this mesh's model axis, "" where it is not: the batch divides over all
+    devices, state and a copy of what is brought together fit, and sums of gradients are fewer bytes than sums of tokens.
+
+    `bench.throughput --mesh auto` compares meshes by the compiler; wherever this rule speaks, so far, it found the same: heads and
+    hidden columns of a part make short products, and each half block waits for its sum. images: of a batch, or of the parts in
+    which it is worked through. asked: --shard.
+    """
+    shape = _shape(mesh)
+    devices = shape.data * shape.model
+    if shape.model == 1 or images % devices:
+        return ""
+    other = MeshShape(devices, 1)
+    count, size = parameters.count(families.leaves(config)), jnp.dtype(dtype).itemsize
+    how = choose(asked, config, other, dtype)
+    whole = parameters.whole_over_data(families.leaves(config), other)[0]
+    held = {"none": STATE * count, "optimizer": size * count, "parameters": 0}[how]
+    if how != "none":
+        held += STATE * (whole + (count - whole) / devices)
+    if held > MEMORY / 2:
+        return ""
+    gradients = 8 * count * (1 - 1 / shape.model)  # float32, once down and once up, more than on this mesh
+    if isinstance(config, ViTConfig):
+        tokens = 8 * size * images / shape.data * config.tokens * config.width * config.depth * (1 - 1 / shape.model)
+        if gradients > tokens:  # four sums a block, once down and once up
+            return ""
+    elif images < FEW * devices:
+        return ""
+    return (
+        f"mesh {shape.data}x{shape.model}: --mesh {devices}x1 is faster, for the batch divides over {devices} devices and this "
+        f"model's parameters fit on each; a model axis is for models that do not fit (bench.throughput --mesh auto compares meshes)"
+    )
+
+
+def _shape(mesh: Mesh | MeshShape) -> MeshShape:
+    return mesh if isinstance(mesh, MeshShape) else MeshShape.of(mesh)

@@ -212,6 +212,7 @@ def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tup
     from train.build import check_fit
     from train.data import open_source
     from train.pretrained import open_pretrained, store
+    from train.shards import choose, said
     from vitcore import families
 
     args.join()
@@ -233,6 +234,7 @@ def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tup
     if opened.pixels != HALF:  # what the run wants of its pixels, kept with it
         full = dataclasses.replace(full, mean=opened.pixels.mean, std=opened.pixels.std)
     check_fit(full, opened.config, mesh, opened.about)
+    where += said(choose(full.shard, opened.config, mesh, full.dtype), mesh, opened.config)
     return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop, model=stored.model, stored=stored)
 
 

@@ -218,6 +218,16 @@ def check_mesh(leaves: Iterable[Leaf], mesh: MeshShape) -> None:
             )
 
 
+def whole_over_data(leaves: Iterable[Leaf], mesh: MeshShape) -> tuple[int, tuple[int, ...]]:
+    """(how many parameters of matrices that are split over a data axis stay whole over this one, the lengths that it does not
+    divide). Raises ValueError as `check_mesh`."""
+    leaves = tuple(leaves)
+    check_mesh(leaves, mesh)
+    whole = [leaf for leaf in leaves if any(s and s.data for s in leaf.split) and "data" not in str(_spec(leaf, mesh))]
+    lengths = {n for leaf in whole for n, split in zip(leaf.shape, leaf.split, strict=True) if split and split.data}
+    return sum(leaf.size for leaf in whole), tuple(sorted(lengths))
+
+
 def _spec(leaf: Leaf, mesh: MeshShape) -> P:
     if not any(leaf.split):
         return P()

@@ -15,7 +15,7 @@ import pytest
 from bench import calibration, device_study, plots, slices, tables
 from bench.cases import Case, Notebook, cases
 from bench.reports import Cache, Kernel, Program, Report
-from bench.target_study import _program, first_batch, out_of_hbm, too_much
+from bench.target_study import first_batch, out_of_hbm, program_of, too_much
 from bench.throughput import Throughput, run
 from bench.timing import still_rising, summary
 from bench.tpu_compiler import Compiler, CompilerMissing
@@ -50,7 +50,19 @@ BAD = [
     ),
     (dict(step=0), "--step 0: a positive number is required"),
     (dict(steps=5), "--steps belongs to --job"),
-    (dict(job=True, target=("v3",)), "--job runs on devices and --target compiles for none"),
+    (dict(job=True, target=("v3",)), "--job --target wants to know the slice: add --slice"),
+    (dict(job=True, target=("v3",), slice="4x4", steps=5), "--steps is of a job that runs, and --target compiles only"),
+    (dict(job=True, target=("v3",), slice="4x4", mesh="auto"), "--job is of one mesh: run --mesh auto without --job first"),
+    (dict(job=True, target=("v3",), slice="4x4", batch_sizes=(100,)), "--batch-sizes 100 is not divisible by the data axis of 32"),
+    (dict(mesh="auto"), "--mesh auto asks the TPU compiler: name a --target and a slice"),
+    (dict(mesh="auto", target=("v3",)), "--mesh auto wants to know the slice: add --slice"),
+    (dict(mesh="auto", target=("v3",), slice="4x5"), "--slice 4x5: v3 comes in slices of 2x2, 4x4"),
+    (dict(mesh="auto", target=("v3",), devices=0), "--devices 0: a positive number is required"),
+    (dict(mesh="auto", target=("v3",), devices=32, depths=(3, 2)), "--depths 3 2: two rising depths are required"),
+    (dict(mesh="auto", target=("v3",), devices=32, peer=("flax",)), "--peer flax runs on one core and --mesh auto compares"),
+    (dict(mesh="auto", target=("v3",), devices=8, mode=("train",), batch_sizes=(3,)), "no mesh of 8 devices suits (8x1: 3 images"),
+    (dict(devices=8), "--devices belongs to --mesh auto"),
+    (dict(target=("v3",), depths=(1, 2)), "--depths belongs to --mesh auto and to --job --target"),
     (dict(job=True, images=0), "--images 0: a positive number is required"),
     (dict(job=True, data=pathlib.Path("/nowhere")), "--data /nowhere has no train/"),
     (dict(dropout=0.1), "--dropout 0.1 belongs to training: add --mode train"),
@@ -109,10 +121,10 @@ def test_cases_move_sizes_only_when_asked():
 @pytest.mark.parametrize(("mode", "build"), [("train", "train_step"), ("forward", "whole_forward")])
 def test_the_peer_is_compiled_and_not_our_kernels_under_its_name(mode, build, mesh):
     same: dict[str, Any] = dict(where="v3", model="ViT-B/16", size=224, asked=224, mode=mode, dtype="bfloat16", mesh=mesh)
-    program = _program(Case(**same, library="flax", ops=""), 8)
+    program = program_of(Case(**same, library="flax", ops=""), 8)
     assert program.build == f"bench.programs:{build}"
     assert program.arguments["kernels"] == "flax"
-    assert _program(Case(**same, ops="fused"), 8).arguments["kernels"] is True
+    assert program_of(Case(**same, ops="fused"), 8).arguments["kernels"] is True
 
 
 def test_slices_are_the_smallest_that_hold_the_mesh():
@@ -152,7 +164,7 @@ def test_every_model_of_the_paper_is_a_case():
     large = {c.model: c for c in found if c.size == 224}
     assert (large["R50x1"].tokens, large["R50+ViT-B/16"].tokens) == (196, 197)
     assert first_batch(large["R50x1"]) == first_batch(large["R50+ViT-B/16"])
-    assert _program(large["R50x1"], 8).arguments["kernels"] is False
+    assert program_of(large["R50x1"], 8).arguments["kernels"] is False
 
 
 def test_a_sweep_begins_at_the_same_tokens_for_every_size():

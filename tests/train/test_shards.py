@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.train.interruption import interrupt_before
 from train import pretrain
-from train.shards import choose, said
+from train.shards import better, choose, said
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
 from vitcore import GPU, REFERENCE, partition_specs, variant
 from vitcore.sharding import MeshShape
@@ -117,3 +117,57 @@ def test_a_run_goes_on_under_another_setting(tmp_path, monkeypatch, capsys):
 def test_the_option_is_no_part_of_what_a_run_is():
     args = pretrain.Pretrain()
     assert pretrain.identity(args) == pretrain.identity(dataclasses.replace(args, shard="none"))
+
+
+def faster(name, mesh, images, asked="auto"):
+    return better(variant(name, image_size=224, num_classes=1000), MeshShape(*mesh), images, asked=asked, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "images"),
+    [("ViT-B/16", (8, 4), 4096), ("ViT-L/16", (1, 2), 256), ("ViT-H/14", (8, 4), 4096), ("R50x1", (8, 4), 4096)],
+)
+def test_a_model_axis_that_nothing_asks_for_is_said(name, mesh, images):
+    assert f"--mesh {mesh[0] * mesh[1]}x1 is faster" in faster(name, mesh, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "images", "asked"),
+    [
+        ("ViT-B/16", (32, 1), 4096, "auto"),  # there is none
+        ("ViT-B/16", (8, 4), 16, "auto"),  # not an image for each device
+        ("ViT-B/16", (16, 2), 64, "auto"),  # sums of gradients would be more bytes than sums of tokens
+        ("ViT-H/14", (8, 4), 4096, "none"),  # ten GiB on every device
+        ("ViT-H/14", (256, 2), 4096, "auto"),  # 512 does not divide its width: the longer axis would leave most of it whole
+    ],
+)
+def test_a_model_axis_with_a_reason_is_left_alone(name, mesh, images, asked):
+    assert faster(name, mesh, images, asked) == ""
+
+
+def test_parameters_that_a_data_axis_does_not_divide_are_never_silent():
+    huge = variant("ViT-H/14", num_classes=1000)
+    line = said("parameters", MeshShape(512, 1), huge)
+    assert "but for 67% of the parameters, whole on each because 512 does not divide 1280; --mesh 256x2 splits them" in line
+    assert "but for" not in said("parameters", MeshShape(32, 1), huge)
+    assert "but for" not in said("none", MeshShape(512, 1), huge)
+    specs = jax.tree.leaves(partition_specs(huge, MeshShape(512, 1)), is_leaf=lambda x: isinstance(x, P))
+    assert sum("data" in str(spec) for spec in specs) < sum(
+        "data" in str(spec)
+        for spec in jax.tree.leaves(partition_specs(huge, MeshShape(256, 2)), is_leaf=lambda x: isinstance(x, P))
+    )
+
+
+@pytest.mark.parametrize(("mesh", "faster"), [("1x3", True), ("2x1", False)])
+def test_a_run_says_that_another_mesh_is_faster(mesh, faster, tmp_path, monkeypatch, capsys):
+    """Its lines, up to where the loop would begin."""
+
+    def begin(spec, say, **_):
+        raise ValueError("the loop begins")
+
+    monkeypatch.setattr("train.loop.train", begin)
+    words = ["--model", "ViT-Ti/16", "--image-size", "64", "--batch-size", "96", "--steps", "2", "--out", str(tmp_path / "run")]
+    assert pretrain.main([*words, "--mesh", mesh]) == 2
+    said = capsys.readouterr()
+    assert "the loop begins" in said.err
+    assert ("mesh 1x3: --mesh 3x1 is faster" in said.out) == faster
