@@ -24,13 +24,14 @@ from kernels.attention.reference import AttentionWeights
 from kernels.attention.relative import reference as relative
 from kernels.attention.relative.reference import RelativeWeights
 from kernels.attention.statistics import tpu as statistics_tpu
+from kernels.attention.tpu import attention
 from kernels.device import from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
 from kernels.mlp.reference import MLPWeights
 from train.step import StepOptions, make_train_step, state_specs
 from train.step import shardings as shardings_of
-from vitcore import ViTConfig, apply_on, partition_specs, variant
+from vitcore import ViTConfig, apply_on, axial, partition_specs, resnet, variant
 from vitcore.context import Context
 from vitcore.heads import logits
 from vitcore.model import asked_for, forward, init, prepared, representation
@@ -266,3 +267,20 @@ def relative_half(devices, *, shape, batch, dtype="bfloat16", backward=False, ke
         return value, pullback(cotangent)
 
     return both, (x, *arguments)
+
+
+def axial_lines(devices, *, length, channels, images, dtype="bfloat16", kernels=False, backward=False):
+    """Attention between projections and norms over the columns of maps [images, length, length, channels] of an AxialResNet, its 8
+    heads: as `vitcore.axial` has it, by XLA; or, with kernels, our core without positions and with q, k as wide as v, which is a
+    lower bound of a kernel with both."""
+    lines, heads = images * length, resnet.AXIAL_HEADS
+    if kernels:
+        fn = partial(attention, num_heads=heads, launch=launch_for(devices[0]))
+        arguments: Any = (S((3, lines, length, channels), jnp.dtype(dtype)),)
+    else:
+        width = channels // heads
+        fn = partial(axial.between, heads=heads)
+        arguments = (S((lines, length, 2 * channels), jnp.dtype(dtype)), S((2 * width, 2 * length - 1), jnp.float32))
+    if not backward:
+        return fn, arguments
+    return (lambda dy, *arrays: jax.vjp(fn, *arrays)[1](dy)), (jax.eval_shape(fn, *arguments), *arguments)
