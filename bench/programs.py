@@ -274,6 +274,10 @@ def axial_lines(devices, *, length, channels, images, dtype="bfloat16", kernels=
     heads: as `vitcore.axial` has it, by XLA; or, with kernels, our core without positions and with q, k as wide as v, which is a
     lower bound of a kernel with both."""
     lines, heads = images * length, resnet.AXIAL_HEADS
+    if channels % (2 * heads):
+        raise ValueError(
+            f"channels={channels}: a multiple of {2 * heads} is required, for {heads} heads whose q and k are half as wide as v"
+        )
     if kernels:
         fn = partial(attention, num_heads=heads, launch=launch_for(devices[0]))
         arguments: Any = (S((3, lines, length, channels), jnp.dtype(dtype)),)
