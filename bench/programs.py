@@ -271,8 +271,8 @@ def relative_half(devices, *, shape, batch, dtype="bfloat16", backward=False, ke
 
 def axial_lines(devices, *, length, channels, images, dtype="bfloat16", kernels=False, backward=False):
     """Attention between projections and norms over the columns of maps [images, length, length, channels] of an AxialResNet, its 8
-    heads: as `vitcore.axial` has it, by XLA; or, with kernels, our core without positions and with q, k as wide as v, which is a
-    lower bound of a kernel with both."""
+    heads: as `vitcore.axial` has it, by XLA; or, with kernels, our core without positions and with q, k as wide as v, about the
+    least that a kernel with both could take."""
     lines, heads = images * length, resnet.AXIAL_HEADS
     if channels % (2 * heads):
         raise ValueError(
