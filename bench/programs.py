@@ -23,6 +23,7 @@ from kernels.attention.reference import AttentionWeights
 from kernels.attention.relative import reference as relative
 from kernels.attention.relative.reference import RelativeWeights
 from kernels.attention.statistics import tpu as statistics_tpu
+from kernels.attention.tpu import attention
 from kernels.device import from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
@@ -31,7 +32,7 @@ from train.mesh import laid
 from train.shards import choose
 from train.step import StepOptions, make_eval_step, make_train_step, state_specs
 from train.step import shardings as shardings_of
-from vitcore import ViTConfig, apply_on, partition_specs, variant
+from vitcore import ViTConfig, apply_on, axial, partition_specs, resnet, variant
 from vitcore.context import Context
 from vitcore.heads import logits
 from vitcore.keep import choose as choose_kept
@@ -293,3 +294,24 @@ def relative_half(devices, *, shape, batch, dtype="bfloat16", backward=False, ke
         return value, pullback(cotangent)
 
     return both, (x, *arguments)
+
+
+def axial_lines(devices, *, length, channels, images, dtype="bfloat16", kernels=False, backward=False):
+    """Attention between projections and norms over the columns of maps [images, length, length, channels] of an AxialResNet, its 8
+    heads: as `vitcore.axial` has it, by XLA; or, with kernels, our core without positions and with q, k as wide as v, about the
+    least that a kernel with both could take."""
+    lines, heads = images * length, resnet.AXIAL_HEADS
+    if channels % (2 * heads):
+        raise ValueError(
+            f"channels={channels}: a multiple of {2 * heads} is required, for {heads} heads whose q and k are half as wide as v"
+        )
+    if kernels:
+        fn = partial(attention, num_heads=heads, launch=launch_for(devices[0]))
+        arguments: Any = (S((3, lines, length, channels), jnp.dtype(dtype)),)
+    else:
+        width = channels // heads
+        fn = partial(axial.between, heads=heads)
+        arguments = (S((lines, length, 2 * channels), jnp.dtype(dtype)), S((2 * width, 2 * length - 1), jnp.float32))
+    if not backward:
+        return fn, arguments
+    return (lambda dy, *arrays: jax.vjp(fn, *arrays)[1](dy)), (jax.eval_shape(fn, *arguments), *arguments)

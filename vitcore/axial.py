@@ -20,18 +20,23 @@ def attend(x, w, heads: int, norm):
     offsets 1-L ... L-1; "gn_qkv" and "gn_out", scale and bias. heads: N. norm: (x [M, L, C], scale and bias) -> GroupNorm of it.
     Products accumulate in float32, the softmax is float32.
     """
-    m, length, _ = x.shape
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    d = w["qkv"].shape[1] // (2 * heads)
-    qkv = norm(jnp.einsum("mlc,ck->mlk", x, w["qkv"].astype(x.dtype)), w["gn_qkv"]).reshape(m, length, heads, 2 * d)
-    q, k, v = jnp.split(qkv, (d // 2, d), axis=-1)
+    qkv = norm(jnp.einsum("mlc,ck->mlk", x, w["qkv"].astype(x.dtype)), w["gn_qkv"])
+    return norm(between(qkv, w["relative"], heads), w["gn_out"])
+
+
+def between(qkv, relative, heads: int):
+    """What lies between the two norms: normalised projections [M, L, 2 N d] and the tables [2d, 2L-1] to [M, L, N d]."""
+    m, length, _ = qkv.shape
+    wide = jnp.promote_types(qkv.dtype, jnp.float32)
+    d = qkv.shape[-1] // (2 * heads)
+    q, k, v = jnp.split(qkv.reshape(m, length, heads, 2 * d), (d // 2, d), axis=-1)
     offsets = jnp.arange(length) - jnp.arange(length)[:, None] + length - 1  # [o, p]
-    r_q, r_k, r_v = jnp.split(w["relative"].astype(x.dtype)[:, offsets], (d // 2, d))  # [.., o, p]
+    r_q, r_k, r_v = jnp.split(relative.astype(qkv.dtype)[:, offsets], (d // 2, d))  # [.., o, p]
     einsum = jax.tree_util.Partial(jnp.einsum, preferred_element_type=wide)
     logits = einsum("mond,mpnd->mnop", q, k) + einsum("mond,dop->mnop", q, r_q) + einsum("mpnd,dop->mnop", k, r_k)
-    share = jax.nn.softmax(logits).astype(x.dtype)
+    share = jax.nn.softmax(logits).astype(qkv.dtype)
     y = einsum("mnop,mpnd->mond", share, v) + einsum("mnop,dop->mond", share, r_v)
-    return norm(y.astype(x.dtype).reshape(m, length, heads * d), w["gn_out"])
+    return y.astype(qkv.dtype).reshape(m, length, heads * d)
 
 
 def along(x, w, axis: int, heads: int, norm):

@@ -1,12 +1,16 @@
 """`bench.kernels`: everybody computes the same attention, errors are seen, times and cycles stand in their rows."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
-from bench import accuracy
+from bench import accuracy, programs
 from bench.kernels import Kernels, run
 from bench.peers import attention as peers
+from kernels.device import DEVICES
+from tests import oracle
 
 SAME: dict[str, Any] = dict(op="attention", shape="B/16@224", dtype="float32", target="v3")
 
@@ -55,3 +59,16 @@ def test_cycles_and_errors_of_everybody_on_a_target(capsys):
     printed = capsys.readouterr().out
     assert "compiler estimate" in printed
     assert "interpreted" in printed
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_attention_of_an_axial_layer_by_itself(kernels):
+    """Between its norms, by XLA and by the core of our kernels, on the same lines."""
+    device = SimpleNamespace(device_kind=DEVICES["v3"].kind)
+    for backward in (False, True):
+        arguments = {"length": 14, "channels": 64, "images": 2, "kernels": kernels, "backward": backward}
+        fn, shapes = programs.axial_lines([device], **arguments)
+        found = {name.removesuffix("_forward").removesuffix("_backward") for name in oracle.kernels_in(fn, *shapes)}
+        assert found == ({"attention_core"} if kernels else set())
+        first, *_ = jax.tree.leaves(jax.eval_shape(fn, *shapes))
+        assert first.shape[-3:] == (28, 14, 128 if backward and not kernels else 64)  # q and k half as wide as v

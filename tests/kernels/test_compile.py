@@ -22,7 +22,7 @@ from kernels.by_xla import ByXLA
 from kernels.device import DEVICES, MiB
 from kernels.launch import Launch
 from kernels.mlp import plan as mlp_plan
-from tests.kernels import grid
+from tests.kernels import grid, models
 from tests.kernels.grid import FAST, GRID, IRREGULAR, Case
 from vitcore.ops import FUNCTIONS
 
@@ -200,45 +200,28 @@ def test_the_training_step_compiles_on_32_cores(model, mesh, parts, remat):
     assert {"all-gather", "all-reduce"} <= report.collectives.keys(), report.collectives
 
 
-# ---- the paper's other models: convolutions, hybrids, axial attention
-
-# Name, side of the image, units of the stages in the training step: of the kinds of unit that a ResNet has (first and further ones,
-# with stride and without) every one is in a stage of one and a stage of two, and more of them only take longer.
-MODELS = {
-    "R50x1": (64, (1, 2)),
-    "R50x1-post": (64, (1, 2)),
-    "R50+ViT-B/16": (64, (1, 2)),
-    "Axial-ViT-B/32": (224, ()),
-    "AxialResNet-50": (64, (1, 2)),
-}
-BLOCK = ("attention_half", "mlp_half")  # the ops of a transformer's block, axial ones too
+# ---- whole models: convolutions, hybrids, axial attention, position embeddings
 
 
-def model_programs(model: str) -> list[Program]:
-    """The whole forward pass, and a training step with Adam."""
-    size, units = MODELS[model]
-    common = {"model": model, "image_size": size, "batch": 2}
-    return [
-        Program(build="bench.programs:whole_forward", arguments=common, name=f"{model} forward"),
-        Program(build="bench.programs:train_step", arguments={**common, "units": units}, name=f"{model} training step"),
-    ]
+def test_what_is_compiled_stands_for_every_model_of_the_paper():
+    """Each kind of unit, block, position and pool of every model that the paper names is in a program that the next test compiles,
+    and of those on every generation all but what a position embedding adds to x."""
+    everywhere = frozenset().union(*(models.kinds(model.config) for model in models.MODELS))
+    once = frozenset().union(*(models.kinds(model.config) for model in models.POSITIONS))
+    for name, config in models.CONFIGS.items():
+        left = models.kinds(config) - everywhere
+        assert left <= once, f"{name} has {left - once}, which nothing compiles"
+        assert {kind for kind, *_ in left} <= {"position"}, f"{name} has {left}, which is compiled on one generation alone"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("target", "model"),
-    [
-        pytest.param(target, model, marks=[pytest.mark.ci] if (target, model) == ("v3", "R50x1") else [])
-        for model in MODELS
-        for target in TOPOLOGIES
-    ],
-)
+@pytest.mark.parametrize(("target", "model"), models.cases())
 def test_every_model_of_the_paper_compiles(target, model):
-    forward, step = compile_programs(target, model_programs(model), seconds=SECONDS)
-    assert not forward.error, forward.error
-    assert not step.error, step.error
-    for op in BLOCK if "ViT" in model else ():
-        assert "forward" not in missing(op, forward)
-        assert not missing(op, step)
-    assert bool(forward.kernels) == bool(step.kernels) == ("ViT" in model), "ResNets are XLA's"
+    reports = compile_programs(target, model.programs(), seconds=SECONDS)
+    for report, wanted in zip(reports, model.kernels(target), strict=True):
+        assert not report.error, f"{report.name}: {report.error}"
+        found = {kernel.kernel for kernel in report.kernels}
+        assert bool(found) == bool(wanted), "ResNets are XLA's, and no ViT is"
+        for part in wanted:
+            assert any(part in name for name in found), f"{report.name}: no {part} among {sorted(found)}"
