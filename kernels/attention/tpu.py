@@ -26,11 +26,21 @@ from kernels import by_xla, parts
 from kernels import dropout as drop
 from kernels.attention import plan as planning
 from kernels.attention.float32 import backward as float32_backward
+from kernels.attention.float32 import chain as float32_chain
 from kernels.attention.float32 import forward as float32_forward
 from kernels.attention.general import backward as general_backward
 from kernels.attention.general import forward as general_forward
 from kernels.attention.general.forward import Static
-from kernels.attention.plan import CorePlan, Float32Backward, FusedForward, GeneralBackward, GeneralForward, Plan, Refused
+from kernels.attention.plan import (
+    CorePlan,
+    Float32Backward,
+    Float32Forward,
+    FusedForward,
+    GeneralBackward,
+    GeneralForward,
+    Plan,
+    Refused,
+)
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.reference import attention_half as reference
 from kernels.attention.tiling import CoreTiles, Float32Core, Shape
@@ -62,10 +72,14 @@ def _core_forward(tiles: CoreTiles | Float32Core, qkv, **options):
     return general_forward.core(tiles, qkv, **options)
 
 
-def _forward_part(chosen: GeneralForward, scalars, x, weights: AttentionWeights, static: Static, into=None):
+def _forward_part(chosen: GeneralForward | Float32Forward, scalars, x, weights: AttentionWeights, static: Static, into=None):
     """(the half of chosen.images images of x, from image scalars[2] on, qkv, o); into: the results of the others, if there are
     any."""
     norm, w = weights[:2], operands(x, weights, static)
+    if isinstance(chosen, Float32Forward):
+        qkv = float32_chain.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
+        o = float32_chain.core(chosen.core, qkv, x.shape[1], x.dtype, static)
+        return float32_chain.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into), qkv, o
     qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
     options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
     o = _core_forward(chosen.core, qkv, tokens=static.tokens, **options)
