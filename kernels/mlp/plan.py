@@ -174,7 +174,10 @@ def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float
     row_tiles, hidden_tiles = t.grid(shape)
     height = t.columns if backward else t.height
     products = _products(t, backward) * 2 * height * shape.d * shape.f / device.flops_per_cycle
-    moved = cost(shape, t, backward=backward).bytes_accessed / row_tiles / device.hbm_bytes_per_cycle
+    moved = cost(shape, t, backward=backward).bytes_accessed / row_tiles
+    if not device.bf16_matmul and shape.itemsize == 2:  # whose weights are float32
+        moved += 2 * shape.d * shape.f * 2 / (row_tiles if t.resident else 1)
+    moved /= device.hbm_bytes_per_cycle
     copied = 0.0
     if t.flat and shape.t % SUBLANES:
         arrays = 3 if backward and not t.keep else 2  # the copy of x is kept too
