@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from kernels import by_xla, parts
-from kernels.attention.float32.tiles import RowTiles, output_tiles, project_tiles
+from kernels.attention.float32.tiles import RowTiles, forward_core, output_tiles, project_tiles
 from kernels.attention.tiling import (
     STEPS,
     CoreTiles,
@@ -100,12 +100,14 @@ class Refused:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Of the attention half. head_lanes: of a head in the arrays, H or more; the weights are padded with zeros to it. keep: the
-    forward pass leaves q, k, v and (keeps_o) o for the backward pass, which takes the batch whole."""
+    forward pass leaves q, k, v and (keeps_o) o for the backward pass, which takes the batch whole. narrow: the forward pass on
+    heads as they are, in the place of `forward`, where the backward pass has to pad them."""
 
     head_lanes: int
     forward: FusedForward | Float32Forward | GeneralForward | ByXLA
     backward: Float32Backward | GeneralBackward | Refused | ByXLA
     keep: bool = False
+    narrow: Float32Forward | None = None
 
     @property
     def keeps_o(self) -> bool:
@@ -154,7 +156,8 @@ def plan(
         raise NotImplementedError(backward.reason)
     if keep and isinstance(forward, FusedForward) and s.d != s.k:  # whose scratch for z then holds o, and that for k the result
         raise NotImplementedError(f"attention half: the fused kernel keeps q, k, v and o of heads as wide as x; {s.k} is not {s.d}")
-    return Plan(head_lanes=lanes, forward=forward, backward=backward, keep=keep)
+    narrow = _float32_forward(shape, device, forward_rows) if lanes != shape.h and not keep else None
+    return Plan(head_lanes=lanes, forward=forward, backward=backward, keep=keep, narrow=narrow)
 
 
 @cache
@@ -181,14 +184,21 @@ def _or_refused(choose):
         return Refused(reason=str(error))
 
 
+def _float32_forward(s: Shape, device: Device, rows: int) -> Float32Forward | None:
+    if device.bf16_matmul or s.h % SUBLANES:
+        return None
+    part = s._replace(b=s.b // parts.count(s.b, s.t, rows // 2))
+    project, core, output = (tiles(part, device) for tiles in (project_tiles, forward_core, output_tiles))
+    if project and core and output:
+        return Float32Forward(images=part.b, project=project, core=core, output=output)
+    return None
+
+
 def _forward(s: Shape, device: Device, rows: int) -> FusedForward | Float32Forward | GeneralForward:
     if (needs := fused_bytes(s, device)) is not None and needs <= device.vmem_bytes:
         return FusedForward(needs=needs)
-    if core := float32_core(s, device):
-        part = s._replace(b=s.b // parts.count(s.b, s.t, rows // 2))
-        project, output = project_tiles(part, device), output_tiles(part, device)
-        if project and output:
-            return Float32Forward(images=part.b, project=project, core=core, output=output)
+    if float32_core(s, device) and (found := _float32_forward(s, device, rows)):  # whose rows the backward pass has, too
+        return found
     part = s._replace(b=s.b // parts.count(s.b, s.t, rows))
     return GeneralForward(
         images=part.b,

@@ -204,12 +204,16 @@ def attention_half(
     shape = shape_of(x, weights, num_heads)
     # interpreted, it is the kernels that are tried
     plan = plan or (planning.plan if launch.interpret else planning.choose)(shape, launch.device, keep=keep)
+    if plan.narrow and not any(by_xla.left(plan)):
+        options = {"num_heads": num_heads, "residual_scale": residual_scale, "tokens": tokens, "eps": eps, "launch": launch}
+        narrow = Plan(head_lanes=shape.h, forward=plan.narrow, backward=Refused(reason="the plan's other half does it"))
+        return _by_two(narrow, replace(plan, narrow=None), x, apart(weights), dropout, options)
     if any(by_xla.left(plan)):
         own = planning.plan(shape, launch.device)
         options = {"num_heads": num_heads, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
         return by_xla.partly(
-            attention_half, reference, own, x, apart(weights), dropout, plan=plan, launch=launch, name="attention_half",
-            options=options,
+            attention_half, reference, own, x, apart(weights), dropout, plan=replace(plan, narrow=None), launch=launch,
+            name="attention_half", options=options,
         )  # fmt: skip
     scalars, rate = scalars_of(dropout)
     if plan.head_lanes == shape.h:
@@ -228,6 +232,16 @@ def attention_half(
     both: Any = _half(scalars, x, AttentionWeights(*arrays), static)
     y, stacks = both
     return (y, stacks) if stacks else y
+
+
+def _by_two(forward: Plan, backward: Plan, x, weights, dropout, options):
+    """The half with a plan for each pass, which keep x and the weights between them."""
+
+    def run(plan: Plan):
+        return lambda x, w, dropout: attention_half(x, w, dropout=dropout, plan=plan, **options)
+
+    passes = by_xla.Passes(run(forward), run(backward), True, False, "attention_half", options["tokens"])
+    return by_xla.run(passes, x, weights, dropout)
 
 
 def scalars_of(dropout):

@@ -171,7 +171,7 @@ def test_half_agrees_in_one_kernel(t, n, h):
 
 def chain(s: tiling.Shape, **rows: int) -> Plan:
     """The plan of v3 where the fused kernel finds no room."""
-    with mock.patch.object(planning, "fused_bytes", lambda s, device: None):
+    with mock.patch.object(planning, "fused_bytes", return_value=None):
         return plan.__wrapped__(s, DEVICES["v3"], **rows)
 
 
@@ -191,6 +191,16 @@ def test_half_agrees_in_a_chain_of_float32_rows(b, t, n, h, dtype, options):
     assert isinstance(chosen.forward, Float32Forward)
     assert chosen.forward.images == (2 if "forward_rows" in options else b)
     check_half(b, t, 128, n, h, dtype, where=launch("v3"), dropout=Dropout(0.3, jnp.int32(2), jnp.int32(5)), plan=chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_half_agrees_where_the_backward_pass_alone_pads_its_heads():
+    """Eight heads of 80 lanes in five columns forward, each in a column of its own backward; the batch in parts."""
+    chosen: Any = plan(shape(2, 9, 128, 8, 128, jnp.bfloat16), DEVICES["v3"])
+    chosen = replace(chosen, head_lanes=128, narrow=chain(shape(2, 9, 128, 8, 80, jnp.bfloat16)).forward)
+    dropout = Dropout(0.3, jnp.int32(2), jnp.int32(5))
+    check_half(2, 9, 128, 8, 80, jnp.bfloat16, where=launch("v3"), dropout=dropout, plan=chosen)
 
 
 def test_a_chain_in_columns_drops_the_same_elements():

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from kernels.attention.tiling import LANES, SPILLS, SUBLANES, Shape
-from kernels.device import Device
+from kernels.attention.tiling import CORE_SHARE, SPILLS, Float32Core, Shape, group_lanes
+from kernels.device import LANES, SUBLANES, Device
 from kernels.parts import divisor
 from kernels.vmem import round_up
 
@@ -55,4 +55,18 @@ def output_tiles(s: Shape, device: Device) -> RowTiles | None:
             needs = o + blocks + (s.k + n * rows) * columns * 4
             if needs + SPILLS <= device.vmem_bytes:
                 return RowTiles(images=n, columns=columns, needs=needs)
+    return None
+
+
+FORWARD_SQUARES = 2.5  # float32 [R, S] that the compiler keeps for each unrolled head, at most
+
+
+def forward_core(s: Shape, device: Device) -> Float32Core | None:
+    """The core of the chain: as many heads a step as fit VMEM, none of them padded; None where no group of them does."""
+    rows, keys = round_up(s.t, SUBLANES), round_up(s.t, LANES)
+    for lanes in range(s.k, 0, -group_lanes(s)):
+        blocks = (2 * 4 * rows + keys) * round_up(lanes, LANES) * 4
+        heads = lanes // s.h * FORWARD_SQUARES * rows * keys * 4
+        if s.k % lanes == 0 and blocks + heads <= CORE_SHARE * device.vmem_bytes:
+            return Float32Core(lanes=lanes)
     return None
