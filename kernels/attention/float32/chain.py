@@ -143,7 +143,7 @@ def output(tiles: RowTiles, scalars, o, x, w, bias, static: Static, into=None):
         ],
         out_specs=[tile],
         out_shapes=[(x.shape, x.dtype)],
-        semantics=("arbitrary", "parallel"),
+        semantics=("parallel", "parallel"),
         cost=pl.CostEstimate(
             flops=2 * b * t * d * k,
             transcendentals=0,
