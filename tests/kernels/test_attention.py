@@ -179,8 +179,8 @@ def chain(s: tiling.Shape, **rows: int) -> Plan:
     ("b", "t", "n", "h", "dtype", "options"),
     [
         (2, 37, 3, 64, jnp.bfloat16, {}),
-        (2, 129, 1, 80, jnp.float32, {}),
-        (6, 11, 2, 64, jnp.bfloat16, {"forward_rows": 64}),
+        pytest.param(2, 129, 1, 80, jnp.float32, {}, marks=pytest.mark.slow),
+        pytest.param(6, 11, 2, 64, jnp.bfloat16, {"forward_rows": 64}, marks=pytest.mark.slow),
         pytest.param(2, 24, 2, 64, jnp.bfloat16, {"keep": True}, marks=pytest.mark.slow),
         pytest.param(2, 37, 3, 64, jnp.bfloat16, {"keep": True}, marks=[pytest.mark.slow, pytest.mark.ci]),
     ],
