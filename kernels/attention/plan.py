@@ -188,7 +188,7 @@ def _float32_forward(s: Shape, device: Device, rows: int) -> Float32Forward | No
     if device.bf16_matmul or s.h % SUBLANES:
         return None
     part = s._replace(b=s.b // parts.count(s.b, s.t, rows // 2))
-    project, core, output = (tiles(part, device) for tiles in (project_tiles, forward_core, output_tiles))
+    project, core, output = project_tiles(part, device), forward_core(part, device), output_tiles(part, device)
     if project and core and output:
         return Float32Forward(images=part.b, project=project, core=core, output=output)
     return None

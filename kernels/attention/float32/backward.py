@@ -311,8 +311,7 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
     """dy with dx in its place for plan.images images, from image scalars[2] on, and the gradients of the weights over them.
 
     weights: as rows and operands, in the order of `AttentionWeights`. into: where the gradient of each belongs, or None; the whole
-    array is returned then. kept: q, k, v and o [B, R, K] float32; or of a forward pass that is not fused qkv [3, B, T, K] alone,
-    since its o has other rows than the product that wants it.
+    array is returned then. kept: q, k, v and o [B, R, K] float32, or qkv [3, B, R, K] and o; of other rows qkv [3, B, T, K] alone.
     """
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     b, (_, t, d) = plan.images, x.shape

@@ -16,6 +16,7 @@ code, so that the compiler may fill the latencies of one product with another. W
 
 import math
 from functools import reduce
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -75,7 +76,7 @@ def column_slices(total: int, size: int = COLUMNS) -> list[slice]:
     return [slice(c, min(c + size, total)) for c in range(0, total, size)]
 
 
-def drop(value, scalars, row, rate: float, first_column=0):
+def drop(value, scalars, row, rate: float, first_column: Any = 0):
     """Dropout of [rows, columns] float32 whose int32 [rows, 1] global rows, less the first, are `row`; its own transpose."""
     if not rate:
         return value
