@@ -257,8 +257,7 @@ def _half_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, wi
             _differentiate(run, given, out, t=t, tokens=static.tokens or t, scale=static.width**-0.5, dtype=dtype)
 
     rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
-    height = t if packed_rows else padded
-    sections = [pl.BlockSpec((1, 1, height, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
+    sections = [pl.BlockSpec((1, 1, t if packed_rows else padded, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
     results = 3 + with_o
     flops, exponentials = 2 * (5 + with_o) * b * t * t * k, b * n * t * t
     return call(
