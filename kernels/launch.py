@@ -100,10 +100,10 @@ def call(
     padded = bool(aliases) and launch.interpret is not False and not stacked
     shapes: Any = out_shapes
     if padded:  # the interpreter returns such an output as it pads it: to whole blocks
-        shapes = [
-            (_in_blocks(shape, spec.block_shape) if k in (aliases or {}).values() else shape, dtype)
-            for k, ((shape, dtype), spec) in enumerate(zip(shapes, out_specs, strict=True))
-        ]
+        shapes = list(shapes)
+        for a, k in (aliases or {}).items():
+            (shape, dtype), given = shapes[k], in_specs[a - prefetch].block_shape
+            shapes[k] = _in_blocks(_in_blocks(shape, given), out_specs[k].block_shape), dtype
 
     def run(*arrays):
         if stacked or any(isinstance(a, Stacked) for a in arrays):

@@ -3,15 +3,16 @@
 There are two formulations, each with a forward and a backward file:
 - general: matrix products around a core of softmax attention, on arrays as they lie in HBM;
 - float32, for v2 and v3, whose MXU is fed float32 and which stall where bfloat16 is packed: forward one fused kernel, if weights
-  and an image fit VMEM together; backward a chain of kernels on float32 rows, while whole rows of keys fit.
+  and an image fit VMEM together; else, and backward, a chain of kernels on float32 rows, while whole rows of keys fit.
 
 `plan` chooses and returns everything that was chosen, as data; an op takes it as `plan=`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from kernels import by_xla, parts
+from kernels.attention.float32.tiles import RowTiles, forward_core, output_tiles, project_tiles
 from kernels.attention.tiling import (
     STEPS,
     CoreTiles,
@@ -54,6 +55,16 @@ class FusedForward:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Float32Forward:
+    """The chain on float32 rows, on `images` images at a time."""
+
+    images: int
+    project: RowTiles
+    core: Float32Core
+    output: RowTiles
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneralBackward:
     """The forward products again, the gradient of the core, and four products, on `images` images at a time."""
 
@@ -89,21 +100,28 @@ class Refused:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Of the attention half. head_lanes: of a head in the arrays, H or more; the weights are padded with zeros to it. keep: the
-    forward pass leaves q, k, v and (keeps_o) o for the backward pass, which takes the batch whole."""
+    forward pass leaves q, k, v and (keeps_o) o for the backward pass, which takes the batch whole. narrow: the forward pass on
+    heads as they are, in the place of `forward`, where the backward pass has to pad them."""
 
     head_lanes: int
-    forward: FusedForward | GeneralForward | ByXLA
+    forward: FusedForward | Float32Forward | GeneralForward | ByXLA
     backward: Float32Backward | GeneralBackward | Refused | ByXLA
     keep: bool = False
+    narrow: Float32Forward | None = None
 
     @property
     def keeps_o(self) -> bool:
-        return isinstance(self.forward, FusedForward) == isinstance(self.backward, Float32Backward)
+        return self.float32 == isinstance(self.backward, Float32Backward)
+
+    @property
+    def float32(self) -> bool:
+        """Whether the forward pass has its q, k, v and o in float32 rows, as the float32 backward pass takes them."""
+        return isinstance(self.forward, FusedForward | Float32Forward)
 
     def kept_bytes(self, shape: Shape) -> int:
-        """The HBM that q, k, v and o take for a call, with the padding of their layout: float32 rows where the fused kernel writes
-        them from its scratch memory; q, k and v alone between kernels of different forms."""
-        size = 4 if isinstance(self.forward, FusedForward) else shape.itemsize
+        """The HBM that q, k, v and o take for a call, with the padding of their layout: float32 rows where the forward pass has
+        them so; q, k and v alone between kernels of different forms."""
+        size = 4 if self.float32 else shape.itemsize
         return (4 if self.keeps_o else 3) * shape.b * padded_bytes(shape.t, shape.n * self.head_lanes, size)
 
 
@@ -138,7 +156,8 @@ def plan(
         raise NotImplementedError(backward.reason)
     if keep and isinstance(forward, FusedForward) and s.d != s.k:  # whose scratch for z then holds o, and that for k the result
         raise NotImplementedError(f"attention half: the fused kernel keeps q, k, v and o of heads as wide as x; {s.k} is not {s.d}")
-    return Plan(head_lanes=lanes, forward=forward, backward=backward, keep=keep)
+    narrow = _float32_forward(shape, device, forward_rows) if lanes != shape.h and not keep else None
+    return Plan(head_lanes=lanes, forward=forward, backward=backward, keep=keep, narrow=narrow)
 
 
 @cache
@@ -146,12 +165,7 @@ def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
     """`plan`, with the passes left to XLA where it is ahead by the one count (LOG.md, 2026-11-27, has the table). keep: as in
     `plan`, and NotImplementedError too where a pass would be XLA's."""
 
-    def beyond(chosen: Plan) -> Plan:
-        if chosen.head_lanes == shape.h or device.bf16_matmul:
-            return chosen
-        return replace(chosen, forward=ByXLA(reason=f"heads of {shape.h}, which the kernels pad to {chosen.head_lanes}"))
-
-    return by_xla.choose(plan, beyond, shape, device, keep=keep)
+    return by_xla.choose(plan, lambda chosen: chosen, shape, device, keep=keep)
 
 
 @cache
@@ -170,9 +184,21 @@ def _or_refused(choose):
         return Refused(reason=str(error))
 
 
-def _forward(s: Shape, device: Device, rows: int) -> FusedForward | GeneralForward:
+def _float32_forward(s: Shape, device: Device, rows: int) -> Float32Forward | None:
+    if device.bf16_matmul or s.h % SUBLANES:
+        return None
+    part = s._replace(b=s.b // parts.count(s.b, s.t, rows // 2))
+    project, core, output = project_tiles(part, device), forward_core(part, device), output_tiles(part, device)
+    if project and core and output:
+        return Float32Forward(images=part.b, project=project, core=core, output=output)
+    return None
+
+
+def _forward(s: Shape, device: Device, rows: int) -> FusedForward | Float32Forward | GeneralForward:
     if (needs := fused_bytes(s, device)) is not None and needs <= device.vmem_bytes:
         return FusedForward(needs=needs)
+    if float32_core(s, device) and (found := _float32_forward(s, device, rows)):  # whose rows the backward pass has, too
+        return found
     part = s._replace(b=s.b // parts.count(s.b, s.t, rows))
     return GeneralForward(
         images=part.b,

@@ -26,11 +26,21 @@ from kernels import by_xla, parts
 from kernels import dropout as drop
 from kernels.attention import plan as planning
 from kernels.attention.float32 import backward as float32_backward
+from kernels.attention.float32 import chain as float32_chain
 from kernels.attention.float32 import forward as float32_forward
 from kernels.attention.general import backward as general_backward
 from kernels.attention.general import forward as general_forward
 from kernels.attention.general.forward import Static
-from kernels.attention.plan import CorePlan, Float32Backward, FusedForward, GeneralBackward, GeneralForward, Plan, Refused
+from kernels.attention.plan import (
+    CorePlan,
+    Float32Backward,
+    Float32Forward,
+    FusedForward,
+    GeneralBackward,
+    GeneralForward,
+    Plan,
+    Refused,
+)
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.reference import attention_half as reference
 from kernels.attention.tiling import CoreTiles, Float32Core, Shape
@@ -63,10 +73,14 @@ def _core_forward(tiles: CoreTiles | Float32Core, qkv, **options):
     return general_forward.core(tiles, qkv, **options)
 
 
-def _forward_part(chosen: GeneralForward, scalars, x, weights: AttentionWeights, static: Static, into=None):
+def _forward_part(chosen: GeneralForward | Float32Forward, scalars, x, weights: AttentionWeights, static: Static, into=None):
     """(the half of chosen.images images of x, from image scalars[2] on, qkv, o); into: the results of the others, if there are
     any."""
     norm, w = weights[:2], operands(x, weights, static)
+    if isinstance(chosen, Float32Forward):
+        qkv = float32_chain.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
+        o = float32_chain.core(chosen.core, qkv, x.shape[1], x.dtype, static)
+        return float32_chain.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into), qkv, o
     qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
     options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
     o = _core_forward(chosen.core, qkv, tokens=static.tokens, **options)
@@ -191,12 +205,16 @@ def attention_half(
     shape = shape_of(x, weights, num_heads)
     # interpreted, it is the kernels that are tried
     plan = plan or (planning.plan if launch.interpret else planning.choose)(shape, launch.device, keep=keep)
+    if plan.narrow and not any(by_xla.left(plan)):
+        options = {"num_heads": num_heads, "residual_scale": residual_scale, "tokens": tokens, "eps": eps, "launch": launch}
+        narrow = Plan(head_lanes=shape.h, forward=plan.narrow, backward=Refused(reason="the plan's other half does it"))
+        return _by_two(narrow, replace(plan, narrow=None), x, apart(weights), dropout, options)
     if any(by_xla.left(plan)):
         own = planning.plan(shape, launch.device)
         options = {"num_heads": num_heads, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
         return by_xla.partly(
-            attention_half, reference, own, x, apart(weights), dropout, plan=plan, launch=launch, name="attention_half",
-            options=options,
+            attention_half, reference, own, x, apart(weights), dropout, plan=replace(plan, narrow=None), launch=launch,
+            name="attention_half", options=options,
         )  # fmt: skip
     scalars, rate = scalars_of(dropout)
     if plan.head_lanes == shape.h:
@@ -215,6 +233,16 @@ def attention_half(
     both: Any = _half(scalars, x, AttentionWeights(*arrays), static)
     y, stacks = both
     return (y, stacks) if stacks else y
+
+
+def _by_two(forward: Plan, backward: Plan, x, weights, dropout, options):
+    """The half with a plan for each pass, which keep x and the weights between them."""
+
+    def run(plan: Plan):
+        return lambda x, w, dropout: attention_half(x, w, dropout=dropout, plan=plan, **options)
+
+    passes = by_xla.Passes(run(forward), run(backward), True, False, "attention_half", options["tokens"])
+    return by_xla.run(passes, x, weights, dropout)
 
 
 def scalars_of(dropout):

@@ -226,7 +226,28 @@ def finish_rows(refs, spec, t: Tiling, block: Block, b, r, n, read):
     refs.dbias[...] += sum_by_tile(dz)
     found = spec.residual_scale * to_float32(refs.dy[b, pl.ds(r, n)], t.unpack)
     found = found + normalise_back(by_tile(lambda v: v * refs.scale[...], dz), normal, rsd)
-    refs.dx[b, pl.ds(r, n)] = from_float32(found, refs.dx.dtype, t.unpack)
+    into = refs.dy if t.shared else refs.dx
+    into[b, pl.ds(r, n)] = from_float32(found, refs.dx.dtype, t.unpack)
+
+
+def send_rows(refs, t: Tiling, i):
+    """Copies dx of the flat row tile i to HBM from where dy was, if it shares its block."""
+    if not t.shared:
+        return
+    rows = refs.dx.shape[1]
+    last = (rows - 1) // t.rows
+
+    def send(n: int):
+        into = refs.dx.at[:, pl.ds(pl.multiple_of(i * t.rows, t.rows), n)]
+        copy = pltpu.make_async_copy(refs.dy.at[:, pl.ds(0, n)], into, refs.semaphores.at[0, SLOTS, 0])
+        copy.start()
+        copy.wait()
+
+    if rest := rows % t.rows:
+        pl.when(i < last)(lambda: send(t.rows))
+        pl.when(i == last)(lambda: send(rest))
+    else:
+        send(t.rows)
 
 
 def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
@@ -276,6 +297,7 @@ def _finish_rows(refs: Refs, spec, t: Tiling, block: Block):
         return dzt[:, rows].T if nat is None else nat[rows]
 
     for_pieces(t, lambda b, r, n: finish_rows(refs, spec, t, block, b, r, n, read))
+    send_rows(refs, t, block.tile)
 
 
 def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
@@ -289,6 +311,6 @@ def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
         pltpu.VMEM((t.hidden, t.columns), operand),
         pltpu.VMEM((slots, d, t.hidden), jnp.float32),
         pltpu.VMEM((slots, t.hidden, d), jnp.float32),
-        pltpu.SemaphoreType.DMA((2, SLOTS, 2)),
+        pltpu.SemaphoreType.DMA((2, SLOTS + 1, 2)),
     ]
     return buffers if t.stride % LANES == 0 else [*buffers, pltpu.VMEM((t.columns, d), jnp.float32)]

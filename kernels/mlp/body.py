@@ -79,7 +79,7 @@ class Block:
     def __init__(self, t: Tiling, i, images: int, rows: int, length: int, tokens: int):
         parts = pl.cdiv(rows, t.rows)
         self.t, self.images, self.rows, self.length, self.tokens = t, images, rows, length, tokens
-        self.image, self.row = lax.div(i, parts) * t.images, lax.rem(i, parts) * t.rows
+        self.tile, self.image, self.row = i, lax.div(i, parts) * t.images, lax.rem(i, parts) * t.rows
 
     def _place(self, n):
         return unpacked_row(iota(n, 0), self.t.unpack)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.body import dot, dropout, iota, sweep, to_float32
 from kernels.device import LANES
-from kernels.mlp.backward import SLOTS, Sums, finish_rows, gradient_rows, normal_rows
+from kernels.mlp.backward import SLOTS, Sums, finish_rows, gradient_rows, normal_rows, send_rows
 from kernels.mlp.body import (
     PIECE,
     Block,
@@ -142,6 +142,7 @@ def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
 def _finish_rows(refs: Refs, spec, t: Tiling, block: Block):
     """dx of a row tile from its whole dz, and its part of the layer norm's gradients."""
     for_pieces(t, lambda b, r, n: finish_rows(refs, spec, t, block, b, r, n, lambda rows: refs.dz[rows]))
+    send_rows(refs, t, block.tile)
 
 
 def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
@@ -155,5 +156,5 @@ def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
         pltpu.VMEM((t.columns, t.hidden), operand),
         pltpu.VMEM((slots, d, t.hidden), jnp.float32),
         pltpu.VMEM((slots, t.hidden, d), jnp.float32),
-        pltpu.SemaphoreType.DMA((2, SLOTS, 2)),
+        pltpu.SemaphoreType.DMA((2, SLOTS + 1, 2)),
     ]

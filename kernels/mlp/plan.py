@@ -31,6 +31,8 @@ BACKWARD_ROWS = 24576  # at a time through the backward kernel where it takes co
 STREAMED_ROWS = 256  # of a backward step: with fewer, streaming the weights and their sums takes longer than the products
 _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
 _KEEP_SHARES = {False: 0.82, True: 0.91}  # by backward, with `keep`: the body that reads it has fewer values in flight
+_SHORT_KEEP_SHARES = {False: 0.88, True: 0.955}  # the same of streamed tiles of at most _SHORT rows, tried at 512 rows of 1,024
+_SHORT = 512
 
 
 class Shape(NamedTuple):
@@ -56,6 +58,7 @@ class Tiling:
     resident: the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
     keep: the forward kernel also writes the hidden values before their GELU, and the backward kernel reads them instead of making
     them again. Both then take the same rows a step, in the same places of VMEM.
+    shared: of a flat backward kernel, dx is written over dy in VMEM and goes to HBM from there: a block less, a wait more.
     """
 
     flat: bool
@@ -66,6 +69,7 @@ class Tiling:
     resident: bool
     unpack: bool = False
     keep: bool = False
+    shared: bool = False
     needs: int = 0  # bytes of VMEM
 
     @property
@@ -114,7 +118,7 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
     natural = 0 if t.keep or t.stride % LANES == 0 else t.columns * d * 4
     sums = 2 * d * 4 * (whole if t.resident else 3 * hidden)
     scratch = t.columns * (d * (2 * operand + 4) + hidden * 2 * operand) + natural
-    blocks = (6 if t.resident else 3) * block
+    blocks = (6 if t.resident else 2 if t.shared else 3) * block
     return blocks + 2 * weights + sums + scratch + t.columns * LANES * 4 * 2 + 2 * d * LANES * 4 + kept
 
 
@@ -159,7 +163,10 @@ def _candidates(shape: Shape, device: Device, backward: bool) -> Iterator[Tiling
                     unpack = rows % 16 == 0
                 elif unpack and images * stride % 16:
                     continue
-                yield Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident, unpack=unpack)
+                t = Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident, unpack=unpack)
+                yield t
+                if backward and flat and unpack and not resident:  # which other generations have the VMEM to do without
+                    yield replace(t, shared=True)
 
 
 def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float:
@@ -167,13 +174,18 @@ def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float
     row_tiles, hidden_tiles = t.grid(shape)
     height = t.columns if backward else t.height
     products = _products(t, backward) * 2 * height * shape.d * shape.f / device.flops_per_cycle
-    moved = cost(shape, t, backward=backward).bytes_accessed / row_tiles / device.hbm_bytes_per_cycle
+    moved = cost(shape, t, backward=backward).bytes_accessed / row_tiles
+    if not device.bf16_matmul and shape.itemsize == 2:  # whose weights are float32
+        moved += 2 * shape.d * shape.f * 2 / (row_tiles if t.resident else 1)
+    moved /= device.hbm_bytes_per_cycle
     copied = 0.0
     if t.flat and shape.t % SUBLANES:
         arrays = 3 if backward and not t.keep else 2  # the copy of x is kept too
         copied = arrays * 2 * shape.rows * shape.d * shape.itemsize * _COPY_BYTES / device.hbm_bytes_per_cycle
     if t.keep and not t.unpack and shape.itemsize == 2 and not device.bf16_matmul:
         products += _CAST_CYCLES * height * (3 * shape.d + shape.f) / (SUBLANES * LANES)
+    if t.shared:  # the copy of dx is waited for
+        copied += shape.rows * shape.d * shape.itemsize / device.hbm_bytes_per_cycle
     return row_tiles * (max(products, moved) + hidden_tiles * _STEP_CYCLES + _STEP_CYCLES) + copied
 
 
@@ -181,8 +193,14 @@ def _fitting(shape: Shape, device: Device, *, backward: bool, keep: bool = False
     """The tilings that fit the VMEM. NotImplementedError, with the reason, where none does."""
     candidates = (replace(t, keep=keep) for t in _candidates(shape, device, backward))
     counted = (replace(t, needs=vmem_bytes(shape, device, t, backward=backward)) for t in candidates)
-    share = _KEEP_SHARES[backward] if keep else _VMEM_SHARE
-    fitting = [t for t in counted if t.needs <= share * device.vmem_bytes]
+
+    def share(t: Tiling) -> float:
+        if not keep:
+            return _VMEM_SHARE
+        short = t.unpack and t.flat and not t.resident and t.rows <= _SHORT and t.hidden <= 256 and t.shared == backward
+        return (_SHORT_KEEP_SHARES if short else _KEEP_SHARES)[backward]
+
+    fitting = [t for t in counted if t.needs <= share(t) * device.vmem_bytes]
     if not fitting:
         raise NotImplementedError(
             f"mlp_half: no tiling of D={shape.d}, F={shape.f} fits the {device.vmem_bytes // MiB} MiB VMEM of {device.name}; a "

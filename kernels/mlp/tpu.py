@@ -173,7 +173,7 @@ def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_
         grid=(row_tiles, hidden_tiles),
         in_specs=[rows, rows, vector, vector, w_in_spec, hidden, w_out_spec],
         out_specs=[
-            rows,
+            in_hbm if t.shared else rows,
             in_hbm,
             in_hbm,
             pl.BlockSpec((hidden_tiles, bias_rows, t.hidden), lambda i, j, _: (0, 0, 0)),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,19 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
+from kernels.attention import plan as planning
 from kernels.attention import reference, tiling, tpu
-from kernels.attention.plan import CorePlan, FusedForward, GeneralBackward, GeneralForward, Plan, Refused, core_plan, plan
+from kernels.attention.plan import (
+    CorePlan,
+    Float32Forward,
+    FusedForward,
+    GeneralBackward,
+    GeneralForward,
+    Plan,
+    Refused,
+    core_plan,
+    plan,
+)
 from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch
@@ -155,6 +167,49 @@ def test_half_agrees_in_one_kernel(t, n, h):
     check_half(
         2, t, 128, n, h, jnp.bfloat16, where=launch("v3"), dropout=Dropout(0.3, jnp.int32(3), jnp.int32(9)), residual_scale=0.25
     )
+
+
+def chain(s: tiling.Shape, **rows: int) -> Plan:
+    """The plan of v3 where the fused kernel finds no room."""
+    with mock.patch.object(planning, "fused_bytes", return_value=None):
+        return plan.__wrapped__(s, DEVICES["v3"], **rows)
+
+
+@pytest.mark.parametrize(
+    ("b", "t", "n", "h", "dtype", "options"),
+    [
+        (2, 37, 3, 64, jnp.bfloat16, {}),
+        pytest.param(2, 129, 1, 80, jnp.float32, {}, marks=pytest.mark.slow),
+        pytest.param(6, 11, 2, 64, jnp.bfloat16, {"forward_rows": 64}, marks=pytest.mark.slow),
+        pytest.param(2, 24, 2, 64, jnp.bfloat16, {"keep": True}, marks=pytest.mark.slow),
+        pytest.param(2, 37, 3, 64, jnp.bfloat16, {"keep": True}, marks=[pytest.mark.slow, pytest.mark.ci]),
+    ],
+    ids=["odd heads", "two columns of keys", "in parts", "whole registers are kept", "rows are kept"],
+)
+def test_half_agrees_in_a_chain_of_float32_rows(b, t, n, h, dtype, options):
+    chosen: Any = chain(shape(b, t, 128, n, h, dtype), **options)
+    assert isinstance(chosen.forward, Float32Forward)
+    assert chosen.forward.images == (2 if "forward_rows" in options else b)
+    check_half(b, t, 128, n, h, dtype, where=launch("v3"), dropout=Dropout(0.3, jnp.int32(2), jnp.int32(5)), plan=chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_half_agrees_where_the_backward_pass_alone_pads_its_heads():
+    """Eight heads of 80 lanes in five columns forward, each in a column of its own backward; the batch in parts."""
+    chosen: Any = plan(shape(2, 9, 128, 8, 128, jnp.bfloat16), DEVICES["v3"])
+    chosen = replace(chosen, head_lanes=128, narrow=chain(shape(2, 9, 128, 8, 80, jnp.bfloat16)).forward)
+    dropout = Dropout(0.3, jnp.int32(2), jnp.int32(5))
+    check_half(2, 9, 128, 8, 80, jnp.bfloat16, where=launch("v3"), dropout=dropout, plan=chosen)
+
+
+def test_a_chain_in_columns_drops_the_same_elements():
+    """Several column tiles of the output product, which count their columns for the masks."""
+    chosen: Any = chain(shape(2, 21, 256, 2, 64, jnp.bfloat16))
+    narrow = replace(chosen.forward, output=replace(chosen.forward.output, columns=128, images=1))
+    narrow = replace(narrow, project=replace(narrow.project, columns=128, images=1))
+    dropout = Dropout(0.3, jnp.int32(2), jnp.int32(5))
+    check_half(2, 21, 256, 2, 64, jnp.bfloat16, where=launch("v3"), dropout=dropout, plan=replace(chosen, forward=narrow))
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ RESIDENT = Tiling(flat=False, images=2, rows=17, stride=32, hidden=128, resident
 PARTS = Tiling(flat=False, images=1, rows=16, stride=16, hidden=128, resident=False)
 RESIDENT_FLAT = Tiling(flat=True, images=1, rows=128, stride=128, hidden=128, resident=True)
 STREAMED = Tiling(flat=True, images=1, rows=128, stride=128, hidden=128, resident=False)
+SHARED = replace(STREAMED, shared=True)
 
 
 def cut(t: Tiling | None, **options) -> Plan | None:
@@ -113,7 +114,7 @@ def test_many_shapes_agree_with_the_reference(bt, df, dtype, gelu, rate, launch,
     judge(arrays(*bt, *df, dtype, seed), launch, gelu=gelu, dropout=dropout)
 
 
-@pytest.mark.parametrize("t", [RESIDENT, PARTS, STREAMED], ids=["resident", "parts", "streamed"])
+@pytest.mark.parametrize("t", [RESIDENT, PARTS, STREAMED, SHARED], ids=["resident", "parts", "streamed", "shared"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_way_to_cut_agrees_with_the_reference(t, dtype):
     t = replace(t, rows=47, stride=48) if t is RESIDENT else t
@@ -150,9 +151,9 @@ def test_kept_hidden_values_give_the_reference_s_gradients(bt, dtype, gelu, rate
     "t",
     [
         replace(WORDS, rows=48),
-        *(pytest.param(t, marks=pytest.mark.slow) for t in (PARTS, STREAMED, replace(RESIDENT, rows=47, stride=48))),
+        *(pytest.param(t, marks=pytest.mark.slow) for t in (PARTS, STREAMED, SHARED, replace(RESIDENT, rows=47, stride=48))),
     ],
-    ids=["words", "parts", "streamed", "resident"],
+    ids=["words", "parts", "streamed", "shared", "resident"],
 )
 def test_every_way_to_cut_keeps_what_its_backward_pass_reads(t):
     """Rows taken apart, a part of an image, flat rows in a batch of parts otherwise, images with padding between them."""
@@ -178,8 +179,8 @@ def test_what_is_kept_is_read_and_not_made_again():
 
 @pytest.mark.parametrize(
     ("t", "shape"),
-    [(RESIDENT, (3, 17, 32, 256)), pytest.param(STREAMED, (1, 150, 32, 384), marks=pytest.mark.slow)],
-    ids=["resident", "streamed"],
+    [(RESIDENT, (3, 17, 32, 256)), *(pytest.param(t, (1, 150, 32, 384), marks=pytest.mark.slow) for t in (STREAMED, SHARED))],
+    ids=["resident", "streamed", "shared"],
 )
 def test_nothing_that_a_padded_row_holds_reaches_a_gradient(t, shape):
     """Uninitialised memory is NaN: behind the last token of an image, and behind the last row of the batch."""
@@ -205,7 +206,11 @@ def test_tall_row_tiles_agree_with_the_reference():
         judge(args, FAST, cut(replace(RESIDENT, rows=21)), **options)
 
 
-@pytest.mark.parametrize("t", [RESIDENT, STREAMED], ids=["resident", "streamed"])
+@pytest.mark.parametrize(
+    "t",
+    [RESIDENT, STREAMED, pytest.param(SHARED, marks=[pytest.mark.slow, pytest.mark.ci])],
+    ids=["resident", "streamed", "shared"],
+)
 def test_no_race_and_no_uninitialised_memory(t):
     """The TPU interpreter: DMAs take time, memory begins as NaN (rows beyond the array too), races raise."""
     args = arrays(*((3, 17) if t is RESIDENT else (1, 150)), 32, 256 if t is RESIDENT else 384)

@@ -241,12 +241,14 @@ def _differentiate(run: list[Head], arrays, out, *, t: int, tokens: int, scale: 
 
 def _half_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, with_o: bool):
     """dq, dk, dv (and o) of do and q, k, v, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them. qkv may
-    be one array [3, B, T, K] of any float dtype, whose rows become float32 in VMEM."""
+    be one array [3, B, R, K], or [3, B, T, K] of any float dtype, whose rows become float32 in VMEM."""
     b, padded, k = do.shape
-    lanes, n, packed_rows = tiles.lanes, static.num_heads, not isinstance(qkv, (list, tuple))
+    lanes, n, one = tiles.lanes, static.num_heads, not isinstance(qkv, (list, tuple))
+    packed_rows = one and (qkv.dtype, qkv.shape[2]) != (F32, padded)
 
     def kernel(*refs):
-        given, out = [ref.at[0] for ref in refs[:4]], [ref.at[0] for ref in refs[4 : 4 + results]]
+        given = [ref.at[0, 0] if len(ref.shape) == 4 and not packed_rows else ref.at[0] for ref in refs[:4]]
+        out = [ref.at[0] for ref in refs[4 : 4 + results]]
         if packed_rows:
             for ref, target in zip(given[:3], refs[4 + results :], strict=True):
                 unpack_into(target, ref.at[0], t)
@@ -255,7 +257,7 @@ def _half_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, wi
             _differentiate(run, given, out, t=t, tokens=static.tokens or t, scale=static.width**-0.5, dtype=dtype)
 
     rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
-    sections = [pl.BlockSpec((1, 1, t, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
+    sections = [pl.BlockSpec((1, 1, t if packed_rows else padded, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
     results = 3 + with_o
     flops, exponentials = 2 * (5 + with_o) * b * t * t * k, b * n * t * t
     return call(
@@ -263,13 +265,13 @@ def _half_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, wi
         launch=static.launch,
         name="attention_core_backward",
         grid=(b, k // lanes),
-        in_specs=[*(sections if packed_rows else [rows] * 3), rows],
+        in_specs=[*(sections if one else [rows] * 3), rows],
         out_specs=[rows] * results,
         out_shapes=[((b, padded, k), F32)] * results,
         semantics=("parallel", "parallel"),
         cost=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=4 * (4 + results) * b * padded * k),
         scratch=[pltpu.VMEM((padded, lanes), F32)] * (3 * packed_rows),
-    )(*((qkv,) * 3 if packed_rows else qkv), do)
+    )(*((qkv,) * 3 if one else qkv), do)
 
 
 def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Launch):
@@ -308,8 +310,7 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
     """dy with dx in its place for plan.images images, from image scalars[2] on, and the gradients of the weights over them.
 
     weights: as rows and operands, in the order of `AttentionWeights`. into: where the gradient of each belongs, or None; the whole
-    array is returned then. kept: q, k, v and o [B, R, K] float32; or of a forward pass that is not fused qkv [3, B, T, K] alone,
-    since its o has other rows than the product that wants it.
+    array is returned then. kept: q, k, v and o [B, R, K] float32, or qkv [3, B, R, K] and o; of other rows qkv [3, B, T, K] alone.
     """
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     b, (_, t, d) = plan.images, x.shape
@@ -325,9 +326,9 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
         qkv = [multiply(plan.project, [flat(z)], section(w_qkv, c), b_qkv[c], name="attention_project") for c in range(3)]
         qkv = [a.reshape(b, padded, k) for a in qkv]
     else:
-        qkv = kept[0] if len(kept) == 1 else kept[:3]
+        qkv = kept[:3] if len(kept) == 4 else kept[0]
     do = multiply(plan.output_gradient, [flat(g)], section(w_out, None), name="attention_output_gradient", by_rows=True)
-    o = kept[3:] if kept else ()
+    o = () if kept is None or len(kept) == 1 else kept[-1:]
     *dqkv, o = map(flat, (*_half_core(plan.core, qkv, do.reshape(b, padded, k), t, x.dtype, static, with_o=not o), *o))
     dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights", into=into[4])
     dw_qkv, db_qkv = _projection_gradients(partial(gradient, plan.projection_weights, flat(z)), dqkv, into[2])

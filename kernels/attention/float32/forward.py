@@ -16,6 +16,7 @@ code, so that the compiler may fill the latencies of one product with another. W
 
 import math
 from functools import reduce
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -75,11 +76,11 @@ def column_slices(total: int, size: int = COLUMNS) -> list[slice]:
     return [slice(c, min(c + size, total)) for c in range(0, total, size)]
 
 
-def drop(value, scalars, row, rate: float):
-    """Dropout of [rows, D] float32 whose int32 [rows, 1] global rows, less the first, are `row`; its own transpose."""
+def drop(value, scalars, row, rate: float, first_column: Any = 0):
+    """Dropout of [rows, columns] float32 whose int32 [rows, 1] global rows, less the first, are `row`; its own transpose."""
     if not rate:
         return value
-    columns = iota(value.shape[1], 1)
+    columns = first_column + iota(value.shape[1], 1)
     return dropout(value, kept(scalars[0], scalars[1] + row, columns, rate), rate)
 
 
