@@ -30,7 +30,6 @@ NAMED = [
     for row, model in ROWS
     for name in (row.data, *(f"{row.data}-{epochs}ep" for epochs in row.epochs if len(row.epochs) > 1))
 ]
-STANDS = ("jft", "R50+ViT-B/16")  # in CI for the others: stem, blocks, the sigmoid
 # The gradients of convolutions at 224 pixels take a CPU minutes; the parameters, gradients and Adam's two moments of ViT-H/14 are
 # 10 GB, and as much again while they are saved.
 LESS = {model: ("--image-size", 64) for _, model in ROWS if model.startswith("R")} | {"ViT-H/14": ("--depth", 4)}
@@ -65,7 +64,7 @@ def photographs(tmp_path_factory):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("data", "model"),
-    [pytest.param(row.data, model, marks=[pytest.mark.ci] * ((row.data, model) == STANDS)) for row, model in ROWS],
+    [(row.data, model) for row, model in ROWS],
 )
 def test_every_row_of_table_3_takes_its_first_steps(data, model, photographs, tmp_path, capsys):
     """`python -m train.pretrain --model M --recipe D --data folder:...`: two steps of two images with the recipe's size,

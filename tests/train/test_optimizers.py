@@ -127,7 +127,7 @@ def near(ours, theirs):
 @pytest.mark.parametrize(
     ("name", "data", "model", "shard"),
     [
-        ("muon", 2, 2, "parameters"),
+        pytest.param("muon", 2, 2, "parameters", marks=[pytest.mark.ci, pytest.mark.slow]),
         pytest.param("adafactor", 2, 1, "optimizer", marks=pytest.mark.slow),
         pytest.param("lion", 2, 2, "parameters", marks=pytest.mark.slow),
         pytest.param("muon", 2, 1, "none", marks=pytest.mark.slow),
@@ -144,7 +144,6 @@ def test_any_mesh_takes_the_same_steps_and_splits_the_state(name, data, model, s
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_sam_is_optax_s():
     """On one device, of a quadratic-free loss: the gradient of the neighbour `rho` uphill, by optax.contrib.sam."""
     found = steps("adam", 1, 1, sam=0.1)
