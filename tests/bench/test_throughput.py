@@ -404,7 +404,14 @@ def test_the_largest_batch_compiles_and_one_more_does_not(tmp_path):
 @pytest.mark.slow
 def test_a_mesh_says_whether_it_fits_and_what_it_sends(tmp_path, capsys):
     options: dict[str, Any] = dict(
-        target=("v3",), models=("ViT-Ti/16",), sizes=(64,), mode=("train",), mesh="2x1", out=tmp_path, cache=tmp_path / "c"
+        target=("v3",),
+        models=("ViT-Ti/16",),
+        sizes=(64,),
+        mode=("train",),
+        mesh="2x1",
+        shard="parameters",
+        out=tmp_path,
+        cache=tmp_path / "c",
     )
     (r,) = run(Throughput(**options, batch_sizes=(32,), largest=False))
     assert r["topology"] == "v3:2x2"
