@@ -53,7 +53,7 @@ def parsed(cls: type[Options], program: str, words: Sequence[str]) -> Options:
         said = re.sub(r"^Required options\s+(Missing from python -m \S+\s+)?", "required and not given: ", said)
         said = re.sub(rf"Error parsing {cls.__name__}: ", "", said)
         said = re.split(r"Got errors:|Argument helptext:|For full helptext|Similar options|Perhaps you meant", said)[0]
-        raise ValueError(f"{said.strip(' .-')}: {help_}") from None
+        raise ValueError(f"{said.lstrip(' .').rstrip(' .-')}: {help_}") from None
 
 
 class Parser(argparse.ArgumentParser):

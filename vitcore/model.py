@@ -48,7 +48,7 @@ def apply(
     fit the configuration, or n does not divide the depth.
     """
     check(params, images, config)
-    if not len(images):  # as the last batch of a filtered stream; no op is made for it
+    if images.shape[0] == 0:  # as the last batch of a filtered stream; no op is made for it
         return jnp.zeros((0, config.num_classes or config.feature_size), jnp.float32)
     return forward(params, images, config, Context(ops=ops, dtype=dtype, dropout_key=dropout_key, remat=remat, edit=edit))
 
@@ -63,7 +63,7 @@ def features(params, images, config, *, ops: Ops | None = None, dtype=jnp.float3
     ValueError as `apply`, for a block that the model does not have, and where both blocks and remat are given.
     """
     check(params, images, config)
-    if not len(images):
+    if images.shape[0] == 0:
         one = jax.eval_shape(lambda x: features(params, x, config, dtype=dtype, blocks=blocks), some(images))
         return jax.tree.map(lambda a: jnp.zeros((0, *a.shape[1:]), a.dtype), one)
     if blocks is None:
@@ -120,7 +120,7 @@ def attention_statistics(
 
 
 def _not_empty(images) -> None:
-    if not len(images):
+    if images.shape[0] == 0:
         raise ValueError("images are none: of an empty batch there are no attention maps, give at least one image")
 
 

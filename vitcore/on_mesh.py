@@ -103,7 +103,7 @@ def _mapped(mesh: Mesh, axes: Axes, config, context: Context, local: Callable, o
     @own
     def run(params, images, dropout_key=None):
         check(params, images, config)
-        if images.shape[0] % shape.data or not len(images):
+        if images.shape[0] % shape.data or images.shape[0] == 0:
             raise ValueError(
                 f"images are {list(images.shape)}: [B, Y, X, C] with B above 0 and divisible by the data axis, {shape.data}, is "
                 "required"

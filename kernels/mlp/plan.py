@@ -165,7 +165,8 @@ def _candidates(shape: Shape, device: Device, backward: bool) -> Iterator[Tiling
                     continue
                 t = Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident, unpack=unpack)
                 yield t
-                if backward and flat and unpack and not resident:  # which other generations have the VMEM to do without
+                # Other generations have the VMEM to do without. A copy is of whole tiles of 8 rows.
+                if backward and flat and unpack and not resident and shape.rows % rows % SUBLANES == 0:
                     yield replace(t, shared=True)
 
 

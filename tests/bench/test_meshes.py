@@ -256,9 +256,9 @@ def test_a_picture_of_meshes_is_drawn_again_from_its_file(stubbed, tmp_path, mon
 
 def test_meshes_that_suit_a_model():
     found, left = mesh_study.meshes(variant("ViT-B/16"), 32, 4096)
-    assert found == [(32, 1), (16, 2), (8, 4)]
+    assert [shape[:2] for shape in found] == [(32, 1), (16, 2), (8, 4)]
     assert len(left) == 3
-    assert mesh_study.meshes(variant("ViT-B/16"), 32, 16)[0] == [(16, 2), (8, 4)]
+    assert [shape[:2] for shape in mesh_study.meshes(variant("ViT-B/16"), 32, 16)[0]] == [(16, 2), (8, 4)]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ def test_every_job_has_a_name():
         for path in (ROOT / package).rglob("*.py")
         if any(isinstance(node, ast.If) and ast.unparse(node.test) == MAIN for node in ast.parse(path.read_text()).body)
     }
+    jobs.remove("train.data.trial")  # the process in which train.data.suspects looks at images again
     assert {module for module, _ in command.JOBS.values()} == jobs
 
 
