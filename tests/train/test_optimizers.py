@@ -127,7 +127,7 @@ def near(ours, theirs):
 @pytest.mark.parametrize(
     ("name", "data", "model", "shard"),
     [
-        pytest.param("muon", 2, 2, "parameters", marks=[pytest.mark.ci, pytest.mark.slow]),
+        pytest.param("muon", 2, 2, "parameters", marks=pytest.mark.slow),
         pytest.param("adafactor", 2, 1, "optimizer", marks=pytest.mark.slow),
         pytest.param("lion", 2, 2, "parameters", marks=pytest.mark.slow),
         pytest.param("muon", 2, 1, "none", marks=pytest.mark.slow),

@@ -61,7 +61,6 @@ def test_the_tasks_are_the_papers():
     assert [sum(g == group for _, g in vtab.TASKS.values()) for group in vtab.GROUPS] == [7, 4, 8]
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_one_rate_for_all_task_by_task(weights, sets, tmp_path, monkeypatch, capsys):
     """Two rates on 16 + 4 images of each set; interrupted in the middle of a run, and taken up again."""
