@@ -95,7 +95,7 @@ def test_names_that_the_mesh_has_not_are_refused(axes):
 
 @pytest.mark.slow
 def test_a_resnet_too(params):
-    config = vitcore.variant("BiT-R50x1", image_size=32, num_classes=4)
+    config = vitcore.variant("R50x1", image_size=32, num_classes=4)
     weights = vitcore.init(jax.random.key(0), config)
     images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3), minval=-1)
     mesh, axes = mesh_of("three, one replicated")
