@@ -98,6 +98,17 @@ def programs(case: Case, batch: int, depths: tuple[int, ...]) -> list[tuple[int,
     return [(d, replace(whole, arguments={**whole.arguments, **plan, "depth": d}, name=f"{whole.name}, depth {d}")) for d in depths]
 
 
+def compiled(case: Case, batch: int, compiler: Compiler, depths: tuple[int, ...], tell=lambda _: None) -> list[tuple[int, Report]]:
+    """(depth, report) of a case's programs, up to the first that does not compile. tell: hears of each before."""
+    found = []
+    for depth, program in programs(case, batch, depths):
+        tell(f"{case} {case.mesh}: {program.name.rpartition(', ')[2]}")
+        found.append((depth, compiler.compile(program, cycles=True)))
+        if found[-1][1].error:
+            break
+    return found
+
+
 def at_depth(case: Case, found: list[tuple[int, Report]], of: Callable[[Report], float]) -> float:
     """A figure of a case's model, from the reports at the depths that were compiled."""
     values = [of(report) for _, report in found]
@@ -144,12 +155,7 @@ def measure(case: Case, batch: int, compiler: Compiler, depths: tuple[int, ...],
     started, topology = time.monotonic(), compiler.request["topology"]
     row: dict[str, Any] = {"compiler_estimate": True, "complete": True, "error": "", "topology": topology, "batch": batch}
     row["shard_chosen"] = case.shard
-    found = []
-    for depth, program in programs(case, batch, depths):
-        tell(f"{case} {case.mesh}: {program.name.rpartition(', ')[2]}")
-        found.append((depth, compiler.compile(program, cycles=True)))
-        if found[-1][1].error:
-            break
+    found = compiled(case, batch, compiler, depths, tell)
     try:
         row |= row_of(case, batch, found, slices.along(topology))
     except (RuntimeError, ValueError) as error:
@@ -173,9 +179,10 @@ def resolved(case: Case, shape: MeshShape, shard: str) -> Case:
     """The case on a mesh, with what --shard means for the whole model there; where nothing can be split, none."""
     import jax.numpy as jnp
 
-    how = choose(shard, case.config, shape, jnp.dtype(case.dtype)) if shape.data > 1 and case.mode == "train" else "none"
     if case.mode != "train":
         how = "auto"
+    else:
+        how = choose(shard, case.config, shape, jnp.dtype(case.dtype)) if shape.data > 1 else "none"
     return replace(case, mesh=f"{shape.data}x{shape.model}", shard=how)
 
 

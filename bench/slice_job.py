@@ -11,7 +11,6 @@ What a host has to feed is the slice's images/s over its hosts. What it decodes:
 one core decodes and crops with nothing around it. All is the compiler's estimate but the decoding, which was measured elsewhere.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -92,18 +91,12 @@ def needs(case: Case, batch: int, step: list[tuple[int, Report]], evaluation: Re
     }
 
 
-def measure(case: Case, batch: int, compiler: Compiler, depths: tuple[int, ...], tell: Callable[[str], None]) -> dict[str, Any]:
+def measure(case: Case, batch: int, compiler: Compiler, depths: tuple[int, ...]) -> dict[str, Any]:
     """The row of a case; an error in one line where a program does not compile."""
     row = {"compiler_estimate": True, "error": "", "topology": compiler.request["topology"], "batch": batch}
-    found = []
     try:
         evaluation = compiler.compile(evaluation_of(case, batch))
-        tell(f"{case.model}: evaluation")
-        for depth, program in mesh_study.programs(case, batch, depths):
-            tell(f"{case.model}: {program.name.rpartition(', ')[2]}")
-            found.append((depth, compiler.compile(program, cycles=True)))
-            if found[-1][1].error:
-                break
+        found = mesh_study.compiled(case, batch, compiler, depths)
         return row | needs(case, batch, found, evaluation, compiler.request["topology"])
     except RuntimeError as error:
         what = "does not fit a device: fewer --batch-sizes, or --remat" if out_of_hbm(str(error)) else str(error)[:300]
@@ -162,9 +155,9 @@ def study(options, about: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]
             started = time.monotonic()
             cache = options.cache or default_cache()
             with Compiler(target, topology=topology, seconds=1800.0, gigabytes=24, cache=cache) as compiler:
-                row = asdict(case) | measure(case, batch, compiler, options.depths, lambda _: None)
+                row = asdict(case) | measure(case, batch, compiler, options.depths)
             rows.append({**row, "seconds": time.monotonic() - started})
             print(line(row), flush=True)
-            write_json(options.out / "job.json", {"about": about(compiler_estimate=True), "rows": json.loads(json.dumps(rows))})
+            write_json(options.out / "job.json", {"about": about(compiler_estimate=True), "rows": rows})
     print(options.out / "job.json")
     return rows

@@ -42,7 +42,7 @@ def left(chosen) -> tuple[bool, bool]:
     return isinstance(chosen.forward, ByXLA), isinstance(chosen.backward, ByXLA)
 
 
-def choose(plan: Callable, beyond: Callable, shape, device: Device, *, keep: bool) -> Any:
+def choose(plan: Callable, shape, device: Device, *, keep: bool, beyond: Callable = lambda chosen: chosen) -> Any:
     """`plan(shape, device)`, the kernels', with the passes left to XLA where images have few tokens, else as `beyond` leaves them,
     given that plan. keep: `plan(..., keep=True)`; NotImplementedError where a pass would be XLA's."""
     chosen = plan(shape, device)

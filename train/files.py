@@ -10,6 +10,7 @@ import io
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,12 +73,14 @@ def make_directory(path: epath.Path | Path) -> None:
         sync(made.parent)
 
 
-def write_atomically(path: epath.Path | Path, content: str | bytes) -> None:
-    """A file's new content, whole or not at all, also after a loss of power; local or gs://. Modes follow the umask; a symbolic
-    link at `path` gives way to the file. OSError."""
-    data = content.encode() if isinstance(content, str) else content
+@contextlib.contextmanager
+def atomically(path: epath.Path | Path) -> Iterator[BinaryIO]:
+    """A file to write, which behind the block stands under `path`, whole, also after a loss of power, and after an exception not at
+    all; local or gs://. Modes follow the umask; a symbolic link at `path` gives way to the file. OSError."""
     if "://" in str(path):
-        path.write_bytes(data)  # an object appears when it is whole
+        buffer = io.BytesIO()
+        yield buffer
+        path.write_bytes(buffer.getvalue())  # an object appears when it is whole
         return
     partial = path.parent / f"{path.name}.tmp"
     with contextlib.suppress(FileNotFoundError):
@@ -85,7 +88,7 @@ def write_atomically(path: epath.Path | Path, content: str | bytes) -> None:
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         with open(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(descriptor)
         os.replace(partial, path)
@@ -94,6 +97,12 @@ def write_atomically(path: epath.Path | Path, content: str | bytes) -> None:
             os.unlink(partial)
         raise
     sync(path.parent)
+
+
+def write_atomically(path: epath.Path | Path, content: str | bytes) -> None:
+    """A file's new content, as `atomically`."""
+    with atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def read_object(path: epath.Path, *, cure: str, holding: tuple[str, ...] = (), wrong: str = "no object") -> dict:

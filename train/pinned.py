@@ -6,9 +6,7 @@ A file of weights stays where it is, and is not copied. zip's own CRC of each ar
 """
 
 import dataclasses
-import io
 import json
-import os
 import zipfile
 from typing import Any
 
@@ -16,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from train.files import make_directory, sync, write_atomically
+from train.files import atomically, make_directory
 from train.pretrained import Run, Stored, store
 from vitcore import families
 
@@ -41,25 +39,8 @@ def keep(out: epath.Path, stored: Stored) -> None:
     run = stored.run
     about = {"model": stored.model, "config": dataclasses.asdict(run.config), "about": run.about, "held": run.held}
     make_directory(out)
-    if "://" in str(out):
-        file = io.BytesIO()
+    with atomically(out / COPY) as file:
         _write(file, run.params, about)
-        write_atomically(out / COPY, file.getvalue())
-        return
-    partial = os.fspath(out / f"{COPY}.tmp")
-    if os.path.lexists(partial):
-        os.unlink(partial)  # left by a process that was killed
-    try:
-        with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "w+b") as file:
-            _write(file, run.params, about)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, out / COPY)
-    except BaseException:
-        if os.path.lexists(partial):
-            os.unlink(partial)
-        raise
-    sync(out)
 
 
 def _write(file, params, about: dict) -> None:

@@ -51,23 +51,20 @@ def said(shard: Shard, mesh: Mesh | MeshShape, config=None) -> str:
 
 def _left_whole(config, shape: MeshShape) -> str:
     """What stays whole though it should be split, and the longest data axis of as many devices that splits all; "" for a little."""
-    every = parameters.count(families.leaves(config))
-
-    def share(shape: MeshShape) -> float:
-        return parameters.whole_over_data(families.leaves(config), shape)[0] / every
-
-    if share(shape) < LITTLE:
+    leaves = families.leaves(config)
+    whole, lengths = parameters.whole_over_data(leaves, shape)
+    share, count = whole / parameters.count(leaves), shape.data * shape.model
+    if share < LITTLE:
         return ""
-    count, lengths = shape.data * shape.model, parameters.whole_over_data(families.leaves(config), shape)[1]
     better = ""
     for data in range(shape.data - 1, 1, -1):
         if count % data == 0:
             with contextlib.suppress(ValueError):  # the heads do not divide over such a model axis
-                if share(MeshShape(data, count // data)) < share(shape) / 2:
+                if parameters.whole_over_data(leaves, MeshShape(data, count // data))[0] < whole / 2:
                     better = f"; --mesh {data}x{count // data} splits them"
                     break
     widths = " and ".join(map(str, lengths))
-    return f", but for {share(shape):.0%} of the parameters, whole on each because {shape.data} does not divide {widths}{better}"
+    return f", but for {share:.0%} of the parameters, whole on each because {shape.data} does not divide {widths}{better}"
 
 
 def better(config, mesh: Mesh | MeshShape, images: int, *, asked: str, dtype) -> str:

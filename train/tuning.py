@@ -191,16 +191,19 @@ def dev_splits(split: str, share: float) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What all runs of a job share. pretrained: opened, with a new head. stored: as it was read. model: which weights it is,
-    `Stored.model`."""
+    """What all runs of a job share. pretrained: opened, with a new head. stored: as it was read."""
 
     mesh: Any
     where: str
     ops: Any
     pretrained: Any
     stop: Stop | None
-    model: dict
     stored: Any
+
+    @property
+    def model(self) -> dict:
+        """Which weights it is."""
+        return self.stored.model
 
 
 def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tuple[Finetune, Session]:
@@ -235,7 +238,7 @@ def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tup
         full = dataclasses.replace(full, mean=opened.pixels.mean, std=opened.pixels.std)
     check_fit(full, opened.config, mesh, opened.about)
     where += said(choose(full.shard, opened.config, mesh, full.dtype), mesh, opened.config)
-    return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop, model=stored.model, stored=stored)
+    return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop, stored=stored)
 
 
 def _dropout(args: Finetune, config) -> float:

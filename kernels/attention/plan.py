@@ -164,8 +164,7 @@ def plan(
 def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
     """`plan`, with the passes left to XLA where it is ahead by the one count (LOG.md, 2026-11-27, has the table). keep: as in
     `plan`, and NotImplementedError too where a pass would be XLA's."""
-
-    return by_xla.choose(plan, lambda chosen: chosen, shape, device, keep=keep)
+    return by_xla.choose(plan, shape, device, keep=keep)
 
 
 @cache

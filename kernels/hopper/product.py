@@ -19,11 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import dropout as drop
 from kernels.attention.hopper import parts
 from kernels.attention.hopper.parts import COLUMNS, PARAMS, along, load, transposed
+from kernels.attention.hopper.plan import PROCESSORS
 from kernels.hopper.epilogue import Epilogue
 from kernels.hopper.plan import DEEP, Tiles, tiles
 from kernels.launch import vary_alike
 
-PROCESSORS = 132
 COMPUTE = 2
 ROWS = 64  # of a wgmma, and of what goes in or out at a time
 LOADER, MULTIPLIER = 24, 240  # registers a thread

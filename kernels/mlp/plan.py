@@ -258,4 +258,4 @@ def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
         short = ByXLA(reason=f"weights streamed for {t.height} rows at a time, which the memory's rate bounds")
         return replace(chosen, backward=short)
 
-    return by_xla.choose(plan, beyond, shape, device, keep=keep)
+    return by_xla.choose(plan, shape, device, keep=keep, beyond=beyond)

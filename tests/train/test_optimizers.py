@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import vitcore
 from tests.train.interruption import interrupt_before
+from tests.train.small import batch, mesh_of, with_a_head
 from train import finetune, pretrain
 from train.optimizers import WHOLE, named
 from train.step import StepOptions, make_init, make_train_step
@@ -86,17 +85,6 @@ def test_decay_and_layers_are_those_of_adamw():
     np.testing.assert_allclose(moved / whole, [0.25, 0.5], rtol=1e-4)  # of two layers, below the head
 
 
-def mesh_of(data, model):
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model])
-
-
-def with_a_head(params) -> Any:
-    """The head's kernel is of zeros at first, and the blocks would have no gradient."""
-    kernel = params["head"]["kernel"]
-    new = jax.device_put(0.3 * jax.random.normal(jax.random.key(1), kernel.shape), kernel.sharding)
-    return params | {"head": params["head"] | {"kernel": new}}
-
-
 def steps(name, data, model, *, sam=0.0, shard: Any = "parameters") -> Any:
     """(losses and norms, parameters, average, the state) of three steps with clipping and Polyak average."""
     mesh, rate = mesh_of(data, model), lambda _: 0.01
@@ -104,9 +92,7 @@ def steps(name, data, model, *, sam=0.0, shard: Any = "parameters") -> Any:
     options = StepOptions(ops=REFERENCE, shard=shard, clip_norm=1.0, polyak=0.9, sam=sam, whole=name in WHOLE)
     state = make_init(CONFIG, mesh, tx, options)(jax.random.key(0))
     state = state._replace(params=with_a_head(state.params))
-    rng, place = np.random.default_rng(0), NamedSharding(mesh, P("data"))
-    images = jax.device_put(rng.uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32), place)
-    labels = jax.device_put(rng.integers(0, 10, 8), place)
+    images, labels = batch(mesh, 8)
     step, found = make_train_step(CONFIG, mesh, tx, options), []
     for _ in range(3):
         state, metrics = step(state, images, labels)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.train.interruption import interrupt_before
+from tests.train.small import batch, mesh_of, with_a_head
 from train import pretrain
 from train.shards import better, choose, said
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
@@ -20,27 +20,22 @@ from vitcore.sharding import MeshShape
 CONFIG = variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10, depth=2, dropout=0.1, drop_path=0.3)
 
 
-def mesh_of(data, model):
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model])
-
-
 def three_steps(data, model, shard, ops):
     """(losses, the parameters, how many of the state's arrays are split, correct images) of three steps with dropout and stochastic
     depth."""
     mesh, tx = mesh_of(data, model), optax.sgd(0.1, momentum=0.9)
     options = StepOptions(ops=ops, shard=shard, clip_norm=1.0)
     state = make_init(CONFIG, mesh, tx, options)(jax.random.key(0))
-    kernel = state.params["head"]["kernel"]  # of zeros, the blocks would have no gradient at first
-    state.params["head"]["kernel"] = jax.device_put(0.3 * jax.random.normal(jax.random.key(1), kernel.shape), kernel.sharding)
+    state = state._replace(params=with_a_head(state.params))
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
-    rng, place = np.random.default_rng(0), NamedSharding(mesh, P("data"))
-    images = jax.device_put(rng.uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32), place)
-    labels = jax.device_put(rng.integers(0, 10, 8), place)
+    images, labels = batch(mesh, 8)
     step, losses = make_train_step(CONFIG, mesh, tx, options), []
     for _ in range(3):
         state, metrics = step(state, images, labels)
         losses.append(float(metrics["loss"]))
-    sums = make_eval_step(CONFIG, mesh, options)(state.params, images, labels, jax.device_put(np.ones(8, np.float32), place))
+    sums = make_eval_step(CONFIG, mesh, options)(
+        state.params, images, labels, jax.device_put(np.ones(8, np.float32), labels.sharding)
+    )
     return losses, jax.tree.map(np.asarray, state.params), split, float(sums["loss"])
 
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.device import DEVICES
 from kernels.launch import Launch
+from tests.train.small import batch, mesh_of
 from train.losses import softmax_cross_entropy
 from train.optim import optimizer, schedule
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
@@ -81,16 +82,6 @@ def test_the_runs_compared_above_move(single):
 # --- one step against plain JAX ---------------------------------------------------------------------------------------------
 
 CONFIG = variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10, representation_size=64)
-
-
-def mesh_of(data, model):
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: data * model])
-
-
-def batch(mesh, n=16, seed=0):
-    rng = np.random.default_rng(seed)
-    place = NamedSharding(mesh, P("data"))
-    return jax.device_put(rng.uniform(-1, 1, (n, 8, 8, 1)).astype(np.float32), place), jax.device_put(rng.integers(0, 10, n), place)
 
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 4)])

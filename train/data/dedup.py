@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from train.data import open_source
-from train.data.job import run_job
+from train.data.job import check_timeout, run_job
 from train.data.source import BadImage, DataError, Source, said
 from train.files import write_atomically
 from train.signals import Watchdog, beat
@@ -58,8 +58,7 @@ class Dedup:
 
 def run(args: Dedup) -> None:
     _imagehash()  # is it there?
-    if args.step_timeout < 0:
-        raise ValueError(f"--step-timeout {args.step_timeout}: zero, for none, or a positive number is required")
+    check_timeout(args.step_timeout)
     with Watchdog(args.step_timeout):
         _run(args)
 

@@ -10,6 +10,12 @@ from train.signals import TERMINATED, Stop
 from vitcore.command_line import parsed
 
 
+def check_timeout(seconds: int) -> None:
+    """Raises ValueError for a --step-timeout that is none."""
+    if seconds < 0:
+        raise ValueError(f"--step-timeout {seconds}: zero, for none, or a positive number is required")
+
+
 def run_job(options: type, run: Callable[[Any], None], name: str, argv: list[str] | None = None) -> int:
     """`run(options from argv)`. Returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):

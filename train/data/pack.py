@@ -36,7 +36,7 @@ from train.data import absolute, open_source
 from train.data.arrayrecord import FORMAT, LABELS, checksum, open_reader, read_manifest
 from train.data.decode import decode_pillow
 from train.data.files import read_text
-from train.data.job import run_job
+from train.data.job import check_timeout, run_job
 from train.data.rows import BAD_FLOOR
 from train.data.source import BadImage, DataError, Source
 from train.files import write_atomically
@@ -88,8 +88,7 @@ def run(args: Pack) -> None:
     for option, value in (("shorter-side", args.shorter_side), ("shard-images", args.shard_images), ("workers", args.workers)):
         if value is not None and value < 1:
             raise ValueError(f"--{option} {value}: a positive number is required")
-    if args.step_timeout < 0:
-        raise ValueError(f"--step-timeout {args.step_timeout}: zero, for none, or a positive number is required")
+    check_timeout(args.step_timeout)
     if not 1 <= args.quality <= 100 or not 0 <= args.bad_share <= 1:
         raise ValueError(f"--quality {args.quality} --bad-share {args.bad_share}: 1 to 100 and 0 to 1 are required")
     named = []

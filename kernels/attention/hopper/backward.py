@@ -39,9 +39,8 @@ from kernels.attention.hopper.parts import (
     transposed,
     widened,
 )
-from kernels.attention.hopper.plan import COMPUTE, TILE, Plan, plan
+from kernels.attention.hopper.plan import COMPUTE, PROCESSORS, TILE, Plan, plan
 
-PROCESSORS = 132
 LOADER, MULTIPLIER = 24, 240  # registers a thread
 
 

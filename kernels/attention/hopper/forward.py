@@ -39,11 +39,9 @@ from kernels.attention.hopper.parts import (
     transposed,
     widened,
 )
-from kernels.attention.hopper.plan import HEADS, TILE, Plan, longest, plan
+from kernels.attention.hopper.plan import HEADS, PROCESSORS, TILE, Plan, longest, plan
 from kernels.launch import vary_alike
 from kernels.settings import own
-
-PROCESSORS = 132  # of an H100 or H200 (SXM); a card with fewer runs the rest of the blocks after the first
 
 LOADER, MULTIPLIER = {2: 40, 3: 32}, {2: 232, 3: 160}  # registers a thread, by the warpgroups that multiply: 65,536 in all
 

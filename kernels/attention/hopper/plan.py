@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+PROCESSORS = 132  # of an H100 or H200 (SXM); a card with fewer runs the rest of the blocks after the first
 CAPABILITY = "9.0"  # Hopper: wgmma and the tensor memory accelerator, which these kernels are written in
 HEADS = (64, 80, 128)  # widths that are tried; others of 16 n would be as 80, in pieces
 # The most rows of a head width for which half blocks take the kernels: where a card has run them, ahead of cuDNN's (80: expected)
