@@ -132,7 +132,6 @@ def test_rejects():
         statistics_tpu.tiles(shape, DEVICES["v3"], mean=True, distance=True)
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_it_compiles():

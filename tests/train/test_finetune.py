@@ -276,7 +276,6 @@ def test_dev_and_train_share_no_image_and_are_all_of_it():
 SWEEP = ["--sweep", "--learning-rates", "0.001", "0.1", "--runs", "2"]
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_a_sweep_chooses_and_is_taken_up_where_it_was_left(weights, tmp_path, monkeypatch, capsys):
     """Killed in the middle of its second run, between checkpoints: the first run is not done again, the second loses one step."""

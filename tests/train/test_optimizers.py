@@ -165,7 +165,7 @@ def test_sam_is_the_same_on_any_mesh():
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(["--optimizer", "muon"], marks=pytest.mark.ci),
+        ["--optimizer", "muon"],
         ["--optimizer", "adafactor"],
         ["--optimizer", "lion", "--learning-rate", "0.0005", "--weight-decay", "0.5", "--first-moment", "bfloat16"],
         ["--sam", "0.05"],

@@ -62,7 +62,7 @@ def test_nothing_split_and_the_optimizer_split_are_the_same_training():
         (2, 1, "optimizer"),
         (2, 1, "parameters"),
         (1, 2, "none"),
-        pytest.param(2, 2, "optimizer", marks=pytest.mark.ci),
+        (2, 2, "optimizer"),
         (2, 2, "parameters"),
         (2, 2, "none"),
     ],
