@@ -61,7 +61,7 @@ class Passes:
     """Two functions (x, weights, dropout) -> y that compute the same, `reference` by XLA and `kernels`.
 
     forward, backward: whether the pass is XLA's. name: of the result, for a rematerialisation policy. tokens: of an image, if the
-    rows of x are more.
+    rows of x are more. whole: `reference` takes a large batch in parts by itself, by a plan for all its images.
     """
 
     reference: Callable
@@ -70,6 +70,7 @@ class Passes:
     backward: bool
     name: str
     tokens: int | None = None
+    whole: bool = False
 
 
 def partly(half: Callable, reference: Callable, own, x, weights, dropout, *, plan, launch, name: str, options: dict[str, Any]):
@@ -105,9 +106,13 @@ def _part(passes: Passes, rate: float, places, first, n: int, *arrays):
     return (Dropout(rate, key, row, column) if rate else None), *arrays
 
 
+def _parts(passes: Passes, x) -> int:
+    return 1 if passes.whole else parts.count(x.shape[0], x.shape[1], ROWS)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run(passes: Passes, rate: float, x, weights, places) -> Any:
-    n, op = (parts.count(x.shape[0], x.shape[1], ROWS), passes.reference) if passes.forward else (1, passes.kernels)
+    n, op = (_parts(passes, x), passes.reference) if passes.forward else (1, passes.kernels)
 
     def step(first, y):
         dropout, own = _part(passes, rate, places, first, n, x)
@@ -126,7 +131,7 @@ def _backward(passes, rate, saved, dy):
     x, weights, places = saved
     # Without it XLA keeps what the forward pass computed, and casts all layers' weights before the first: there is no room for it.
     x, weights, dy = lax.optimization_barrier((x, weights, dy))
-    n, op = (parts.count(x.shape[0], x.shape[1], ROWS), passes.reference) if passes.backward else (1, passes.kernels)
+    n, op = (_parts(passes, x), passes.reference) if passes.backward else (1, passes.kernels)
 
     def step(first, dy):
         dropout, own, g = _part(passes, rate, places, first, n, x, dy)

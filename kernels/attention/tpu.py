@@ -241,7 +241,7 @@ def _by_two(forward: Plan, backward: Plan, x, weights, dropout, options):
     def run(plan: Plan):
         return lambda x, w, dropout: attention_half(x, w, dropout=dropout, plan=plan, **options)
 
-    passes = by_xla.Passes(run(forward), run(backward), True, False, "attention_half", options["tokens"])
+    passes = by_xla.Passes(run(forward), run(backward), True, False, "attention_half", options["tokens"], whole=True)
     return by_xla.run(passes, x, weights, dropout)
 
 

@@ -169,6 +169,13 @@ def test_half_agrees_in_one_kernel(t, n, h):
     )
 
 
+def planned_weights(d: int, n: int, h: int) -> reference.AttentionWeights:
+    """Shapes of float32 weights of n heads of h lanes."""
+    of = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    k = n * h
+    return reference.AttentionWeights(of((d,)), of((d,)), of((3, d, k)), of((3, k)), of((k, d)), of((d,)))
+
+
 def chain(s: tiling.Shape, **rows: int) -> Plan:
     """The plan of v3 where the fused kernel finds no room."""
     with mock.patch.object(planning, "fused_bytes", return_value=None):
@@ -201,6 +208,16 @@ def test_half_agrees_where_the_backward_pass_alone_pads_its_heads():
     chosen = replace(chosen, head_lanes=128, narrow=chain(shape(2, 9, 128, 8, 80, jnp.bfloat16)).forward)
     dropout = Dropout(0.3, jnp.int32(2), jnp.int32(5))
     check_half(2, 9, 128, 8, 80, jnp.bfloat16, where=launch("v3"), dropout=dropout, plan=chosen)
+
+
+def test_a_large_batch_is_cut_into_parts_once():
+    """H/14, whose passes have a plan each: 192 images are two parts of 96 forward, and were cut into three of 64 before that."""
+    x, weights, options = jax.ShapeDtypeStruct((192, 257, 1280), jnp.bfloat16), planned_weights(1280, 16, 80), {"num_heads": 16}
+    chosen: Any = plan(shape(192, 257, 1280, 16, 80, jnp.bfloat16), DEVICES["v3"])
+    assert 1 < 192 // chosen.narrow.images < 192
+    half = partial(tpu.attention_half, launch=Launch(device=DEVICES["v3"]), **options)
+    gradient = jax.eval_shape(lambda x, w: jax.grad(lambda x: half(x, w).astype(jnp.float32).sum())(x), x, weights)
+    assert gradient.shape == x.shape
 
 
 def test_a_chain_in_columns_drops_the_same_elements():
