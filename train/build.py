@@ -17,6 +17,7 @@ from train import mesh as meshes
 from train.data import Source, eval_batches, train_batches
 from train.data import identity as identity_of_data
 from train.data.suspects import Reading
+from train.feed import Kept
 from train.files import text_of
 from train.frozen import put_params
 from train.job import claim, say
@@ -107,6 +108,7 @@ def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool)
 
 FEW_CORES = 8  # up to which threads feed what the devices take; beyond, one process's threads stand in each other's way
 MOST_WORKERS = 16  # more brought no more images on 32 cores: the process that joins their batches is the limit then
+KEPT_BYTES = 1 << 30  # of a validation set, at most, that a process holds in memory between evaluations: 7,000 images of 224 pixels
 MANY_IMAGES = 8192  # of a validation set, from which processes read it: threads bring some 1,200 a second, whatever the cores
 
 
@@ -140,7 +142,7 @@ def make_run(
         workers=reading_processes(full.workers, source),
         mixup=full.mixup, cutmix=full.cutmix, mixup_share=full.mixup_share or "batch", **images, **data or {},
     )  # fmt: skip
-    # Processes take seconds to start, at every evaluation; fewer images have been read by threads in that time.
+    # Processes take seconds to start; fewer images have been read by threads in that time.
     workers = reading_processes(full.workers, held_out) if len(held_out) >= MANY_IMAGES else 0
     size = meshes.whole_rows(min(full.batch_size // full.accumulate, len(held_out)), mesh)
     return Run(
@@ -149,8 +151,9 @@ def make_run(
         mesh=mesh,
         batches=batches,
         reading=reading,
-        validation=lambda: eval_batches(
-            held_out, batch_size=size, preprocess=full.preprocess, how=full.how, workers=workers, **images
+        validation=Kept(
+            lambda: eval_batches(held_out, batch_size=size, preprocess=full.preprocess, how=full.how, workers=workers, **images),
+            KEPT_BYTES,
         ),
         batch_size=full.batch_size,
         total_steps=full.steps,

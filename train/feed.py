@@ -12,6 +12,37 @@ _BUSY_POLL = 0.005  # and while the devices compute, at whether they still do: a
 _GRACE = 2.0  # seconds that the end waits for a batch in the making
 
 
+class Kept:
+    """The batches of a pass over a set, which later calls give again from memory if they are no more than `most` bytes.
+
+    make: () -> an iterator over dicts of arrays that may have `close`. A pass that ends early keeps nothing. So a small validation
+    set is read and decoded once a run, and not at every evaluation.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[dict[str, Any]]], most: int):
+        self._make, self._most = make, most
+        self._batches: list[dict[str, Any]] | None = None
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        return self._read() if self._batches is None else iter(self._batches)
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        batches, kept, size = self._make(), [], 0
+        try:
+            for batch in batches:
+                size += sum(array.nbytes for array in batch.values())
+                if size > self._most:
+                    kept.clear()
+                else:  # a copy: what processes send lies in memory of theirs
+                    kept.append({name: array.copy() for name, array in batch.items()})
+                yield batch
+            if size <= self._most:
+                self._batches = kept
+        finally:
+            if hasattr(batches, "close"):
+                batches.close()  # pyright: ignore
+
+
 class Feed:
     """The batches of an iterator, one drawn and placed ahead.
 

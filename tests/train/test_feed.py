@@ -3,9 +3,10 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from train.feed import Feed
+from train.feed import Feed, Kept
 
 
 class Numbers:
@@ -118,3 +119,37 @@ def test_no_wait_is_no_idleness():
             time.sleep(0.01)
         feed.next()
         assert feed.idle == 0
+
+
+def test_a_small_set_is_read_once():
+    """The second pass gives the first one's batches, though the reader used its memory again; a larger set is read each time, and
+    so is one of which a pass was ended early."""
+    read = []
+
+    class Batches:
+        def __init__(self):
+            self.buffer, self.closed = np.zeros(4), 0
+            read.append(self)
+
+        def __iter__(self):
+            for k in range(3):
+                self.buffer[:] = k
+                yield {"image": self.buffer}
+
+        def close(self):
+            self.closed += 1
+
+    kept = Kept(Batches, 96)
+    broken = kept()
+    next(broken)
+    broken.close()
+    assert len(read) == 1
+    assert read[0].closed
+    for _ in range(3):
+        assert [batch["image"][0] for batch in kept()] == [0, 1, 2]
+    assert len(read) == 2
+    assert read[1].closed
+    kept = Kept(Batches, 95)
+    for _ in range(2):
+        assert [batch["image"][0] for batch in kept()] == [0, 1, 2]
+    assert len(read) == 4

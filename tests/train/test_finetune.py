@@ -1,6 +1,7 @@
 """Fine-tuning as its user meets it: from every kind of start, at another resolution, swept, stopped and taken up again."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import optax
 import pytest
 from PIL import Image
 
+import train.build
 import train.loop
 import vitcore
 from tests.train.interruption import interrupt_before
@@ -140,21 +142,25 @@ def test_how_images_are_read_is_not_what_is_computed(weights, tmp_path, monkeypa
             for i in range(8):
                 pixels = np.random.default_rng(i).integers(100 * label, 156 + 100 * label, (12, 12, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "d" / split / name / f"{i}.jpg")
-    seen, make = [], train.loop.Feed
+    seen, asked, make = [], [], train.loop.Feed
 
     def feed(batches, place):
-        def looking(batch):
-            seen.append((batch["image"].dtype, batches._rows.decoder, batches._bad._share))
-            return place(batch)
+        return make(batches, lambda batch: seen.append(batch["image"].dtype) or place(batch))
 
-        return make(batches, looking)
+    def reading(read, *args, **options):
+        asked.append((options["decoder"], options["bad_share"]))
+        return read(*args, **options)
 
     monkeypatch.setattr(train.loop, "Feed", feed)
+    for name in ("train_batches", "eval_batches"):
+        monkeypatch.setattr(train.build, name, functools.partial(reading, getattr(train.build, name)))
     argv = [*TINY, "--data", f"folder:{tmp_path / 'd'}", "--init", tmp_path / "w.npz", "--augment", "inception", "--batch-size", 8,
             "--image-size", 8, "--out", tmp_path / "run"]  # fmt: skip
     run(*argv, "--decoder", "simplejpeg", "--bad-share", 0.5, "--keep-every", 4)
     assert len(seen) > 6  # training and evaluation
-    assert set(seen) == {(np.dtype("uint8"), "simplejpeg", 0.5)}
+    assert set(seen) == {np.dtype("uint8")}
+    assert len(asked) == 2
+    assert set(asked) == {("simplejpeg", 0.5)}
     assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()) == [4, 6]
     run(*argv, "--remat", "--remat-every", 2)
     assert "resuming at step 6" in capsys.readouterr().out
