@@ -156,7 +156,7 @@ def test_half_agrees(device, b, t, heads, dtype, rate, seed):
     check_half(b, t, 128, n, h, dtype, where=launch(device), dropout=dropout, residual_scale=0.5 if seed % 2 else 1.0, seed=seed)
 
 
-@pytest.mark.parametrize("device", ["v3", "v5e"])
+@pytest.mark.parametrize("device", ["v3", pytest.param("v5e", marks=pytest.mark.slow)])
 def test_the_eps_of_the_norm_reaches_every_kernel(device):
     check_half(1, 17, 128, 2, 64, jnp.float32 if device == "v5e" else jnp.bfloat16, where=launch(device), eps=3.0)
 
@@ -264,7 +264,7 @@ def test_half_agrees_where_heads_take_whole_columns():
     check_half(1, 9, 128, 2, 80, jnp.float32, where=launch("v5e"), plan=chosen)
 
 
-@pytest.mark.parametrize("device", ["v5e", "v3"])
+@pytest.mark.parametrize("device", ["v5e", pytest.param("v3", marks=pytest.mark.slow)])
 def test_half_agrees_in_parts_of_the_batch(device):
     """A batch taken in parts, which lie in the whole arrays; dropout knows its rows all the same. On v3, float32 rows."""
     rows = {"forward_rows": 32, "backward_rows": 64 if device == "v3" else 32}

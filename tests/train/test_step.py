@@ -55,7 +55,7 @@ def assert_same_run(a, b, tolerance=1e-5):
         assert np.abs(y - x).max() <= tolerance * np.abs(x).max(), name
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "2x4", *(pytest.param(m, marks=pytest.mark.slow) for m in ("8x4", "1x8"))])
+@pytest.mark.parametrize("mesh", ["2x4", *(pytest.param(m, marks=pytest.mark.slow) for m in ("8x1", "8x4", "1x8"))])
 def test_every_mesh_gives_the_numbers_of_one_device(mesh, single, tmp_path_factory):
     """Ten steps with dropout, clipping, decay and Polyak average: losses and all parameters to 1e-5 relative (float32)."""
     many = ten_steps(tmp_path_factory, mesh)

@@ -237,7 +237,7 @@ def test_sincos2d_is_the_authors_table():
 MESHES = [
     ({"position": "relative"}, (2, 2)),
     pytest.param({"position": "2d-layers", "pool": "map"}, (2, 2), marks=pytest.mark.slow),
-    ({"block": "axial", "pool": "gap", "dropout": 0.3}, (2, 2)),
+    pytest.param({"block": "axial", "pool": "gap", "dropout": 0.3}, (2, 2), marks=pytest.mark.slow),
     ({"registers": 3, "stem": "clip", "dropout": 0.3, "head_bias": None}, (2, 2)),
     pytest.param(
         {"stem": ResNetStem(depths=(2,), width_factor=0.5), "patch_size": 1, "image_size": 12, "channels": 3},
