@@ -50,15 +50,19 @@ class Epilogue:
     bias: a row is added first. gelu: then this form of GELU is taken; keep: and what it is taken of is written, too. residual: or
     that many times an array of the result's shape is added. slope: or y is multiplied by the slope of this form of GELU at an array
     of its shape, and the GELU of that array is written, too. dropout: the rate at which elements are dropped, by the mask of
-    `kernels/dropout.py`, of GELU's result, of what is added to the array beside, and of both that a slope makes.
+    `kernels/dropout.py`, of GELU's result, of what is added to the array beside, and of both that a slope makes. sums: the sums of
+    the first output's columns are made, too. norm: before all else y is r (y - mean sums), r and mean numbers of its rows, sums of
+    w's columns: the product of normalised rows.
     """
 
+    norm: bool = False
     bias: bool = False
     gelu: str = ""
     keep: bool = False
     residual: float = 0.0
     slope: str = ""
     dropout: float = 0.0
+    sums: bool = False
 
     @property
     def beside(self) -> bool:
@@ -67,6 +71,7 @@ class Epilogue:
 
     @property
     def outputs(self) -> int:
+        """Arrays [M, N] that are made."""
         return 1 + bool(self.keep or self.slope)
 
     @property

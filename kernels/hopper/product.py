@@ -44,8 +44,10 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
     beside_ref: Any = refs.pop(0) if e.beside else None
     hashed_ref: Any = refs.pop(0) if e.dropout else None
     columns_ref: Any = refs.pop(0) if e.dropout else None
-    out_refs = refs[: e.outputs]
-    (x_flat, x_tiled), w_s, (given_flat, given), (made_flat, made), ready, free, arrived = refs[e.outputs :]
+    mean_ref, r_ref, wsum_ref = [refs.pop(0) for _ in range(3)] if e.norm else [None] * 3
+    out_refs = [refs.pop(0) for _ in range(e.outputs)]
+    sums_ref: Any = refs.pop(0) if e.sums else None
+    (x_flat, x_tiled), w_s, (given_flat, given), (made_flat, made), ready, free, arrived = refs
     (m, _), n = x_ref.shape, out_refs[0].shape[1]
     steps, across = x_ref.shape[1] // DEEP, n // t.columns
     cluster, half, warpgroup = lax.axis_index("cluster"), lax.axis_index("half"), lax.axis_index("warpgroup")
@@ -126,21 +128,37 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
             if len(pieces) * e.outputs % t.made:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             written, bias, beside, mask, numbers = 0, None, None, None, None
-            hashed = {
-                r: load(hashed_ref.at[where((r, 0))[0]], parts.ROWS, optimized=False) for r in range(0, mine, ROWS) if e.dropout
-            }
+            weights, total = None, None  # sums over rows of w and of the first output
+
+            def of_rows(ref, r):
+                return load(ref.at[where((r, 0))[0]], parts.ROWS, optimized=False)
+
+            def of_columns(ref, c):
+                return load(ref.at[where((0, c))[1]], COLUMNS, optimized=False)
+
+            hashed = {r: of_rows(hashed_ref, r) for r in range(0, mine, ROWS) if e.dropout}
+            norm = {r: (of_rows(mean_ref, r), of_rows(r_ref, r)) for r in range(0, mine, ROWS) if e.norm}
             for i, (r, c) in enumerate(pieces):
                 y = sums[r : r + ROWS, c : c + DEEP]
                 if e.bias and r == 0:
-                    bias = along(load(bias_ref.at[where((r, c))[1]], COLUMNS, optimized=False), y, 1)
+                    bias = along(of_columns(bias_ref, c), y, 1)
+                if e.norm:
+                    weights = along(of_columns(wsum_ref, c), y, 1) if r == 0 else weights
+                    mean, factor = norm[r]
+                    y = along(factor, y, 0) * (y - along(mean, y, 0) * weights)
                 if e.beside:
                     plgpu.barrier_wait(arrived.at[warpgroup * t.given + i % t.given])
                     beside = load(given.at[warpgroup, i % t.given], plgpu.Layout.WGMMA).astype(jnp.float32)
                 if e.dropout:
-                    if r == 0:
-                        numbers = load(columns_ref.at[where((r, c))[1]], COLUMNS, optimized=False)
+                    numbers = of_columns(columns_ref, c) if r == 0 else numbers
                     mask = drop.keep(along(hashed[r], y, 0), along(numbers, y, 1), e.dropout)
-                for ref, value in zip(out_refs, e(y, bias, beside, mask), strict=True):
+                values = e(y, bias, beside, mask)
+                if e.sums:
+                    more = parts.column_sums(values[0])
+                    total = more if r == 0 else total + more
+                    if r + ROWS == mine:
+                        sums_ref[row // mine, (column + c) // DEEP] = total
+                for ref, value in zip(out_refs, values, strict=True):
                     slot = written % t.made
                     plgpu.wait_smem_to_gmem(t.made - 1, wait_read_only=True)
                     made.at[warpgroup, slot][...] = value.astype(ref.dtype)
@@ -153,21 +171,28 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
         plgpu.wait_smem_to_gmem(0)
 
 
-def product(x, w, bias=None, beside=None, mask=None, *, e: Epilogue, turned: bool = False, t: Tiles | None = None) -> tuple:
-    """What `e` makes of x [M, K] @ w [K, N] in x's dtype, bfloat16: arrays [M, N].
+def product(
+    x, w, bias=None, beside=None, mask=None, norm=None, *, e: Epilogue, turned: bool = False, t: Tiles | None = None
+) -> tuple:
+    """What `e` makes of x [M, K] @ w [K, N] in x's dtype, bfloat16: arrays [M, N]; and sums [N] float32 where e.sums.
 
     w may be [G, K, n], G matrices whose columns stand beside each other, N = G n. bias [N] where e.bias, beside [M, N] like x where
-    e.beside, mask where e.dropout: `kernels.dropout.vectors` of [M, N]. turned: the product is with w's transpose; w is [N, K], or
+    e.beside, mask where e.dropout: `kernels.dropout.vectors` of [M, N], norm where e.norm: (means, 1 / deviations, sums of w's
+    columns), float32 of length M or longer, M or longer, and N. turned: the product is with w's transpose; w is [N, K], or
     [G, N, k], K = G k. w is rounded to x's dtype. t: the tiles, by default those of the table. `plan.refuses` says what is not
     taken.
     """
     w = (w if w.ndim == 3 else w[None]).astype(x.dtype)
     rest = [] if bias is None else [bias.reshape(-1).astype(jnp.float32)]
     t = t or tiles(x.shape[1], w.shape[1 if turned else 2], e.kind)  # columns of what a tile lies in
-    if mask is not None:  # rows are read as whole tiles, behind the last one, too
-        hashed, columns = mask
-        mask = jnp.pad(hashed, (0, -hashed.shape[0] % (t.rows * t.cluster))), columns
-    arrays = vary_alike(x, w, *rest, *([beside] if e.beside else []), *(mask or ()))
+    whole = x.shape[0] + -x.shape[0] % (t.rows * t.cluster)  # rows are read as whole tiles, behind the last one, too
+
+    def padded(numbers):
+        return jnp.pad(numbers, (0, max(0, whole - numbers.shape[0])))
+
+    mask = None if mask is None else (padded(mask[0]), mask[1])
+    norm = None if norm is None else (padded(norm[0]), padded(norm[1]), norm[2].reshape(-1))
+    arrays = vary_alike(x, w, *rest, *([beside] if e.beside else []), *(mask or ()), *(norm or ()))
     out = _product(*arrays, e=e, t=t, turned=turned)
     return vary_alike(*out, x)[:-1]
 
@@ -177,10 +202,12 @@ def _product(x, w, *rest, e: Epilogue, t: Tiles, turned: bool):
     m, n = x.shape[0], w.shape[1] if turned else w.shape[0] * w.shape[2]
     out = jax.ShapeDtypeStruct((m, n), x.dtype)
     w_shape = (t.stages, t.columns, DEEP) if turned else (t.stages, DEEP, t.columns)
+    of_strips = -(-m // (t.rows * t.cluster)) * t.cluster * (1 if t.alternate else COMPUTE), n // DEEP, parts.WARPS * DEEP
+    sums = [jax.ShapeDtypeStruct(of_strips, jnp.float32)] * e.sums
     free: dict[str, Any] = {"num_arrivals": 1 if t.alternate else COMPUTE, "num_barriers": t.stages}
-    return plgpu.kernel(
+    made = plgpu.kernel(
         partial(_kernel, e=e, t=t, turned=turned),
-        out_type=(out,) * e.outputs,
+        out_type=(*((out,) * e.outputs), *sums),
         scratch_types=[
             _pair((t.stages, t.rows, DEEP), x.dtype),
             plgpu.SMEM(w_shape, x.dtype, transforms=(_TILED, _SWIZZLE)),
@@ -199,3 +226,7 @@ def _product(x, w, *rest, e: Epilogue, t: Tiles, turned: bool):
         kernel_name="product_hopper",
         compiler_params=PARAMS,
     )(x, w, *rest)
+    if not e.sums:
+        return made
+    *made, strips = made
+    return *made, strips.reshape(-1, n // DEEP, parts.WARPS, DEEP).sum((0, 2)).reshape(n)

@@ -14,12 +14,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.attention.hopper.parts import PARAMS, load
+from kernels.attention.hopper.parts import PARAMS, from_behind, load
 from kernels.hopper.plan import THREADS
 from kernels.launch import vary_alike
 
 ROWS = 4  # that a warpgroup has in flight, forward
 STEP = 2  # and backward
+TILES = 512  # rows of two tiles of a product, at most, which it reads whole
 STRIPS = 1056  # of rows, backward: eight blocks on each of 132 multiprocessors, each with sums of its own
 
 
@@ -36,8 +37,9 @@ def _row(ref, i=None):
 def _forward_kernel(x_ref, scale_ref, bias_ref, z_ref, mean_ref, r_ref, *, eps: float):
     m, d = x_ref.shape
     scale, bias = _row(scale_ref), _row(bias_ref)
+    block = from_behind(lax.axis_index("block"), pl.cdiv(m, ROWS))
     # rows behind the last are the last once more: the same numbers in the same place
-    rows = [jnp.minimum(lax.axis_index("block") * ROWS + i, m - 1) for i in range(ROWS)]
+    rows = [jnp.minimum(block * ROWS + i, m - 1) for i in range(ROWS)]
     for i, x in zip(rows, [_row(x_ref, i) for i in rows], strict=True):
         mean = x.sum() / d
         x = x - mean
@@ -46,18 +48,27 @@ def _forward_kernel(x_ref, scale_ref, bias_ref, z_ref, mean_ref, r_ref, *, eps: 
         mean_ref[i], r_ref[i] = mean, r
 
 
-def _backward_kernel(
-    x_ref, dz_ref, g_ref, mean_ref, r_ref, scale_ref, bias_ref, dx_ref, z_ref, dscale_ref, dbias_ref, *, beside: float
-):
+def _statistics_kernel(x_ref, mean_ref, r_ref, *, eps: float):
+    m, d = x_ref.shape
+    block = from_behind(lax.axis_index("block"), pl.cdiv(m, ROWS))
+    rows = [jnp.minimum(block * ROWS + i, m - 1) for i in range(ROWS)]
+    for i, x in zip(rows, [_row(x_ref, i) for i in rows], strict=True):
+        mean = x.sum() / d
+        x = x - mean
+        mean_ref[i], r_ref[i] = mean, lax.rsqrt((x * x).sum() / d + eps)
+
+
+def _backward_kernel(x_ref, dz_ref, g_ref, mean_ref, r_ref, scale_ref, bias_ref, dx_ref, z_ref, sums_ref, *, beside: float):
     m, d = x_ref.shape
     strip, each = lax.axis_index("block"), pl.cdiv(pl.cdiv(m, STRIPS), STEP)
     scale, bias = _row(scale_ref), _row(bias_ref)
 
     def step(s, sums):
-        rows = [(strip * each + s) * STEP + i for i in range(STEP)]
+        # the blocks, all of which are there at a time, go through the rows beside each other
+        rows = [(from_behind(s, each) * STRIPS + strip) * STEP + i for i in range(STEP)]
         last = [jnp.minimum(i, m - 1) for i in rows]
         given = [[_row(ref, i) for ref in (x_ref, dz_ref, g_ref)] for i in last]
-        dscale, dbias = sums
+        dscale, dbias, dg = sums
         for row, i, (x, dz, g) in zip(rows, last, given, strict=True):
             r = r_ref[i]
             n, dn = (x - mean_ref[i]) * r, dz * scale
@@ -65,11 +76,12 @@ def _backward_kernel(
             dx_ref[i] = (dx + (g if beside == 1.0 else beside * g)).astype(dx_ref.dtype)
             z_ref[i] = (n * scale + bias).astype(z_ref.dtype)
             once = jnp.where(row < m, 1.0, 0.0)
-            dscale, dbias = dscale + dz * n * once, dbias + dz * once
-        return dscale, dbias
+            dscale, dbias, dg = dscale + dz * n * once, dbias + dz * once, dg + g * once
+        return dscale, dbias, dg
 
     zero = plgpu.layout_cast(jnp.zeros((d,), jnp.float32), _layout(d))
-    dscale_ref[strip], dbias_ref[strip] = lax.fori_loop(0, each, step, (zero, zero))
+    for i, a in enumerate(lax.fori_loop(0, each, step, (zero, zero, zero))):
+        sums_ref[strip, i] = a
 
 
 @partial(jax.jit, static_argnames="eps")
@@ -89,18 +101,46 @@ def forward(x, scale, bias, *, eps: float):
     return vary_alike(z, mean[:, None], r[:, None], x)[:-1]
 
 
+@partial(jax.jit, static_argnames="eps")
+def statistics(x, *, eps: float):
+    """Float32 means and r of the rows x [M, D], each [M rounded up to whole `TILES`]: what is behind the M-th is not written."""
+    m = x.shape[0]
+    numbers = jax.ShapeDtypeStruct((m + -m % TILES,), jnp.float32)
+    mean, r = plgpu.kernel(
+        partial(_statistics_kernel, eps=eps),
+        out_type=(numbers, numbers),
+        grid=(pl.cdiv(m, ROWS),),
+        grid_names=("block",),
+        kernel_name="layer_norm_hopper_statistics",
+        compiler_params=PARAMS,
+    )(x)
+    return vary_alike(mean, r, x)[:-1]
+
+
+def folded(scale, bias, w, more, dtype):
+    """The norm as a part of the product behind it: (w', more', sums) with LN(x) @ w + more = r (x @ w' - mean sums) + more'.
+
+    w and w' [..., D, N], w' in dtype; more, more' and sums [..., N] float32. w' is rounded before it is summed: a mean of x that is
+    large beside its deviation then multiplies no rounding.
+    """
+    wide = w.astype(jnp.float32)
+    scaled = (scale[:, None] * wide).astype(dtype)
+    return scaled, more + (bias[:, None] * wide).sum(-2), scaled.astype(jnp.float32).sum(-2)
+
+
 @partial(jax.jit, static_argnames="beside")
 def backward(x, dz, g, mean, r, scale, bias, *, beside: float):
-    """(dx + beside * g, z, dscale, dbias) for the gradient dz of z; x, dz, g [M, D] alike, mean and r [M, 1], sums in float32."""
+    """(dx + beside * g, z, dscale, dbias, the sum of g's rows) for the gradient dz of z; x, dz, g [M, D] alike, mean and r [M, 1],
+    the last three [D] float32."""
     d = x.shape[1]
-    like, sums = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((STRIPS, d), jnp.float32)
+    like, sums = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((STRIPS, 3, d), jnp.float32)
     arrays = vary_alike(x, dz, g, mean[:, 0], r[:, 0], scale.astype(jnp.float32), bias.astype(jnp.float32))
-    dx, z, dscale, dbias = plgpu.kernel(
+    dx, z, strips = plgpu.kernel(
         partial(_backward_kernel, beside=beside),
-        out_type=(like, like, sums, sums),
+        out_type=(like, like, sums),
         grid=(STRIPS,),
         grid_names=("block",),
         kernel_name="layer_norm_hopper_backward",
         compiler_params=PARAMS,
     )(*arrays)
-    return vary_alike(dx, z, dscale.sum(0), dbias.sum(0), x)[:-1]
+    return vary_alike(dx, z, *strips.sum(0), x)[:-1]

@@ -23,6 +23,8 @@ from kernels.layer_norm import rows
 from kernels.mlp.reference import MLPWeights
 from kernels.settings import own
 
+FOLDED = True
+
 
 @dataclass(frozen=True)
 class Form:
@@ -41,6 +43,14 @@ def _hidden(f: Form, x, w: MLPWeights, place, *, keep: bool):
     return product(z, w.in_kernel, w.in_bias, mask=mask, e=e), mean, r
 
 
+def _hidden_alone(f: Form, x, w: MLPWeights, place):
+    """The hidden values where no backward pass follows, the norm in the product."""
+    kernel, bias, sums = rows.folded(w.norm_scale, w.norm_bias, w.in_kernel, w.in_bias, x.dtype)
+    mask, rate = masked(f.drops, place, (x.shape[0], w.in_bias.size), drop.MLP_HIDDEN)
+    e = Epilogue(norm=True, bias=True, gelu=f.gelu, dropout=rate)
+    return product(x, kernel, bias, mask=mask, norm=(*rows.statistics(x, eps=f.eps), sums), e=e)[0]
+
+
 def _close(f: Form, h, x, w: MLPWeights, place):
     mask, rate = masked(f.drops, place, x.shape, drop.MLP_OUT)
     e = Epilogue(bias=True, residual=f.residual_scale, dropout=rate)
@@ -49,7 +59,7 @@ def _close(f: Form, h, x, w: MLPWeights, place):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _half(f: Form, x, w: MLPWeights, place):
-    ((h,), _, _) = _hidden(f, x, w, place, keep=False)
+    h = _hidden_alone(f, x, w, place) if FOLDED else _hidden(f, x, w, place, keep=False)[0][0]
     return _close(f, h, x, w, place)
 
 
@@ -63,12 +73,13 @@ def _backward(f: Form, kept, g):
     x, mean, r, a, w, place = kept
     dy = dropped(f.drops, place, g, drop.MLP_OUT)
     mask, rate = masked(f.drops, place, a.shape, drop.MLP_HIDDEN)
-    da, h = product(dy, w.out_kernel, beside=a, mask=mask, e=Epilogue(slope=f.gelu, dropout=rate), turned=True)
+    e = Epilogue(slope=f.gelu, dropout=rate, sums=True)
+    da, h, d_in_bias = product(dy, w.out_kernel, beside=a, mask=mask, e=e, turned=True)
     dz = da @ w.in_kernel.astype(x.dtype).T
-    dx, z, d_scale, d_bias = rows.backward(x, dz, g, mean, r, w.norm_scale, w.norm_bias, beside=f.residual_scale)
+    dx, z, d_scale, d_bias, g_sums = rows.backward(x, dz, g, mean, r, w.norm_scale, w.norm_bias, beside=f.residual_scale)
     d_in = jnp.einsum("md,mf->df", z, da, preferred_element_type=w.in_kernel.dtype)  # over all rows: not rounded to x's dtype
     d_out = jnp.einsum("mf,md->fd", h, dy, preferred_element_type=w.out_kernel.dtype)
-    d_in_bias, d_out_bias = da.astype(jnp.float32).sum(0), f.residual_scale * dy.astype(jnp.float32).sum(0)
+    d_out_bias = f.residual_scale * (g_sums if f.drops is None else dy.astype(jnp.float32).sum(0))
     grads = MLPWeights(d_scale, d_bias, d_in, d_in_bias, d_out, d_out_bias)
     return dx, jax.tree.map(lambda a, like: a.astype(like.dtype), grads, w), None
 

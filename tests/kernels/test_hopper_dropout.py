@@ -21,6 +21,7 @@ from kernels.hopper import product as kernel
 from kernels.hopper.epilogue import Epilogue
 from kernels.hopper.plan import Tiles
 from kernels.layer_norm import gpu as layer_norm
+from kernels.layer_norm import rows
 from kernels.mlp import hopper as mlp_hopper
 from kernels.mlp.reference import MLPWeights
 from tests import oracle
@@ -80,14 +81,15 @@ def test_the_kernel_drops_what_every_implementation_does(interpreted, e):
         assert not np.asarray(found[1])[~np.asarray(kept)].any() or e.keep
 
 
-def plain_product(x, w, bias=None, beside=None, mask=None, *, e, turned=False):
+def plain_product(x, w, bias=None, beside=None, mask=None, norm=None, *, e, turned=False):
     whole = jnp.concatenate(list(w if w.ndim == 3 else w[None]), axis=1).astype(x.dtype)
     y = jnp.matmul(x, whole.T if turned else whole, preferred_element_type=jnp.float32)
+    if e.norm:
+        mean, r, sums = norm
+        y = r[: len(y), None] * (y - mean[: len(y), None] * sums.reshape(-1))
     mask = None if mask is None else drop.keep(mask[0][:, None], mask[1][None], e.dropout)
-    return tuple(
-        a.astype(x.dtype)
-        for a in e(y, None if bias is None else bias.reshape(-1), None if beside is None else beside.astype(jnp.float32), mask)
-    )
+    made = e(y, None if bias is None else bias.reshape(-1), None if beside is None else beside.astype(jnp.float32), mask)
+    return *(a.astype(x.dtype) for a in made), *[made[0].sum(0)] * e.sums
 
 
 def plain_rows_forward(x, scale, bias, *, eps):
@@ -97,7 +99,14 @@ def plain_rows_forward(x, scale, bias, *, eps):
 
 def plain_rows_backward(x, dz, g, mean, r, scale, bias, *, beside):
     found = layer_norm.backward(None, (x, mean, r, scale), dz, beside * g.astype(jnp.float32))
-    return found[0], layer_norm.normalised(x, mean, r, scale, bias), *found[1:]
+    return found[0], layer_norm.normalised(x, mean, r, scale, bias), *found[1:], g.astype(jnp.float32).sum(0)
+
+
+def plain_rows_statistics(x, *, eps):
+    more = jnp.full(3, jnp.nan)  # rows of whole tiles behind the last: not written
+    return tuple(
+        jnp.concatenate([a[:, 0], more]) for a in layer_norm.forward(eps, x, jnp.ones(x.shape[1]), jnp.zeros(x.shape[1]))[1][1:3]
+    )
 
 
 def plain_attention(q, k, v, tokens):
@@ -110,7 +119,9 @@ def on_xla(monkeypatch):
     """The half blocks of our kernels with XLA in the place of each kernel."""
     for module in (mlp_hopper, attention_hopper):
         monkeypatch.setattr(module, "product", plain_product)
-        monkeypatch.setattr(module, "rows", SimpleNamespace(forward=plain_rows_forward, backward=plain_rows_backward))
+        plain = SimpleNamespace(forward=plain_rows_forward, backward=plain_rows_backward, statistics=plain_rows_statistics)
+        plain.folded = rows.folded
+        monkeypatch.setattr(module, "rows", plain)
 
     def apart(a, n):
         return a[:, :, :n], a[:, :, n : 2 * n], a[:, :, 2 * n :]
@@ -152,3 +163,23 @@ def test_rows_behind_the_tokens_take_no_place_in_the_mask(on_xla, form):
     else:
         half = partial(attention_hopper.attention_half, weights=AttentionWeights(*w), num_heads=2, by="hopper", **options)
     np.testing.assert_array_equal(half(x, tokens=5)[:, :5], half(x[:, :5], tokens=5))
+
+
+@pytest.mark.parametrize("form", ["mlp", "attention"])
+def test_the_norm_in_the_product_is_the_norm_before_it(on_xla, form):
+    """Where no backward pass follows: as near to float64 as the half that has one, of rows whose mean is ten deviations."""
+    args = test_gpu.arrays(2, 7, 64, 64, 1 if form == "mlp" else 3, jnp.bfloat16, 2)
+    args = (args[0] + 10, *args[1:])
+    options = {"residual_scale": 1.0, "eps": 1e-6}
+    if form == "mlp":
+        half, plain = partial(mlp_hopper.mlp_half, gelu="tanh", **options), test_gpu.rounding_mlp_half
+        ours, record = half, MLPWeights
+    else:
+        ours = partial(attention_hopper.attention_half, num_heads=2, by="hopper", tokens=7, **options)
+        plain, record = partial(test_gpu.rounding_attention_half, num_heads=2), AttentionWeights
+    with jax.enable_x64(True):
+        true = np.asarray(plain(*(jnp.asarray(np.asarray(a), jnp.float64) for a in args)))
+    alone = ours(args[0], record(*args[1:]))
+    beside, _ = jax.vjp(lambda x: ours(x, record(*args[1:])), args[0])
+    off, allowed = (np.abs(np.asarray(a, np.float64) - true).max() for a in (alone, beside))
+    assert 0 < off <= oracle.FACTOR * allowed

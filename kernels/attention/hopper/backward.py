@@ -31,6 +31,7 @@ from kernels.attention.hopper.parts import (
     arrivals,
     buffer,
     fetch,
+    from_behind,
     load,
     masked,
     part,
@@ -136,7 +137,7 @@ def _kernel(*refs, tokens: int, p: Plan):
     scale = h**-0.5 * LOG2E
 
     def place(i):
-        head = block + i * PROCESSORS
+        head = from_behind(block + i * PROCESSORS, b * n)  # the product before wrote the last images last: L2 has them
         return head // n, lax.rem(head, n)
 
     @pl.when(warpgroup == COMPUTE)

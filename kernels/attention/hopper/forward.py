@@ -32,6 +32,7 @@ from kernels.attention.hopper.parts import (
     arrivals,
     buffer,
     fetch,
+    from_behind,
     masked,
     part,
     product,
@@ -79,7 +80,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, q_s, k_s, v_s, logits_ready, v_r
     scale = h**-0.5 * LOG2E
 
     def place(i):
-        head = block + i * PROCESSORS
+        head = from_behind(block + i * PROCESSORS, b * n)  # the product before wrote the last images last: L2 has them
         return head // n, lax.rem(head, n)
 
     @pl.when(warpgroup == p.warpgroups)

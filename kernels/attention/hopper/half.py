@@ -28,6 +28,8 @@ from kernels.launch import vary_alike
 from kernels.layer_norm import rows
 from kernels.settings import own
 
+FOLDED = True
+
 
 @dataclass(frozen=True)
 class Form:
@@ -42,15 +44,33 @@ class Form:
     drops: Drops | None
 
 
+def _biases(w: AttentionWeights):
+    """Of q, k, v: a key's shifts all logits of a query alike, which softmax undoes."""
+    return jnp.where(jnp.arange(3)[:, None] == 1, 0.0, w.qkv_bias)
+
+
 def _projected(f: Form, x, w: AttentionWeights):
     """(q, k, v in one array, or the three of them), and the statistics of x's rows."""
     z, mean, r = rows.forward(x, w.norm_scale, w.norm_bias, eps=f.eps)
     if f.by == "hopper":
-        qkv = product(z, w.qkv_kernel, w.qkv_bias.at[1:].set(0.0), e=Epilogue(bias=True))
+        qkv = product(z, w.qkv_kernel, _biases(w), e=Epilogue(bias=True))
     else:
         (q,) = product(z, w.qkv_kernel[0], w.qkv_bias[0], e=Epilogue(bias=True))
         qkv = q, *(z @ kernel.astype(z.dtype) for kernel in w.qkv_kernel[1:])
     return qkv, mean, r
+
+
+def _projected_alone(f: Form, x, w: AttentionWeights):
+    """The same where no backward pass follows, the norm in the product."""
+    kernel, bias, sums = rows.folded(w.norm_scale, w.norm_bias, w.qkv_kernel, _biases(w), x.dtype)
+    statistics = rows.statistics(x, eps=f.eps)
+
+    def some(*of):
+        return product(x, *of[:2], norm=(*statistics, of[2]), e=Epilogue(norm=True, bias=True))[0]
+
+    if f.by == "hopper":
+        return (some(kernel, bias, sums),)
+    return tuple(some(*of) for of in zip(kernel, bias, sums, strict=True))
 
 
 def _heads(f: Form, a, heads: int):
@@ -69,14 +89,17 @@ def _core(f: Form, *qkv):
 
 
 def _close(f: Form, x, o, w: AttentionWeights, place):
-    bias = f.residual_scale * w.out_bias + jnp.matmul(w.qkv_bias[2], w.out_kernel, precision=lax.Precision.HIGHEST)
+    bias = f.residual_scale * w.out_bias
+    if f.by != "hopper":  # values have no bias yet: it goes through the product as it is, since probabilities sum to one
+        bias = bias + jnp.matmul(w.qkv_bias[2], w.out_kernel, precision=lax.Precision.HIGHEST)
     mask, rate = masked(f.drops, place, x.shape, drop.ATTENTION_OUT)
     return product(o, w.out_kernel, bias, x, mask, e=Epilogue(bias=True, residual=f.residual_scale, dropout=rate))[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _half(f: Form, x, w: AttentionWeights, place):
-    return _close(f, x, _core(f, *_projected(f, x, w)[0]), w, place)
+    projected = _projected_alone(f, x, w) if FOLDED else _projected(f, x, w)[0]
+    return _close(f, x, _core(f, *projected), w, place)
 
 
 def _forward(f: Form, x, w: AttentionWeights, place):
@@ -107,11 +130,13 @@ def _backward(f: Form, kept, g):
         (dz,) = product(d[0], w.qkv_kernel, e=Epilogue(), turned=True)
     else:
         dz = sum(a @ kernel.astype(a.dtype).T for a, kernel in zip(d, w.qkv_kernel, strict=True))
-    dx, z, d_scale, d_bias = rows.backward(x, dz, g, mean, r, w.norm_scale, w.norm_bias, beside=f.residual_scale)
+    dx, z, d_scale, d_bias, sums = rows.backward(x, dz, g, mean, r, w.norm_scale, w.norm_bias, beside=f.residual_scale)
     dw = [jnp.einsum("md,me->de", z, a, preferred_element_type=w.qkv_kernel.dtype) for a in d]
     dw = dw[0].reshape(x.shape[1], 3, -1).transpose(1, 0, 2) if pull is None else jnp.stack(dw)
-    sums = dy.astype(jnp.float32).sum(0)
-    d_out = jnp.einsum("mk,md->kd", o, dy, preferred_element_type=w.out_kernel.dtype) + jnp.outer(w.qkv_bias[2], sums)
+    sums = sums if f.drops is None else dy.astype(jnp.float32).sum(0)
+    d_out = jnp.einsum("mk,md->kd", o, dy, preferred_element_type=w.out_kernel.dtype)
+    if f.by != "hopper":
+        d_out = d_out + jnp.outer(w.qkv_bias[2], sums)
     dv_bias = jnp.matmul(w.out_kernel, sums, precision=lax.Precision.HIGHEST)
     dq_bias = d[0][:, : dv_bias.shape[0]].astype(jnp.float32).sum(0)
     d_qkv_bias = jnp.stack((dq_bias, jnp.zeros_like(dq_bias), dv_bias))

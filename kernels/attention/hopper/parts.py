@@ -5,6 +5,8 @@ array: rows that are not there arrive as zeros and are not stored, so that no ro
 to divide.) wgmma reads the tiled one; rows of 128 bytes are swizzled alike in both.
 """
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
 
 from kernels.attention.hopper.plan import Plan, pieces
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a number a row of an accumulator
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a number a column
+WARPS = 4  # of a warpgroup
 LOG2E = 1.4426950408889634  # the kernels' exponentials have base 2
 
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -64,6 +68,11 @@ def store(values, buffers, index, ref, place, rows, p: Plan) -> None:
     image, head = place
     for (first, width), (flat, _) in zip(pieces(p.head), buffers, strict=True):
         plgpu.copy_smem_to_gmem(flat.at[index], ref.at[image, rows, head, pl.ds(first, width)])
+
+
+def from_behind(i, n: int):
+    """The place of the i-th of n things that are taken from the last to the first."""
+    return n - 1 - i
 
 
 def transposed(ref):
@@ -130,5 +139,33 @@ def masked(x, tokens: int):
         low = mgpu.FragmentedArray.splat(mgpu.c(float("-inf"), x.mlir_dtype), tail.shape, x.layout)
         tail = (column < tokens - whole).select(tail, low)
         return _joined(head, tail) if whole else tail
+
+    return run(x)  # pyright: ignore[reportCallIssue]  (the decorator gives the context)
+
+
+def column_sums(x):
+    """Sums of the columns of x [64, 64] float32 over the 16 rows of each warp, [4, 64] as [256]: nothing is waited for.
+
+    A thread has two rows of 16 columns, and the eight threads of a warp with the same columns have other rows. In three steps each
+    of them hands half of its columns to another and takes that one's half of the rest, until it has two columns of all rows.
+    """
+    layout = plgpu.Layout.WG_STRIDED((WARPS * x.shape[1],), vec_size=2)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct((WARPS * x.shape[1],), x.dtype, layout=layout)
+    )
+    def run(_, x):
+        i32 = ir.IntegerType.get_signless(32)
+        lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, i32))
+        groups = [reduce(arith.addf, x.registers[:, j].flat) for j in range(x.shape[1] // 8)]  # of eight columns, two a thread
+        for distance in (16, 8, 4):
+            high = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, mgpu.c(distance, i32)), mgpu.c(0, i32))
+            half = len(groups) // 2
+            given = [arith.select(high, a, b) for a, b in zip(groups[:half], groups[half:], strict=True)]
+            kept = [arith.select(high, b, a) for a, b in zip(groups[:half], groups[half:], strict=True)]
+            groups = [arith.addf(a, mgpu.utils.shfl_bfly(b, distance)) for a, b in zip(kept, given, strict=True)]
+        registers = np.array(groups, dtype=object)
+        strided = mgpu.WGStridedFragLayout(shape=(WARPS * x.shape[1],), vec_size=2)
+        return mgpu.FragmentedArray(_registers=registers, _layout=strided, _is_signed=x.is_signed)
 
     return run(x)  # pyright: ignore[reportCallIssue]  (the decorator gives the context)
