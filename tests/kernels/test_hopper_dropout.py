@@ -172,11 +172,12 @@ def test_the_norm_in_the_product_is_the_norm_before_it(on_xla, form):
     args = (args[0] + 10, *args[1:])
     options = {"residual_scale": 1.0, "eps": 1e-6}
     if form == "mlp":
-        half, plain = partial(mlp_hopper.mlp_half, gelu="tanh", **options), test_gpu.rounding_mlp_half
-        ours, record = half, MLPWeights
+        ours, record = partial(mlp_hopper.mlp_half, gelu="tanh", **options), MLPWeights
+        plain = partial(test_gpu.rounding_mlp_half, gelu="tanh", dropout=None, residual_scale=1.0)
     else:
         ours = partial(attention_hopper.attention_half, num_heads=2, by="hopper", tokens=7, **options)
-        plain, record = partial(test_gpu.rounding_attention_half, num_heads=2), AttentionWeights
+        record = AttentionWeights
+        plain = partial(test_gpu.rounding_attention_half, num_heads=2, dropout=None, residual_scale=1.0)
     with jax.enable_x64(True):
         true = np.asarray(plain(*(jnp.asarray(np.asarray(a), jnp.float64) for a in args)))
     alone = ours(args[0], record(*args[1:]))
