@@ -44,6 +44,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(kernel, "_kernel", with_both_names)
     monkeypatch.setattr(kernel, "_pair", plgpu.SMEM)
     monkeypatch.setattr(kernel, "load", lambda ref, *_, **__: ref[...])
+    monkeypatch.setattr(kernel.parts, "column_sums", lambda x: x.reshape(4, 16, 64).sum(1).reshape(-1))
     monkeypatch.setattr(kernel, "PROCESSORS", 2)
     with params.force_gpu_interpret_mode():
         yield
@@ -57,7 +58,8 @@ def dropout(column=5):
     "e",
     [
         Epilogue(bias=True, residual=0.5, dropout=RATE),
-        pytest.param(Epilogue(slope="tanh", dropout=RATE), marks=pytest.mark.slow),
+        pytest.param(Epilogue(slope="tanh", dropout=RATE, sums=True), marks=pytest.mark.slow),
+        pytest.param(Epilogue(norm=True, bias=True, dropout=RATE), marks=pytest.mark.slow),
         pytest.param(Epilogue(bias=True, gelu="tanh", keep=True, dropout=RATE), marks=pytest.mark.slow),
     ],
     ids=lambda e: e.kind,
@@ -70,15 +72,19 @@ def test_the_kernel_drops_what_every_implementation_does(interpreted, e):
     bias = jnp.asarray(r.standard_normal(n), jnp.float32)
     mask = drop.vectors((m, n), t, dropout(), drop.MLP_HIDDEN, 5, tokens=tokens)
     given = (bias if e.bias else None, beside if e.beside else None)
-    found = kernel.product(x, w, *given, mask, e=e, t=Tiles(stages=2, cluster=1, given=1, made=1))
+    mean, factor = (jnp.asarray(r.standard_normal(m) * 0.3 + 1, jnp.float32) for _ in range(2))
+    norm = (mean, factor, w.astype(jnp.float32).sum(0)) if e.norm else None
+    found = kernel.product(x, w, *given, mask, norm, e=e, t=Tiles(stages=2, cluster=1, given=1, made=1))
     y = x.astype(jnp.float32) @ w.astype(jnp.float32)
+    y = factor[:, None] * (y - mean[:, None] * norm[2]) if norm else y
     kept = drop.apply_rows(jnp.ones((m, n)), t, dropout(), drop.MLP_HIDDEN, 5, tokens=tokens) > 0
     expected = e(y, *(None if a is None else a.astype(jnp.float32) for a in given), kept)
+    expected = *expected, *[expected[0].sum(0)] * e.sums
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-3)
     if not e.residual:
         np.testing.assert_array_equal(np.asarray(found[0]) == 0, ~np.asarray(kept))
-        assert not np.asarray(found[1])[~np.asarray(kept)].any() or e.keep
+        assert e.outputs == 1 or e.keep or not np.asarray(found[1])[~np.asarray(kept)].any()
 
 
 def plain_product(x, w, bias=None, beside=None, mask=None, norm=None, *, e, turned=False):
