@@ -94,6 +94,21 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
         plgpu.set_max_registers(MULTIPLIER, action="increase")
         who = warpgroup * t.stages if t.alternate else 0
 
+        def run(tile, sums):
+            @pl.loop(0, steps)
+            def _step(k):
+                slot = lax.rem(tile * steps + k, t.stages)
+                plgpu.barrier_wait(ready.at[who + slot])
+                x = x_tiled.at[slot] if t.alternate else x_tiled.at[slot, pl.ds(warpgroup * mine, mine)]
+                w = w_s.at[slot]
+                plgpu.wgmma(sums, x, transposed(w) if turned else w)
+                plgpu.wgmma_wait(1)
+                pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(tile * steps + k - 1, t.stages)]))
+
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(free.at[lax.rem(tile * steps + steps - 1, t.stages)])
+            return sums[...]
+
         @pl.loop(warpgroup if t.alternate else 0, count, step=COMPUTE if t.alternate else 1)
         def _tile(tile):
             row, column = place(tile)
@@ -109,26 +124,12 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
             for i in range(min(t.given, len(pieces))) if e.beside else ():
                 fetch(i)
 
-            def run(sums):
-                @pl.loop(0, steps)
-                def _step(k):
-                    slot = lax.rem(tile * steps + k, t.stages)
-                    plgpu.barrier_wait(ready.at[who + slot])
-                    x = x_tiled.at[slot] if t.alternate else x_tiled.at[slot, pl.ds(warpgroup * mine, mine)]
-                    w = w_s.at[slot]
-                    plgpu.wgmma(sums, x, transposed(w) if turned else w)
-                    plgpu.wgmma_wait(1)
-                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(tile * steps + k - 1, t.stages)]))
-
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free.at[lax.rem(tile * steps + steps - 1, t.stages)])
-                return sums[...]
-
-            sums = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((mine, t.columns), jnp.float32))
+            sums = pl.run_scoped(partial(run, tile), plgpu.WGMMAAccumulatorRef((mine, t.columns), jnp.float32))
             if len(pieces) * e.outputs % t.made:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             written, bias, beside, mask, numbers = 0, None, None, None, None
-            weights, total = None, None  # sums over rows of w and of the first output
+            weights: Any = None  # sums over rows of w
+            total: Any = None  # and of the first output
 
             def of_rows(ref, r):
                 return load(ref.at[where((r, 0))[0]], parts.ROWS, optimized=False)

@@ -74,7 +74,7 @@ def agrees(e: Epilogue, t: Tiles, m: int, k: int, n: int, *, groups: int = 1, tu
     bias = array(r, n, dtype=jnp.float32) if e.bias else None
     beside = array(r, m, n) if e.beside else None
     mask, kept = dropped(e, m, n)
-    sums = np.asarray(w, np.float64).sum(2 if turned else 1).reshape(-1) if groups == 1 else None
+    sums = np.asarray(w, np.float64).sum(2 if turned else 1).sum(0)  # of one matrix
     norm = (array(r, m, dtype=jnp.float32), array(r, m, dtype=jnp.float32), jnp.asarray(sums, jnp.float32)) if e.norm else None
     found = product(x, w, bias, beside, mask, norm, e=e, t=t, turned=turned)
     with jax.enable_x64(True):

@@ -87,7 +87,7 @@ def test_the_kernel_drops_what_every_implementation_does(interpreted, e):
         assert e.outputs == 1 or e.keep or not np.asarray(found[1])[~np.asarray(kept)].any()
 
 
-def plain_product(x, w, bias=None, beside=None, mask=None, norm=None, *, e, turned=False):
+def plain_product(x, w, bias=None, beside=None, mask=None, norm: tuple = (), *, e, turned=False):
     whole = jnp.concatenate(list(w if w.ndim == 3 else w[None]), axis=1).astype(x.dtype)
     y = jnp.matmul(x, whole.T if turned else whole, preferred_element_type=jnp.float32)
     if e.norm:
