@@ -2,7 +2,7 @@
 
 Forward, bias and GELU are the first one's epilogue, bias and residual the second one's. Kept are x, its rows' statistics and what
 GELU is taken of; backward, GELU's slope is in the epilogue of the gradient's product with out_kernel, which makes the hidden
-values again besides. Dropout of hidden values is in the same two epilogues, that of the result in the second product's; its mask
+values again besides and the sums of the first bias's gradient. Dropout of hidden values is in the same two epilogues, that of the result in the second product's; its mask
 is made again from the hash, and backward it is a pass over the result's gradient.
 """
 

@@ -2,8 +2,8 @@
 
 Where the core is ours, q, k, v lie beside each other in one array [B, T, 3 N, H], as the product makes them, and so do their
 gradients. cuDNN takes them apart: where ours does not take the shape, three products stand before it. Kept for the backward pass
-are x, its rows' statistics, q, k, v, the heads' output and cuDNN's statistics. `kernels/attention/gpu.py` says which biases are
-added where. Dropout is in the closing product's epilogue; backward it is a pass over the result's gradient.
+are x, its rows' statistics, q, k, v, the heads' output and cuDNN's statistics. Biases of queries and values are in the product's
+epilogue where the core is ours; around another's, `kernels/attention/gpu.py` says which are added where. Dropout is in the closing product's epilogue; backward it is a pass over the result's gradient.
 """
 
 from dataclasses import dataclass
