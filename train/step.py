@@ -194,11 +194,6 @@ def _gradients(config: ViTConfig, shape: MeshShape, options: StepOptions):
 
 def _updated(state, grads, loss, norm, tx, options: StepOptions):
     """(the state behind a step, its metrics): an update where loss and gradients are finite."""
-    ops = for_training(options.ops)
-    if ops.unrolled and not ops.stacked:
-        # Each array's gradients of single layers are joined once, and then it is updated in one pass. Left alone, XLA joins them
-        # anew in three passes, for the parameters and both moments, and copies a moment that one of them still needs.
-        grads = lax.optimization_barrier(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.average

@@ -51,11 +51,9 @@ class Epilogue:
     that many times an array of the result's shape is added. slope: or y is multiplied by the slope of this form of GELU at an array
     of its shape, and the GELU of that array is written, too. dropout: the rate at which elements are dropped, by the mask of
     `kernels/dropout.py`, of GELU's result, of what is added to the array beside, and of both that a slope makes. sums: the sums of
-    the first output's columns are made, too. norm: before all else y is r (y - mean sums), r and mean numbers of its rows, sums of
-    w's columns: the product of normalised rows.
+    the first output's columns are made, too.
     """
 
-    norm: bool = False
     bias: bool = False
     gelu: str = ""
     keep: bool = False

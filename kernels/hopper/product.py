@@ -44,7 +44,6 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
     beside_ref: Any = refs.pop(0) if e.beside else None
     hashed_ref: Any = refs.pop(0) if e.dropout else None
     columns_ref: Any = refs.pop(0) if e.dropout else None
-    mean_ref, r_ref, wsum_ref = [refs.pop(0) for _ in range(3)] if e.norm else [None] * 3
     out_refs = [refs.pop(0) for _ in range(e.outputs)]
     sums_ref: Any = refs.pop(0) if e.sums else None
     (x_flat, x_tiled), w_s, (given_flat, given), (made_flat, made), ready, free, arrived = refs
@@ -128,25 +127,18 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
             if len(pieces) * e.outputs % t.made:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             written, bias, beside, mask, numbers = 0, None, None, None, None
-            weights: Any = None  # sums over rows of w
-            total: Any = None  # and of the first output
-
-            def of_rows(ref, r):
-                return load(ref.at[where((r, 0))[0]], parts.ROWS, optimized=False)
+            total: Any = None  # sums over rows of the first output
 
             def of_columns(ref, c):
                 return load(ref.at[where((0, c))[1]], COLUMNS, optimized=False)
 
-            hashed = {r: of_rows(hashed_ref, r) for r in range(0, mine, ROWS) if e.dropout}
-            norm = {r: (of_rows(mean_ref, r), of_rows(r_ref, r)) for r in range(0, mine, ROWS) if e.norm}
+            hashed = {
+                r: load(hashed_ref.at[where((r, 0))[0]], parts.ROWS, optimized=False) for r in range(0, mine, ROWS) if e.dropout
+            }
             for i, (r, c) in enumerate(pieces):
                 y = sums[r : r + ROWS, c : c + DEEP]
                 if e.bias and r == 0:
                     bias = along(of_columns(bias_ref, c), y, 1)
-                if e.norm:
-                    weights = along(of_columns(wsum_ref, c), y, 1) if r == 0 else weights
-                    mean, factor = norm[r]
-                    y = along(factor, y, 0) * (y - along(mean, y, 0) * weights)
                 if e.beside:
                     plgpu.barrier_wait(arrived.at[warpgroup * t.given + i % t.given])
                     beside = load(given.at[warpgroup, i % t.given], plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -172,28 +164,21 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
         plgpu.wait_smem_to_gmem(0)
 
 
-def product(
-    x, w, bias=None, beside=None, mask=None, norm=None, *, e: Epilogue, turned: bool = False, t: Tiles | None = None
-) -> tuple:
+def product(x, w, bias=None, beside=None, mask=None, *, e: Epilogue, turned: bool = False, t: Tiles | None = None) -> tuple:
     """What `e` makes of x [M, K] @ w [K, N] in x's dtype, bfloat16: arrays [M, N]; and sums [N] float32 where e.sums.
 
     w may be [G, K, n], G matrices whose columns stand beside each other, N = G n. bias [N] where e.bias, beside [M, N] like x where
-    e.beside, mask where e.dropout: `kernels.dropout.vectors` of [M, N], norm where e.norm: (means, 1 / deviations, sums of w's
-    columns), float32 of length M or longer, M or longer, and N. turned: the product is with w's transpose; w is [N, K], or
+    e.beside, mask where e.dropout: `kernels.dropout.vectors` of [M, N]. turned: the product is with w's transpose; w is [N, K], or
     [G, N, k], K = G k. w is rounded to x's dtype. t: the tiles, by default those of the table. `plan.refuses` says what is not
     taken.
     """
     w = (w if w.ndim == 3 else w[None]).astype(x.dtype)
     rest = [] if bias is None else [bias.reshape(-1).astype(jnp.float32)]
     t = t or tiles(x.shape[1], w.shape[1 if turned else 2], e.kind)  # columns of what a tile lies in
-    whole = x.shape[0] + -x.shape[0] % (t.rows * t.cluster)  # rows are read as whole tiles, behind the last one, too
-
-    def padded(numbers):
-        return jnp.pad(numbers, (0, max(0, whole - numbers.shape[0])))
-
-    mask = None if mask is None else (padded(mask[0]), mask[1])
-    norm = None if norm is None else (padded(norm[0]), padded(norm[1]), norm[2].reshape(-1))
-    arrays = vary_alike(x, w, *rest, *([beside] if e.beside else []), *(mask or ()), *(norm or ()))
+    if mask is not None:  # rows are read as whole tiles, behind the last one, too
+        hashed, columns = mask
+        mask = jnp.pad(hashed, (0, -hashed.shape[0] % (t.rows * t.cluster))), columns
+    arrays = vary_alike(x, w, *rest, *([beside] if e.beside else []), *(mask or ()))
     out = _product(*arrays, e=e, t=t, turned=turned)
     return vary_alike(*out, x)[:-1]
 

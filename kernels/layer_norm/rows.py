@@ -20,7 +20,6 @@ from kernels.launch import vary_alike
 
 ROWS = 4  # that a warpgroup has in flight, forward
 STEP = 2  # and backward
-TILES = 512  # rows of two tiles of a product, at most, which it reads whole
 STRIPS = 1056  # of rows, backward: eight blocks on each of 132 multiprocessors, each with sums of its own
 
 
@@ -46,16 +45,6 @@ def _forward_kernel(x_ref, scale_ref, bias_ref, z_ref, mean_ref, r_ref, *, eps: 
         r = lax.rsqrt((x * x).sum() / d + eps)
         z_ref[i] = (x * r * scale + bias).astype(z_ref.dtype)
         mean_ref[i], r_ref[i] = mean, r
-
-
-def _statistics_kernel(x_ref, mean_ref, r_ref, *, eps: float):
-    m, d = x_ref.shape
-    block = from_behind(lax.axis_index("block"), pl.cdiv(m, ROWS))
-    rows = [jnp.minimum(block * ROWS + i, m - 1) for i in range(ROWS)]
-    for i, x in zip(rows, [_row(x_ref, i) for i in rows], strict=True):
-        mean = x.sum() / d
-        x = x - mean
-        mean_ref[i], r_ref[i] = mean, lax.rsqrt((x * x).sum() / d + eps)
 
 
 def _backward_kernel(x_ref, dz_ref, g_ref, mean_ref, r_ref, scale_ref, bias_ref, dx_ref, z_ref, sums_ref, *, beside: float):
@@ -99,33 +88,6 @@ def forward(x, scale, bias, *, eps: float):
         compiler_params=PARAMS,
     )(x, *rest)
     return vary_alike(z, mean[:, None], r[:, None], x)[:-1]
-
-
-@partial(jax.jit, static_argnames="eps")
-def statistics(x, *, eps: float):
-    """Float32 means and r of the rows x [M, D], each [M rounded up to whole `TILES`]: what is behind the M-th is not written."""
-    m = x.shape[0]
-    numbers = jax.ShapeDtypeStruct((m + -m % TILES,), jnp.float32)
-    mean, r = plgpu.kernel(
-        partial(_statistics_kernel, eps=eps),
-        out_type=(numbers, numbers),
-        grid=(pl.cdiv(m, ROWS),),
-        grid_names=("block",),
-        kernel_name="layer_norm_hopper_statistics",
-        compiler_params=PARAMS,
-    )(x)
-    return vary_alike(mean, r, x)[:-1]
-
-
-def folded(scale, bias, w, more, dtype):
-    """The norm as a part of the product behind it: (w', more', sums) with LN(x) @ w + more = r (x @ w' - mean sums) + more'.
-
-    w and w' [..., D, N], w' in dtype; more, more' and sums [..., N] float32. w' is rounded before it is summed: a mean of x that is
-    large beside its deviation then multiplies no rounding.
-    """
-    wide = w.astype(jnp.float32)
-    scaled = (scale[:, None] * wide).astype(dtype)
-    return scaled, more + (bias[:, None] * wide).sum(-2), scaled.astype(jnp.float32).sum(-2)
 
 
 @partial(jax.jit, static_argnames="beside")

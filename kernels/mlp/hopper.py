@@ -1,9 +1,9 @@
 """The MLP half of a block on a Hopper GPU: two products of ours whose epilogues take what stands between and behind them.
 
 Forward, bias and GELU are the first one's epilogue, bias and residual the second one's. Kept are x, its rows' statistics and what
-GELU is taken of; backward, GELU's slope is in the epilogue of the gradient's product with out_kernel, which makes the hidden
-values again besides and the sums of the first bias's gradient. Dropout of hidden values is in the same two epilogues, that of the result in the second product's; its mask
-is made again from the hash, and backward it is a pass over the result's gradient.
+GELU is taken of; backward, GELU's slope is in the epilogue of the gradient's product with out_kernel, which makes besides the
+hidden values again and the sums that are the gradient of in_bias. Dropout of hidden values is in the same two epilogues, that of
+the result in the second product's; its mask is made again from the hash, and backward it is a pass over the result's gradient.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,6 @@ from kernels.layer_norm import rows
 from kernels.mlp.reference import MLPWeights
 from kernels.settings import own
 
-FOLDED = True
-
 
 @dataclass(frozen=True)
 class Form:
@@ -43,14 +41,6 @@ def _hidden(f: Form, x, w: MLPWeights, place, *, keep: bool):
     return product(z, w.in_kernel, w.in_bias, mask=mask, e=e), mean, r
 
 
-def _hidden_alone(f: Form, x, w: MLPWeights, place):
-    """The hidden values where no backward pass follows, the norm in the product."""
-    kernel, bias, sums = rows.folded(w.norm_scale, w.norm_bias, w.in_kernel, w.in_bias, x.dtype)
-    mask, rate = masked(f.drops, place, (x.shape[0], w.in_bias.size), drop.MLP_HIDDEN)
-    e = Epilogue(norm=True, bias=True, gelu=f.gelu, dropout=rate)
-    return product(x, kernel, bias, mask=mask, norm=(*rows.statistics(x, eps=f.eps), sums), e=e)[0]
-
-
 def _close(f: Form, h, x, w: MLPWeights, place):
     mask, rate = masked(f.drops, place, x.shape, drop.MLP_OUT)
     e = Epilogue(bias=True, residual=f.residual_scale, dropout=rate)
@@ -59,7 +49,7 @@ def _close(f: Form, h, x, w: MLPWeights, place):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _half(f: Form, x, w: MLPWeights, place):
-    h = _hidden_alone(f, x, w, place) if FOLDED else _hidden(f, x, w, place, keep=False)[0][0]
+    ((h,), _, _) = _hidden(f, x, w, place, keep=False)
     return _close(f, h, x, w, place)
 
 

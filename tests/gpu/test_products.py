@@ -34,8 +34,6 @@ EPILOGUES = [
     Epilogue(bias=True, residual=1.0, dropout=0.1),
     Epilogue(slope="tanh", dropout=0.1),
     Epilogue(slope="tanh", sums=True),
-    Epilogue(norm=True, bias=True),
-    Epilogue(norm=True, bias=True, gelu="tanh", dropout=0.1),
 ]
 OTHERS = [
     Tiles(stages=3),
@@ -74,17 +72,11 @@ def agrees(e: Epilogue, t: Tiles, m: int, k: int, n: int, *, groups: int = 1, tu
     bias = array(r, n, dtype=jnp.float32) if e.bias else None
     beside = array(r, m, n) if e.beside else None
     mask, kept = dropped(e, m, n)
-    sums = np.asarray(w, np.float64).sum(2 if turned else 1).sum(0)  # of one matrix
-    norm = (array(r, m, dtype=jnp.float32), array(r, m, dtype=jnp.float32), jnp.asarray(sums, jnp.float32)) if e.norm else None
-    found = product(x, w, bias, beside, mask, norm, e=e, t=t, turned=turned)
+    found = product(x, w, bias, beside, mask, e=e, t=t, turned=turned)
     with jax.enable_x64(True):
         wide: list = [None if a is None else jnp.asarray(np.asarray(a), jnp.float64) for a in (x, w, bias, beside)]
         whole = jnp.concatenate([a.T if turned else a for a in wide[1]], axis=0 if turned else 1)
-        y = wide[0] @ whole
-        if norm is not None:
-            mean, factor = (np.asarray(a, np.float64)[:, None] for a in norm[:2])
-            y = factor * (y - mean * sums)
-        y = y + (0 if wide[2] is None else wide[2])
+        y = wide[0] @ whole + (0 if wide[2] is None else wide[2])
         if e.slope:
             h, pull = jax.vjp(mlp.GELUS[e.slope], wide[3])
             true = (y * pull(jnp.ones_like(y))[0] * kept, h * kept)
@@ -101,15 +93,6 @@ def agrees(e: Epilogue, t: Tiles, m: int, k: int, n: int, *, groups: int = 1, tu
         assert error <= oracle.FACTOR * 2.0**-9 * largest, (e, t, error / largest)
 
 
-def alone_agrees(ours, plain, args):
-    """The value of a half block behind which no backward pass follows, by the rule of `oracle.check`."""
-    with jax.enable_x64(True):
-        true = np.asarray(plain(*(jnp.asarray(np.asarray(a), jnp.float64) for a in args)))
-    found, expected = (np.asarray(jax.jit(f)(*args), np.float64) for f in (ours, plain))
-    floor = 0.5 * float(jnp.finfo(args[0].dtype).eps) * np.abs(true).max()
-    assert np.abs(found - true).max() <= oracle.FACTOR * np.abs(expected - true).max() + floor
-
-
 @pytest.mark.parametrize("e", EPILOGUES, ids=str)
 @pytest.mark.parametrize(("k", "n"), [(192, 384), (768, 128)])
 def test_a_product_and_its_epilogue(e, k, n):
@@ -121,7 +104,7 @@ def test_a_product_and_its_epilogue(e, k, n):
 @pytest.mark.parametrize("kind", ["gelu", *READS])
 def test_other_tiles(t, kind):
     e = {
-        "gelu": Epilogue(norm=True, bias=True, gelu="tanh", keep=True),
+        "gelu": Epilogue(bias=True, gelu="tanh", keep=True),
         "residual": Epilogue(residual=1.0),
         "slope": Epilogue(slope="tanh", sums=True),
     }[kind]
@@ -147,8 +130,6 @@ def test_the_norm_of_rows(m, d):
     z, kept = layer_norm.forward(1e-6, x, scale, bias)
     for a, b in zip(found, (z, *kept[1:3]), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2**-7, atol=1e-5)
-    for a, b in zip(rows.statistics(x, eps=1e-6), kept[1:3], strict=True):
-        np.testing.assert_allclose(a[:m], b[:, 0], rtol=1e-5, atol=1e-5)
     dx, dscale, dbias = layer_norm.backward(1e-6, kept, dz)
     again = rows.backward(x, dz, g, *found[1:], scale, bias, beside=0.5)
     wide = np.asarray(dx, np.float32) + 0.5 * np.asarray(g, np.float32)
@@ -168,9 +149,8 @@ def test_the_mlp_half(form, t, d, f, scale, rate):
     plain = (
         partial(test_gpu.rounding_mlp_half, **options) if rate else oracle.flat(partial(mlp.mlp_half, **options), mlp.MLPWeights)
     )
-    args = [array(r, 3, t, d), *(a.astype(jnp.float32) for a in weights)]
-    oracle.check(ours, plain, args, names=("x", *mlp.MLPWeights._fields))
-    alone_agrees(ours, plain, args)
+    x = array(r, 3, t, d)
+    oracle.check(ours, plain, [x, *(a.astype(jnp.float32) for a in weights)], names=("x", *mlp.MLPWeights._fields))
 
 
 @pytest.mark.parametrize(("t", "d", "n", "tokens", "scale"), [(197, 768, 12, 197, 1.0), (50, 384, 6, 49, 0.5), (7, 256, 2, 7, 1.0)])
@@ -195,7 +175,6 @@ def test_the_attention_half(t, d, n, tokens, scale):
 
     args = [array(r, 2, t, d), *(a.astype(jnp.float32) for a in weights)]
     oracle.check(half(attention_gpu), half(attention), args, names=("x", *attention.AttentionWeights._fields))
-    alone_agrees(half(attention_gpu), half(attention), args)
 
 
 @pytest.mark.parametrize(("n", "t", "h"), [(8, 197, 64), (8, 50, 80), (8, 258, 80), (4, 600, 64)])

@@ -21,7 +21,6 @@ from kernels.hopper import product as kernel
 from kernels.hopper.epilogue import Epilogue
 from kernels.hopper.plan import Tiles
 from kernels.layer_norm import gpu as layer_norm
-from kernels.layer_norm import rows
 from kernels.mlp import hopper as mlp_hopper
 from kernels.mlp.reference import MLPWeights
 from tests import oracle
@@ -59,7 +58,6 @@ def dropout(column=5):
     [
         Epilogue(bias=True, residual=0.5, dropout=RATE),
         pytest.param(Epilogue(slope="tanh", dropout=RATE, sums=True), marks=pytest.mark.slow),
-        pytest.param(Epilogue(norm=True, bias=True, dropout=RATE), marks=pytest.mark.slow),
         pytest.param(Epilogue(bias=True, gelu="tanh", keep=True, dropout=RATE), marks=pytest.mark.slow),
     ],
     ids=lambda e: e.kind,
@@ -72,11 +70,8 @@ def test_the_kernel_drops_what_every_implementation_does(interpreted, e):
     bias = jnp.asarray(r.standard_normal(n), jnp.float32)
     mask = drop.vectors((m, n), t, dropout(), drop.MLP_HIDDEN, 5, tokens=tokens)
     given = (bias if e.bias else None, beside if e.beside else None)
-    mean, factor = (jnp.asarray(r.standard_normal(m) * 0.3 + 1, jnp.float32) for _ in range(2))
-    norm = (mean, factor, w.astype(jnp.float32).sum(0)) if e.norm else None
-    found = kernel.product(x, w, *given, mask, norm, e=e, t=Tiles(stages=2, cluster=1, given=1, made=1))
+    found = kernel.product(x, w, *given, mask, e=e, t=Tiles(stages=2, cluster=1, given=1, made=1))
     y = x.astype(jnp.float32) @ w.astype(jnp.float32)
-    y = factor[:, None] * (y - mean[:, None] * norm[2]) if norm else y
     kept = drop.apply_rows(jnp.ones((m, n)), t, dropout(), drop.MLP_HIDDEN, 5, tokens=tokens) > 0
     expected = e(y, *(None if a is None else a.astype(jnp.float32) for a in given), kept)
     expected = *expected, *[expected[0].sum(0)] * e.sums
@@ -87,12 +82,9 @@ def test_the_kernel_drops_what_every_implementation_does(interpreted, e):
         assert e.outputs == 1 or e.keep or not np.asarray(found[1])[~np.asarray(kept)].any()
 
 
-def plain_product(x, w, bias=None, beside=None, mask=None, norm: tuple = (), *, e, turned=False):
+def plain_product(x, w, bias=None, beside=None, mask=None, *, e, turned=False):
     whole = jnp.concatenate(list(w if w.ndim == 3 else w[None]), axis=1).astype(x.dtype)
     y = jnp.matmul(x, whole.T if turned else whole, preferred_element_type=jnp.float32)
-    if e.norm:
-        mean, r, sums = norm
-        y = r[: len(y), None] * (y - mean[: len(y), None] * sums.reshape(-1))
     mask = None if mask is None else drop.keep(mask[0][:, None], mask[1][None], e.dropout)
     made = e(y, None if bias is None else bias.reshape(-1), None if beside is None else beside.astype(jnp.float32), mask)
     return *(a.astype(x.dtype) for a in made), *[made[0].sum(0)] * e.sums
@@ -108,13 +100,6 @@ def plain_rows_backward(x, dz, g, mean, r, scale, bias, *, beside):
     return found[0], layer_norm.normalised(x, mean, r, scale, bias), *found[1:], g.astype(jnp.float32).sum(0)
 
 
-def plain_rows_statistics(x, *, eps):
-    more = jnp.full(3, jnp.nan)  # rows of whole tiles behind the last: not written
-    return tuple(
-        jnp.concatenate([a[:, 0], more]) for a in layer_norm.forward(eps, x, jnp.ones(x.shape[1]), jnp.zeros(x.shape[1]))[1][1:3]
-    )
-
-
 def plain_attention(q, k, v, tokens):
     logits = jnp.einsum("btnh,bsnh->bnts", q, k[:, :tokens]).astype(jnp.float32) * q.shape[-1] ** -0.5
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits).astype(q.dtype), v[:, :tokens])
@@ -125,9 +110,7 @@ def on_xla(monkeypatch):
     """The half blocks of our kernels with XLA in the place of each kernel."""
     for module in (mlp_hopper, attention_hopper):
         monkeypatch.setattr(module, "product", plain_product)
-        plain = SimpleNamespace(forward=plain_rows_forward, backward=plain_rows_backward, statistics=plain_rows_statistics)
-        plain.folded = rows.folded
-        monkeypatch.setattr(module, "rows", plain)
+        monkeypatch.setattr(module, "rows", SimpleNamespace(forward=plain_rows_forward, backward=plain_rows_backward))
 
     def apart(a, n):
         return a[:, :, :n], a[:, :, n : 2 * n], a[:, :, 2 * n :]
@@ -169,24 +152,3 @@ def test_rows_behind_the_tokens_take_no_place_in_the_mask(on_xla, form):
     else:
         half = partial(attention_hopper.attention_half, weights=AttentionWeights(*w), num_heads=2, by="hopper", **options)
     np.testing.assert_array_equal(half(x, tokens=5)[:, :5], half(x[:, :5], tokens=5))
-
-
-@pytest.mark.parametrize("form", ["mlp", "attention"])
-def test_the_norm_in_the_product_is_the_norm_before_it(on_xla, form):
-    """Where no backward pass follows: as near to float64 as the half that has one, of rows whose mean is ten deviations."""
-    args = test_gpu.arrays(2, 7, 64, 64, 1 if form == "mlp" else 3, jnp.bfloat16, 2)
-    args = (args[0] + 10, *args[1:])
-    options = {"residual_scale": 1.0, "eps": 1e-6}
-    if form == "mlp":
-        ours, record = partial(mlp_hopper.mlp_half, gelu="tanh", **options), MLPWeights
-        plain = partial(test_gpu.rounding_mlp_half, gelu="tanh", dropout=None, residual_scale=1.0)
-    else:
-        ours = partial(attention_hopper.attention_half, num_heads=2, by="hopper", tokens=7, **options)
-        record = AttentionWeights
-        plain = partial(test_gpu.rounding_attention_half, num_heads=2, dropout=None, residual_scale=1.0)
-    with jax.enable_x64(True):
-        true = np.asarray(plain(*(jnp.asarray(np.asarray(a), jnp.float64) for a in args)))
-    alone = ours(args[0], record(*args[1:]))
-    beside, _ = jax.vjp(lambda x: ours(x, record(*args[1:])), args[0])
-    off, allowed = (np.abs(np.asarray(a, np.float64) - true).max() for a in (alone, beside))
-    assert 0 < off <= oracle.FACTOR * allowed

@@ -21,7 +21,7 @@ from kernels.launch import Launch
 from tests.train.small import batch, mesh_of
 from train.losses import softmax_cross_entropy
 from train.optim import optimizer, schedule
-from train.step import StepOptions, TrainState, _updated, make_eval_step, make_init, make_train_step
+from train.step import StepOptions, make_eval_step, make_init, make_train_step
 from vitcore import GPU, REFERENCE, ViTConfig, apply, apply_on, init, partition_specs, variant
 from vitcore.context import Context
 from vitcore.model import forward
@@ -30,19 +30,6 @@ from vitcore.sharding import MeshShape
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 ROOT = Path(__file__).parents[2]
-
-
-def test_gradients_of_unrolled_blocks_are_joined_before_they_are_used():
-    """GPU ops alone: joined in the update itself, XLA joins them once more for each array that it writes."""
-    state = jax.eval_shape(lambda: TrainState(jnp.int32(0), {"w": jnp.ones(3)}, optax.adam(1e-3).init({"w": jnp.ones(3)}), None))
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-
-    def update(ops):
-        options = StepOptions(ops=ops, dtype=jnp.float32)
-        return str(jax.make_jaxpr(lambda s, g, n: _updated(s, g, n, n, optax.adam(1e-3), options))(state, state.params, number))
-
-    assert "optimization_barrier" in update(GPU)
-    assert "optimization_barrier" not in update(REFERENCE)
 
 
 def ten_steps(tmp_path_factory, mesh, *options):

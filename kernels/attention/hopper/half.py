@@ -2,8 +2,9 @@
 
 Where the core is ours, q, k, v lie beside each other in one array [B, T, 3 N, H], as the product makes them, and so do their
 gradients. cuDNN takes them apart: where ours does not take the shape, three products stand before it. Kept for the backward pass
-are x, its rows' statistics, q, k, v, the heads' output and cuDNN's statistics. Biases of queries and values are in the product's
-epilogue where the core is ours; around another's, `kernels/attention/gpu.py` says which are added where. Dropout is in the closing product's epilogue; backward it is a pass over the result's gradient.
+are x, its rows' statistics, q, k, v, the heads' output and cuDNN's statistics. Where the core is ours, biases of queries and values
+are in the first product's epilogue; around another's, `kernels/attention/gpu.py` says which are added where. Dropout is in the
+closing product's epilogue; backward it is a pass over the result's gradient.
 """
 
 from dataclasses import dataclass
@@ -27,8 +28,6 @@ from kernels.hopper.product import product
 from kernels.launch import vary_alike
 from kernels.layer_norm import rows
 from kernels.settings import own
-
-FOLDED = True
 
 
 @dataclass(frozen=True)
@@ -60,19 +59,6 @@ def _projected(f: Form, x, w: AttentionWeights):
     return qkv, mean, r
 
 
-def _projected_alone(f: Form, x, w: AttentionWeights):
-    """The same where no backward pass follows, the norm in the product."""
-    kernel, bias, sums = rows.folded(w.norm_scale, w.norm_bias, w.qkv_kernel, _biases(w), x.dtype)
-    statistics = rows.statistics(x, eps=f.eps)
-
-    def some(*of):
-        return product(x, *of[:2], norm=(*statistics, of[2]), e=Epilogue(norm=True, bias=True))[0]
-
-    if f.by == "hopper":
-        return (some(kernel, bias, sums),)
-    return tuple(some(*of) for of in zip(kernel, bias, sums, strict=True))
-
-
 def _heads(f: Form, a, heads: int):
     return a.reshape(f.batch, -1, heads, a.shape[-1] // heads)
 
@@ -98,8 +84,7 @@ def _close(f: Form, x, o, w: AttentionWeights, place):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _half(f: Form, x, w: AttentionWeights, place):
-    projected = _projected_alone(f, x, w) if FOLDED else _projected(f, x, w)[0]
-    return _close(f, x, _core(f, *projected), w, place)
+    return _close(f, x, _core(f, *_projected(f, x, w)[0]), w, place)
 
 
 def _forward(f: Form, x, w: AttentionWeights, place):
