@@ -190,7 +190,9 @@ def describe(
                     {n: a.shape for n, a in arrays.items()}, style, heads=heads or told.heads, grid=said, pool=pool,
                     position=position,
                 )  # fmt: skip
-                if style.naming != "release" and told.gelu is not None and isinstance(found, ViTConfig):
+                gated = isinstance(found, ViTConfig) and found.entries.block.mlp == "gated_half"  # of which timm's says nothing
+                known = told.gelu is not None and not (gated and style.naming == "timm")
+                if style.naming != "release" and known and isinstance(found, ViTConfig):
                     found = dataclasses.replace(found, gelu=told.gelu)  # pyright: ignore[reportArgumentType]
                 if style.naming != "release" and told.eps is not None and isinstance(found, ViTConfig):
                     found = dataclasses.replace(found, eps=told.eps)
