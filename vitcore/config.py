@@ -28,13 +28,13 @@ class ViTConfig:
     representation_size: width of the pre-logits tanh layer, None for none (the paper has it, as wide as the model, in
     pre-training only). pool: how the tokens become one representation, "token" (class token), "gap" (mean of the patch tokens),
     or another name of `heads.POOLS`. dropout: rate. channels: C. gelu: "tanh" (the release), "erf" (exact), "quick" (CLIP's: a
-    times the logistic function of 1.702 a) or "silu" (of a itself: with a gated block, SwiGLU). eps: of every layer norm. head_bias:
-    initial value of the head's bias (the release takes -10 for the sigmoid loss on ImageNet-21k), None for a head without one.
-    stem: None (a linear projection of patches), a name of `stems.STEMS`, or a stem's own record. position: a name of
-    `positions.POSITIONS`. block: a name of `blocks.BLOCKS`. masked: what masked patch prediction is told, which adds its leaves; None without it. registers: R, learned
-    tokens that the blocks see besides and nobody reads (arXiv:2309.16588). drop_path: the last block's rate of stochastic depth, as
-    dropout with a key alone (`vitcore/drop_path.py`). qkv_bias: which of queries, keys and values have a bias in the blocks: "qkv",
-    "qv" or "none". Raises ValueError where a value makes no model.
+    times the logistic function of 1.702 a) or "silu" (of a itself: with a gated block, SwiGLU). eps: of every layer norm.
+    head_bias: initial value of the head's bias (the release takes -10 for the sigmoid loss on ImageNet-21k), None for a head
+    without one. stem: None (a linear projection of patches), a name of `stems.STEMS`, or a stem's own record. position: a name of
+    `positions.POSITIONS`. block: a name of `blocks.BLOCKS`. masked: what masked patch prediction is told, which adds its leaves;
+    None without it. registers: R, learned tokens that the blocks see besides and nobody reads (arXiv:2309.16588). drop_path: the
+    last block's rate of stochastic depth, as dropout with a key alone (`vitcore/drop_path.py`). qkv_bias: which of queries, keys
+    and values have a bias in the blocks: "qkv", "qv" or "none". Raises ValueError where a value makes no model.
     """
 
     image_size: int | tuple[int, int] = 224

@@ -17,9 +17,7 @@ pytestmark = pytest.mark.peers
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": dict(width=96, depth=3, mlp_dim=256, num_heads=4, patch_size=16, image_size=64),
-    "wide": dict(
-        width=384, depth=4, mlp_dim=1024, num_heads=6, patch_size=16, image_size=(64, 96)
-    ),  # 2/3 of 4 D, as DINOv2 says it
+    "wide": dict(width=384, depth=4, mlp_dim=1024, num_heads=6, patch_size=16, image_size=(64, 96)),  # F as DINOv2 says it
 }
 V3 = dict(position="rope", registers=4, eps=1e-5, num_classes=0)
 SWIGLU = dict(block="layerscale-gated", gelu="silu")
