@@ -13,7 +13,7 @@ from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS, Style, words
 _REFUSED = (
     (
         r"\.mlp\.(w12|w1_w2|w[123])\.|^storage_tokens$|^rope_embed\.",
-        "the names of DINOv2's or DINOv3's own code (timm's and transformers' are read)",
+        "SwiGLU or rotary positions in the names of its own code (of DINO timm's and transformers' are read)",
     ),
     (r"(^|\.)rope\.", "rotary positions of another kind than DINOv3's"),
     (r"\.attn\.(q_proj|norm)\.|\.mlp\.norm\.", "EVA-02's blocks"),
