@@ -117,7 +117,7 @@ def read(path, config, *, new_head: bool = False, grid=None, interpolation="corn
             arrays = {name: a for name, a in arrays.items() if name not in dropped}
         about = weight_about.read(path, weight_files.metadata(path))
         check(path, arrays, wanted, style, config)
-        agrees(path, about, config)
+        agrees(path, about, config, style)
         leaves = {leaf: np.empty(shape, np.float32) for leaf, shape in shapes(config).items()}
         if new_head:
             leaves |= {leaf.path: np.array(leaf.initial(None, leaf.shape)) for leaf in leaves_of(config) if leaf.path[0] == "head"}

@@ -53,6 +53,10 @@ def test_dinov3_s_files_say_what_they_are(tmp_path, naming, fields, names):
     again, of = vitcore.load(tmp_path / "ours.safetensors")
     assert of == config
     jax.tree.map(np.testing.assert_array_equal, again, params)
+    still = vitcore.ViTConfig(**SMALL, **V3 | fields | {"position": "none"})
+    for file in (path, tmp_path / "ours.safetensors"):
+        with pytest.raises(ValueError, match="of a model with position='rope', not 'none'"):
+            vitcore.load(file, still)
     if naming == "transformers":  # the names of its modules in memory
         loaded = load_file(path)
         save_file({f"model.{n}" if n.startswith("layer.") else n: a for n, a in loaded.items()}, tmp_path / "modules.safetensors")
