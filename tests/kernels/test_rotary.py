@@ -1,5 +1,6 @@
 """Rotary positions in kernels: exact as the einsum in value and gradients, safe on meshes, and XLA's where they do not fit."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,10 @@ from jax.sharding import PartitionSpec as P
 import vitcore
 from bench.reports import Program
 from bench.tpu_compiler import TOPOLOGIES, compile_programs
+from kernels.attention.plan import Plan
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.reference import attention_half as without
+from kernels.attention.rotary import plan as planning
 from kernels.attention.rotary import reference, tpu, turning
 from kernels.attention.rotary.reference import Turn
 from kernels.attention.tiling import Shape
@@ -29,7 +32,7 @@ NAMES = ("x", *AttentionWeights._fields)
 TURN = Turn(3, 4, 1)
 ours_half = oracle.flat(tpu.attention_half, AttentionWeights)
 plain_half = oracle.flat(reference.attention_half, AttentionWeights)
-KERNELS = ["attention_project", "attention_turn", "attention_core_forward", "attention_output"]
+KERNELS = ["attention_project", "attention_core_forward", "attention_output"]
 
 
 def launch(device="v5e"):
@@ -66,14 +69,33 @@ def test_the_half_agrees(device, n, h, dtype):
     oracle.check(ours, real(plain_half), args, names=NAMES)
 
 
-def test_the_kernel_turns_and_turns_back():
-    """Rows of several tiles and images of one; values are not touched; a head's columns as `reference.turned` has them."""
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_half_agrees_where_weights_are_streamed():
+    """A section and some columns of the weights a grid step; and an image at a time."""
+    args = arguments(2, 16, 32, 2, 128)
+    options: Any = {"turn": TURN, "num_heads": 2}
+    plan = planning.plan(Shape(2, 16, 32, 2, 128, jnp.dtype(jnp.float32)), DEVICES["v5e"])
+    one = planning.plan(Shape(1, 16, 32, 2, 128, jnp.dtype(jnp.float32)), DEVICES["v5e"])
+    assert isinstance(plan, Plan)
+    assert isinstance(one, Plan)
+    forward, backward = (
+        replace(part, images=1, project=replace(part.project, sections=1, columns=128)) for part in (one.forward, one.backward)
+    )
+    plan = replace(plan, forward=forward, backward=backward)
+    oracle.check(partial(ours_half, launch=launch(), plan=plan, **options), partial(plain_half, **options), args, names=NAMES)
+
+
+def test_a_row_is_turned_in_lanes_and_turned_back():
+    """Of several tiles of rows and images of one; values are not touched; a head's columns as `reference.turned` has them."""
     for turn, t, images in ((TURN, 16, 3), (Turn(32, 33, 1), 1064, 1)):
         qkv = normal(0, 3, images, t, 128)
-        found = turning.turned(qkv, turn, 64, launch=launch())
-        np.testing.assert_array_equal(found[2], qkv[2])
-        np.testing.assert_allclose(found, reference.turned(qkv, turn, 2), atol=1e-6)
-        np.testing.assert_allclose(turning.turned(found, turn, 64, launch=launch(), back=True), qkv, atol=1e-5)
+        found = reference.turned(qkv, turn, 2)
+        rows = jax.jit(partial(turning.turn_columns, width=64))(qkv[0, 0], *turning.of_rows(turn, t, 64).tables)
+        np.testing.assert_allclose(rows, found[0, 0], atol=1e-6)
+        back = turning.turned_back(found, turn, 64, launch=launch())
+        np.testing.assert_array_equal(back[2], qkv[2])
+        np.testing.assert_allclose(back, qkv, atol=1e-5)
 
 
 def test_only_the_distance_of_two_patches_counts():
@@ -118,7 +140,7 @@ def test_a_model_runs_on_the_kernels():
     params["head"]["kernel"] = normal(4, 128, 3)
     images = normal(3, 2, 12, 12, 3)
     run = partial(vitcore.apply, config=config, ops=INTERPRET)
-    oracle.assert_kernel_ran(run, params, images, name="attention_turn")
+    oracle.assert_kernel_ran(run, params, images, name="attention_core_forward")
     plain = vitcore.apply(params, images, config, ops=vitcore.REFERENCE)
     np.testing.assert_allclose(run(params, images), plain, atol=1e-5)
 
@@ -152,4 +174,4 @@ def test_it_compiles(target):
     program = Program(build="bench.programs:train_step", arguments={"model": "DINOv3-B/16", "batch": 8, "depth": 1})
     (report,) = compile_programs(target, [program], seconds=600)
     assert not report.error
-    assert {"attention_turn", "attention_turn_back", "attention_core_backward"} <= {k.kernel for k in report.kernels}
+    assert {"attention_project", "attention_turn_back", "attention_core_backward"} <= {k.kernel for k in report.kernels}

@@ -1,12 +1,14 @@
-"""Which kernels run the attention half with rotary positions: those of the half without (`general/`), and `turning.py` between."""
+"""Which kernels run the attention half with rotary positions: those of the half without (`general/`), with `turning.py` in them."""
 
+from dataclasses import replace
 from functools import cache
 
 from kernels import by_xla, parts
 from kernels.attention.plan import BACKWARD_ROWS, FORWARD_ROWS, GeneralBackward, GeneralForward, Plan, Refused
 from kernels.attention.rotary import turning
-from kernels.attention.tiling import STEPS, Shape, core_tiles, product_tiles
-from kernels.device import Device
+from kernels.attention.tiling import LONG, STEPS, ProductTiles, Shape, core_tiles, product_tiles
+from kernels.device import LANES, Device
+from kernels.vmem import padded_bytes
 
 
 @cache
@@ -30,11 +32,24 @@ def choose(s: Shape, device: Device) -> Plan | Refused:
 
 def _forward(s: Shape, device: Device) -> GeneralForward:
     part = s._replace(b=s.b // parts.count(s.b, s.t, FORWARD_ROWS))
-    tiles = {step: product_tiles(step, part, device) for step in ("project", "output")}
-    return GeneralForward(images=part.b, core=core_tiles(part, device, backward=False), **tiles)
+    return GeneralForward(
+        images=part.b,
+        project=_project(part, device),
+        core=core_tiles(part, device, backward=False),
+        output=product_tiles("output", part, device),
+    )
 
 
 def _backward(s: Shape, device: Device) -> GeneralBackward:
     part = s._replace(b=s.b // parts.count(s.b, s.t, BACKWARD_ROWS))
-    tiles = {step: product_tiles(step, part, device) for step in STEPS if step != "output"}
-    return GeneralBackward(images=part.b, core=core_tiles(part, device, backward=True), **tiles)
+    tiles = {step: product_tiles(step, part, device) for step in STEPS if step not in ("project", "output")}
+    return GeneralBackward(
+        images=part.b, project=_project(part, device), core=core_tiles(part, device, backward=True), **tiles
+    )  # fmt: skip
+
+
+def _project(s: Shape, device: Device) -> ProductTiles:
+    """Of the projection, with room for the tables of angles, float32 and twice each."""
+    tables = 2 * 2 * padded_bytes(min(s.t, max(LONG, 512)), LANES, 4)
+    tiles = product_tiles("project", s, replace(device, vmem_bytes=device.vmem_bytes - tables))
+    return replace(tiles, needs=tiles.needs + tables)

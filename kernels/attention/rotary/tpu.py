@@ -1,10 +1,10 @@
 """The attention half with rotary positions as Pallas TPU kernels; `reference.py` is the specification.
 
-    project (general/) -> turn q and k where they lie (turning.py) -> core and output (general/)
+    project, with q and k turned (turning.py) -> core -> output (general/)
 
-Backward the same again, and the gradients of q and k are turned back before the products with them. Saved are x and the weights
-alone. Where `plan.choose` says so XLA compiles the specification, which saves no more: `by_xla` gives the reason, for the line in
-which a run says what it runs on.
+Backward the same again, and the gradients of q and k are turned back, where they lie, before the products with them. Saved are x
+and the weights alone. Where `plan.choose` says so XLA compiles the specification, which saves no more: `by_xla` gives the reason,
+for the line in which a run says what it runs on.
 """
 
 from functools import partial
@@ -22,9 +22,8 @@ from kernels.attention.general.forward import Static
 from kernels.attention.plan import Plan, Refused
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.rotary import plan as planning
-from kernels.attention.rotary import reference
+from kernels.attention.rotary import reference, turning
 from kernels.attention.rotary.reference import Turn
-from kernels.attention.rotary.turning import turned
 from kernels.attention.tiling import Shape
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
@@ -43,9 +42,10 @@ def _half(scalars, x, weights: AttentionWeights, static: Static, turn: Turn):
     chosen: Any = static.plan.forward  # a GeneralForward
     norm, w = weights[:2], tpu.operands(x, weights, static)
 
+    at = turning.of_rows(turn, x.shape[1], static.width)
+
     def part(scalars, into=None):
-        qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
-        qkv = turned(qkv, turn, static.width, launch=static.launch)
+        qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static, at)
         options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
         o = general_forward.core(chosen.core, qkv, tokens=static.tokens, **options)
         return general_forward.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into)
@@ -65,14 +65,15 @@ def _half_backward(static: Static, turn: Turn, residuals, dy):
     chosen: Any = static.plan.backward  # a GeneralBackward
 
     def core(qkv, do):
-        qkv = turned(qkv, turn, static.width, launch=static.launch)
         options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
         dqkv, o = general_backward.core(chosen.core, qkv, do, with_o=True, tokens=static.tokens, **options)
-        return turned(dqkv, turn, static.width, launch=static.launch, back=True), o, None
+        return turning.turned_back(dqkv, turn, static.width, launch=static.launch), o, None
 
     def step(first, dy):
         at = tpu.part_scalars(scalars, first, x, static.tokens)
-        return tpu.backward_chain(chosen, at, x, weights, dy, static, core)[:2]
+        return tpu.backward_chain(chosen, at, x, weights, dy, static, core, turned=turning.of_rows(turn, x.shape[1], static.width))[
+            :2
+        ]
 
     dx, gradients = parts.backward(step, x.shape[0] // chosen.images, x, dy)
     return None, dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)

@@ -1,11 +1,14 @@
-"""The kernel that turns queries and keys where they lie, in the array of the projections: a row is read and written once.
+"""Queries and keys turned in kernels: in float32 as they leave the product that makes them, and their gradients turned back.
 
     q'[i] = q[i] cos - q[i + H/2] sin,  q'[i + H/2] = q[i + H/2] cos + q[i] sin          i < H/2
 
 A head, or some heads, fill a column of 128 lanes. There the other half of each pair stands H/2 lanes away, on the one side for the
-first half and on the other for the second; `sines` has the sign. Backward is the same by the opposite angles. HBM traffic: 4 arrays
-of B * T * K, where values, the third section, stay where they are.
+first half and on the other for the second; the sines have the sign. `Turned` is an epilogue of `general.forward.project`: no array
+goes through HBM for it, and the MXU works meanwhile. Backward turns by the opposite angles, where the core's gradients lie: 4
+arrays of B * T * K; values, the third section, stay where they are.
 """
+
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,27 +41,49 @@ def tables(turn: Turn, tokens: int, width: int) -> tuple[np.ndarray, np.ndarray]
     )
 
 
-def turned(qkv, turn: Turn, width: int, *, launch: Launch, back: bool = False):
-    """qkv [3, B, T, K] with queries and keys turned, in its place; back: by the opposite angles. width: of a head."""
+def turn_columns(x, cos, sin, width: int):
+    """x [R, columns] float32 turned, in columns of 128 lanes; cos, sin [R, 128] as of `tables`."""
+    half, first = width // 2, iota(LANES, 1) % width < width // 2
+
+    def column(x):
+        other = pltpu.roll(x, half, 1)
+        if width < LANES:
+            other = jnp.where(first, pltpu.roll(x, LANES - half, 1), other)
+        return x * cos + other * sin
+
+    return jnp.concatenate([column(x[:, c : c + LANES]) for c in range(0, x.shape[1], LANES)], axis=1)
+
+
+class Turned(NamedTuple):
+    """Of q and k in the block of a product. tables: cosines and signed sines [T, 128] float32. width: of a head."""
+
+    tables: tuple[Any, Any]
+    width: int
+
+    def of_section(self, y, c: int, sections: int, rows):
+        """y [R, columns] float32, section c of the `sections` of a block, or of all three the grid's; rows: refs of the tables."""
+        if c == 2:
+            return y
+        at = turn_columns(y, rows[0][...], rows[1][...], self.width)
+        return at if sections > 1 else jnp.where(pl.program_id(2) < 2, at, y)
+
+
+def of_rows(turn: Turn, tokens: int, width: int) -> Turned:
+    cos, sin = tables(turn, tokens, width)
+    return Turned((jnp.asarray(cos), jnp.asarray(sin)), width)
+
+
+def turned_back(qkv, turn: Turn, width: int, *, launch: Launch):
+    """qkv [3, B, T, K] with queries and keys turned by the opposite angles, in its place. width: of a head."""
     _, b, t, k = qkv.shape
     cos, sin = tables(turn, t, width)
     rows = t if t <= ROWS else ROWS
     images = divisor(b, ROWS // t) if rows == t else 1
-    half = width // 2
 
     def kernel(x_ref, cos_ref, sin_ref, out_ref):
-        first = iota(LANES, 1) % width < half
-
-        def column(i, c):
-            x = x_ref[0, i, :, c : c + LANES].astype(F32)
-            other = pltpu.roll(x, half, 1)
-            if width < LANES:
-                other = jnp.where(first, pltpu.roll(x, LANES - half, 1), other)
-            out_ref[0, i, :, c : c + LANES] = (x * cos_ref[...] + other * sin_ref[...]).astype(out_ref.dtype)
-
         def image(i, _):
-            for c in range(0, k, LANES):
-                column(i, c)
+            x = x_ref[0, i].astype(F32)
+            out_ref[0, i] = turn_columns(x, cos_ref[...], sin_ref[...], width).astype(out_ref.dtype)
 
         sweep(images, 1, image)
 
@@ -68,7 +93,7 @@ def turned(qkv, turn: Turn, width: int, *, launch: Launch, back: bool = False):
     return call(
         kernel,
         launch=launch,
-        name="attention_turn_back" if back else "attention_turn",
+        name="attention_turn_back",
         grid=(2, b // images, pl.cdiv(t, rows)),
         in_specs=[block, table, table],
         out_specs=[block],
@@ -76,4 +101,4 @@ def turned(qkv, turn: Turn, width: int, *, launch: Launch, back: bool = False):
         semantics=("parallel", "parallel", "parallel"),
         cost=pl.CostEstimate(flops=3 * size, transcendentals=0, bytes_accessed=2 * size * qkv.dtype.itemsize),
         aliases={0: 0},
-    )(qkv, jnp.asarray(cos), jnp.asarray(-sin if back else sin))[0]
+    )(qkv, jnp.asarray(cos), jnp.asarray(-sin))[0]
