@@ -179,7 +179,8 @@ def _attend_relative(x, w, config, layer):
 
 
 def _turn(config) -> Turn:
-    return Turn(*config.grid, config.class_tokens)
+    rows, columns = config.grid
+    return Turn(rows, columns, config.class_tokens)
 
 
 def _turned(qk, config, heads: int):

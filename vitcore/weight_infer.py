@@ -112,7 +112,7 @@ def infer(
     pool = (
         "token" if has_class else "map" if has_map else _said("pool", pool, "no class token and no attention pooling", OPEN_POOLS)
     )
-    if not rotary and (table in found or position in (None, "1d", "1d-patches")):
+    if table in found or position in (None, "1d", "1d-patches"):
         if table not in found and style.naming == "release":
             _said("position", None, "no position embedding", OPEN_POSITIONS)
         entries_there = math.prod(shape(table, 2 if style.tower else 3)[:-1])
