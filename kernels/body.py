@@ -80,6 +80,13 @@ def sweep(total: int, size: int, body) -> None:
         body(full * size, total % size)
 
 
+def over_chunks(total: int, size: int, chunk, carry):
+    """carry = chunk(start, length, carry) over the keys, whole chunks in a loop and then the shorter rest."""
+    full = total // size
+    carry = lax.fori_loop(0, full, lambda c, carry: chunk(pl.multiple_of(c * size, size), size, carry), carry)
+    return chunk(full * size, total % size, carry) if total % size else carry
+
+
 def to_float32(rows, unpack: bool):
     """rows [n, K] in float32. unpack: they are bfloat16, n a multiple of 16, and the result has the order of `unpacked_row`."""
     if not unpack:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
+from kernels.layer_norm.reference import EPS
 from train import masked, recipes
 from train.optimizers import WHOLE
 from train.options import check_numbers, resolve_images
@@ -85,6 +86,8 @@ def resolve(args: Any, *, examples: int) -> Any:
         drop_path=given(args.drop_path, 0.0),
         pool=given(args.pool, _own(shown, "pool", recipe.pool)),
         position=given(args.position, _own(shown, "position", recipe.position)),
+        gelu=given(args.gelu, getattr(shown, "gelu", "tanh")),
+        eps=given(args.eps, getattr(shown, "eps", EPS)),
         learning_rate=rate,
         warmup_steps=warmup,
         decay=given(args.decay, recipe.decay),
@@ -103,9 +106,10 @@ def resolve(args: Any, *, examples: int) -> Any:
 
 
 def _own(shown, field: str, asked: str) -> str | None:
-    """A recipe's pool or position embedding; the model's own where the recipe has the usual one, or None."""
-    usual = {"pool": "token", "position": "1d"}[field]
-    return getattr(shown, field, None) if asked == usual else asked if hasattr(shown, field) else None
+    """A recipe's pool or position embedding; the model's own where the recipe has the usual one, or where the model's position
+    embedding is another than that; None for a model without."""
+    usual, own = {"pool": "token", "position": "1d"}[field], getattr(shown, field, None)
+    return own if asked == usual or (field == "position" and own != usual) else asked
 
 
 def _some_size(model: str) -> int:

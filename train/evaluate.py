@@ -48,7 +48,7 @@ class Evaluate(InitOptions, MeshOptions):
     averaging, and the middle."""
     antialias: bool | None = None
     """Whether shrinking averages over pixels. Default: as a run was trained; no for a file."""
-    gelu: Literal["tanh", "erf", "quick"] | None = None
+    gelu: Literal["tanh", "erf", "quick", "silu"] | None = None
     batch_size: int = 256
     predictions: str | None = None
     """A .csv or .parquet for what was made of each image: its name, its class, the five likeliest and their probabilities."""

@@ -204,7 +204,7 @@ class Fewshot(InitOptions, MeshOptions):
     resize-center, but resize for the digits."""
     antialias: bool | None = None
     """Whether shrinking averages over pixels. Default: as a run was trained; no for a file."""
-    gelu: Literal["tanh", "erf", "quick"] | None = None
+    gelu: Literal["tanh", "erf", "quick", "silu"] | None = None
     batch_size: int = 256
     out: str | None = None
     """A JSON file for the result."""

@@ -78,7 +78,7 @@ class Pretrain(AblationOptions, SamOptions, ImageOptions):
     """How tokens become one vector: class token, mean, attention pooling, or the first patch. Default: the recipe's or the
     model's own."""
     position: Literal[
-        "1d", "1d-patches", "1d-layers", "1d-shared", "2d", "2d-layers", "2d-shared", "relative", "sincos2d", "none"
+        "1d", "1d-patches", "1d-layers", "1d-shared", "2d", "2d-layers", "2d-shared", "relative", "rope", "sincos2d", "none"
     ] | None = None  # fmt: skip
     """Position embedding (paper Table 8): at the stem, in each layer, or one table for all layers. Default: the recipe's or 1d."""
     representation_size: int | None = None
@@ -87,9 +87,11 @@ class Pretrain(AblationOptions, SamOptions, ImageOptions):
     drop_path: float | None = None
     """Stochastic depth: the chance with which an image passes by a half of the last block, rising from 0 at the first.
     Default: 0."""
-    gelu: Literal["tanh", "erf", "quick"] = "tanh"
-    eps: float = 1e-6
-    """Of every layer norm of a ViT: 1e-6 in the release and timm, 1e-12 in transformers' ViT, 1e-5 in CLIP."""
+    gelu: Literal["tanh", "erf", "quick", "silu"] | None = None
+    """Default: the model's own, tanh but for DINO's."""
+    eps: float | None = None
+    """Of every layer norm of a ViT: 1e-6 in the release and timm, 1e-12 in transformers' ViT, 1e-5 in CLIP and DINOv3. Default: the
+    model's own, 1e-6 but for DINOv3's."""
 
     optimizer: Literal["lion", "adafactor", "muon"] | None = None
     """In place of Adam. adafactor and muon take Adam's rate and decay, lion wants --learning-rate and --weight-decay: a rate some 5

@@ -105,7 +105,7 @@ def open_pretrained(
     image_size: int | None = None,
     num_classes: int | None = None,
     head_bias: float = 0.0,
-    gelu: Literal["tanh", "erf", "quick"] | None = None,
+    gelu: Literal["tanh", "erf", "quick", "silu"] | None = None,
     interpolation: Literal["corners", "half-pixel"] = "corners",
     heads: int | None = None,
     pool: str | None = None,

@@ -79,7 +79,7 @@ class Finetune(InitOptions, SamOptions, ImageOptions):
     image_size: int | None = None
     interpolation: Literal["corners", "half-pixel"] = "corners"
     """How the position embedding is fitted to another resolution."""
-    gelu: Literal["tanh", "erf", "quick"] | None = None
+    gelu: Literal["tanh", "erf", "quick", "silu"] | None = None
     """Default: tanh for the release's files and our runs, erf for timm's and transformers' naming."""
 
 

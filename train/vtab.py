@@ -80,7 +80,7 @@ class Vtab(InitOptions, TrainOptions):
     image_size: int | None = None
     augment: Literal["inception", "digits", "none"] = "none"
     """The same for all: a flip or a crop would change the answer of the structured tasks."""
-    gelu: Literal["tanh", "erf", "quick"] | None = None
+    gelu: Literal["tanh", "erf", "quick", "silu"] | None = None
     head_bias: float = 0.0
     """What the new heads' biases start at."""
     seed: int = 0

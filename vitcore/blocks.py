@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +12,13 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels import dropout as drop
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.statistics import reference as statistics
-from kernels.mlp.reference import MLPWeights
+from kernels.mlp.reference import GatedWeights, MLPWeights
 from vitcore import drop_path
+from vitcore.block_leaves import attention_leaves, gated_leaves, mlp_leaves
 from vitcore.collectives import MIDDLE, vary
 from vitcore.context import Layer
 from vitcore.halves import summed
-from vitcore.parameters import ROWS, Leaf, Name, Split, constant, dense, norm, normal, xavier, zeros
+from vitcore.parameters import Leaf, Name, constant
 
 # Where the two halves stand: `Layer.residual`'s places.
 IN_ATTENTION, IN_MLP = (drop.ATTENTION_OUT, drop_path.ATTENTION), (drop.MLP_OUT, drop_path.MLP)
@@ -32,6 +34,7 @@ class Block(NamedTuple):
     likewise. calls: (config) -> how its half blocks are called, one after the other: (sequences that an image becomes, tokens of
     each). check: (config) raises ValueError for a configuration that it cannot take. outside: the paths of those of its leaves
     that it uses outside its sums over the model axis, such as a scale of what a half block adds; none is split over "model".
+    mlp: which op of `Ops` its MLP halves are.
     """
 
     leaves: Callable
@@ -41,119 +44,10 @@ class Block(NamedTuple):
     calls: Callable = lambda config: ((1, config.tokens),)
     check: Callable = lambda config: None
     outside: tuple[tuple[str, ...], ...] = ()
+    mlp: str = "mlp_half"
 
 
 # --- the paper's block: attention half and MLP half, pre-norm ----------------------------------------------------------------
-
-
-def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
-    """The leaves of an attention half. tokens: that each token sees, itself included; default: all of an image."""
-    d, n = config.width, config.num_heads
-    h, t, seen = d // n, config.tokens, tokens or config.tokens
-    heads = Split(model=("num_heads", n))
-    return (
-        *norm(
-            ("norm1",),
-            d,
-            names={"release": "{block}/{norm1}", "timm": "{block}.norm1", "transformers": "{block}.{norm1}"},
-        ),
-        Leaf(
-            path=("qkv", "kernel"),
-            shape=(3, d, d),
-            initial=xavier,
-            split=(None, ROWS, heads),
-            key=2,
-            names={
-                "release": _qkv("{{block}}/{{attention}}/{0}/kernel", ("query", "key", "value"), shape=(d, n, h)),
-                "timm": (Name("{block}.attn.qkv.weight", axes=(0, 2, 1), shape=(3 * d, d)),),
-                "transformers": _qkv("{{block}}.{{{0}}}.weight", ("query", "key", "value"), axes=(1, 0)),
-            },
-            multiply_adds={"projections": 3 * t * d * d, "attention": 2 * t * seen * d},
-        ),
-        Leaf(
-            path=("qkv", "bias"),
-            shape=(3, d),
-            initial=zeros,
-            split=(None, heads),
-            names={
-                "release": _qkv("{{block}}/{{attention}}/{0}/bias", ("query", "key", "value"), shape=(n, h)),
-                "timm": (Name("{block}.attn.qkv.bias", shape=(3 * d,)),),
-                "transformers": _qkv("{{block}}.{{{0}}}.bias", ("query", "key", "value")),
-            },
-        ),
-        Leaf(
-            path=("out", "kernel"),
-            shape=(d, d),
-            initial=xavier,
-            split=(heads._replace(data=True), None),
-            key=3,
-            names={
-                "release": (Name("{block}/{attention}/out/kernel", shape=(n, h, d)),),
-                "timm": (Name("{block}.attn.proj.weight", axes=(1, 0)),),
-                "transformers": (Name("{block}.{out}.weight", axes=(1, 0)),),
-            },
-            multiply_adds={"projections": t * d * d},
-        ),
-        Leaf(
-            path=("out", "bias"),
-            shape=(d,),
-            initial=zeros,
-            names={
-                "release": (Name("{block}/{attention}/out/bias"),),
-                "timm": (Name("{block}.attn.proj.bias"),),
-                "transformers": (Name("{block}.{out}.bias"),),
-            },
-        ),
-    )
-
-
-def _qkv(text: str, names: tuple[str, ...], **own) -> tuple[Name, ...]:
-    """The names of q, k and v where they are arrays of their own."""
-    return tuple(Name(text.format(name), part=(i,), **own) for i, name in enumerate(names))
-
-
-def mlp_leaves(config) -> tuple[Leaf, ...]:
-    """The leaves of an MLP half."""
-    d, f, t = config.width, config.mlp_dim, config.tokens
-    columns = Split(model=("mlp_dim", f))
-    return (
-        *norm(
-            ("norm2",),
-            d,
-            names={"release": "{block}/{norm2}", "timm": "{block}.norm2", "transformers": "{block}.{norm2}"},
-        ),
-        *dense(
-            ("mlp_in",),
-            (d, f),
-            xavier,
-            bias=normal(1e-6),
-            split=(ROWS, columns),
-            key=4,
-            bias_split=(columns,),
-            bias_key=5,
-            names={
-                "release": "{block}/{mlp}/Dense_0",
-                "timm": "{block}.mlp.fc1",
-                "transformers": "{block}.{mlp_in}",
-            },
-            multiply_adds={"mlp": t * d * f},
-        ),
-        *dense(
-            ("mlp_out",),
-            (f, d),
-            xavier,
-            bias=normal(1e-6),
-            split=(columns._replace(data=True), None),
-            key=6,
-            bias_key=7,
-            names={
-                "release": "{block}/{mlp}/Dense_1",
-                "timm": "{block}.mlp.fc2",
-                "transformers": "{block}.{mlp_out}",
-            },
-            multiply_adds={"mlp": t * d * f},
-        ),
-    )
 
 
 def _pair(p):
@@ -162,8 +56,13 @@ def _pair(p):
 
 
 def attention_weights(w) -> AttentionWeights:
-    """Of the attention half, in a layer's weights."""
-    return AttentionWeights(*_pair(w["norm1"]), *_pair(w["qkv"]), *_pair(w["out"]))
+    """Of the attention half, in a layer's weights; those of q, k and v that have no bias have one of zeros."""
+    kernel, bias = w["qkv"]["kernel"], w["qkv"].get("bias")
+    if bias is None:
+        bias = jnp.zeros((3, kernel.shape[-1]), jnp.float32)
+    elif len(bias) == 2:
+        bias = jnp.stack([bias[0], jnp.zeros_like(bias[0]), bias[1]])
+    return AttentionWeights(*_pair(w["norm1"]), kernel, bias, *_pair(w["out"]))
 
 
 def heads_here(config, layer: Layer) -> int:
@@ -192,20 +91,29 @@ def transform(x, w, config, layer: Layer):
     return summed(half, x, config, layer)
 
 
+def transform_gated(x, w, config, layer: Layer):
+    """x + dropout(MLP(LN(x))) with a gated MLP (arXiv:2002.05202), summed over the model axis."""
+
+    def half(x, layer):
+        weights = GatedWeights(*_pair(w["norm2"]), *_pair(w["mlp_gated"]), *_pair(w["mlp_out"]))
+        layer = layer._replace(stacks=None)  # the op takes no weights where they lie
+        return layer.half(layer.context.ops.gated_half, x, weights, IN_MLP, gelu=config.gelu, eps=config.eps)
+
+    return summed(half, x, config, layer)
+
+
 def attention_maps(x, w, config, layer: Layer):
     """The probabilities of the attention half, [B, N, T, T] float32, by the formula of `kernels/attention/reference.py`."""
     return statistics.probabilities(
-        *_looked_at(x, w, layer), num_heads=heads_here(config, layer), eps=config.eps, extra=_extra(w, config)
+        *_looked_at(x, w, layer), num_heads=heads_here(config, layer), eps=config.eps, **_of_position(w, config, layer)
     )
 
 
 def attention_statistics(x, w, config, layer: Layer, **asked):
     """`Statistics` of the attention half, over the heads of this device. asked: mean, row, distances."""
     x, weights = _looked_at(x, w, layer)
-    if (extra := _extra(w, config)) is not None:  # relative positions: the statistics have no kernel for them
-        return statistics.attention_statistics(
-            x, weights, num_heads=heads_here(config, layer), eps=config.eps, extra=extra, **asked
-        )
+    if own := _of_position(w, config, layer):  # relative and rotary positions: the statistics have no kernel for them
+        return statistics.attention_statistics(x, weights, num_heads=heads_here(config, layer), eps=config.eps, **own, **asked)
     return layer.context.ops.attention_statistics(x, weights, num_heads=heads_here(config, layer), eps=config.eps, **asked)
 
 
@@ -215,14 +123,24 @@ def _looked_at(x, w, layer: Layer):
     return x, attention_weights(w)
 
 
-def _extra(w, config):
-    logits = config.entries.position.logits
-    return None if logits is None else lambda q: logits(q, w, config)
+def _of_position(w, config, layer: Layer) -> dict[str, Callable]:
+    """What the position embedding does to the logits, as options of `statistics.probabilities`; {} for nothing."""
+    position = config.entries.position
+    own: dict[str, Callable] = {}
+    if position.logits is not None:
+        own["extra"] = lambda q: position.logits(q, w, config)
+    if position.turn is not None:
+        own["turn"] = lambda qk: position.turn(qk, config, heads_here(config, layer))
+    return own
 
 
-def _encoder(x, w, config, layer: Layer) -> Any:
+def _encoder(x, w, config, layer: Layer, mlp: Callable = transform) -> Any:
     x = (config.entries.position.attend or attend)(x, w, config, layer)
-    return transform(jax.tree.map(lambda part: checkpoint_name(part, MIDDLE), x), w, config, layer)
+    return mlp(jax.tree.map(lambda part: checkpoint_name(part, MIDDLE), x), w, config, layer)
+
+
+def _gated(x, w, config, layer: Layer) -> Any:
+    return _encoder(x, w, config, layer, transform_gated)
 
 
 # --- LayerScale (CaiT, arXiv:2103.17239, Eq. 5 to 8): what each half adds is multiplied channel by channel ---------------------
@@ -230,15 +148,16 @@ def _encoder(x, w, config, layer: Layer) -> Any:
 LAYER_SCALE = 1e-5  # initial value: DINOv2's, and that of CaiT's deepest models
 
 
-def _scaled_leaves(config) -> tuple[Leaf, ...]:
+def _scaled_leaves(config, of_mlp: Callable = mlp_leaves) -> tuple[Leaf, ...]:
     def scale(name: str, number: int) -> Leaf:
+        text = f"{{block}}.layer_scale{number}.lambda1"
         names = {
-            "timm": (Name(f"{{block}}.ls{number}.gamma"),),
-            "transformers": (Name(f"{{block}}.layer_scale{number}.lambda1", when={"form": "dinov2"}),),
+            "timm": (Name(f"{{block}}.{{scale{number}}}"),),
+            "transformers": tuple(Name(text, when={"form": form}) for form in ("dinov2", "dinov3")),
         }
         return Leaf(path=(name,), shape=(config.width,), initial=constant(LAYER_SCALE), names=names)
 
-    return (*attention_leaves(config), scale("scale1", 1), *mlp_leaves(config), scale("scale2", 2))
+    return (*attention_leaves(config), scale("scale1", 1), *of_mlp(config), scale("scale2", 2))
 
 
 def _folded(w) -> dict:
@@ -254,8 +173,8 @@ def _folded(w) -> dict:
     return {**w, "out": fold(w["out"], w["scale1"]), "mlp_out": fold(w["mlp_out"], w["scale2"])}
 
 
-def _scaled(x, w, config, layer: Layer):
-    return _encoder(x, _folded(w), config, layer)
+def _scaled(x, w, config, layer: Layer, mlp: Callable = transform):
+    return _encoder(x, _folded(w), config, layer, mlp)
 
 
 # --- the axial block (paper, appendix D.6): attention along rows and an MLP, then along columns and an MLP --------------------
@@ -321,6 +240,21 @@ BLOCKS: dict[str, Block] = {
         apply=_scaled,
         maps=attention_maps,
         statistics=attention_statistics,
+    ),
+    # a gated MLP, which with gelu="silu" is SwiGLU: without and with LayerScale (DINOv2-giant; DINOv3's S+, H+ and 7B)
+    "gated": Block(
+        leaves=lambda config: (*attention_leaves(config), *gated_leaves(config)),
+        apply=_gated,
+        maps=attention_maps,
+        statistics=attention_statistics,
+        mlp="gated_half",
+    ),
+    "layerscale-gated": Block(
+        leaves=partial(_scaled_leaves, of_mlp=gated_leaves),
+        apply=partial(_scaled, mlp=transform_gated),
+        maps=attention_maps,
+        statistics=attention_statistics,
+        mlp="gated_half",
     ),
     "axial": Block(leaves=_axial_leaves, apply=_axial, calls=lambda config: (config.grid, config.grid[::-1]), check=_check_axial),
 }

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from kernels.layer_norm.reference import EPS
 from kernels.mlp.reference import GELUS
-from vitcore import hybrid, masked
+from vitcore import dino, hybrid, masked
+from vitcore.block_leaves import QKV_BIASES
 from vitcore.blocks import BLOCKS, Block
 from vitcore.heads import POOLS, Pool
 from vitcore.masked import Masked
@@ -26,13 +27,14 @@ class ViTConfig:
     a stem that makes one). width: D. depth: L. mlp_dim: F. num_heads: N. num_classes: V, 0 for a model without a head.
     representation_size: width of the pre-logits tanh layer, None for none (the paper has it, as wide as the model, in
     pre-training only). pool: how the tokens become one representation, "token" (class token), "gap" (mean of the patch tokens),
-    or another name of `heads.POOLS`. dropout: rate. channels: C. gelu: "tanh" (the release), "erf" (exact) or "quick"
-    (CLIP's: a times the logistic function of 1.702 a). eps: of every layer norm. head_bias: initial value of the head's bias (the
-    release takes -10 for the sigmoid loss on ImageNet-21k), None for a head without one. stem: None (a linear projection of
-    patches), a name of `stems.STEMS`, or a stem's own record. position: a name of `positions.POSITIONS`. block: a name of
-    `blocks.BLOCKS`. masked: what masked patch prediction is told, which adds its leaves; None without it. registers: R, learned
-    tokens that the blocks see besides and nobody reads (arXiv:2309.16588). drop_path: the last block's rate of stochastic depth, as
-    dropout with a key alone (`vitcore/drop_path.py`). Raises ValueError where a value makes no model.
+    or another name of `heads.POOLS`. dropout: rate. channels: C. gelu: "tanh" (the release), "erf" (exact), "quick" (CLIP's: a
+    times the logistic function of 1.702 a) or "silu" (of a itself: with a gated block, SwiGLU). eps: of every layer norm.
+    head_bias: initial value of the head's bias (the release takes -10 for the sigmoid loss on ImageNet-21k), None for a head
+    without one. stem: None (a linear projection of patches), a name of `stems.STEMS`, or a stem's own record. position: a name of
+    `positions.POSITIONS`. block: a name of `blocks.BLOCKS`. masked: what masked patch prediction is told, which adds its leaves;
+    None without it. registers: R, learned tokens that the blocks see besides and nobody reads (arXiv:2309.16588). drop_path: the
+    last block's rate of stochastic depth, as dropout with a key alone (`vitcore/drop_path.py`). qkv_bias: which of queries, keys
+    and values have a bias in the blocks: "qkv", "qv" or "none". Raises ValueError where a value makes no model.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -46,7 +48,7 @@ class ViTConfig:
     pool: str = "token"
     dropout: float = 0.0
     channels: int = 3
-    gelu: Literal["tanh", "erf", "quick"] = "tanh"
+    gelu: Literal["tanh", "erf", "quick", "silu"] = "tanh"
     eps: float = EPS
     head_bias: float | None = 0.0
     stem: Any = None
@@ -55,6 +57,7 @@ class ViTConfig:
     masked: Masked | None = None
     registers: int = 0
     drop_path: float = 0.0
+    qkv_bias: Literal["qkv", "qv", "none"] = "qkv"
 
     def __post_init__(self):
         self._from_json()
@@ -81,7 +84,9 @@ class ViTConfig:
         if self.representation_size is not None and self.representation_size < 1:
             raise ValueError(f"representation_size={self.representation_size}: a positive integer or None is required")
         if self.gelu not in GELUS:
-            raise ValueError(f"gelu={self.gelu!r}: 'tanh', 'erf' or 'quick' is required")
+            raise ValueError(f"gelu={self.gelu!r}: 'tanh', 'erf', 'quick' or 'silu' is required")
+        if self.qkv_bias not in QKV_BIASES:
+            raise ValueError(f"qkv_bias={self.qkv_bias!r}: 'qkv', 'qv' or 'none' is required")
         if not (isinstance(self.eps, int | float) and SMALLEST_EPS <= self.eps < 1):
             raise ValueError(f"eps={self.eps!r}: a number from {SMALLEST_EPS:g} to below 1 is required, e.g. 1e-6")
         if not 0.0 <= self.dropout < 1.0:
@@ -198,8 +203,10 @@ PATCHES = {
 
 
 def parse(name: str) -> dict[str, Any] | None:
-    """The fields of "ViT-{Nano,Ti,S,B,L,H}/P", with any patch side P, also as "Axial-ViT-B/16" or a hybrid's "R50+ViT-B/16"; None
-    for another name."""
+    """The fields of "ViT-{Nano,Ti,S,B,L,H}/P", with any patch side P, also as "Axial-ViT-B/16", a hybrid's "R50+ViT-B/16" or a name
+    of `dino.py`; None for another name."""
+    if (fields := dino.parse(name)) is not None:
+        return fields
     if (found := hybrid.parse(name)) is not None:
         fields, size = found
         return {**fields, **SIZES[size]} if size in SIZES else None
@@ -215,4 +222,5 @@ NAMES = (
     "Axial-ViT-B/16",
     "Axial-ViT-B/32",
     *hybrid.NAMES,
+    *dino.NAMES,
 )

@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="the only batch size; default: any")
     parser.add_argument("--image-size", type=int, help="default: the model's; the position embedding is fitted to it")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--gelu", choices=["tanh", "erf", "quick"], help="default: by the file; else tanh for .npz, erf for others")
+    parser.add_argument(
+        "--gelu", choices=["tanh", "erf", "quick", "silu"], help="default: by the file; else tanh for .npz, erf for others"
+    )
     parser.add_argument("--heads", type=int, help="number of heads, where the file does not say and the model is unusual")
     parser.add_argument("--mean", type=float, nargs="+", help="of the pixels that the model wants, where the file does not say")
     parser.add_argument("--std", type=float, nargs="+", help="deviation of the pixels, likewise")

@@ -50,7 +50,8 @@ FAMILIES: dict[type, Family] = {
         names=vit_config.NAMES,
         fit=vit.fit,
         by_xla=vit.by_xla,
-        spelling=f"ViT-{{{','.join(vit_config.SIZES)}}}/P with any patch side P, Axial-ViT-B/P, R50+ViT-B/16 or /32",
+        spelling=f"ViT-{{{','.join(vit_config.SIZES)}}}/P with any patch side P, Axial-ViT-B/P, R50+ViT-B/16 or /32, "
+        "DINOv2-{S,B,L,g}/14, DINOv3-{S,S+,B,L,H+,7B}/16",
     ),
     ResNetConfig: Family(
         leaves=resnet_models.leaves,

@@ -75,7 +75,8 @@ def _parameters(config: ViTConfig, mesh: MeshShape) -> int:
 
 def _by_another(config: ViTConfig, one: Keeping) -> bool:
     """Whether the model has another op in the place of this one."""
-    return one.op == "attention_half" and config.entries.position.attend is not None
+    position, block = config.entries.position, config.entries.block
+    return (one.op == "attention_half" and position.attend is not None) or (one.op == "mlp_half" and block.mlp != one.op)
 
 
 def described(kept: tuple[Kept, ...]) -> str:

@@ -11,6 +11,8 @@ from kernels.attention import reference as attention
 from kernels.attention import tpu as attention_tpu
 from kernels.attention.relative import reference as attention_relative
 from kernels.attention.relative import tpu as attention_relative_tpu
+from kernels.attention.rotary import reference as attention_rotary
+from kernels.attention.rotary import tpu as attention_rotary_tpu
 from kernels.attention.statistics import reference as attention_statistics
 from kernels.attention.statistics import tpu as attention_statistics_tpu
 from kernels.by_xla import FEW_TOKENS
@@ -18,6 +20,7 @@ from kernels.device import DEVICES, SUBLANES, Device
 from kernels.launch import Launch, here
 from kernels.layer_norm import reference as layer_norm
 from kernels.layer_norm import tpu as layer_norm_tpu
+from kernels.mlp import gated as mlp_gated
 from kernels.mlp import gpu as mlp_gpu
 from kernels.mlp import reference as mlp
 from kernels.mlp import tpu as mlp_tpu
@@ -56,6 +59,9 @@ class Ops(NamedTuple):
     left to run beside them, and keeps the gradients till then.
     relative_half: the half with relative positions, by default `kernels/attention/relative/reference.py`. relative_by_xla:
     why XLA does it for a `tiling.Shape`, "" where a kernel does.
+    rotary_half, rotary_by_xla: likewise the half with rotary positions, by default `kernels/attention/rotary/reference.py`.
+    gated_half: a gated MLP half, for which nobody has a kernel: `kernels/mlp/reference.py`, or what keeps less of it
+    (`kernels/mlp/gated.py`).
     attention_statistics: `kernels/attention/statistics/reference.py` of a block. No logits need it, and by default XLA
     does it.
     keeping: what a training step may keep where memory is plentiful, the first to be kept first (`vitcore/keep.py`). device: () ->
@@ -74,6 +80,9 @@ class Ops(NamedTuple):
     paced: bool = False
     relative_half: Callable = attention_relative.attention_half
     relative_by_xla: Callable = lambda shape: "these ops have no kernel for them"
+    rotary_half: Callable = attention_rotary.attention_half
+    rotary_by_xla: Callable = lambda shape: "these ops have no kernel for them"
+    gated_half: Callable = mlp.gated_half
     attention_statistics: Callable = attention_statistics.attention_statistics
     keeping: tuple[Keeping, ...] = ()
     device: Callable[[], Device] | None = None
@@ -85,7 +94,13 @@ class Ops(NamedTuple):
 
 FUNCTIONS = tuple(name for name in Ops._fields if name not in Ops._field_defaults)  # without the model's settings
 KEPT = ("keeping", "device")
-OTHERS = ("relative_half", "relative_by_xla", "attention_statistics")  # that have the reference where nothing is said
+OTHERS = (
+    "relative_half",
+    "relative_by_xla",
+    "rotary_half",
+    "rotary_by_xla",
+    "attention_statistics",
+)  # that have the reference where nothing is said
 
 _KERNELS = (
     patch_embed_tpu.patch_embed,
@@ -94,6 +109,8 @@ _KERNELS = (
     layer_norm_tpu.layer_norm,
     attention_relative_tpu.attention_half,
     attention_relative_tpu.by_xla,
+    attention_rotary_tpu.attention_half,
+    attention_rotary_tpu.by_xla,
     attention_statistics_tpu.attention_statistics,
 )
 
@@ -118,7 +135,10 @@ def _kernels(started: Callable, launch: Callable[[], Launch]) -> Ops:
     )
     functions = dict(zip((*FUNCTIONS, *OTHERS), map(started, _KERNELS), strict=True))
     # whole tiles of 8 rows: in HBM they are there anyway, and [B, T, D] as [B T, D], which products like best, is a view
-    return Ops(**functions, multiple=SUBLANES, unpadded=FEW_TOKENS, stacked=True, keeping=keeping, device=lambda: launch().device)
+    return Ops(
+        **functions, gated_half=mlp_gated.gated_half, multiple=SUBLANES, unpadded=FEW_TOKENS, stacked=True, keeping=keeping,
+        device=lambda: launch().device,
+    )  # fmt: skip
 
 
 @cache

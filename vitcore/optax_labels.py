@@ -109,11 +109,11 @@ def stacked_axes(config) -> dict:
 
 
 def _stacked_axes(leaf: parameters.Leaf) -> int:
-    """How many leading axes of a leaf hold arrays that are separate: the layers', and the three of q, k and v.
+    """How many leading axes of a leaf hold arrays that are separate: the layers', and those of q, k and v or of a gated MLP.
 
     The units of a ResNet's stage behind its first are stacked as layers are, below "rest".
     """
-    return (leaf.layers > 0 or "rest" in leaf.path) + ("qkv" in leaf.path[:-1])
+    return (leaf.layers > 0 or "rest" in leaf.path) + any(name in leaf.path[:-1] for name in ("qkv", "mlp_gated"))
 
 
 def _apart(array, axes: int):

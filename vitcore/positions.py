@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention.relative import reference as relative
+from kernels.attention.rotary.reference import Turn, turned
 from vitcore import posemb
 from vitcore.blocks import IN_ATTENTION, attention_weights, heads_here
 from vitcore.collectives import sum_over_model, vary
@@ -29,7 +30,9 @@ class Position(NamedTuple):
     dropout(MSA(LN(x))) in place of the block's own attention half, and logits: (q [B, T, N, H], w, config) -> [B, N, T, T] that it
     adds to the others before their scale; None: neither. check: (config) raises ValueError for a configuration that it cannot take.
     fit: (name, array, config, new, method) -> a leaf of this name, of any number of layers, as a model `new` of another grid has it
-    (`posemb`). unnamed: nothing in a file of weights tells of it.
+    (`posemb`). turn: (qk [C, B, T, N*H], config, heads) -> the queries and keys that attend, None for as they are. by_xla: (ops,
+    `kernels.attention.tiling.Shape`) -> what of it these ops leave to XLA, for people; "" for nothing. unnamed: nothing in a
+    file of weights tells of it.
     """
 
     leaves: Callable
@@ -38,6 +41,8 @@ class Position(NamedTuple):
     at_block: Callable | None = None
     attend: Callable | None = None
     logits: Callable | None = None
+    turn: Callable | None = None
+    by_xla: Callable = lambda ops, shape: ""
     check: Callable = lambda config: None
     fit: Callable = lambda name, array, config, new, method: array
     unnamed: bool = False
@@ -170,6 +175,35 @@ def _attend_relative(x, w, config, layer):
     return sum_over_model(layer.residual(run, x, weights.out_bias, IN_ATTENTION), mesh)
 
 
+# --- rotary: queries and keys of patches are turned by where they stand (DINOv3) -----------------------------------------------
+
+
+def _turn(config) -> Turn:
+    rows, columns = config.grid
+    return Turn(rows, columns, config.class_tokens)
+
+
+def _turned(qk, config, heads: int):
+    return turned(qk, _turn(config), heads)
+
+
+def _attend_rotary(x, w, config, layer):
+    """The attention half of a block with rotary positions, summed over the model axis."""
+    options = {"turn": _turn(config), "num_heads": heads_here(config, layer), "eps": config.eps}
+    x, layer = vary(x, layer.context.mesh), layer._replace(stacks=None)  # no op of it takes weights where they lie
+    return sum_over_model(
+        layer.half(layer.context.ops.rotary_half, x, attention_weights(w), IN_ATTENTION, **options), layer.context.mesh
+    )
+
+
+def _whole_quarters(config) -> None:
+    if (width := config.width // config.num_heads) % 4:
+        raise ValueError(
+            f"position='rope' with heads of {config.width} / {config.num_heads} = {width} columns: a multiple of 4 is required, "
+            "pairs of columns for rows and for columns of patches"
+        )
+
+
 def _no_registers(config) -> None:
     if config.registers:
         raise ValueError(f"position='relative' with registers={config.registers}: a register is at no distance; use '1d' or '2d'")
@@ -243,7 +277,18 @@ POSITIONS: dict[str, Position] = {
         block_leaves=_offsets,
         attend=_attend_relative,
         logits=_relative_logits,
+        by_xla=lambda ops, shape: "relative positions" if ops.relative_by_xla(shape) else "",
         check=_no_registers,
+    ),
+    # no table: the angle between two patches is that of their places, in any grid
+    "rope": Position(
+        leaves=_none,
+        table=_nothing,
+        attend=_attend_rotary,
+        turn=_turned,
+        by_xla=lambda ops, shape: "rotary positions" if ops.rotary_by_xla(shape) else "",
+        check=_whole_quarters,
+        unnamed=True,
     ),
     "sincos2d": Position(leaves=_none, table=_fixed, check=_divides(4), unnamed=True),
     "none": Position(leaves=_none, table=_nothing, unnamed=True),

@@ -135,10 +135,11 @@ def fit(path, array, config: ViTConfig, new: ViTConfig, method: str):
 
 def by_xla(config: ViTConfig, ops: Ops, dtype, heads: int) -> tuple[str, ...]:
     """The parts of a model that are no ops, or ops that XLA does for these `ops`."""
-    stem, position, _, _ = config.entries
-    positions = False
-    if position.attend is not None:
-        shape = Shape(1, config.tokens, config.width, heads, config.width // config.num_heads, jnp.dtype(dtype))
-        positions = bool(ops.relative_by_xla(shape))
-    parts = (stem.embed is None, "convolutions"), (positions, "relative positions"), (config.pool == "map", "attention pooling")
-    return tuple(name for there, name in parts if there)
+    stem, position, block, _ = config.entries
+    shape = Shape(1, config.tokens, config.width, heads, config.width // config.num_heads, jnp.dtype(dtype))
+    gated = block.mlp == "gated_half"
+    parts = (
+        "convolutions" if stem.embed is None else "", position.by_xla(ops, shape), "the gated MLP" if gated else "",
+        "attention pooling" if config.pool == "map" else "",
+    )  # fmt: skip
+    return tuple(filter(None, parts))

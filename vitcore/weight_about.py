@@ -32,13 +32,14 @@ _MODELS = (  # by what their models have, where no name tells
     ("CLIP's", "stem", "clip", CLIP),
     ("SigLIP's", "pool", "map", HALF),
     ("ImageNet's", "block", "layerscale", IMAGENET),
+    ("ImageNet's", "block", "layerscale-gated", IMAGENET),
 )
 # timm's architectures that compute another GELU than the exact one
 _ARCHITECTURES = (
     ("quick", r"quickgelu"),
     ("tanh", r"(base_patch32|so400m_patch16|giantopt_patch16)_siglip|large_patch16_siglip(_gap)?_512"),
 )
-_GELU = {"quick_gelu": "quick", "gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+_GELU = {"quick_gelu": "quick", "gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "silu": "silu"}
 
 
 class About(NamedTuple):
@@ -95,7 +96,9 @@ def _beside(path: str) -> About:
     vision = _part(model, "vision_config") or model
     if isinstance(heads := vision.get("num_attention_heads"), int) and not isinstance(heads, bool) and heads > 0:
         found = found._replace(heads=heads)
-    if isinstance(act := vision.get("hidden_act"), str):
+    if vision.get("use_swiglu_ffn") is True:  # DINOv2's, whatever its hidden_act
+        found = found._replace(gelu="silu")
+    elif isinstance(act := vision.get("hidden_act"), str):
         if act not in _GELU:
             raise WeightError(f"{path} is of a model with {act!r} by the config.json beside it: 'gelu' is supported")
         found = found._replace(gelu=_GELU[act])

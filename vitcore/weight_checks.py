@@ -14,7 +14,7 @@ from vitcore.config import ViTConfig
 from vitcore.resnet_models import ResNetConfig
 from vitcore.weight_files import Stored, WeightError
 from vitcore.weight_infer import infer, refuse
-from vitcore.weight_names import POSITION, Entry, Style, style_of
+from vitcore.weight_names import OPEN_POSITIONS, POSITION, Entry, Style, style_of
 
 PATCHES = ("patch_embed", "kernel")
 MOST_PATCHES = 2**16  # of a position embedding that is to be fitted: a side of 4096 pixels in patches of 16
@@ -170,12 +170,12 @@ def _shape(shape) -> str:
     return "(" + ",".join(map(str, shape)) + ")"
 
 
-def agrees(path: str, about: weight_about.About, config) -> None:
-    """Raise where a file of ours says of its model what no array shows, and the config says otherwise."""
-    told = about.config or {}
-    other = [
-        name for name in ("num_heads", "gelu", "eps", "pool") if name in told and told[name] != getattr(config, name, told[name])
-    ]
+def agrees(path: str, about: weight_about.About, config, style: Style) -> None:
+    """Raise where a file of ours, or the names of DINOv3's, say of its model what no array shows, and the config says otherwise."""
+    told = about.config or ({"position": "rope"} if style.form == "dinov3" else {})
+    open_ = {getattr(config, "position", None), told.get("position")} <= set(OPEN_POSITIONS)
+    asked = ("num_heads", "gelu", "eps", "pool", *(["position"] if open_ else []))
+    other = [name for name in asked if name in told and told[name] != getattr(config, name, told[name])]
     if other:
         said = ", ".join(f"{name}={told[name]!r}, not {getattr(config, name)!r}" for name in other)
         raise WeightError(f"{path} is of a model with {said}: give the config it was saved with, or change that of the result")

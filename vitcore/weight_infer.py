@@ -3,20 +3,21 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
-from vitcore import weight_resnets
+from vitcore import dino, weight_resnets
 from vitcore.config import SIZES, ViTConfig
 from vitcore.resnet_models import ResNetConfig
 from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS, Style, words
 
 _REFUSED = (
-    (r"\.mlp\.(weights_in|w12|w1_w2)\.", "a SwiGLU MLP (DINOv2-giant)"),
     (
-        r"(^|\.)(rope_embed|rope)\.|\.mlp\.fc1_g\.|\.mlp\.w[123]\.|\.gamma_1$",
-        "rotary positions or EVA's blocks (DINOv3, EVA-02, BEiT)",
+        r"\.mlp\.(w12|w1_w2|w[123])\.|^storage_tokens$|^rope_embed\.",
+        "SwiGLU or rotary positions in the names of its own code (of DINO timm's and transformers' are read)",
     ),
+    (r"(^|\.)rope\.", "rotary positions of another kind than DINOv3's"),
+    (r"\.attn\.(q_proj|norm)\.|\.mlp\.norm\.", "EVA-02's blocks"),
     (r"(^|\.)(dist_token|distillation_token)$", "a distillation token (DeiT distilled)"),
-    (r"^(model\.)?layer\.\d+\.attention\.", "rotary positions (DINOv3)"),
     (r"\.(q_norm|k_norm)\.", "normalised queries and keys"),
     (r"^fc_norm\.", "its last norm behind the mean of the tokens (fc_norm)"),
     (r"\.relative_position_bias_table$", "relative position biases (BEiT)"),
@@ -28,6 +29,21 @@ def refuse(found: Iterable[str]) -> None:
     for pattern, what in _REFUSED:
         if names := [name for name in found if re.search(pattern, name)]:
             raise ValueError(f"the model has {what}, which is not supported ({names[0]})")
+
+
+def _refuse_eva(found: Mapping[str, tuple[int, ...]], style: Style) -> None:
+    """Raise ValueError for a model of timm's EVA that is not DINOv3, whose class and names it shares.
+
+    DINOv3 has registers, no position embedding and no bias of keys; the other models there have one of them otherwise.
+    """
+    if style.naming != "timm" or style.form != "dinov3":
+        return
+    if "pos_embed" in found:
+        raise ValueError(
+            "the model has EVA's blocks beside a position embedding (EVA-02, BEiT), which is not supported (pos_embed)"
+        )
+    if "blocks.0.attn.qkv.bias" in found or "reg_token" not in found:
+        raise ValueError("the model has rotary positions of another kind than DINOv3's, which is not supported (blocks.0.gamma_1)")
 
 
 def infer(
@@ -44,6 +60,7 @@ def infer(
     """
 
     refuse(found)
+    _refuse_eva(found, style)
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if len(found.get(name, ())) != rank or 0 in found[name]:
@@ -55,6 +72,7 @@ def infer(
     transformer = f"{p}embedding/kernel" if style.naming == "release" else f"{p}patch_embed.proj.weight"
     if transformer not in found and (resnet := weight_resnets.resnet_of(found, style.naming, style.bit, p)):
         return resnet
+    gated, has_bias, rotary = False, "qkv", style.form == "dinov3"
     stem = weight_resnets.stem_of(found, style.naming, "", p + (weight_resnets.HYBRID if style.naming == "timm" else ""))
     if style.naming == "release":
         side, other, channels, width = shape(f"{p}embedding/kernel", 4)
@@ -73,15 +91,20 @@ def infer(
             raise ValueError("the model has patches of images of any shape (SigLIP 2's NaFlex), which is not supported")
         width, channels, side, other = shape(f"{p}{parts['patches']}.weight", 4)
         depth = _count(found, rf"{p}{re.escape(parts['blocks'])}\.(\d+)\.")
-        mlp_dim = shape(f"{p}{parts['block']}.{parts['mlp_in']}.bias", 1)[0]
-        heads = heads or known_heads(width, depth, mlp_dim)
+        block = p + parts["block"]
+        inner, gated = _hidden(found, block, parts, timm=timm)
+        mlp_dim = shape(inner, 1)[0] // (2 if gated == "packed" else 1)
+        has_bias = _qkv_bias(found, block, parts, timm=timm)
+        heads = heads or known_heads(width, depth, mlp_dim, rotary=rotary)
         table, cls = p + parts["position"], p + parts["class"]
         pre = "pre_logits.fc.bias" if timm else f"{p}pooler.dense.bias"
         head = "head" if timm else "visual_projection" if "visual_projection.weight" in found else "classifier"
         classes, head = f"{head}.weight", f"{head}.bias"
     if side != other:
         raise ValueError(f"no model can be made out: patches are {side} x {other}, square ones are required")
-    scaled = style.form == "dinov2" or (style.naming == "timm" and "blocks.0.ls1.gamma" in found)
+    scaled = any(re.search(r"(^|\.)(ls1\.gamma|gamma_1|layer_scale1\.lambda1)$", name) for name in found)
+    if rotary:
+        position = "rope"
     has_class = cls in found
     has_map = any(name in found for name in (f"{p}MAPHead_0/probe", f"{p}head.probe", "attn_pool.latent"))
     normed = f"{p}{'norm_pre' if style.naming == 'timm' else 'pre_layrnorm'}.weight" in found
@@ -116,13 +139,40 @@ def infer(
         head_bias=None if classes in found and head not in found else 0.0,
         representation_size=found[pre][0] if len(found.get(pre, ())) == 1 else None,
         pool=pool,
-        gelu=("quick" if normed else "tanh") if style.tower else "tanh" if style.naming == "release" else "erf",
-        eps=1e-5 if normed else 1e-12 if style.naming == "transformers" and not style.form else 1e-6,
-        block="layerscale" if scaled else "encoder",
+        gelu=_gelu(style, gated=bool(gated), normed=normed),
+        eps=1e-5 if normed or rotary else 1e-12 if style.naming == "transformers" and not style.form else 1e-6,
+        block="-".join(filter(None, ("layerscale" if scaled else "", "gated" if gated else ""))) or "encoder",
         stem=stem[0] if stem else "clip" if normed else None,
         position=position,
         registers=registers[1] if len(registers) == 3 else 0,
+        qkv_bias=has_bias,
     )
+
+
+def _gelu(style: Style, *, gated: bool, normed: bool) -> Literal["tanh", "erf", "quick", "silu"]:
+    """What the models of these names compute where nothing says it. normed: with a norm in front of the blocks, as CLIP has."""
+    if gated:
+        return "silu"
+    if style.tower:
+        return "quick" if normed else "tanh"
+    return "tanh" if style.naming == "release" else "erf"
+
+
+def _hidden(found, block: str, parts, *, timm: bool) -> tuple[str, str]:
+    """(the bias of the MLP's first projection; how it is gated: "" not, "apart": this is one of two, "packed": both are in it)."""
+    gate, other, packed = ("fc1_g", "fc1_x", "fc1") if timm else ("gate_proj", "up_proj", "weights_in")
+    if f"{block}.mlp.{gate}.bias" in found:
+        return f"{block}.mlp.{other}.bias", "apart"
+    bias, out = f"{block}.mlp.{packed}.bias", found.get(f"{block}.mlp.fc2.weight", ())
+    if bias in found and (not timm or (len(out) == 2 and found[bias] == (2 * out[1],))):
+        return bias, "packed"
+    return f"{block}.{parts['mlp_in']}.bias", ""
+
+
+def _qkv_bias(found, block: str, parts, *, timm: bool) -> Literal["qkv", "qv", "none"]:
+    """Which of q, k and v have a bias."""
+    whole, two = ("attn.qkv.bias", "attn.q_bias") if timm else (f"{parts['key']}.bias", f"{parts['query']}.bias")
+    return "qkv" if f"{block}.{whole}" in found else "qv" if f"{block}.{two}" in found else "none"
 
 
 def _bare(entries: int, grid) -> bool:
@@ -141,9 +191,11 @@ def _said(what: str, value: str | None, there: str, choices: tuple[str, ...]) ->
     return value
 
 
-def known_heads(width: int, depth: int, mlp_dim: int) -> int:
-    """The number of heads of the named size with these sides, which a file without it must be of. Raises ValueError."""
-    for size in SIZES.values():
+def known_heads(width: int, depth: int, mlp_dim: int, *, rotary: bool = False) -> int:
+    """The number of heads of the named size with these sides, which a file without it must be of; rotary: of DINOv3's, one of which
+    has another number than the ViT with its sides. Raises ValueError."""
+    sizes = [*dino.SIZES["3"].values()] if rotary else [*SIZES.values(), *dino.SIZES["2"].values()]
+    for size in sizes:
         if (size["width"], size["depth"], size["mlp_dim"]) == (width, depth, mlp_dim):
             return size["num_heads"]
     raise ValueError(

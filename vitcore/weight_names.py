@@ -62,8 +62,9 @@ class Style:
     """How a file names things. numbering (release): 1 counts all parts of a block on (MlpBlock_3), 0 each kind for itself
     (MlpBlock_0). stacked (release): blocks along a leading axis. top_position (release): `pos_embedding` at the top, without a
     class slot. modules (transformers): the names in memory. bit (release): of a pre-activation ResNet, "first" for the names of its
-    first release and "later" for those of the later code. form (transformers): whose names the parts have, "tower" for the vision
-    towers of CLIP and SigLIP. prefix: before every name."""
+    first release and "later" for those of the later code. form: whose names the parts have: in transformers "dinov2", "dinov3", and
+    "tower" for the vision towers of CLIP and SigLIP; in timm "dinov3" for those of its EVA, which DINOv3 is there. prefix: before
+    every name."""
 
     naming: Naming = "release"
     prefix: str = ""
@@ -72,7 +73,7 @@ class Style:
     top_position: bool = False
     modules: bool = False
     bit: Literal["", "first", "later"] = ""
-    form: Literal["", "dinov2", "tower"] = ""
+    form: Literal["", "dinov2", "dinov3", "tower"] = ""
 
     @property
     def tower(self) -> bool:
@@ -86,8 +87,12 @@ def written(config, naming: Naming) -> Style:
     if naming == "transformers" and isinstance(config, ViTConfig):
         if config.stem == "clip" or config.pool == "map":
             return Style(naming=naming, form="tower", prefix="vision_model.")
-        if config.block == "layerscale":
+        if config.position == "rope":
+            return Style(naming=naming, form="dinov3")
+        if config.block in ("layerscale", "layerscale-gated"):
             return Style(naming=naming, form="dinov2", prefix="dinov2_with_registers." if config.registers else "dinov2.")
+    if naming == "timm" and isinstance(config, ViTConfig) and (config.position == "rope" or config.qkv_bias == "qv"):
+        return Style(naming=naming, form="dinov3")
     return Style(naming=naming, prefix="vit." if naming == "transformers" else "")
 
 
@@ -113,7 +118,12 @@ _ATTENTION = {part: f"attention.attention.{part}" for part in ("query", "key", "
 _MLP = {"mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
 _TRANSFORMERS = {
     "": {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp_in": "intermediate.dense", "mlp_out": "output.dense"},
-    "dinov2": {"norm1": "norm1", "norm2": "norm2", **_MLP},
+    "dinov2": {"norm1": "norm1", "norm2": "norm2", **_MLP, "gated_out": "mlp.weights_out"},
+    "dinov3": {
+        "blocks": "layer", "norm1": "norm1", "norm2": "norm2", "mlp_in": "mlp.up_proj", "mlp_out": "mlp.down_proj",
+        "gated_out": "mlp.down_proj", "query": "attention.q_proj", "key": "attention.k_proj", "value": "attention.v_proj",
+        "out": "attention.o_proj", "final": "norm", "patches": "embeddings.patch_embeddings",
+    },
     "tower": {
         "blocks": "encoder.layers", "norm1": "layer_norm1", "norm2": "layer_norm2", **_MLP, "query": "self_attn.q_proj",
         "key": "self_attn.k_proj", "value": "self_attn.v_proj", "out": "self_attn.out_proj", "final": "post_layernorm",
@@ -129,7 +139,11 @@ _MODULES = {
     "blocks": "layers", **_MLP, "query": "attention.q_proj", "key": "attention.k_proj", "value": "attention.v_proj",
     "out": "attention.o_proj",
 }  # fmt: skip
-_TIMM = {"blocks": "blocks", "mlp_in": "mlp.fc1", "patches": "patch_embed.proj", "class": "cls_token", "position": "pos_embed"}
+_TIMM = {
+    "blocks": "blocks", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2", "patches": "patch_embed.proj", "class": "cls_token",
+    "position": "pos_embed", "scale1": "ls1.gamma", "scale2": "ls2.gamma",
+}  # fmt: skip
+_EVA = {"scale1": "gamma_1", "scale2": "gamma_2"}
 
 
 def words(style: Style, layer: int | None = None) -> dict[str, str]:
@@ -144,7 +158,11 @@ def words(style: Style, layer: int | None = None) -> dict[str, str]:
             "norm2": f"LayerNorm_{norm2}",
             "mlp": f"MlpBlock_{mlp}",
         }
-    parts = _TIMM if style.naming == "timm" else _USUAL | _TRANSFORMERS[style.form] | (_MODULES if style.modules else {})
+    if style.naming == "timm":
+        parts = _TIMM | (_EVA if style.form == "dinov3" else {})
+    else:
+        modules = {"blocks": "model.layer"} if style.form == "dinov3" else _MODULES
+        parts = _USUAL | _TRANSFORMERS[style.form] | (modules if style.modules else {})
     return parts | {"block": f"{parts['blocks']}.{layer}"}
 
 
@@ -186,7 +204,7 @@ _KNOWN: tuple[tuple[Naming, str], ...] = (
     ),
     (
         "transformers",
-        r"(|vit\.|dinov2\.|dinov2_with_registers\.|vision_model\.)(?:embeddings\.|encoder\.layers?\.|layers\.\d)",
+        r"(|vit\.|dinov2\.|dinov2_with_registers\.|vision_model\.)(?:embeddings\.|encoder\.layers?\.|layers\.\d|(?:model\.)?layer\.\d)",
     ),
     ("timm", r"()(?:patch_embed\.|blocks\.\d|pos_embed$|cls_token$|stem\.conv|stages\.\d)"),
 )
@@ -209,12 +227,8 @@ def style_of(names: Iterable[str]) -> Style | None:
             else 1,
             stacked=any(name.startswith("Transformer/encoderblock/") for name in rest),
             top_position="pos_embedding" in rest,
-            form="dinov2"
-            if any(re.search(r"\.layer_scale\d\.lambda1$", name) for name in rest)
-            else "tower"
-            if "embeddings.patch_embedding.weight" in rest
-            else "",
-            modules=naming == "transformers" and any(re.match(r"layers\.\d", name) for name in rest),
+            form=_form(naming, rest),
+            modules=naming == "transformers" and any(re.match(r"layers\.\d|model\.layer\.\d", name) for name in rest),
             bit="first"
             if "root_block/standardized_conv2d/kernel" in rest
             else "later"
@@ -222,3 +236,18 @@ def style_of(names: Iterable[str]) -> Style | None:
             else "",
         )
     return None
+
+
+def _form(naming: Naming, names: list[str]) -> Literal["", "dinov2", "dinov3", "tower"]:
+    """`Style.form` of a file with these names, without their prefix."""
+
+    def any_has(pattern: str) -> bool:
+        return any(re.search(pattern, name) for name in names)
+
+    if naming == "timm":
+        return "dinov3" if any_has(r"^blocks\.\d+\.(gamma_1|attn\.q_bias|mlp\.fc1_g\.weight)$") else ""
+    if naming == "transformers" and any_has(r"^(model\.)?layer\.\d"):
+        return "dinov3"
+    if any_has(r"\.layer_scale\d\.lambda1$"):
+        return "dinov2"
+    return "tower" if "embeddings.patch_embedding.weight" in names else ""

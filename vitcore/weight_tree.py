@@ -117,7 +117,7 @@ def read(path, config, *, new_head: bool = False, grid=None, interpolation="corn
             arrays = {name: a for name, a in arrays.items() if name not in dropped}
         about = weight_about.read(path, weight_files.metadata(path))
         check(path, arrays, wanted, style, config)
-        agrees(path, about, config)
+        agrees(path, about, config, style)
         leaves = {leaf: np.empty(shape, np.float32) for leaf, shape in shapes(config).items()}
         if new_head:
             leaves |= {leaf.path: np.array(leaf.initial(None, leaf.shape)) for leaf in leaves_of(config) if leaf.path[0] == "head"}
@@ -190,7 +190,9 @@ def describe(
                     {n: a.shape for n, a in arrays.items()}, style, heads=heads or told.heads, grid=said, pool=pool,
                     position=position,
                 )  # fmt: skip
-                if style.naming != "release" and told.gelu is not None and isinstance(found, ViTConfig):
+                gated = isinstance(found, ViTConfig) and found.entries.block.mlp == "gated_half"  # of which timm's says nothing
+                known = told.gelu is not None and not (gated and style.naming == "timm")
+                if style.naming != "release" and known and isinstance(found, ViTConfig):
                     found = dataclasses.replace(found, gelu=told.gelu)  # pyright: ignore[reportArgumentType]
                 if style.naming != "release" and told.eps is not None and isinstance(found, ViTConfig):
                     found = dataclasses.replace(found, eps=told.eps)

@@ -20,14 +20,17 @@ class AttentionWeights(NamedTuple):
     out_bias: jax.Array  # [D]
 
 
-def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, residual_scale=1.0, tokens=None, eps=EPS):
+def attention_half(
+    x, weights: AttentionWeights, *, num_heads, dropout=None, residual_scale=1.0, tokens=None, eps=EPS, turn=None
+):  # fmt: skip
     """residual_scale * x + dropout(MSA(LN(x)) @ out_kernel + residual_scale * out_bias): the attention half of a block.
 
     x [B, T, D] float32 or bfloat16; num_heads: N, the heads on this device. residual_scale: 1 / (devices of the model axis), by
     which residual and output bias are multiplied: the sum over those devices of what each returns, which the caller takes, is then
     the whole half block, with residual and bias counted once; and dropout too, since the devices drop the same elements.
     tokens: how many of x's T rows are tokens, by default all; the rows behind them are padding that no token attends to.
-    eps: of LN.
+    eps: of LN. turn: (q, k, v [3, B, T, N*H], not rounded yet) -> the same, between the projections and the products, of entries
+    such as `rotary/`; None for none.
     Accumulates in float32; the softmax is float32; probabilities and projections are rounded to x's dtype.
     Returns [B, T, D] in x's dtype.
     """
@@ -37,6 +40,7 @@ def attention_half(x, weights: AttentionWeights, *, num_heads, dropout=None, res
     w_qkv, w_out = w_qkv.astype(x.dtype), w_out.astype(x.dtype)
     z = layer_norm(x, norm_scale, norm_bias, eps=eps)
     qkv = jnp.einsum("btd,cdk->cbtk", z, w_qkv, preferred_element_type=acc_dtype) + b_qkv[:, None, None]
+    qkv = qkv if turn is None else turn(qkv)
     q, k, v = qkv.astype(x.dtype).reshape(3, b, t, num_heads, -1)
     logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=acc_dtype) * q.shape[-1] ** -0.5
     if tokens is not None:

@@ -93,13 +93,15 @@ def _core_backward(chosen: GeneralBackward, static: Static, o, qkv, do):
     return dqkv, (made[0] if o is None else o), None
 
 
-def backward_chain(chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core, into=(None,) * 6, qkv=None):
+def backward_chain(
+    chosen, scalars, x, weights: AttentionWeights, dy, static: Static, core, into=(None,) * 6, qkv=None, turned=None
+):
     """dy with dx in its place for chosen.images images, from image scalars[2] on; the gradients of the weights, float32; and the
     third of core(qkv, do) -> (dqkv, o, whatever else). into: where the gradient of each weight belongs, or None; returned is the
-    whole array then. qkv: where the forward pass kept it."""
+    whole array then. qkv: where the forward pass kept it. turned: as of `general_forward.project`."""
     norm, w = weights[:2], operands(x, weights, static)
     if qkv is None:
-        qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
+        qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static, turned)
     do = general_backward.output_gradient(chosen.output_gradient, scalars, dy, w.out_kernel, chosen.images, static)
     dqkv, o, more = core(qkv, do)
     of_output = general_backward.output_weights(chosen.output_weights, scalars, o, dy, static, into[4])

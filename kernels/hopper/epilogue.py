@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.mlp.reference import QUICK
+from kernels.mlp.reference import LOGISTIC
 
 LOG2E = 1.4426950408889634
-RATE = {"tanh": (8 / jnp.pi) ** 0.5, "quick": QUICK}  # of the logistic function
-CUBIC = {"tanh": 0.044715, "quick": 0.0}
+RATE = {"tanh": (8 / jnp.pi) ** 0.5, **LOGISTIC}  # of the logistic function
+CUBIC = {"tanh": 0.044715, **dict.fromkeys(LOGISTIC, 0.0)}
 
 
 def _logistic(a, form: str):

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from kernels.body import iota, kept, sweep, unpacked_row
 from kernels.device import LANES, SUBLANES
 from kernels.mlp.plan import Tiling
-from kernels.mlp.reference import QUICK
+from kernels.mlp.reference import LOGISTIC
 
 PIECE = 128  # rows normalised or transposed at a time: one square of the transpose unit
 
@@ -18,12 +18,12 @@ _TANH, _CUBIC = math.sqrt(2 / math.pi), math.sqrt(2 / math.pi) * 0.044715
 
 
 def gelu(a, kind):
-    """GELU(a) = a p, and p, float32: p = (1 + tanh(a (_TANH + _CUBIC a^2))) / 2, in the exact form the normal cdf, in CLIP's the
-    logistic function of QUICK a, which is (1 + tanh(QUICK a / 2)) / 2."""
+    """GELU(a) = a p, and p, float32: p = (1 + tanh(a (_TANH + _CUBIC a^2))) / 2, in the exact form the normal cdf, in those of
+    LOGISTIC the logistic function of a rate times a, which is (1 + tanh(rate a / 2)) / 2."""
     if kind == "tanh":
         p = 0.5 + 0.5 * jnp.tanh(a * (_TANH + _CUBIC * (a * a)))
-    elif kind == "quick":
-        p = 0.5 + 0.5 * jnp.tanh(a * (0.5 * QUICK))
+    elif kind in LOGISTIC:
+        p = 0.5 + 0.5 * jnp.tanh(a * (0.5 * LOGISTIC[kind]))
     else:
         p = 0.5 + 0.5 * lax.erf(a * math.sqrt(0.5))
     return a * p, p
@@ -33,8 +33,8 @@ def gelu_slope(a, h, p, kind):
     """dGELU/da at a, where h and p are what `gelu` returned: p + a dp/da, with dp/da = 2 p (1 - p) du/da for the tanh of u."""
     if kind == "tanh":
         return p + h * (1 - p) * (2 * _TANH + 6 * _CUBIC * (a * a))
-    if kind == "quick":
-        return p + QUICK * h * (1 - p)
+    if kind in LOGISTIC:
+        return p + LOGISTIC[kind] * h * (1 - p)
     return p + a * jnp.exp(-0.5 * (a * a)) * (1 / math.sqrt(2 * math.pi))
 
 

@@ -117,7 +117,7 @@ def test_the_table_is_written_as_it_is_read(tmp_path):
     assert names["TABLE"] == table.TABLE
 
 
-@pytest.mark.parametrize("form", ["tanh", "quick", "erf"])
+@pytest.mark.parametrize("form", ["tanh", "quick", "silu", "erf"])
 def test_gelu_and_its_slope_in_few_operations(form):
     """Within a few roundings of float32 everywhere, also where the exponential overflows."""
     a = np.concatenate([np.linspace(-12, 12, 2001), [-1e4, -100.0, 100.0, 1e4, 0.0]])

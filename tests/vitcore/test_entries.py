@@ -1,5 +1,5 @@
-"""Position embeddings, pools, axial blocks and hybrids against a ViT written a second time in float64 NumPy (tests/tape.py):
-values and every gradient of the whole model."""
+"""Position embeddings, pools, gated and axial blocks and hybrids against a ViT written a second time in float64
+NumPy (tests/tape.py): values and every gradient of the whole model."""
 
 from typing import Any
 
@@ -49,14 +49,32 @@ def table(c, kind, p):
     return tape.concatenate([*first, Number(each)], 0)
 
 
+def rotary(x, c):
+    """[T, H] with pairs of columns of the patches turned, one patch at a time; registers stand in front of them here."""
+    h, before = x.shape[1], x.shape[0] - c.grid[0] * c.grid[1]
+    rows = [x[:before]]
+    for patch in range(c.grid[0] * c.grid[1]):
+        y, column = divmod(patch, c.grid[1])
+        centres = [(2 * y + 1) / c.grid[0] - 1, (2 * column + 1) / c.grid[1] - 1]
+        angles = np.array([2 * np.pi * centre / 100 ** (4 * i / h) for centre in centres for i in range(h // 4)])
+        row = x[before + patch : before + patch + 1]
+        a, b = row[:, : h // 2], row[:, h // 2 :]
+        rows.append(tape.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], 1))
+    return tape.concatenate(rows, 0)
+
+
 def attention(x, w, c, relative=None):
     """MSA(LN(x)) of [T, D], one head and one pair at a time where offsets matter."""
     z, h, t = norm(x, w["norm1"]), c.width // c.num_heads, x.shape[0]
-    q, k, v = (tape.einsum("td,dk->tk", z, w["qkv"]["kernel"][i]) + w["qkv"]["bias"][i] for i in range(3))
+    place: Any = {"qkv": {0: 0, 1: 1, 2: 2}, "qv": {0: 0, 2: 1}, "none": {}}[c.qkv_bias]
+    q, k, v = (
+        tape.einsum("td,dk->tk", z, w["qkv"]["kernel"][i]) + (w["qkv"]["bias"][place[i]] if i in place else 0.0) for i in range(3)
+    )
     heads = []
     for n in range(c.num_heads):
         one = (slice(None), slice(n * h, (n + 1) * h))
-        logits = tape.einsum("th,sh->ts", q[one], k[one])
+        turn = (lambda a: rotary(a, c)) if c.position == "rope" else (lambda a: a)
+        logits = tape.einsum("th,sh->ts", turn(q[one]), turn(k[one]))
         if relative is not None:
             token = c.pool == "token"
             last = relative.shape[0] - 1
@@ -71,10 +89,18 @@ def mlp(x, w, norm_name="norm2"):
     return tape.einsum("tf,fd->td", z.gelu(), w["mlp_out"]["kernel"]) + w["mlp_out"]["bias"]
 
 
+def gated(x, w, c):
+    z = norm(x, w["norm2"])
+    a, b = (tape.einsum("td,df->tf", z, w["mlp_gated"]["kernel"][i]) + w["mlp_gated"]["bias"][i] for i in range(2))
+    h = a * b / ((a * -1.0).exp() + 1.0) if c.gelu == "silu" else a.gelu() * b
+    return tape.einsum("tf,fd->td", h, w["mlp_out"]["kernel"]) + w["mlp_out"]["bias"]
+
+
 def block(x, w, c):
-    if c.block == "encoder":
-        x = x + attention(x, w, c, w.get("relative"))
-        return x + mlp(x, w)
+    if c.block != "axial":
+        scales = (w["scale1"], w["scale2"]) if "layerscale" in c.block else (1.0, 1.0)
+        x = x + attention(x, w, c, w.get("relative")) * scales[0]
+        return x + (gated(x, w, c) if "gated" in c.block else mlp(x, w)) * scales[1]
     rows, columns = c.grid
     places = np.arange(rows * columns).reshape(rows, columns)
     for axis, lines in (("row", places), ("column", places.T)):
@@ -124,7 +150,7 @@ def vit(p, images, c):
         x = x if c.stem == "clip" else x + embed["bias"]
         if c.pool == "token":
             x = tape.concatenate([embed["cls"].reshape(1, c.width), x], 0)
-        if kind not in ("none", "relative") and not where:
+        if kind not in ("none", "relative", "rope") and not where:
             x = x + table(c, kind, embed)
         if c.registers:  # behind the class token, where others have them
             first = int(c.pool == "token")
@@ -160,6 +186,7 @@ CASES = [  # every stem, block and pool, and every kind of position and place of
     {"registers": 2, "pool": "map", "position": "1d-layers"},
     {"stem": "clip", "registers": 3},
     {"block": "axial", "pool": "map", "position": "2d-layers"},
+    {"position": "rope", "block": "layerscale-gated", "gelu": "silu", "qkv_bias": "qv", "registers": 2},
     {"stem": ResNetStem(depths=(1,), width_factor=0.5), "patch_size": 1, "image_size": 12, "channels": 3},
 ]
 MORE_CASES = [
@@ -170,6 +197,8 @@ MORE_CASES = [
     {"position": "relative", "pool": "gap"},
     {"pool": "map"},
     {"block": "axial", "pool": "gap"},
+    {"position": "rope", "pool": "gap", "block": "layerscale"},
+    {"block": "gated", "qkv_bias": "none"},
 ]
 
 
@@ -240,14 +269,20 @@ MESHES = [
     pytest.param({"block": "axial", "pool": "gap", "dropout": 0.3}, (2, 2), marks=pytest.mark.slow),
     ({"registers": 3, "stem": "clip", "dropout": 0.3, "head_bias": None}, (2, 2)),
     pytest.param(
+        {"registers": 3, "position": "rope", "block": "layerscale-gated", "qkv_bias": "qv", "gelu": "silu", "dropout": 0.3},
+        (2, 2),
+        marks=(pytest.mark.slow, pytest.mark.ci),
+    ),
+    pytest.param(
         {"stem": ResNetStem(depths=(2,), width_factor=0.5), "patch_size": 1, "image_size": 12, "channels": 3},
         (2, 2),
         marks=pytest.mark.slow,  # test_resnet.py has the post-activation form on a mesh
     ),
 ]
+NAMES_OF_MESHES = ["relative", "2d-map", "axial", "registers-clip", "rotary-gated", "hybrid"]
 
 
-@pytest.mark.parametrize(("changes", "shape"), MESHES, ids=["relative", "2d-map", "axial", "registers-clip", "hybrid"])
+@pytest.mark.parametrize(("changes", "shape"), MESHES, ids=NAMES_OF_MESHES)
 def test_a_mesh_changes_no_number(changes, shape):
     """Logits and gradients on a mesh are those of one device, dropout included."""
     config = vitcore.ViTConfig(**{**SMALL, **changes})
@@ -276,6 +311,10 @@ COUNTS = {
     "R50+ViT-B/16": 98_659_112, "R50+L/32": 328_994_856, "R26+S/32": 36_431_912, "R26+ViT-B/32": 101_383_976, "R+Ti/16": 6_337_704,
     "Axial-ViT-B/32": 173_277_160, "Axial-ViT-B/16": 171_620_584, "AxialResNet-50": 19_373_640,
     "ViT-mu/16": 76_712, "R50x1": 25_549_352,
+    # DINO's, without the mask token of their training: 4,096 for the 7B
+    "DINOv2-S/14": 22_056_192, "DINOv2-B/14": 86_579_712, "DINOv2-L/14": 304_367_616, "DINOv2-g/14": 1_136_479_232,
+    "DINOv3-S/16": 21_596_160, "DINOv3-S+/16": 28_692_480, "DINOv3-B/16": 85_659_648, "DINOv3-L/16": 303_128_576,
+    "DINOv3-H+/16": 840_591_360, "DINOv3-7B/16": 6_716_030_976,
 }  # fmt: skip
 WITH_HIDDEN = {"R50+ViT-B/32": 124_833_203, "R50+ViT-B/16": 112_546_483, "R50+ViT-L/32": 347_767_731, "R50+ViT-L/16": 335_256_499}
 
@@ -306,6 +345,10 @@ def test_hybrids_of_table_6_have_as_many_parameters_as_published(name):
         ("ViT-B/16", {"registers": -1}, "a positive integer, or 0 for a model without registers, is required"),
         ("Axial-ViT-B/16", {"position": "relative"}, "use '1d' or '2d'"),
         ("ViT-B/16", {"position": "3d"}, "'1d', '1d-patches', '1d-layers'"),
+        ("Axial-ViT-B/16", {"position": "rope"}, "use '1d' or '2d'"),
+        ("ViT-B/16", {"position": "rope", "num_heads": 128}, "heads of 768 / 128 = 6 columns: a multiple of 4"),
+        ("ViT-B/16", {"qkv_bias": "kv"}, "qkv_bias='kv': 'qkv', 'qv' or 'none' is required"),
+        ("DINOv3-XL/16", {}, "unknown model 'DINOv3-XL/16': did you mean DINOv3-"),
         ("ViT-B/16", {"position": "sincos2d", "width": 18, "num_heads": 2}, "a multiple of 4 is required"),
     ],
 )
@@ -319,6 +362,6 @@ def test_configurations_survive_json():
     import dataclasses
     import json
 
-    for name in ("R50+ViT-B/16", "R50x2", "AxialResNet-50", "Axial-ViT-B/16"):
+    for name in ("DINOv3-7B/16", "R50+ViT-B/16", "R50x2", "AxialResNet-50", "Axial-ViT-B/16"):
         config = vitcore.variant(name)
         assert type(config)(**json.loads(json.dumps(dataclasses.asdict(config)))) == config

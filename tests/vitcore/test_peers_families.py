@@ -38,7 +38,7 @@ def channels_first(torch, config):
     return torch.from_numpy(images_of(config).transpose(0, 3, 1, 2).copy())
 
 
-def both_ways(torch, tmp_path, kind, options, config, answer, *, lost=()):
+def both_ways(torch, tmp_path, kind, options, config, answer, *, lost=(), **read):
     """Our parameters in transformers' model, whose answer is ours; the model's own file, read by its path alone."""
     params = random_params(config)
     (tmp_path / "config.json").write_text(json.dumps(options.to_dict()))
@@ -52,9 +52,9 @@ def both_ways(torch, tmp_path, kind, options, config, answer, *, lost=()):
     ours = vitcore.apply(params, images_of(config), config)
     agree(ours, answer(model.eval()(channels_first(torch, config))))
     model.save_pretrained(tmp_path / "theirs")
-    read, found = vitcore.load(tmp_path / "theirs" / "model.safetensors")
+    found_params, found = vitcore.load(tmp_path / "theirs" / "model.safetensors", **read)
     assert found == config
-    for a, b in zip(*(map(np.asarray, _leaves(tree)) for tree in (read, params)), strict=True):
+    for a, b in zip(*(map(np.asarray, _leaves(tree)) for tree in (found_params, params)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

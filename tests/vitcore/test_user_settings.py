@@ -18,6 +18,9 @@ MODELS = {
     "encoder": dict(dropout=0.1, drop_path=0.2, representation_size=8),
     "relative": dict(position="relative", dropout=0.1),
     "axial": dict(block="axial", pool="gap", drop_path=0.2),
+    "rotary": dict(
+        position="rope", block="layerscale-gated", gelu="silu", qkv_bias="qv", registers=2, dropout=0.1, width=128
+    ),  # as wide as the kernel wants
     "map": dict(block="layerscale", pool="map", position="2d", registers=2),
 }
 SETTINGS = {
@@ -34,7 +37,7 @@ KEY = jax.random.key(3)
 def models():
     made = {}
     for name, own in MODELS.items():
-        config = vitcore.ViTConfig(**SIZES, **own)
+        config = vitcore.ViTConfig(**SIZES | own)
         params = vitcore.init(jax.random.key(0), config)
         kernel = params["head"]["kernel"]  # of zeros, nothing would have a gradient
         params["head"]["kernel"] = jax.random.normal(jax.random.key(2), kernel.shape)
@@ -81,7 +84,7 @@ def test_values_and_gradients_of_other_models(models, name, setting):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", [pytest.param(s, marks=pytest.mark.ci if s in ("x64",) else ()) for s in SETTINGS])
-@pytest.mark.parametrize("name", ["encoder", "relative"])
+@pytest.mark.parametrize("name", ["encoder", "relative", "rotary"])
 def test_values_and_gradients_of_the_kernels(models, name, setting):
     check(models[name], vitcore.INTERPRET, setting)
 

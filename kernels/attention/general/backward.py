@@ -27,9 +27,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.general.forward import Static, Step, Sums, core_cost, over_chunks
+from kernels.attention.general.forward import Static, Step, Sums, core_cost
 from kernels.attention.tiling import CoreTiles, ProductTiles, heads_of
-from kernels.body import F32, cast_dot, operand, sweep
+from kernels.body import F32, cast_dot, operand, over_chunks, sweep
 from kernels.device import Device
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise

@@ -20,6 +20,7 @@ HBM traffic of the core: 4 arrays of B * T * K. Paper: Eq. 2 and appendix A.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.plan import Plan
 from kernels.attention.tiling import STEPS, WEIGHTS, CoreTiles, Head, ProductTiles, heads_of
-from kernels.body import F32, cast_dot, dropout, iota, kept, operand, operand_dtype, sweep
-from kernels.device import SUBLANES
+from kernels.body import F32, cast_dot, dropout, iota, kept, operand, operand_dtype, over_chunks, sweep
+from kernels.device import LANES, SUBLANES
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise
 
@@ -176,11 +177,14 @@ class Step:
         return [] if self.resident else [pltpu.VMEM(shape, operand_dtype(self.dtype, self.device))]
 
 
-def project(tiles: ProductTiles, scalars, x, norm, w, bias, b: int, static: Static):
-    """qkv [3, b, T, K] of b images of x [B, T, D]; norm: scale and bias [1, D]; w [3, D, K], bias [3, 1, K]."""
-    s = Step("project", tiles, b, x, w.shape[2], static)
+def project(tiles: ProductTiles, scalars, x, norm, w, bias, b: int, static: Static, turned: Any = None):
+    """qkv [3, b, T, K] of b images of x [B, T, D]; norm: scale and bias [1, D]; w [3, D, K], bias [3, 1, K]. turned: a
+    `rotary.turning.Turned`, what becomes of q and k in float32; None for nothing."""
+    s, tables = Step("project", tiles, b, x, w.shape[2], static), turned.tables if turned else ()
 
-    def kernel(_, x_ref, scale_ref, bias_ref, w_ref, b_ref, out_ref, *scratch):
+    def kernel(_, x_ref, scale_ref, bias_ref, w_ref, b_ref, *refs):
+        rows, (out_ref, *scratch) = refs[: len(tables)], refs[len(tables) :]
+
         def normalised(i):
             return operand(normalise(x_ref[i].astype(F32), static.eps)[0] * scale_ref[...] + bias_ref[...], x.dtype, s.device)
 
@@ -188,17 +192,18 @@ def project(tiles: ProductTiles, scalars, x, norm, w, bias, b: int, static: Stat
         for i in range(s.images):
             zi = z(i)
             for c in range(s.tiles.sections):
-                out_ref[c, i] = (cast_dot(zi, w_ref[c], s.device) + b_ref[c]).astype(out_ref.dtype)
+                y = cast_dot(zi, w_ref[c], s.device) + b_ref[c]
+                y = turned.of_section(y, c, s.tiles.sections, rows) if turned else y
+                out_ref[c, i] = y.astype(out_ref.dtype)
 
     return s(
         kernel,
-        (scalars, x, *norm, w, bias),
+        (scalars, x, *norm, w, bias, *tables),
         [
             s.tokens(s.d, whole=True),
-            s.whole(1, s.d),
-            s.whole(1, s.d),
-            s.weight(s.tiles.sections, s.d, s.columns, section=0, column=2),
-            s.weight(s.tiles.sections, 1, s.columns, section=0, column=2),
+            *[s.whole(1, s.d)] * 2,
+            *[s.weight(s.tiles.sections, n, s.columns, section=0, column=2) for n in (s.d, 1)],
+            *[s.spec((s.rows, LANES), lambda i, j, c, n: (j, 0)) for _ in tables],
         ],
         [s.sections()],
         [((3, s.b, s.t, s.k), x.dtype)],
@@ -320,13 +325,6 @@ class _Core:
         zeros = jnp.zeros((q.shape[0], 1), F32)
         _, norm, acc = over_chunks(self.total, self.t.keys, chunk, (zeros - jnp.inf, zeros, jnp.zeros(q.shape, F32)))
         return acc * (1.0 / norm)
-
-
-def over_chunks(total: int, size: int, chunk, carry):
-    """carry = chunk(start, length, carry) over the keys, whole chunks in a loop and then the shorter rest."""
-    full = total // size
-    carry = lax.fori_loop(0, full, lambda c, carry: chunk(pl.multiple_of(c * size, size), size, carry), carry)
-    return chunk(full * size, total % size, carry) if total % size else carry
 
 
 def core(tiles: CoreTiles, qkv, *, num_heads: int, width: int, launch: Launch, tokens: int | None = None):

@@ -30,16 +30,20 @@ class Statistics(NamedTuple):
     distance: Any = None  # [B, N]
 
 
-def probabilities(x, weights: AttentionWeights, *, num_heads: int, eps: float = EPS, extra: Callable | None = None):
+def probabilities(
+    x, weights: AttentionWeights, *, num_heads: int, eps: float = EPS, extra: Callable | None = None, turn: Callable | None = None
+):
     """The attention probabilities [B, N, T, T] of the block's input x [B, T, D], float32, or float64 of float64.
 
     q and k are rounded to x's dtype as in `reference.attention_half`, the probabilities are not. extra: (q [B, T, N, H]) -> logits
-    [B, N, T, T] that are added before the scale, or None. eps: of LN.
+    [B, N, T, T] that are added before the scale, or None. turn: (q and k [2, B, T, N*H]) -> the same, before they are
+    rounded, or None. eps: of LN.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     z = layer_norm(x, weights.norm_scale, weights.norm_bias, eps=eps)
     kernel, bias = weights.qkv_kernel[:2].astype(x.dtype), weights.qkv_bias[:2]
     qk = jnp.einsum("btd,cdk->cbtk", z, kernel, preferred_element_type=wide) + bias[:, None, None]
+    qk = qk if turn is None else turn(qk)
     q, k = qk.astype(x.dtype).reshape(2, *x.shape[:2], num_heads, -1)
     logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=wide)
     if extra is not None:
@@ -70,17 +74,19 @@ def check(x, weights: AttentionWeights, *, num_heads: int, mean: bool, row: bool
 
 
 def attention_statistics(
-    x, weights: AttentionWeights, *, num_heads, mean=False, row=False, distances=None, eps=EPS, extra: Callable | None = None
-) -> Statistics:
+    x, weights: AttentionWeights, *, num_heads, mean=False, row=False, distances=None, eps=EPS, extra: Callable | None = None,
+    turn: Callable | None = None,
+) -> Statistics:  # fmt: skip
     """Statistics of the attention of a block's input x [B, T, D], float32 or bfloat16, over its N = num_heads heads.
 
     mean, row: whether they are wanted. distances: float [T, T], of a query (first axis) and a key; None: no distance is wanted.
-    eps, extra: as in `probabilities`. Images are taken a few at a time. Returns float32. ValueError for shapes that do not fit.
+    eps, extra, turn: as in `probabilities`. Images are taken a few at a time. Returns float32. ValueError for shapes that do not
+    fit.
     """
     check(x, weights, num_heads=num_heads, mean=mean, row=row, distances=distances)
 
     def part(x):
-        p = probabilities(x, weights, num_heads=num_heads, eps=eps, extra=extra)
+        p = probabilities(x, weights, num_heads=num_heads, eps=eps, extra=extra, turn=turn)
         return of_probabilities(p, mean=mean, row=row, distances=distances)
 
     b, t, d = x.shape
