@@ -40,7 +40,7 @@ class JobOptions:
     """Where a job runs and how it survives; none of it changes what is computed."""
 
     distributed: str = "auto"
-    """auto: as Cloud TPU, GKE, SLURM or Open MPI started it. off: one process. HOST:PORT,N,ID: process ID of N."""
+    """auto: as Cloud TPU, GKE, Kubernetes, SLURM or Open MPI started it. off: one process. HOST:PORT,N,ID: process ID of N."""
     heartbeat_timeout: int = 60
     """Seconds of silence after which a process counts as dead, and the job ends."""
     join_timeout: int = 300
