@@ -8,6 +8,7 @@ reads the signals from the pipe that Python's C handler writes them to.
 
 import contextlib
 import faulthandler
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -196,18 +197,26 @@ class Watchdog:
         os._exit(1)
 
 
-_PARENT = "VITCORE_PARENT"  # in a process's environment: the one that started it and that it ends with
+_PARENT = "VITCORE_PARENT"  # in a process's environment: the one that started it and that it ends with, and a pipe of that one
 _last: list[Callable[[], Any]] = []
+_life: list[int] = []  # a pipe whose end closes with this process
+_bound: list[int] = []  # descriptors at whose other end's closing the kernel kills this process
+_binding = threading.Lock()
 
 
 def of_this_process(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process, not multiprocessing's, that shall end when this one does: it need only import `train`."""
-    return {**environment, _PARENT: str(os.getpid())}
+    if not _life:
+        _life.extend(os.pipe())
+    return {**environment, _PARENT: f"{os.getpid()}:{_life[0]}"}
 
 
 def before_the_end(work: Callable[[], Any]) -> None:
-    """What `end_with_parent` does, in the moment before it ends this process."""
-    _last.append(work)
+    """What `end_with_parent` does, in the moment before it ends this process, which the kernel then does not."""
+    with _binding:
+        _last.append(work)
+        for descriptor in _bound:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_ASYNC)
 
 
 def end_with_parent() -> None:
@@ -216,12 +225,15 @@ def end_with_parent() -> None:
     goes on for minutes. In other processes it does nothing."""
     # a worker that is being spawned imports its modules before it knows its parent
     starting = getattr(multiprocessing.current_process(), "_inheriting", False)
-    told = os.environ.pop(_PARENT, "")  # a process that this one starts has another parent
+    told, _, pipe = os.environ.pop(_PARENT, "").partition(":")  # a process that this one starts has another parent
     if multiprocessing.parent_process() is None and not starting and not told:
         return
     first = int(told) if told.isdigit() else os.getppid()
 
     def look():
+        if told:
+            with contextlib.suppress(OSError):  # elsewhere than on Linux
+                _end_by_the_kernel(os.open(f"/proc/{first}/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         while True:
             time.sleep(_LOOK)
             parent = multiprocessing.parent_process()
@@ -230,5 +242,20 @@ def end_with_parent() -> None:
                     with contextlib.suppress(Exception):
                         work()
                 os._exit(1)
+            if parent is not None and not _bound:  # not before: the parent still writes into that pipe what there is to do
+                _end_by_the_kernel(parent.sentinel)
 
     threading.Thread(target=look, daemon=True, name="end with parent").start()
+
+
+def _end_by_the_kernel(descriptor: int) -> None:
+    """SIGKILL to this process when the other end of a pipe closes, or is written to. A thread cannot look while C code holds the
+    interpreter's lock, as a decoder does that hangs, nor in a process that is stopped."""
+    with _binding:
+        _bound.append(descriptor)
+        if _last or not hasattr(fcntl, "F_SETSIG"):
+            return
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)

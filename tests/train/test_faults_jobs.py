@@ -88,16 +88,25 @@ def test_a_hangup_that_the_caller_ignores_is_ignored():
     assert job.communicate(timeout=30)[0] == "saved\n"
 
 
-def test_worker_processes_end_when_their_parent_is_killed():
-    """Within ten seconds, however busy they are."""
+IDLE = {  # ways in which a worker does not look at its parent
+    "waiting": "time.sleep(1000)",
+    "holding the lock": "ctypes.PyDLL(None).sleep(1000)",
+    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+}
+
+
+@pytest.mark.parametrize("how", IDLE)
+def test_worker_processes_end_when_their_parent_is_killed(how):
+    """Within ten seconds, however busy they are, as with an image on which the decoder hangs."""
     code = """
-        import multiprocessing, sys, time
+        import ctypes, multiprocessing, os, signal, sys, time
         import train
         def work(queue):
             import train
+            time.sleep(1)
             queue.put(multiprocessing.current_process().pid)
-            while True:
-                time.sleep(100)
+            time.sleep(0.5)
+            IDLE
         if __name__ == "__main__":
             context = multiprocessing.get_context("spawn")
             queue = context.Queue()
@@ -107,12 +116,13 @@ def test_worker_processes_end_when_their_parent_is_killed():
             time.sleep(1000)
         """
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"workers-{os.getpid()}.py"
-    path.write_text(textwrap.dedent(code))
+    path.write_text(textwrap.dedent(code).replace("IDLE", IDLE[how]))
     job = subprocess.Popen([sys.executable, path], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE)
     try:
         assert job.stdout is not None
         workers = [int(pid) for pid in job.stdout.readline().split()]
         assert len(workers) == 2
+        time.sleep(1)
         job.kill()
         job.wait()
         deadline = time.monotonic() + 10
@@ -152,6 +162,32 @@ def test_a_process_that_a_job_starts_ends_with_it_and_clears_up(tmp_path):
     job.wait()
     assert ended([pid])
     assert not (tmp_path / "left").exists()
+
+
+@pytest.mark.parametrize("how", [how for how in IDLE if how != "waiting"])
+def test_a_process_that_a_job_starts_ends_with_it_whatever_holds_it_up(how):
+    """As the one in which the images that were in hand are decoded again."""
+    child = f"import ctypes, os, signal, sys, time, train; time.sleep(1); print('up', flush=True); {IDLE[how]}"
+    code = """
+        import os, subprocess, sys, time
+        from train.signals import of_this_process
+        words = [sys.executable, "-c", sys.argv[1]]
+        process = subprocess.Popen(words, env=of_this_process(os.environ), start_new_session=True)
+        print(process.pid, flush=True)
+        time.sleep(1000)
+        """
+    job = python(code, child)
+    assert job.stdout is not None
+    lines = {job.stdout.readline().strip() for _ in range(2)}
+    (pid,) = [int(line) for line in lines if line != "up"]
+    time.sleep(0.5)
+    job.kill()
+    job.wait()
+    try:
+        assert ended([pid])
+    finally:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_command_of_bench_ends_at_the_first_signal():
