@@ -244,4 +244,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from vitcore.command_line import end
+
+    end("train.pretrained", main)

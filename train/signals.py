@@ -212,11 +212,19 @@ def of_this_process(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def before_the_end(work: Callable[[], Any]) -> None:
-    """What `end_with_parent` does, in the moment before it ends this process, which the kernel then does not."""
+    """What `clear_up` does, where the process ends at once: by a signal that a command obeys so, or with the one that started it,
+    where the kernel then does not end it."""
     with _binding:
         _last.append(work)
         for descriptor in _bound:
             fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_ASYNC)
+
+
+def clear_up() -> None:
+    """What `before_the_end` was told; whatever fails of it is left."""
+    for work in _last:
+        with contextlib.suppress(Exception):
+            work()
 
 
 def end_with_parent() -> None:
@@ -231,16 +239,14 @@ def end_with_parent() -> None:
     first = int(told) if told.isdigit() else os.getppid()
 
     def look():
-        if told:
+        if pipe:
             with contextlib.suppress(OSError):  # elsewhere than on Linux
                 _end_by_the_kernel(os.open(f"/proc/{first}/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         while True:
             time.sleep(_LOOK)
             parent = multiprocessing.parent_process()
             if os.getppid() != first or (parent is not None and not parent.is_alive()):
-                for work in _last:
-                    with contextlib.suppress(Exception):
-                        work()
+                clear_up()
                 os._exit(1)
             if parent is not None and not _bound:  # not before: the parent still writes into that pipe what there is to do
                 _end_by_the_kernel(parent.sentinel)

@@ -190,25 +190,58 @@ def test_a_process_that_a_job_starts_ends_with_it_whatever_holds_it_up(how):
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_command_of_bench_ends_at_the_first_signal():
+def test_a_command_of_bench_ends_at_the_first_signal(tmp_path):
+    """And leaves no folder of images that it has made."""
     code = """
-        import dataclasses, sys, time
+        import dataclasses, os, sys, time
         from bench.options import command
+        from train.signals import before_the_end
         @dataclasses.dataclass
         class Options:
             pass
         def job(options):
+            before_the_end(lambda: os.unlink(left))
             print("ready", flush=True)
             time.sleep(1000)
-        sys.argv[1:] = []
+        left = sys.argv.pop()
         sys.exit(command(Options, "bench.any", job, interrupted="the same command continues"))
         """
-    job = python(code)
+    (tmp_path / "left").touch()
+    job = python(code, tmp_path / "left")
     assert job.stdout is not None
     assert job.stdout.readline() == "ready\n"
     job.terminate()
     assert job.communicate(timeout=30)[1].strip() == "bench.any: asked to stop; the same command continues"
     assert job.returncode == 143
+    assert not (tmp_path / "left").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "vitcore.weights: interrupted\n")]
+)
+def test_a_command_that_reads_a_run_leaves_no_weights_behind(tmp_path, number, code, words):
+    """Nor the process that writes them to a temporary file, also where the command is killed."""
+    slow = """
+        import os, sys, time
+        import vitcore.runs, vitcore.weights
+        from vitcore.command_line import end
+        child = "import os, sys, time, train; print(os.getpid(), flush=True); time.sleep(1000)"
+        run = vitcore.runs.subprocess.run
+        vitcore.runs.subprocess.run = lambda command, env, **_: run([sys.executable, "-c", child], env=env)
+        end("vitcore.weights", lambda: vitcore.weights.main(["show", sys.argv[1]]))
+        """
+    (tmp_path / "run").mkdir()
+    (tmp_path / "tmp").mkdir()
+    for signal_, left in ((number, 0), (signal.SIGKILL, 1)) if number == signal.SIGTERM else ((number, 0),):
+        job = python(slow, tmp_path / "run", env={"TMPDIR": str(tmp_path / "tmp")})
+        assert job.stdout is not None
+        child = int(job.stdout.readline())
+        assert len(list((tmp_path / "tmp").iterdir())) == 1
+        job.send_signal(signal_)
+        assert job.communicate(timeout=30)[1] == (words if signal_ == number else "")
+        assert job.returncode == (code if signal_ == number else -signal.SIGKILL)
+        assert ended([child])
+        assert len(list((tmp_path / "tmp").iterdir())) == left
 
 
 @pytest.mark.slow
