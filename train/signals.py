@@ -26,6 +26,17 @@ _LOOK = 0.25  # seconds between two looks of the watchdog
 # limit a moment later, and its end breaks the collective they wait in. So each has said where it stood.
 _LINGER = 1.0
 
+
+def standard_streams() -> None:
+    """Opens what is closed of stdin, stdout and stderr, on nothing. Otherwise the next file that is opened, a lock or a checkpoint,
+    takes that number, and what C++ code or a process started from here prints goes into it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
 _interrupted = threading.Event()
 
 

@@ -363,6 +363,30 @@ def test_output_that_nobody_reads_changes_nothing():
         done.unlink()
 
 
+@pytest.mark.parametrize("closed", [(2,), (0, 1, 2)], ids=str)
+def test_no_file_takes_the_place_of_a_stream_that_is_closed(tmp_path, closed):
+    """What C++ code prints would go into a checkpoint."""
+    code = """
+        import os, sys
+        from train.job import end, guard
+        def work(stop):
+            with open(sys.argv[1], "w") as file:
+                file.flush()
+                for number in 1, 2:
+                    os.write(number, b"as a library in C++ does")
+                file.write("ours")
+        end(guard("a job", work))
+        """
+
+    def close():
+        for descriptor in closed:
+            os.close(descriptor)
+
+    words = [sys.executable, "-c", textwrap.dedent(code), tmp_path / "file"]
+    assert subprocess.run(words, cwd=ROOT, env=environment(), preexec_fn=close, timeout=100).returncode == 0
+    assert (tmp_path / "file").read_text() == "ours"
+
+
 # --- the directory ----------------------------------------------------------------------------------------------------------
 
 
