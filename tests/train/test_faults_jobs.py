@@ -484,8 +484,10 @@ def test_settings_that_are_for_other_programs_change_nothing():
         from train.job import JobOptions
         JobOptions(distributed="off").join()
         print((jnp.ones((2, 3)) + jnp.ones(3) + jnp.int8(1)).dtype, jnp.arange(3).dtype)
+        print(jax.random.normal(jax.random.key(0), (2,))[0])
         """
     strict = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_ENABLE_X64": "1"}
+    strict |= {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env=environment() | strict,
@@ -494,4 +496,20 @@ def test_settings_that_are_for_other_programs_change_nothing():
         text=True,
         timeout=100,
     )
-    assert done.stdout.split() == ["float32", "int32"], done.stderr
+    assert done.stdout.split()[:2] == ["float32", "int32"], done.stderr
+    assert float(done.stdout.split()[2]) == pytest.approx(1.6226422, abs=1e-6)  # JAX's own default
+
+
+@pytest.mark.parametrize(("platform", "words"), [("nonsense", "nonsense"), ("cuda", "")])
+def test_a_platform_that_is_not_there_is_one_line(platform, words):
+    code = """
+        import jax
+        from train.job import end, guard
+        end(guard("a job", lambda stop: jax.devices()))
+        """
+    job = python(code, env={"JAX_PLATFORMS": platform})
+    said = job.communicate(timeout=100)[1].splitlines()
+    assert job.returncode == 2
+    assert len(said) == 1, said
+    assert said[0].startswith(f"a job: error: JAX finds no device (JAX_PLATFORMS: {platform}): ")
+    assert words in said[0]
