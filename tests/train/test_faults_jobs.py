@@ -513,3 +513,12 @@ def test_a_platform_that_is_not_there_is_one_line(platform, words):
     assert len(said) == 1, said
     assert said[0].startswith(f"a job: error: JAX finds no device (JAX_PLATFORMS: {platform}): ")
     assert words in said[0]
+
+
+def test_processes_agree_on_the_precision_of_products(monkeypatch):
+    """Which the environment sets, host by host."""
+    asked = {}
+    monkeypatch.setattr("train.distributed.agree", lambda **what: asked.update(what))
+    with jax.default_matmul_precision("float32"):
+        JobOptions(distributed="off").join()
+    assert asked == {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
