@@ -31,6 +31,7 @@ from bench.data_parts import SIDE, bare, decoders_here, timed, torch_batches, wr
 from train.data import open_source, train_batches
 from train.data.decode import DECODERS
 from train.data.job import run_job
+from train.signals import before_the_end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +222,7 @@ def run(options: Options) -> None:
     if options.cores:
         data_cores.check(options.cores)
     root = Path(tempfile.mkdtemp(prefix="vitcore-bench-"))
+    before_the_end(lambda: shutil.rmtree(root, ignore_errors=True))
     try:
         if options.index is not None:
             found = start_up(root, options.index)

@@ -26,6 +26,7 @@ from bench.cases import write_json
 from bench.data_parts import write_photographs
 from bench.device_study import TrialError, describe, start, watched
 from bench.peers.on_torch import free_port
+from train.signals import before_the_end
 
 WORKERS = 4  # of timm's training script by default
 _BATCH = {"cpu": 16}  # images a device; on others 256
@@ -81,6 +82,7 @@ def study(options: Any, about: Callable[..., dict[str, Any]]) -> list[dict[str, 
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vitcore-job-")))
+        before_the_end(lambda: shutil.rmtree(work, ignore_errors=True))
         data = options.data
         if data is None:
             begun = time.perf_counter()

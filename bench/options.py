@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from train.signals import TERMINATED, Stop
+from train.signals import TERMINATED, Stop, clear_up
 from vitcore.command_line import parsed as parse
 
 
@@ -22,6 +22,7 @@ def command(
     def stop():
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             print(f"\n{program}: asked to stop{interrupted and '; '}{interrupted}", file=sys.stderr, flush=True)
+        clear_up()
         os._exit(TERMINATED)  # what it started ends with it, each row of its results is whole
 
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from train.data import Source, eval_batches, train_batches
 from train.data import identity as identity_of_data
 from train.data.suspects import Reading
 from train.feed import Kept
-from train.files import text_of
+from train.files import parse_json, text_of
 from train.frozen import put_params
 from train.job import claim, say
 from train.loop import Run
@@ -93,7 +92,7 @@ def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool)
     held = None
     if distributed.rank() == 0 and config.exists():
         with contextlib.suppress(ValueError):  # damaged: `check_claim` says so
-            held = json.loads(text_of(config))
+            held = parse_json(text_of(config))
         here = isinstance(held, dict) and all(held.get(key) == value for key, value in identity.items())
     held, here = distributed.broadcast([held.get(identity_of_data.KEY, {}) if here and held else None, here])
     if held is None or not here:  # a new run; or another one's, which `check_claim` refuses

@@ -1,6 +1,6 @@
 """Several processes as one job, through jax.distributed: how they find each other, agree, and end together.
 
-    --distributed auto             Cloud TPU, GKE, SLURM or Open MPI, where the environment says so; else one process
+    --distributed auto             Cloud TPU, GKE, Kubernetes, SLURM or Open MPI, where the environment says so; else one process
     --distributed off              one process, whatever the environment says
     --distributed HOST:PORT,N,ID   process ID of N; process 0 listens on HOST:PORT, where all of them meet first (train/meeting.py)
 
@@ -11,25 +11,23 @@ well under a second. A process that dies without a word is noticed by the missin
 
 import contextlib
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import re
 import sys
 import threading
 import time
 import typing
 from collections import defaultdict
-from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax._src import clusters, distributed  # the store and the detection have no public name
+from jax._src import distributed  # the store has no public name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train import meeting
+from train.launchers import Layout
+from train.launchers import parse as parse
 from train.signals import Stop, asked
 
 _FAILED = "vitcore/failed"
@@ -37,85 +35,6 @@ _STOP = "vitcore/stop"
 _PATIENCE = 24 * 3600  # seconds a process waits for another that is alive: what hangs is the watchdog's
 _SEEN = 20.0  # seconds until a network file system shows one host what another has written
 _LINGER = 1.0  # seconds from a failure to the end of process 0, and of the store with it, which would abort whoever is still there
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a process is to join: what jax.distributed.initialize is told (None: it asks the environment), and a name for people."""
-
-    name: str
-    address: str | None = None
-    count: int | None = None
-    index: int | None = None
-    meets: tuple[str, int] | None = None  # where they meet before, and which one this is, where a launcher's environment says both
-
-
-def parse(text: str) -> Layout | None:
-    """The value of --distributed; None for a process on its own. Raises ValueError for anything else, and where a launcher of
-    several processes is recognised that cannot be asked."""
-    if text == "off":
-        return None
-    if text == "auto":
-        return _detect()
-    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[\w.-]+):(\d+)(?:,(\d+),(\d+))?", text)
-    if match is None or not 0 < int(match[2]) < 65536:
-        raise ValueError(
-            f"--distributed {text}: auto, off or HOST:PORT,N,ID is required, e.g. 10.0.0.1:8476,4,0 for the first process of four"
-        )
-    count, index = (match[3], match[4]) if match[3] else (os.environ.get(_RANKS[0]), os.environ.get(_RANKS[1]))
-    if count is None or index is None:
-        raise ValueError(f"--distributed {text}: how many processes, and which one this is, must follow: {text},N,ID")
-    if not 0 <= int(index) < int(count):
-        raise ValueError(f"--distributed {text}: process {index} of {count}; ID must lie in 0..N-1")
-    return Layout(name=f"{match[1]}:{match[2]}", address=f"{match[1]}:{match[2]}", count=int(count), index=int(index))
-
-
-_RANKS = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")  # of mpirun, every version
-_NAMES = {"SlurmCluster": "SLURM", "OmpiCluster": "Open MPI", "GkeTpuCluster": "GKE", "GceTpuCluster": "Cloud TPU"}
-
-
-def _detect() -> Layout | None:
-    """The launcher that the environment shows, if it started more than one process."""
-    in_pod = {"JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"} <= os.environ.keys()
-    if in_pod and "TPU_WORKER_HOSTNAMES" not in os.environ:
-        if importlib.util.find_spec("kubernetes") is None:
-            raise ValueError(
-                "this is a pod of an indexed Kubernetes job, and the package kubernetes, which asks for the others, is missing: "
-                "pip install 'jax[k8s]', or give --distributed HOST:PORT,N,ID, or --distributed off for a job of one pod"
-            )
-        known = [clusters.K8sCluster]
-    else:
-        # any pod has Kubernetes' variables, a notebook's too; only an indexed job has ranks
-        every = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
-        known = [kind for kind in every if kind is not clusters.K8sCluster]
-    found = next((kind for kind in known if _is_present(kind)), None)
-    if found is None:
-        if int(os.environ.get(_RANKS[0], "1")) > 1:
-            raise ValueError(
-                "mpirun started several processes but, as from version 5 on, does not say where the first one is: "
-                "give --distributed HOST:PORT with the name of its host"
-            )
-        return None
-    name = _NAMES.get(found.__name__, "Kubernetes")
-    try:
-        count, meets = found.get_process_count(), None
-        if count > 1 and found.__name__ in _OF_A_PROCESS:
-            found.get_local_process_id()  # what jax will ask
-            meets = found.get_coordinator_address(None, None), found.get_process_id()
-    except (KeyError, ValueError, AttributeError, TypeError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"--distributed auto: this looks like {name}, whose environment does not say which processes there are "
-            f"({type(error).__name__}: {error}): give --distributed HOST:PORT,N,ID, or --distributed off for one process"
-        ) from error
-    return Layout(name=name, count=count, meets=meets) if count > 1 else None
-
-
-# What a launcher sets for each process that it starts; a shell within its allocation has the rest of its variables, and not these
-_OF_A_PROCESS = {"SlurmCluster": ("SLURM_PROCID", "SLURM_NTASKS"), "OmpiCluster": _RANKS}
-
-
-def _is_present(kind) -> bool:
-    return kind.is_env_present() and all(name in os.environ for name in _OF_A_PROCESS.get(kind.__name__, ()))
 
 
 def start(layout: Layout | None, *, heartbeat: int, shutdown: int, join: int = 300) -> None:
@@ -129,13 +48,11 @@ def start(layout: Layout | None, *, heartbeat: int, shutdown: int, join: int = 3
     jax.config.update("jax_enable_preemption_service", False)
     bind = None
     try:
-        if layout.address is not None and layout.count is not None and layout.index is not None:
-            meeting.meet(layout.address, layout.count, layout.index, timeout=join, asked=asked)
-            host, port = meeting.split(layout.address)
-            place = meeting.bind_to(host)
-            bind = None if place is None else f"[{place}]:{port}" if ":" in place else f"{place}:{port}"
-        elif layout.meets is not None and layout.count is not None:
-            meeting.meet(layout.meets[0], layout.count, layout.meets[1], timeout=join, asked=asked)
+        meeting.meet(layout.address, layout.count, layout.index, timeout=join, asked=asked)
+        host, port = meeting.split(layout.address)
+        place = meeting.bind_to(host)
+        if place is not None and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+            bind = f"[{place}]:{port}" if ":" in place else f"{place}:{port}"
         jax.distributed.initialize(
             layout.address,
             layout.count,
@@ -147,9 +64,11 @@ def start(layout: Layout | None, *, heartbeat: int, shutdown: int, join: int = 3
         )
     except meeting.Missed as error:
         raise ValueError(f"--distributed {layout.name}: {error}") from error
-    except (RuntimeError, ValueError) as error:
+    except meeting.Told:
+        raise
+    except Exception as error:  # also of jax's detection of local devices, which asks services over the network
         raise ValueError(f"--distributed {layout.name}: {' '.join(str(error).split())[:300]}") from error
-    threading.Thread(target=_end_with_the_others, daemon=True, name="failures of other processes").start()
+    _hear(_end_with_the_others, "failures of other processes")
 
 
 def count() -> int:
@@ -218,14 +137,24 @@ def share(stop: Stop) -> None:
         if _await(client, _STOP) is not None:
             stop.ask()
 
-    for work in (tell, hear):
-        threading.Thread(target=work, daemon=True, name="stops of other processes").start()
+    threading.Thread(target=tell, daemon=True, name="this process's stop").start()
+    _hear(hear, "stops of other processes")
+
+
+_hearing: list[threading.Thread] = []  # threads that wait in the store's client, in C++
+
+
+def _hear(work, name: str) -> None:
+    _hearing.append(threading.Thread(target=work, daemon=True, name=name))
+    _hearing[-1].start()
 
 
 def leave() -> None:
     """The orderly end: waits for every process, up to the shutdown timeout, and frees the store."""
     if _client() is not None:
         jax.distributed.shutdown()
+        for thread in _hearing:  # one that comes back from C++ while the interpreter ends would end the process by SIGABRT
+            thread.join(_LINGER)
 
 
 def _client() -> typing.Any:

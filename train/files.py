@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -38,6 +38,15 @@ def text_of(path: str | os.PathLike) -> str:
         return epath.Path(path).read_text()
     with open_regular(os.fspath(path)) as file:
         return file.read().decode()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads of what somebody else may have written. ValueError too for lists within lists beyond Python's stack, of which json
+    raises RecursionError. (`vitcore.json_text` has it as well: a worker that reads images does not load the model.)"""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deep") from None
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -109,7 +118,7 @@ def read_object(path: epath.Path, *, cure: str, holding: tuple[str, ...] = (), w
     """The JSON object in a file, which holds an object under each name of `holding`. ValueError, in one line, for another file:
     that it is damaged (`wrong`, where it is JSON), and what to do, `cure`. OSError."""
     try:
-        held = json.loads(text_of(path))
+        held = parse_json(text_of(path))
         if not isinstance(held, dict) or not all(isinstance(held.get(name), dict) for name in holding):
             raise ValueError(wrong)
     except ValueError as error:

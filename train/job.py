@@ -32,7 +32,10 @@ from train.meeting import Told
 from train.signals import TERMINATED, Stop
 
 # What a job is written for, whatever the environment has for other programs (`kernels/settings.py`).
-_SETTINGS = {"jax_numpy_rank_promotion": "allow", "jax_numpy_dtype_promotion": "standard", "jax_enable_x64": False}
+_SETTINGS = {
+    "jax_numpy_rank_promotion": "allow", "jax_numpy_dtype_promotion": "standard", "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True,  # another draws other weights and masks
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class JobOptions:
     """Where a job runs and how it survives; none of it changes what is computed."""
 
     distributed: str = "auto"
-    """auto: as Cloud TPU, GKE, SLURM or Open MPI started it. off: one process. HOST:PORT,N,ID: process ID of N."""
+    """auto: as Cloud TPU, GKE, Kubernetes, SLURM or Open MPI started it. off: one process. HOST:PORT,N,ID: process ID of N."""
     heartbeat_timeout: int = 60
     """Seconds of silence after which a process counts as dead, and the job ends."""
     join_timeout: int = 300
@@ -74,9 +77,11 @@ class JobOptions:
         """Joins the other processes of the job, if there are any. Before anything asks for devices."""
         self.check_job()
         for name, value in _SETTINGS.items():
-            jax.config.update(name, value)
+            if hasattr(jax.config, name):  # of an older or newer version
+                jax.config.update(name, value)
         layout = distributed.parse(self.distributed)
         distributed.start(layout, heartbeat=self.heartbeat_timeout, shutdown=self.shutdown_timeout, join=self.join_timeout)
+        distributed.agree(JAX_DEFAULT_MATMUL_PRECISION=jax.config.jax_default_matmul_precision)  # pyright: ignore
 
 
 # --- the beginning and the end ----------------------------------------------------------------------------------------------
@@ -115,15 +120,28 @@ def guard(program: str, work: Callable[[Stop], None], *, saves: bool = True) -> 
     except KeyboardInterrupt:
         code, line = 130, "interrupted; the same command resumes from the latest checkpoint"
     except Exception as error:
-        if distributed.count() == 1:
-            raise
-        traceback.print_exc()
-        code, line = 1, f"error: {type(error).__name__}: {error}"
+        if _without_device(error):
+            where = os.environ.get("JAX_PLATFORMS") or "not set"
+            said = " ".join(str(error).split()) or "no plugin of that platform is installed"
+            code, line = 2, f"error: JAX finds no device (JAX_PLATFORMS: {where}): {said}"
+        else:
+            if distributed.count() == 1:
+                raise
+            traceback.print_exc()
+            code, line = 1, f"error: {type(error).__name__}: {error}"
     if distributed.count() > 1:
         who = f"{program}: process {distributed.rank()}"
     _print(f"{who}: {line}")
     distributed.fail(line)
     return code
+
+
+def _without_device(error: Exception) -> bool:
+    """Whether JAX failed to begin: what it raises then, even an assertion, is of no kind of its own."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and os.path.basename(last.tb_frame.f_code.co_filename) == "xla_bridge.py"
 
 
 def _print(line: str) -> None:

@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from train import files
-from train.files import open_regular, text_of
+from train.files import open_regular, parse_json, text_of
 
 MANIFEST = "MANIFEST.json"
 _CHUNK = 2**23  # bytes read at a time, by each thread
@@ -48,7 +48,7 @@ def faults(directory) -> list[str]:
     """
     directory = epath.Path(directory)
     try:
-        entries = json.loads(text_of(directory / MANIFEST))["files"]
+        entries = parse_json(text_of(directory / MANIFEST))["files"]
         expected = {str(name): (int(size), int(crc)) for name, (size, crc) in entries.items()}
         if not expected or any(name.startswith("/") or ".." in name.split("/") for name in expected):
             raise ValueError("no list of files")

@@ -19,7 +19,7 @@ from typing import SupportsFloat
 
 from etils import epath
 
-from train.files import write_atomically, write_picture
+from train.files import parse_json, write_atomically, write_picture
 
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -208,7 +208,7 @@ def read(path) -> list[dict]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise ValueError("no object with a step")
         except ValueError as error:

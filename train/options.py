@@ -4,7 +4,6 @@ What jobs share of it: JobOptions (train/job.py) <- MeshOptions, a model on a me
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 
 from train import distributed
 from train import mesh as meshes
-from train.files import text_of
+from train.files import parse_json, text_of
 from train.job import BEFORE, BEGAN_FROM, JobOptions
 from train.metrics import need_tensorboard
 from vitcore import command_line
@@ -257,7 +256,7 @@ def parse(cls: type[Options], program: str, argv: list[str]) -> Options:
 def as_options(cls, program: str, path: str) -> list[str]:
     """A config.json as the words of a command line: they are then checked as such."""
     try:
-        values = json.loads(text_of(path))
+        values = parse_json(text_of(path))
     except ValueError as error:
         raise ValueError(f"--config {path} is not JSON ({error}): give the config.json of a run") from None
     known = {field.name: field for field in dataclasses.fields(cls)}

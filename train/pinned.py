@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from train.files import atomically, make_directory
+from train.files import atomically, make_directory, parse_json
 from train.pretrained import Run, Stored, store
 from vitcore import families
 
@@ -54,7 +54,7 @@ def _write(file, params, about: dict) -> None:
 def _read(path: epath.Path, init: str, model: dict) -> Stored:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            about = json.loads(archive.read(_ABOUT))
+            about = parse_json(archive.read(_ABOUT))
             if about["model"] != model:
                 raise ValueError("it is of other weights than the results beside it")
             params: dict[str, Any] = {}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from typing import Literal, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from train import mesh as meshes
 from train.data import identity
-from train.files import open_regular, text_of
+from train.files import open_regular, parse_json, text_of
 from train.job import BEFORE
 from train.masked import of as masked_of
 from train.shape import shape_of
@@ -183,7 +182,7 @@ def _from_run(path: str, step: int | None = None) -> Stored:
         run = os.path.dirname(run)
         run = os.path.dirname(run) if os.path.basename(run) == "checkpoints" else run
     try:
-        held = json.loads(text_of(os.path.join(run, "config.json")))
+        held = parse_json(text_of(os.path.join(run, "config.json")))
         if "vit" in held:  # a fine-tuned model need not have a name
             config = families.restored(held["vit"])
         else:
@@ -244,4 +243,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from vitcore.command_line import end
+
+    end("train.pretrained", main)

@@ -6,7 +6,6 @@ ObjectNet (Barbu et al. 2019): folders of objects, of which 113 correspond to on
 ImageNet's classes is right if it is among those of its folder; other folders do not count.
 """
 
-import json
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from train.files import write_picture
+from train.files import parse_json, write_picture
 
 
 def top(best: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
@@ -113,7 +112,7 @@ def objectnet_accuracy(best: np.ndarray, labels: np.ndarray, classes: tuple[str,
 def _json(path: str):
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            return parse_json(file.read())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({str(error).splitlines()[0]}): get it again") from None
 

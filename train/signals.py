@@ -8,6 +8,7 @@ reads the signals from the pipe that Python's C handler writes them to.
 
 import contextlib
 import faulthandler
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,17 @@ _LOOK = 0.25  # seconds between two looks of the watchdog
 # Between a watchdog's word and its process's end, in seconds: the other processes of a job, which wait for this one, are past the
 # limit a moment later, and its end breaks the collective they wait in. So each has said where it stood.
 _LINGER = 1.0
+
+
+def standard_streams() -> None:
+    """Opens what is closed of stdin, stdout and stderr, on nothing. Otherwise the next file that is opened, a lock or a checkpoint,
+    takes that number, and what C++ code or a process started from here prints goes into it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
 
 _interrupted = threading.Event()
 
@@ -196,18 +208,34 @@ class Watchdog:
         os._exit(1)
 
 
-_PARENT = "VITCORE_PARENT"  # in a process's environment: the one that started it and that it ends with
+_PARENT = "VITCORE_PARENT"  # in a process's environment: the one that started it and that it ends with, and a pipe of that one
 _last: list[Callable[[], Any]] = []
+_life: list[int] = []  # a pipe whose end closes with this process
+_bound: list[int] = []  # descriptors at whose other end's closing the kernel kills this process
+_binding = threading.Lock()
 
 
 def of_this_process(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process, not multiprocessing's, that shall end when this one does: it need only import `train`."""
-    return {**environment, _PARENT: str(os.getpid())}
+    if not _life:
+        _life.extend(os.pipe())
+    return {**environment, _PARENT: f"{os.getpid()}:{_life[0]}"}
 
 
 def before_the_end(work: Callable[[], Any]) -> None:
-    """What `end_with_parent` does, in the moment before it ends this process."""
-    _last.append(work)
+    """What `clear_up` does, where the process ends at once: by a signal that a command obeys so, or with the one that started it,
+    where the kernel then does not end it."""
+    with _binding:
+        _last.append(work)
+        for descriptor in _bound:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_ASYNC)
+
+
+def clear_up() -> None:
+    """What `before_the_end` was told; whatever fails of it is left."""
+    for work in _last:
+        with contextlib.suppress(Exception):
+            work()
 
 
 def end_with_parent() -> None:
@@ -216,19 +244,35 @@ def end_with_parent() -> None:
     goes on for minutes. In other processes it does nothing."""
     # a worker that is being spawned imports its modules before it knows its parent
     starting = getattr(multiprocessing.current_process(), "_inheriting", False)
-    told = os.environ.pop(_PARENT, "")  # a process that this one starts has another parent
+    told, _, pipe = os.environ.pop(_PARENT, "").partition(":")  # a process that this one starts has another parent
     if multiprocessing.parent_process() is None and not starting and not told:
         return
     first = int(told) if told.isdigit() else os.getppid()
 
     def look():
+        if pipe:
+            with contextlib.suppress(OSError):  # elsewhere than on Linux
+                _end_by_the_kernel(os.open(f"/proc/{first}/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
         while True:
             time.sleep(_LOOK)
             parent = multiprocessing.parent_process()
             if os.getppid() != first or (parent is not None and not parent.is_alive()):
-                for work in _last:
-                    with contextlib.suppress(Exception):
-                        work()
+                clear_up()
                 os._exit(1)
+            if parent is not None and not _bound:  # not before: the parent still writes into that pipe what there is to do
+                _end_by_the_kernel(parent.sentinel)
 
     threading.Thread(target=look, daemon=True, name="end with parent").start()
+
+
+def _end_by_the_kernel(descriptor: int) -> None:
+    """SIGKILL to this process when the other end of a pipe closes, or is written to. A thread cannot look while C code holds the
+    interpreter's lock, as a decoder does that hangs, nor in a process that is stopped."""
+    with _binding:
+        _bound.append(descriptor)
+        if _last or not hasattr(fcntl, "F_SETSIG"):
+            return
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)

@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from train import distributed, job, recipes
-from train.files import read_object, text_of, write_atomically, write_picture
+from train.files import parse_json, read_object, text_of, write_atomically, write_picture
 from train.job import check_claim, claim, end, guard, locked, say, stopped
 from train.options import INIT_OPTIONS, TRAIN_OPTIONS, InitOptions, TrainOptions, check_init, check_numbers, parse
 from train.signals import Watchdog, beat, interruptible
@@ -110,7 +110,7 @@ def places(args: Vtab) -> dict[str, dict[str, str]]:
     if args.data is not None:
         return {task: {"data": f"folder:{os.path.join(args.data, task)}", "train": "train", "test": "val"} for task in wanted}
     try:
-        held = json.loads(text_of(str(args.sources)))
+        held = parse_json(text_of(str(args.sources)))
         good = all(
             isinstance(v, dict) and isinstance(v["data"], str) and set(v) <= {"data", "train", "test"} for v in held.values()
         )

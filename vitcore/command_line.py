@@ -5,9 +5,10 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 Options = TypeVar("Options")
@@ -54,6 +55,21 @@ def parsed(cls: type[Options], program: str, words: Sequence[str]) -> Options:
         said = re.sub(rf"Error parsing {cls.__name__}: ", "", said)
         said = re.split(r"Got errors:|Argument helptext:|For full helptext|Similar options|Perhaps you meant", said)[0]
         raise ValueError(f"{said.lstrip(' .').rstrip(' .-')}: {help_}") from None
+
+
+def end(program: str, main: Callable[[], int]) -> NoReturn:
+    """Ends a command with the exit code of its `main`; with one line and 130 where it is interrupted."""
+    for descriptor in range(3):  # closed ones would be taken by the next file, and what C++ code prints goes into it
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            continue
+        os.open(os.devnull, os.O_RDWR)
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcore import weight_about
-from vitcore.command_line import Parser
+from vitcore.command_line import Parser, end
 from vitcore.config import ViTConfig
 from vitcore.families import changed
 from vitcore.model import apply
@@ -182,4 +182,4 @@ def _attempt(path: str, batch: int | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end("vitcore.export", main)

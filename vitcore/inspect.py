@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from vitcore import look, look_pictures, weight_about
-from vitcore.command_line import Parser
+from vitcore.command_line import Parser, end
 from vitcore.config import ViTConfig
 from vitcore.model import attention_statistics
 from vitcore.normalisation import Pixels
@@ -192,4 +192,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end("vitcore.inspect", main)

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 
 
@@ -22,7 +24,7 @@ def as_file(path: str, *, allow_nonfinite: bool = False) -> Iterator[str]:
     if not is_run(path):
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with _stoppable(), tempfile.TemporaryDirectory() as folder:
         file, problem = os.path.join(folder, "weights.safetensors"), _written(path, folder, "weights.safetensors", allow_nonfinite)
         if problem and "no name for" in problem:
             file, problem = os.path.join(folder, "weights.npz"), _written(path, folder, "weights.npz", allow_nonfinite)
@@ -31,11 +33,32 @@ def as_file(path: str, *, allow_nonfinite: bool = False) -> Iterator[str]:
         yield file
 
 
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP end the program by SystemExit, with code 143, so that the file and who writes it go with it; but
+    where the program has a handler of its own."""
+
+    def stop(*_):
+        sys.exit(128 + signal.SIGTERM)
+
+    mine = []
+    if threading.current_thread() is threading.main_thread():
+        mine = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _written(path: str, folder: str, name: str, allow_nonfinite: bool) -> str:
     """Writes the weights of a run; why not, or nothing."""
     file = os.path.join(folder, name)
     command = [sys.executable, "-m", "train.pretrained", path, file, *(["--allow-nonfinite"] if allow_nonfinite else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "VITCORE_PARENT": str(os.getpid())}  # it ends with this process, also with a killed one
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if not done.returncode and os.path.exists(file):
         return ""
     said = [line for line in done.stderr.splitlines() if line.strip()] or ["it ended without a word"]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from vitcore.config import SMALLEST_EPS
 from vitcore.families import restored
+from vitcore.json_text import parse as parse_json
 from vitcore.normalisation import CLIP, HALF, IMAGENET, Pixels, pixels, said
 from vitcore.weight_files import WeightError
 
@@ -71,7 +72,7 @@ def read(path: str, metadata: Mapping[str, str]) -> About:
     """What a file says, by its metadata or the files beside it. Raises WeightError where ours is damaged."""
     if KEY in metadata:
         try:
-            told = json.loads(metadata[KEY])
+            told = parse_json(metadata[KEY])
             if told["format"] != FORMAT:
                 raise ValueError(f"format {told['format']}")
             config = dict(told["config"])
@@ -124,7 +125,7 @@ def _json(path: str) -> dict:
     with contextlib.suppress(OSError, ValueError):
         if os.path.isfile(path) and os.path.getsize(path) <= MOST:
             with open(path, encoding="utf-8") as file:
-                found = json.load(file)
+                found = parse_json(file.read())
             return found if isinstance(found, dict) else {}
     return {}
 

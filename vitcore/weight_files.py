@@ -22,6 +22,8 @@ from typing import BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from vitcore.json_text import parse as parse_json
+
 MOST_HEADER = 2**22  # bytes of a zip's directory or a safetensors header: ViT-H with its optimizer takes a tenth of that
 _MOST_NPY_HEADER = 10_000  # bytes, as numpy's own bound
 _CHUNK = 2**20
@@ -83,7 +85,7 @@ def metadata(path) -> dict[str, str]:
             return {}
         try:
             packed = base64.b64decode(comment[len(_COMMENT) :])
-            told = json.loads(zlib.decompressobj().decompress(packed, MOST_HEADER))
+            told = parse_json(zlib.decompressobj().decompress(packed, MOST_HEADER))
             return {str(key): str(value) for key, value in told.items()}
         except (ValueError, AttributeError) as error:
             raise WeightError(f"{path}: what it says of its model is damaged ({_line(error)}): get it again") from error
@@ -116,6 +118,14 @@ def write(path, arrays: dict[str, np.ndarray], about: dict[str, str] | None = No
             os.chmod(partial, mode)  # safetensors makes a file of its own
 
 
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def appearing(path: str | os.PathLike) -> Iterator[tuple[BinaryIO, str]]:
     """A new file to write, and its name meanwhile: behind the block it stands under `path`, after an exception nowhere. OSError."""
@@ -126,6 +136,7 @@ def appearing(path: str | os.PathLike) -> Iterator[tuple[BinaryIO, str]]:
             yield file, partial
             if not file.closed:
                 file.flush()
+            _sync(partial)  # a loss of power leaves what was there before, or this file whole
             os.replace(partial, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):

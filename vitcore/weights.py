@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import jax
 
 from vitcore import families, parameters
-from vitcore.command_line import Parser
+from vitcore.command_line import Parser, end
 from vitcore.config import ViTConfig
 from vitcore.runs import as_file
 from vitcore.weight_about import pixels_of
@@ -95,4 +95,4 @@ def _model_line(config) -> str:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # nothing here wants a device, and looking for a TPU takes long and prints much
-    sys.exit(main())
+    end("vitcore.weights", main)

@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-import sys
+import threading
 import time
 import types
 from typing import Any
@@ -273,22 +273,7 @@ def test_and_back(tmp_path, cache, here, there):
     assert max(worst.values()) < 1e-5
 
 
-# --- how processes find each other ------------------------------------------------------------------------------------------
-
-NO_CLUSTER = ["SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST",
-              "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_SKIP_MDS_QUERY"]  # fmt: skip
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
-MPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "3",
-       "OMPI_COMM_WORLD_LOCAL_RANK": "0"}  # fmt: skip
-GKE = {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1", "KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1",
-       "MEGASCALE_NUM_SLICES": "1"}  # fmt: skip
-
-
-@pytest.fixture
-def laptop(monkeypatch):
-    for name in NO_CLUSTER:
-        monkeypatch.delenv(name, raising=False)
-    return monkeypatch
+# --- joining ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_job_within_a_job_joins_once(monkeypatch):
@@ -303,110 +288,15 @@ def test_a_job_within_a_job_joins_once(monkeypatch):
     assert calls == [("127.0.0.1:1", 2, 1)]
 
 
-def test_alone_where_nothing_says_otherwise(laptop):
-    assert distributed.parse("auto") is None
-    assert distributed.parse("off") is None
-
-
-@pytest.mark.parametrize(("environment", "name", "count"), [(SLURM, "SLURM", 4), (MPI, "Open MPI", 8), (GKE, "GKE", 2)])
-def test_launchers_are_recognised(laptop, environment, name, count):
-    for key, value in environment.items():
-        laptop.setenv(key, value)
-    if name == "GKE":
-        laptop.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
-        laptop.setattr("jax._src.clusters.cloud_tpu_cluster.get_metadata", lambda key: ("", 404))
-    found = distributed.parse("auto")
-    assert found is not None
-    assert (found.name, found.count, found.address) == (name, count, None)
-    assert distributed.parse("off") is None
-
-
-def test_a_cloud_tpu_is_recognised_by_its_metadata(laptop):
-    answers = {"agent-worker-number": "3", "worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2,c:3:10.0.0.3,d:4:10.0.0.4"}
-    laptop.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
-    laptop.setattr("jax._src.clusters.cloud_tpu_cluster.get_metadata", lambda key: (answers.get(key, ""), 200))
-    found = distributed.parse("auto")
-    assert found is not None
-    assert (found.name, found.count) == ("Cloud TPU", 4)
-
-
-def test_a_launcher_of_one_process_is_none(laptop):
-    for key, value in (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).items():
-        laptop.setenv(key, value)
-    assert distributed.parse("auto") is None
-
-
-@pytest.mark.parametrize("whole", [SLURM, MPI])
-def test_a_launcher_whose_environment_is_not_whole_is_one_line_or_a_process_alone(laptop, whole):
-    """Each of its variables missing, or nonsense."""
-    said = []
-    for key in whole:
-        for value in (None, "nonsense"):
-            for other, known in whole.items():
-                laptop.setenv(other, known)
-            laptop.delenv(key) if value is None else laptop.setenv(key, value)
-            try:
-                found = distributed.parse("auto")
-            except ValueError as error:
-                said.append(str(error))
-            else:
-                assert found is None or found.meets is not None
-    assert said
-    assert all("\n" not in line and "--distributed HOST:PORT" in line for line in said)
-
-
-@pytest.mark.parametrize("environment", [SLURM, MPI])
-def test_processes_of_a_launcher_meet_before_they_join(laptop, environment):
-    """So that one that does not come is named, and a signal obeyed: jax's own join would end them by an abort."""
-    for key, value in environment.items():
-        laptop.setenv(key, value)
-    met = []
-
-    def meet(address, count, rank, *, timeout, asked):
-        met.append((address.rpartition(":")[0], count, rank, timeout))
-        raise distributed.meeting.Missed("process 2 did not come")
-
-    laptop.setattr(distributed.meeting, "meet", meet)
-    laptop.setattr(jax.distributed, "initialize", lambda *args, **kwargs: pytest.fail("it joined"))
-    with pytest.raises(ValueError, match="process 2 did not come"):
-        distributed.start(distributed.parse("auto"), heartbeat=10, shutdown=10, join=7)
-    assert len(met) == 1
-    assert met[0][1:] == (distributed.parse("auto").count, distributed.parse("auto").meets[1], 7)  # pyright: ignore
-
-
-def test_a_pod_is_a_rank_only_in_an_indexed_job(laptop):
-    laptop.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    assert distributed.parse("auto") is None  # a notebook's pod
-    laptop.setenv("JOB_COMPLETION_INDEX", "1")
-    laptop.setitem(sys.modules, "kubernetes", None)
-    laptop.setattr(distributed.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="the package kubernetes, which asks for the others, is missing"):
-        distributed.parse("auto")
-    laptop.setattr(distributed.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
-    laptop.setattr(distributed.clusters.K8sCluster, "is_env_present", classmethod(lambda cls: True))
-    laptop.setattr(distributed.clusters.K8sCluster, "get_process_count", classmethod(lambda cls: 6))
-    found = distributed.parse("auto")
-    assert found is not None
-    assert (found.name, found.count) == ("Kubernetes", 6)
-
-
-def test_open_mpi_five_wants_the_first_host(laptop):
-    laptop.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    laptop.setenv("OMPI_COMM_WORLD_RANK", "1")
-    with pytest.raises(ValueError, match="give --distributed HOST:PORT with the name of its host"):
-        distributed.parse("auto")
-    assert distributed.parse("node1:8476") == distributed.Layout(name="node1:8476", address="node1:8476", count=2, index=1)
-
-
-def test_layouts_by_hand(laptop):
-    assert distributed.parse("10.0.0.1:8476,4,3") == distributed.Layout(
-        name="10.0.0.1:8476", address="10.0.0.1:8476", count=4, index=3
-    )
-    for text in ("yes", "host", "host:0,1,0", "host:99999,1,0", "host:80,2", "host:80,2,2", "host:80,x,1", ":80,1,0"):
-        with pytest.raises(ValueError, match="--distributed"):
-            distributed.parse(text)
-    with pytest.raises(ValueError, match="how many processes, and which one this is, must follow"):
-        distributed.parse("host:80")
+def test_nothing_waits_in_the_store_any_more_when_a_process_has_left(monkeypatch):
+    """A thread that comes back from C++ while the interpreter ends makes the exit code of a finished job that of an abort."""
+    monkeypatch.setattr(distributed, "_client", object)
+    monkeypatch.setattr(distributed, "_hearing", [])
+    gone = threading.Event()
+    monkeypatch.setattr(jax.distributed, "shutdown", gone.set)
+    distributed._hear(lambda: gone.wait() and time.sleep(0.3), "waits")
+    distributed.leave()
+    assert not distributed._hearing[0].is_alive()
 
 
 # --- which rows a process reads ---------------------------------------------------------------------------------------------

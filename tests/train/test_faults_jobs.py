@@ -88,16 +88,25 @@ def test_a_hangup_that_the_caller_ignores_is_ignored():
     assert job.communicate(timeout=30)[0] == "saved\n"
 
 
-def test_worker_processes_end_when_their_parent_is_killed():
-    """Within ten seconds, however busy they are."""
+IDLE = {  # ways in which a worker does not look at its parent
+    "waiting": "time.sleep(1000)",
+    "holding the lock": "ctypes.PyDLL(None).sleep(1000)",
+    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+}
+
+
+@pytest.mark.parametrize("how", IDLE)
+def test_worker_processes_end_when_their_parent_is_killed(how):
+    """Within ten seconds, however busy they are, as with an image on which the decoder hangs."""
     code = """
-        import multiprocessing, sys, time
+        import ctypes, multiprocessing, os, signal, sys, time
         import train
         def work(queue):
             import train
+            time.sleep(1)
             queue.put(multiprocessing.current_process().pid)
-            while True:
-                time.sleep(100)
+            time.sleep(0.5)
+            IDLE
         if __name__ == "__main__":
             context = multiprocessing.get_context("spawn")
             queue = context.Queue()
@@ -107,12 +116,13 @@ def test_worker_processes_end_when_their_parent_is_killed():
             time.sleep(1000)
         """
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"workers-{os.getpid()}.py"
-    path.write_text(textwrap.dedent(code))
+    path.write_text(textwrap.dedent(code).replace("IDLE", IDLE[how]))
     job = subprocess.Popen([sys.executable, path], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE)
     try:
         assert job.stdout is not None
         workers = [int(pid) for pid in job.stdout.readline().split()]
         assert len(workers) == 2
+        time.sleep(1)
         job.kill()
         job.wait()
         deadline = time.monotonic() + 10
@@ -154,25 +164,84 @@ def test_a_process_that_a_job_starts_ends_with_it_and_clears_up(tmp_path):
     assert not (tmp_path / "left").exists()
 
 
-def test_a_command_of_bench_ends_at_the_first_signal():
+@pytest.mark.parametrize("how", [how for how in IDLE if how != "waiting"])
+def test_a_process_that_a_job_starts_ends_with_it_whatever_holds_it_up(how):
+    """As the one in which the images that were in hand are decoded again."""
+    child = f"import ctypes, os, signal, sys, time, train; time.sleep(1); print('up', flush=True); {IDLE[how]}"
     code = """
-        import dataclasses, sys, time
+        import os, subprocess, sys, time
+        from train.signals import of_this_process
+        words = [sys.executable, "-c", sys.argv[1]]
+        process = subprocess.Popen(words, env=of_this_process(os.environ), start_new_session=True)
+        print(process.pid, flush=True)
+        time.sleep(1000)
+        """
+    job = python(code, child)
+    assert job.stdout is not None
+    lines = {job.stdout.readline().strip() for _ in range(2)}
+    (pid,) = [int(line) for line in lines if line != "up"]
+    time.sleep(0.5)
+    job.kill()
+    job.wait()
+    try:
+        assert ended([pid])
+    finally:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_command_of_bench_ends_at_the_first_signal(tmp_path):
+    """And leaves no folder of images that it has made."""
+    code = """
+        import dataclasses, os, sys, time
         from bench.options import command
+        from train.signals import before_the_end
         @dataclasses.dataclass
         class Options:
             pass
         def job(options):
+            before_the_end(lambda: os.unlink(left))
             print("ready", flush=True)
             time.sleep(1000)
-        sys.argv[1:] = []
+        left = sys.argv.pop()
         sys.exit(command(Options, "bench.any", job, interrupted="the same command continues"))
         """
-    job = python(code)
+    (tmp_path / "left").touch()
+    job = python(code, tmp_path / "left")
     assert job.stdout is not None
     assert job.stdout.readline() == "ready\n"
     job.terminate()
     assert job.communicate(timeout=30)[1].strip() == "bench.any: asked to stop; the same command continues"
     assert job.returncode == 143
+    assert not (tmp_path / "left").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "vitcore.weights: interrupted\n")]
+)
+def test_a_command_that_reads_a_run_leaves_no_weights_behind(tmp_path, number, code, words):
+    """Nor the process that writes them to a temporary file, also where the command is killed."""
+    slow = """
+        import os, sys, time
+        import vitcore.runs, vitcore.weights
+        from vitcore.command_line import end
+        child = "import os, sys, time, train; print(os.getpid(), flush=True); time.sleep(1000)"
+        run = vitcore.runs.subprocess.run
+        vitcore.runs.subprocess.run = lambda command, env, **_: run([sys.executable, "-c", child], env=env)
+        end("vitcore.weights", lambda: vitcore.weights.main(["show", sys.argv[1]]))
+        """
+    (tmp_path / "run").mkdir()
+    (tmp_path / "tmp").mkdir()
+    for signal_, left in ((number, 0), (signal.SIGKILL, 1)) if number == signal.SIGTERM else ((number, 0),):
+        job = python(slow, tmp_path / "run", env={"TMPDIR": str(tmp_path / "tmp")})
+        assert job.stdout is not None
+        child = int(job.stdout.readline())
+        assert len(list((tmp_path / "tmp").iterdir())) == 1
+        job.send_signal(signal_)
+        assert job.communicate(timeout=30)[1] == (words if signal_ == number else "")
+        assert job.returncode == (code if signal_ == number else -signal.SIGKILL)
+        assert ended([child])
+        assert len(list((tmp_path / "tmp").iterdir())) == left
 
 
 @pytest.mark.slow
@@ -294,6 +363,30 @@ def test_output_that_nobody_reads_changes_nothing():
         done.unlink()
 
 
+@pytest.mark.parametrize("closed", [(2,), (0, 1, 2)], ids=str)
+def test_no_file_takes_the_place_of_a_stream_that_is_closed(tmp_path, closed):
+    """What C++ code prints would go into a checkpoint."""
+    code = """
+        import os, sys
+        from train.job import end, guard
+        def work(stop):
+            with open(sys.argv[1], "w") as file:
+                file.flush()
+                for number in 1, 2:
+                    os.write(number, b"as a library in C++ does")
+                file.write("ours")
+        end(guard("a job", work))
+        """
+
+    def close():
+        for descriptor in closed:
+            os.close(descriptor)
+
+    words = [sys.executable, "-c", textwrap.dedent(code), tmp_path / "file"]
+    assert subprocess.run(words, cwd=ROOT, env=environment(), preexec_fn=close, timeout=100).returncode == 0
+    assert (tmp_path / "file").read_text() == "ours"
+
+
 # --- the directory ----------------------------------------------------------------------------------------------------------
 
 
@@ -391,8 +484,10 @@ def test_settings_that_are_for_other_programs_change_nothing():
         from train.job import JobOptions
         JobOptions(distributed="off").join()
         print((jnp.ones((2, 3)) + jnp.ones(3) + jnp.int8(1)).dtype, jnp.arange(3).dtype)
+        print(jax.random.normal(jax.random.key(0), (2,))[0])
         """
     strict = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_ENABLE_X64": "1"}
+    strict |= {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env=environment() | strict,
@@ -401,4 +496,29 @@ def test_settings_that_are_for_other_programs_change_nothing():
         text=True,
         timeout=100,
     )
-    assert done.stdout.split() == ["float32", "int32"], done.stderr
+    assert done.stdout.split()[:2] == ["float32", "int32"], done.stderr
+    assert float(done.stdout.split()[2]) == pytest.approx(1.6226422, abs=1e-6)  # JAX's own default
+
+
+@pytest.mark.parametrize(("platform", "words"), [("nonsense", "nonsense"), ("cuda", "")])
+def test_a_platform_that_is_not_there_is_one_line(platform, words):
+    code = """
+        import jax
+        from train.job import end, guard
+        end(guard("a job", lambda stop: jax.devices()))
+        """
+    job = python(code, env={"JAX_PLATFORMS": platform})
+    said = job.communicate(timeout=100)[1].splitlines()
+    assert job.returncode == 2
+    assert len(said) == 1, said
+    assert said[0].startswith(f"a job: error: JAX finds no device (JAX_PLATFORMS: {platform}): ")
+    assert words in said[0]
+
+
+def test_processes_agree_on_the_precision_of_products(monkeypatch):
+    """Which the environment sets, host by host."""
+    asked = {}
+    monkeypatch.setattr("train.distributed.agree", lambda **what: asked.update(what))
+    with jax.default_matmul_precision("float32"):
+        JobOptions(distributed="off").join()
+    assert asked == {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}

@@ -21,6 +21,7 @@ from tests.train.fault_jobs import ROOT, environment, start, steps, tree_of
 from train.checkpoint import CheckpointError, Checkpoints, Damaged, abstract
 from train.pretrained import open_pretrained
 from train.saved import SavedSteps
+from vitcore import weight_about
 
 pytestmark = pytest.mark.faults
 
@@ -242,3 +243,20 @@ def test_a_pipe_in_place_of_a_file_of_a_run_is_not_waited_for(tmp_path, what):
     done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     assert "no regular file" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("what", ["config.json", "checkpoints/4/state/MANIFEST.json", "checkpoints/4/extra/data.json"])
+def test_a_file_of_a_run_that_is_nested_without_end_is_damaged(tmp_path, what):
+    """JSON of brackets alone makes Python's reader raise RecursionError, which is none of the errors of files."""
+    config = vitcore.variant("ViT-Nano/4", image_size=8, num_classes=3, representation_size=None)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(4, {"params": jax.jit(lambda: vitcore.init(jax.random.key(0), config))()}, {})
+    (tmp_path / "config.json").write_text(json.dumps({"vit": dataclasses.asdict(config)}))
+    (tmp_path / what).write_text("[" * 100_000)
+    with pytest.raises((ValueError, Damaged), match=r"is damaged|nested too deep"):
+        open_pretrained(str(tmp_path))
+
+
+def test_weights_whose_description_is_nested_without_end_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="nested too deep"):
+        weight_about.read(str(tmp_path / "a.safetensors"), {weight_about.KEY: "[" * 100_000})

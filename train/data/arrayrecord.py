@@ -19,6 +19,7 @@ from train.data.encoded import EncodedSource
 from train.data.files import open_regular, read_text
 from train.data.index import Opened, shards
 from train.data.source import BadImage, DataError, Encoded, some
+from train.files import parse_json
 
 FORMAT = 1
 LABELS = np.dtype("<i4")
@@ -139,7 +140,7 @@ def read_manifest(path: str) -> dict | None:
     if (text := read_text(path, "the manifest")) is None:
         return None
     try:
-        manifest = json.loads(text)
+        manifest = parse_json(text)
         if manifest["format"] != FORMAT or not {"classes", "augment", "shards"} <= manifest.keys():
             raise ValueError(f"format {manifest['format']}")
         if manifest.get("sha256") not in (None, checksum(manifest)):

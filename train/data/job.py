@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from train.signals import TERMINATED, Stop
+from train.signals import TERMINATED, Stop, clear_up
 from vitcore.command_line import parsed
 
 
@@ -30,6 +30,7 @@ def run_job(options: type, run: Callable[[Any], None], name: str, argv: list[str
 
     def stop():
         print(f"{name}: asked to stop: ended, nothing is left half-written", file=sys.stderr, flush=True)
+        clear_up()
         os._exit(TERMINATED)
 
     try:

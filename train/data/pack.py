@@ -39,7 +39,7 @@ from train.data.files import read_text
 from train.data.job import check_timeout, run_job
 from train.data.rows import BAD_FLOOR
 from train.data.source import BadImage, DataError, Source
-from train.files import write_atomically
+from train.files import parse_json, write_atomically
 from train.signals import Watchdog, beat
 
 _ANY_NAME: dict = {"unicode_errors": "surrogateescape"}  # a file's name need not be UTF-8
@@ -262,7 +262,7 @@ def _done(progress: Path, identity: dict, folder: Path) -> dict[int, dict]:
     lines = []
     for text in (read_text(str(progress), "the journal") or "").splitlines():
         try:
-            lines.append(json.loads(text))
+            lines.append(parse_json(text))
         except ValueError:
             break  # the line that a kill cut off: its shard is written again
     if not lines:

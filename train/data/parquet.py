@@ -9,7 +9,6 @@ bytes in each process, so a small set is read once; a large one is better packed
 """
 
 import contextlib
-import json
 import logging
 import os
 import threading
@@ -25,6 +24,7 @@ from train.data.files import open_regular
 from train.data.index import Names, described, shards
 from train.data.select import class_difference
 from train.data.source import BadImage, DataError, Encoded
+from train.files import parse_json
 
 log = logging.getLogger("train.data")
 
@@ -187,7 +187,7 @@ def _columns(schema: Any, path: str) -> tuple[str, str, tuple[str, ...] | None]:
     """The columns of images and of labels, and the class names where the metadata have them."""
     features = {}
     with contextlib.suppress(ValueError, KeyError, TypeError):  # written by someone else: the usual names then
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        features = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
     image = _usual([name for name, kind in kinds.items() if kind == "Image"], IMAGE)
     label = _usual([name for name, kind in kinds.items() if kind == "ClassLabel"], LABEL)

@@ -9,7 +9,6 @@ their places, so does which of them come first), hence `[:99%]` and `[99%:]` nev
 alike. Only a source that says `shuffled` (tfds:, whose ranges are published splits) is cut in its own order.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 from train.data.files import read_text
 from train.data.sampling import RANGE, SHOTS, uniforms
 from train.data.source import DataError, Encoded, Example, LeftOut, Source, contents, some
+from train.files import parse_json
 
 USAGE = (
     "NAME, then any of [FROM:TO] (counts or percentages), [classes=A,B,4-9], [shots=K:DRAW], [without=FILE], e.g. train[:99%] "
@@ -267,7 +267,7 @@ def _without(source: Source, path: str) -> Selected:
     if (text := read_text(path, "the list")) is None:
         raise DataError(f"cannot read the list {path}: No such file or directory; give removed.json of train.data.dedup")
     try:
-        names = set(json.loads(text)["removed"]) if path.endswith(".json") else set(text.splitlines())
+        names = set(parse_json(text)["removed"]) if path.endswith(".json") else set(text.splitlines())
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no list of examples ({type(error).__name__}); give removed.json of train.data.dedup") from error
     keep = np.array([source.example_name(i) not in names for i in range(len(source))], bool)

@@ -22,6 +22,7 @@ from train.data.index import Arrays, Names, Opened, described, kept, shards
 from train.data.source import DataError, Encoded, LeftOut, some
 from train.data.tar_headers import Member, TarError, members
 from train.data.tar_samples import IMAGES, samples
+from train.files import parse_json
 
 log = logging.getLogger("train.data")
 
@@ -167,7 +168,7 @@ def _label(file, member: Member, path: str, known: ClassNames) -> int | None:
     value: object = text.strip()
     if member.name.lower().endswith(".json"):
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except ValueError as error:
             raise DataError(f"{where} is no JSON; repair it") from error
         if not isinstance(content, dict) or "label" not in content:
