@@ -435,6 +435,23 @@ def test_mesh_is_parsed():
     assert meshes.parse("8x4")[:2] == (8, 4)
 
 
+@pytest.mark.parametrize(
+    ("settings", "shape", "said"),
+    [
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "None", "mesh 4x1: 4 devices simulated"),
+        ({"JAX_NUM_CPU_DEVICES": "3", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "None", "mesh 3x1: 3 devices"),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, "meshes.parse('2x1')", "mesh 2x1: 2 devices simulated"),
+        ({}, "None", "mesh 1x1: 1 x cpu"),
+    ],
+    ids=["flags", "number", "both", "none"],
+)
+def test_devices_simulated_by_jax_s_own_settings_are_seen_without_mesh(settings, shape, said):
+    code = f"from train import mesh as meshes; shape = {shape}; meshes.prepare(shape); print(meshes.make(shape)[1])"
+    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=clean | settings)
+    assert done.stdout.startswith(said), (done.stdout, done.stderr)
+
+
 # --- the default run, as the README has it ----------------------------------------------------------------------------------
 
 
