@@ -173,7 +173,7 @@ def test_sam_is_optax_s():
     state = sam.init(params)
     for _ in range(3):
         params, state = step(params, state)
-    near(found[1], params)
+    near(found[1], params, atol=1e-4)  # of another program: Adam divides what is all but no gradient by itself
 
 
 @pytest.mark.slow
