@@ -225,13 +225,8 @@ def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
     tried: dict[int, Report] = {}
 
     def attempt(batch: int) -> edge.Attempt:
-        arguments = {
-            "model": options.largest_batch,
-            "batch": batch,
-            "dtype": options.dtype,
-            "kernels": kernels,
-            "remat": options.keeps,
-        }
+        arguments = {"model": options.largest_batch, "batch": batch, "dtype": options.dtype}
+        arguments |= {"kernels": kernels, "remat": options.keeps}
         kernel_tables.progress(f"{target}: {options.largest_batch}, batch {batch} ...")
         report = compile_programs(target, [Program(build="bench.programs:train_step", arguments=arguments)], seconds=600)[0]
         tried[batch] = report

@@ -143,6 +143,9 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     assert given("--model", "ViT-Nano/2").config.patch_size == 2
     assert given("--pool", "gap").config.pool == "gap"
     assert given("--gelu", "erf").config.gelu == "erf"
+    assert given("--block", "layerscale").config.block == "layerscale"
+    assert given("--stem", "clip").config.stem == "clip"
+    assert given("--registers", 4).config.registers == 4
     assert given("--representation-size", 0).config.representation_size is None
     assert given("--image-size", 16).config.image_size == 16
     assert given("--accumulate", 2).options.accumulate == 2
@@ -281,6 +284,14 @@ MISTAKES = {
     "another bucket": (["--out", "s3://bucket/run"], "--out s3://bucket/run: a local path or gs://BUCKET/PATH is required"),
     "remat": (["--remat", "--remat-every", "3"], "--remat-every 3: ViT-Nano/4 has 4 blocks"),
     "few-shot": (["--fewshot-every", "0"], "--fewshot-every 0: a positive number is required"),
+    "few images": (
+        ["--train-split", "train[shots=10]", "--batch-size", "16", "--mesh", "1x1", "--fewshot-every", "5"],
+        "--fewshot-every: class '0' has 10 training images, 25 shots need 25: leave it out",
+    ),
+    "a block": (["--block", "layer"], "--block layer: one of encoder, layerscale"),
+    "registers": (["--registers", "-1"], "--registers -1: a positive number is required, or 0 for none"),
+    "a ResNet's block": (["--model", "R50x1", "--block", "layerscale"], "--block layerscale: R50x1 is a ResNet"),
+    "no weights": (["--init", "no/such/run"], "no/such/run: there is no such file or directory: a run's directory, an .npz or"),
     "warm-up": (["--steps", "10", "--warmup-steps", "10"], "the warm-up must be shorter than the run"),
 }
 
