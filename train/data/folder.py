@@ -74,7 +74,7 @@ def open_folder(rest: str, split: str) -> Folder:
 
 
 def _root(rest: str, split: str) -> str:
-    """Where a split's class folders are: `rest`/`split`; for val also `rest`/validation, or `rest` itself where it holds folders and
+    """Where a split's class folders are: `rest`/`split`; for val also `rest`/validation, or `rest` itself where it has folders and
     none is a split."""
     root, other = os.path.join(rest, split), os.path.join(rest, "validation")
     if split != "val" or os.path.isdir(root):
