@@ -52,7 +52,7 @@ def prepare(shape: MeshShape | None, processes: int = 1) -> None:
 def _simulated() -> int:
     """CPU devices that the user simulates by JAX's own settings: JAX_NUM_CPU_DEVICES goes before XLA_FLAGS, as in JAX."""
     asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
-    chosen = jax.config.jax_num_cpu_devices
+    chosen: int = getattr(jax.config, "jax_num_cpu_devices")  # noqa: B009 (pyright does not know it)
     return max(1, chosen if chosen >= 0 else int(asked[-1]) if asked else 1)
 
 

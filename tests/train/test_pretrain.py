@@ -178,6 +178,7 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
         ["--data", "digits:0-4"],
         ["--subset", 500],
         ["--subset", 500, "--subset-seed", 1],
+        ["--repeats", 3],
     ):
         assert not np.array_equal(next(given(*option).batches)["image"], first["image"]), option
     rates = [([],), (["--learning-rate", 1e-4],), (["--decay", "linear"],), (["--warmup-steps", 9],)]
@@ -288,6 +289,8 @@ MISTAKES = {
         ["--train-split", "train[shots=10]", "--batch-size", "16", "--mesh", "1x1", "--fewshot-every", "5"],
         "--fewshot-every: class '0' has 10 training images, 25 shots need 25: leave it out",
     ),
+    "repeats": (["--repeats", "0"], "--repeats 0: a positive number is required"),
+    "repeats of nothing": (["--repeats", "3", "--augment", "none"], "with --augment none an image is the same each time"),
     "a block": (["--block", "layer"], "--block layer: one of encoder, layerscale"),
     "registers": (["--registers", "-1"], "--registers -1: a positive number is required, or 0 for none"),
     "a ResNet's block": (["--model", "R50x1", "--block", "layerscale"], "--block layerscale: R50x1 is a ResNet"),
