@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,10 +312,11 @@ def test_missing_folders(tmp_path, folder, split):
 
 def test_a_folder_to_measure_on_may_be_called_validation_stand_alone_or_have_no_splits(folder, tmp_path):
     """As others publish them: PATH/validation/<class>, PATH/val/<class> without train, PATH/<class>."""
-    pictures = [bytes(open_source(f"folder:{folder}", "val").encoded(k).data) for k in range(3)]
+    val: Any = open_source(f"folder:{folder}", "val")
+    pictures = [bytes(val.encoded(k).data) for k in range(3)]
 
     def found(path):
-        source = open_source(f"folder:{path}", "val")
+        source: Any = open_source(f"folder:{path}", "val")
         assert source.classes == ("class0", "class1", "class2")
         return source.name, [bytes(source.encoded(k).data) for k in range(3)]
 
