@@ -52,6 +52,8 @@ class Kernels:
     """Instead of ops: a whole model, e.g. ViT-B/16."""
     train: bool = False
     """With --whole: the training step, not the forward pass."""
+    drop_path: float = 0.0
+    """With --train: stochastic depth at this rate, of our side and of XLA's; the public release has none."""
     statistics: bool = False
     """With --whole: the forward pass with and without the distance of every head and the class token's row of every block."""
     remat: bool = False
@@ -98,6 +100,8 @@ class Kernels:
             raise ValueError("--whole, --largest-batch and --calibrate ask the compiler: name a --target, e.g. --target v3")
         if not self.target and self.plan:
             raise ValueError("--plan prints what a TPU generation would run: name a --target, e.g. --target v3")
+        if self.drop_path and not (self.whole and self.train and 0 < self.drop_path < 1):
+            raise ValueError(f"--drop-path {self.drop_path}: a rate in [0, 1) is required, with --whole and --train")
         if self.statistics and (not self.whole or self.train):
             raise ValueError("--statistics is of a whole forward pass: give --whole, e.g. --whole ViT-B/16, and no --train")
         if self.calibrate and set(self.target) - set(PROFILED):
@@ -119,7 +123,7 @@ def _compile(target: str, programs: list[Program], **options: Any) -> list[Repor
 def _names(options: Kernels, build: str, op: str | None) -> list[tuple[str, Any]]:
     """Whose code is compiled: (name in the record, the builder's `kernels`)."""
     names: list[tuple[str, Any]] = [("ours", True), *(() if options.ours_only else (("xla", False),))]
-    if options.peers and not options.ours_only and options.whole:
+    if options.peers and not options.ours_only and options.whole and not options.drop_path:
         names.append((FLAX, FLAX))
     if options.peers and not options.ours_only and op == "attention" and build.endswith(":op_alone"):
         names += [(name, name) for name in kernel_tables.ATTENTION]
@@ -181,10 +185,14 @@ def whole(options: Kernels, target: str) -> list[dict]:
     from bench.programs import _config
 
     arguments = {"model": options.whole, "batch": options.batch, "dtype": options.dtype}
+    config = _config(options.whole or "", None)
+    if options.drop_path and not hasattr(config, "drop_path"):
+        raise ValueError(f"--drop-path {options.drop_path}: {options.whole} is a ResNet, which has no stochastic depth")
     if options.train:
-        arguments["remat"] = options.keeps
-    work = model_flops(_config(options.whole or "", None), options.batch, train=options.train)
-    what = f"{options.whole} {'train step' + (', remat' if options.remat else '') if options.train else 'forward'}"
+        arguments |= {"remat": options.keeps} | ({"drop_path": options.drop_path} if options.drop_path else {})
+    work = model_flops(config, options.batch, train=options.train)
+    beside = ", remat" * options.remat + f", drop path {options.drop_path:g}" * bool(options.drop_path)
+    what = f"{options.whole} {'train step' + beside if options.train else 'forward'}"
     build = "bench.programs:train_step" if options.train else "bench.programs:whole_forward"
     records = _pairs(options, target, [(what, work, build, arguments)])
     for record in records:
@@ -217,13 +225,8 @@ def largest_batch(options: Kernels, target: str, *, kernels: bool) -> dict:
     tried: dict[int, Report] = {}
 
     def attempt(batch: int) -> edge.Attempt:
-        arguments = {
-            "model": options.largest_batch,
-            "batch": batch,
-            "dtype": options.dtype,
-            "kernels": kernels,
-            "remat": options.keeps,
-        }
+        arguments = {"model": options.largest_batch, "batch": batch, "dtype": options.dtype}
+        arguments |= {"kernels": kernels, "remat": options.keeps}
         kernel_tables.progress(f"{target}: {options.largest_batch}, batch {batch} ...")
         report = compile_programs(target, [Program(build="bench.programs:train_step", arguments=arguments)], seconds=600)[0]
         tried[batch] = report
@@ -338,7 +341,7 @@ def run(options: Kernels) -> list[dict]:
 
 def main() -> int:
     def job(options: Kernels) -> int:
-        return 1 if any(r.get("ours", {}).get("error") for r in run(options)) else 0
+        return int(any(r.get("ours", {}).get("error") for r in run(options)))
 
     return command(Kernels, "bench.kernels", job, (CompilerMissing, TrialError, RuntimeError))
 

@@ -227,6 +227,7 @@ def train_step(
     depth=None,
     units=(),
     dropout=0.0,
+    drop_path=0.0,
     position=None,
     shard="parameters",
     whole_plan=False,
@@ -236,9 +237,10 @@ def train_step(
     and what is kept for the backward pass are those of the whole model."""
     config = _config(model, image_size, depth, units, position)
     whole = _config(model, image_size, None, units, position) if whole_plan else config
-    config = replace(config, dropout=dropout) if dropout else config  # which a ResNet has none of
+    rates = {name: rate for name, rate in (("dropout", dropout), ("drop_path", drop_path)) if rate}
+    config = replace(config, **rates)  # of which a ResNet has none
     if kernels == FLAX:
-        if (data, axis, remat, accumulate, dropout) != (1, 1, 0, 1, 0.0):
+        if (data, axis, remat, accumulate, rates) != (1, 1, 0, 1, {}):
             raise ValueError("the peer's step runs on one core, without rematerialisation, accumulation and dropout")
         tx, params = vit.optimizer(), vit.shapes(config)
         step = jax.jit(partial(vit.step, tx=tx, dtype=jnp.dtype(dtype)), donate_argnums=(0, 1))

@@ -139,7 +139,7 @@ def make_run(
     batches = train_batches(
         source, batch_size=full.batch_size, seed=full.seed, augment=full.augment, how=full.how,
         workers=reading_processes(full.workers, source),
-        mixup=full.mixup, cutmix=full.cutmix, mixup_share=full.mixup_share or "batch", **images, **data or {},
+        mixup=full.mixup, cutmix=full.cutmix, mixup_share=full.mixup_share or "batch", repeats=full.repeats, **images, **data or {},
     )  # fmt: skip
     # Processes take seconds to start; fewer images have been read by threads in that time.
     workers = reading_processes(full.workers, held_out) if len(held_out) >= MANY_IMAGES else 0

@@ -150,8 +150,12 @@ def probe(
     from train.frozen import Reader, make_features
 
     protocol = protocol or Protocol()
-    for k in protocol.shots:
-        draw(np.asarray(train.labels()), k, train.classes, 0)
+    try:
+        for k in protocol.shots:
+            draw(np.asarray(train.labels()), k, train.classes, 0)
+    except ValueError as error:  # whose cure is an option of train.fewshot
+        why = str(error).rpartition(": ")[0]
+        raise ValueError(f"--fewshot-every: {why}: leave it out, python -m train.fewshot --shots measures afterwards") from None
     features = make_features(config, mesh, ops=ops, dtype=dtype or jnp.float32, read=read)
     reader = Reader(
         batch_size=batch_size,

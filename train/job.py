@@ -205,7 +205,7 @@ BEFORE: dict = {
     "position": "1d", "erase": 0.0, "init": None, "optimizer": "sgd", "mixup": 0.0, "weight_decay": None, "layer_decay": None,
     "objective": "classes", "masked_target": None, "corrupt": None,
     "width": None, "depth": None, "mlp_dim": None, "num_heads": None, "sgd": None, "allow_nonfinite": False, "eps": 1e-6,
-    "drop_path": 0.0, "sam": 0.0,
+    "drop_path": 0.0, "sam": 0.0, "block": None, "stem": None, "registers": None, "repeats": 1,
 }  # fmt: skip
 
 NAMED = {"mixup"}  # of these, what pre-training has always named its directories by

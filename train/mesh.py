@@ -29,10 +29,10 @@ def parse(text: str) -> MeshShape:
 def prepare(shape: MeshShape | None, processes: int = 1) -> None:
     """Set what JAX must know before it looks for devices: how many to simulate, should there be only a CPU.
 
-    processes: of the job, which share the simulated devices evenly. Call once, first thing in a job, after it has joined the
-    others. Without effect on accelerators.
+    shape: None for all devices that there are, those that JAX's own settings simulate. processes: of the job, which share the
+    simulated devices evenly. Call once, first thing in a job, after it has joined the others. Without effect on accelerators.
     """
-    count = processes if shape is None else shape.data * shape.model
+    count = processes * _simulated() if shape is None else shape.data * shape.model
     if count % processes:
         raise ValueError(f"a mesh of {count} devices does not divide over {processes} processes: use a multiple of {processes}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -40,12 +40,20 @@ def prepare(shape: MeshShape | None, processes: int = 1) -> None:
         map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"))
     ):
         jax.config.update("jax_platforms", "cpu")  # an installed libtpu would otherwise look for its TPU, at length
-    with contextlib.suppress(RuntimeError):  # a caller who has started JAX keeps the devices he chose
-        jax.config.update("jax_num_cpu_devices", min(count // processes, MOST_SIMULATED))
+    if shape is not None:
+        with contextlib.suppress(RuntimeError):  # a caller who has started JAX keeps the devices he chose
+            jax.config.update("jax_num_cpu_devices", min(count // processes, MOST_SIMULATED))
     if count > 1:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COLLECTIVE_FLAGS}".strip()
         # several steps in flight starve each other's collectives when devices outnumber cores: one at a time
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _simulated() -> int:
+    """CPU devices that the user simulates by JAX's own settings: JAX_NUM_CPU_DEVICES goes before XLA_FLAGS, as in JAX."""
+    asked = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    chosen: int = getattr(jax.config, "jax_num_cpu_devices")  # noqa: B009 (pyright does not know it)
+    return max(1, chosen if chosen >= 0 else int(asked[-1]) if asked else 1)
 
 
 def make(shape: MeshShape | None) -> tuple[Mesh, str]:

@@ -115,6 +115,9 @@ class ImageOptions(TrainOptions):
     """Whether all images of a batch are mixed in one share, as the authors have it, or each in its own."""
     erase: float | None = None
     """Share of the images of which a box is replaced by noise (random erasing); 0 for none."""
+    repeats: int = 1
+    """Times that an image comes, each time augmented anew, with as many fewer images in an epoch (repeated augmentation): 3 in
+    DeiT."""
     preprocess: Literal["resize", "resize-center", "center"] | None = None
     """Of images that are measured. resize: to the square. resize-center: to 256/224 of it, and the middle. center: the shorter side
     to 256/224 of it, averaging, and the middle."""
@@ -150,6 +153,8 @@ def resolve_images(args: "ImageOptions", recipe) -> dict:
     if min(layers, magnitude) < 0:
         raise ValueError(f"--randaugment {layers} {magnitude}: two numbers of 0 or more are required")
     kind = _kind(args.augment, getattr(args, "data", ""))
+    if args.repeats > 1 and kind == "none":
+        raise ValueError(f"--repeats {args.repeats}: with --augment none an image is the same each time: leave one of them out")
     if kind != "inception":
         if args.crop is not None or (layers and args.randaugment is not None) or args.erase:
             raise ValueError(f"--crop, --randaugment and --erase belong to --augment inception, and this is {kind}: leave them out")
@@ -162,7 +167,9 @@ def resolve_images(args: "ImageOptions", recipe) -> dict:
 TRAIN_OPTIONS = tuple(field.name for field in dataclasses.fields(TrainOptions))
 # What may differ between a run and its continuation: where and how it runs, not what it computes.
 PLACEMENT = frozenset(TRAIN_OPTIONS) - {"dtype"} | {"out", "config"}
-_POSITIVE = "accumulate remat_every log_every eval_every checkpoint_every keep keep_every threads batch_size image_size steps"
+_POSITIVE = (
+    "repeats accumulate remat_every log_every eval_every checkpoint_every keep keep_every threads batch_size image_size steps"
+)
 _NATURAL = "seed workers warmup_steps"
 
 

@@ -1,12 +1,14 @@
-"""A model of another shape than its name says, and SGD in place of Adam: the paper's ablations of pre-training (D.1, D.2)."""
+"""A model of another shape, or of other entries, than its name says, and SGD in place of Adam: the paper's ablations of
+pre-training (D.1, D.2), and the families that followed (docs/families.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vitcore import families
+from vitcore.blocks import BLOCKS
 
-SHAPE = ("width", "depth", "mlp_dim", "num_heads")
+SHAPE = ("width", "depth", "mlp_dim", "num_heads", "block", "stem", "registers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,12 @@ class AblationOptions:
     """Hidden width of each block's MLP."""
     num_heads: int | None = None
     """A divisor of the width."""
+    block: str | None = None
+    """Of the encoder: encoder, or layerscale, whose halves are multiplied by learned scales (DeiT-III, DINOv2)."""
+    stem: Literal["clip"] | None = None
+    """clip: patches without bias and a layer norm before the blocks, as CLIP has it."""
+    registers: int | None = None
+    """Learned tokens that the blocks see besides and nobody reads: 4 in DINOv2 with registers."""
     sgd: float | None = None
     """Train by SGD with this momentum, not by Adam (paper Table 7): 0.9. Wants --learning-rate and --weight-decay, for the recipe's
     are Adam's; the decay is of kernels, and part of the gradient."""
@@ -31,8 +39,10 @@ class AblationOptions:
             option = f"--{name.replace('_', '-')} {value}"
             if name not in families.fields_of(model):
                 raise ValueError(f"{option}: {model} is a ResNet, whose shape its name says: leave it out")
-            if value < 1:
-                raise ValueError(f"{option}: a positive number is required")
+            if name == "block" and value not in BLOCKS:
+                raise ValueError(f"{option}: one of {', '.join(BLOCKS)} is required")
+            if isinstance(value, int) and value < (name != "registers"):
+                raise ValueError(f"{option}: a positive number is required{', or 0 for none' * (name == 'registers')}")
         if args.optimizer is not None:
             self._check_optimizer(args)
         if self.sgd is None:
@@ -56,6 +66,6 @@ class AblationOptions:
             raise ValueError("--optimizer lion: --learning-rate and --weight-decay are required, for the recipe's are Adam's")
 
 
-def shape_of(held: Mapping[str, Any]) -> dict[str, int]:
+def shape_of(held: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a model's configuration that options, or a run's config.json, set apart from its name."""
     return {name: held[name] for name in SHAPE if held.get(name) is not None}

@@ -142,8 +142,16 @@ def _kernels(started: Callable, launch: Callable[[], Launch]) -> Ops:
 
 
 @cache
-def fused(launch: Launch) -> Ops:
-    """The Pallas kernels, started as `launch` says: for another device than the one present, or interpreted."""
+def fused(launch: Launch | str) -> Ops:
+    """The Pallas kernels, started as `launch` says: for another device than the one present, or interpreted.
+
+    launch: or the name of a TPU generation, "v5e", to lower and compile for it where it is not. ValueError for an unknown one.
+    """
+    if isinstance(launch, str):
+        known = [device.name for device in DEVICES.values() if device.topology]
+        if launch not in known:
+            raise ValueError(f"fused({launch!r}): a generation of TPUs is required, one of {', '.join(known)}")
+        return fused(Launch(device=DEVICES[launch]))
     return _kernels(lambda kernel: partial(kernel, launch=launch), lambda: launch)
 
 
@@ -152,7 +160,8 @@ def _on_the_tpu(kernel):
     def run(*args, **options):
         if (platform := jax.default_backend()) != "tpu":
             raise ValueError(
-                f"the fused ops run on a TPU, the devices are {platform}: use the reference ops, or interpret to try the kernels"
+                f"the fused ops run on a TPU, the devices are {platform}: use the reference ops, interpret to try the kernels, or "
+                "vitcore.fused('v5e') to compile for a TPU that is not here"
             )
         return kernel(*args, launch=here(), **options)
 

@@ -64,6 +64,8 @@ def opened(path) -> Iterator[dict[str, Stored]]:
     Raises WeightError for whatever is wrong with the file's form, the caller's reads included; OSError where it cannot be opened.
     """
     path = os.fspath(path)
+    if not os.path.exists(path) and not path.endswith((".npz", ".safetensors")):
+        raise WeightError(f"{path}: there is no such file or directory: a run's directory, an .npz or a .safetensors is required")
     form = kind(path)
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for, a device read, for ever

@@ -1,5 +1,6 @@
 """The pipeline: what a run sees is a function of data, seed and batch size; never of processes, workers, threads, interruptions."""
 
+import itertools
 import os
 import re
 import shutil
@@ -144,6 +145,25 @@ def test_augmentation_goes_by_the_example_not_by_its_place():
     known = {image.tobytes() for image in whole["image"]}
     assert len(known) == len(source)
     assert {image.tobytes() for image in half["image"]} < known
+
+
+@pytest.mark.parametrize("batch", [12, 13])  # a multiple of three, and not
+def test_an_image_comes_as_often_as_asked_each_time_another_picture(batch):
+    """Repeated augmentation: once around, and each time in a batch or its neighbour, never beside itself, on any shards."""
+    source = Numbered(24, decoded=True)
+    found = [i for b in take(train(source, batch, repeats=3), -(-72 // batch)) for i in numbers(b)][:72]
+    assert sorted(found) == sorted([*range(24)] * 3)
+    assert all(a != b for a, b in itertools.pairwise(found))
+    joined = [take(train(source, batch, repeats=3, shard=(k, batch)), 2) for k in range(batch)]
+    assert [numbers(one[1])[0] for one in joined] == found[batch : 2 * batch]
+    options: dict[str, Any] = dict(image_size=8, channels=1, batch_size=300, seed=0, repeats=3)
+    digits_of = take(train_batches(open_source("digits", "train"), **options), 1)[0]["image"]
+    assert len({image.tobytes() for image in digits_of}) == 300  # a hundred images, three pictures of each
+
+
+def test_repeats_that_make_no_batch_are_refused():
+    with pytest.raises(ValueError, match="repeats 13: from 1 to the batch's 12 is required"):
+        train(Numbered(24), 12, repeats=13)
 
 
 # --- processes, threads, workers --------------------------------------------------------------------------------------------

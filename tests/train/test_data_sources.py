@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,11 +303,31 @@ def test_missing_folders(tmp_path, folder, split):
     with pytest.raises(DataError) as error:
         open_source(f"folder:{tmp_path / 'nowhere'}", split)
     one_line(error, tmp_path / "nowhere" / split, "No such file or directory", "train/<class>/")
-    (folder / "val").rename(folder / "validation")
+    (folder / "val").rename(folder / "held-out")
     with pytest.raises(DataError) as error:
         open_source(f"folder:{folder}", "val")
     one_line(error, folder / "val", "No such file or directory")
     assert len(open_source(f"folder:{folder}", "train[:50%]")) == 9  # train/ alone will do: it can be cut
+
+
+def test_a_folder_to_measure_on_may_be_called_validation_stand_alone_or_have_no_splits(folder, tmp_path):
+    """As others publish them: PATH/validation/<class>, PATH/val/<class> without train, PATH/<class>."""
+    val: Any = open_source(f"folder:{folder}", "val")
+    pictures = [bytes(val.encoded(k).data) for k in range(3)]
+
+    def found(path):
+        source: Any = open_source(f"folder:{path}", "val")
+        assert source.classes == ("class0", "class1", "class2")
+        return source.name, [bytes(source.encoded(k).data) for k in range(3)]
+
+    (folder / "val").rename(folder / "validation")
+    assert found(folder) == (f"folder:{folder}/validation", pictures)
+    (tmp_path / "alone").mkdir()
+    (folder / "validation").rename(tmp_path / "alone" / "val")
+    assert found(tmp_path / "alone") == (f"folder:{tmp_path}/alone/val", pictures)
+    assert found(tmp_path / "alone" / "val") == (f"folder:{tmp_path}/alone/val", pictures)
+    with pytest.raises(DataError, match="cannot read the folder"):
+        open_source(f"folder:{tmp_path}/alone/val", "train")  # which nobody has said is to be trained on
 
 
 def test_folder_is_a_file(tmp_path):

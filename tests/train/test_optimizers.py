@@ -100,14 +100,34 @@ def steps(name, data, model, *, sam=0.0, shard: Any = "parameters") -> Any:
     return found, jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, state.average), state
 
 
-def near(ours, theirs):
-    """Of how far it went: a gradient of rounding errors alone, as that of the keys' bias is, has no certain sign and direction."""
-    start = with_a_head(vitcore.init(jax.random.key(0), CONFIG))
-    apart, way = (
-        sum(np.square(np.asarray(a) - np.asarray(b)).sum() for a, b in zip(*map(jax.tree.leaves, (theirs, other)), strict=True))
-        for other in (ours, start)
-    )
-    assert apart < 1e-3 * way, (apart, way)
+def but_keys(params) -> Any:
+    """(the parameters with zeros for the keys' bias, the keys' bias). It adds the same to all logits of a query: by the softmax
+    its gradient is 0, of which rounding alone is left, and Lion takes the sign of that, Adafactor and Adam its share of itself."""
+    blocks = params["blocks"]
+    bias = np.asarray(blocks["qkv"]["bias"])  # [L, 3, D]
+    without = np.where(np.arange(3)[:, None] == 1, 0, bias)
+    return params | {"blocks": blocks | {"qkv": blocks["qkv"] | {"bias": without}}}, bias[:, 1]
+
+
+def near(ours, theirs, *, atol=1e-5, moved=3 * 0.01 * 1.5):
+    """Every element within a thousandth of a step, but the keys' bias, of which no more is certain than how far it can go."""
+    (ours, here), (theirs, there) = but_keys(ours), but_keys(theirs)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+    assert max(np.abs(here).max(), np.abs(there).max()) < moved  # it begins at 0
+
+
+def test_the_gradient_of_the_keys_bias_is_rounding():
+    """What `near` leaves out is 1e-18 of the values' beside it in float64 (1e-9 in float32)."""
+    images = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1))
+    with jax.enable_x64(True):
+        params: Any = jax.tree.map(lambda a: 0.1 * a.astype(jnp.float64), tree_of(0))
+
+        def loss(p):
+            return jnp.square(vitcore.apply(p, images, CONFIG, ops=REFERENCE, dtype=jnp.float64)).sum()
+
+        bias = jax.jit(jax.grad(loss))(params)["blocks"]["qkv"]["bias"]
+        assert np.abs(bias[:, 1]).max() < 1e-14 * np.abs(bias[:, 2]).max()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +172,7 @@ def test_sam_is_optax_s():
     state = sam.init(params)
     for _ in range(3):
         params, state = step(params, state)
-    near(found[1], params)
+    near(found[1], params, atol=1e-4)  # of another program: Adam divides what is all but no gradient by itself
 
 
 @pytest.mark.slow

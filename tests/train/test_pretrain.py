@@ -143,6 +143,9 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     assert given("--model", "ViT-Nano/2").config.patch_size == 2
     assert given("--pool", "gap").config.pool == "gap"
     assert given("--gelu", "erf").config.gelu == "erf"
+    assert given("--block", "layerscale").config.block == "layerscale"
+    assert given("--stem", "clip").config.stem == "clip"
+    assert given("--registers", 4).config.registers == 4
     assert given("--representation-size", 0).config.representation_size is None
     assert given("--image-size", 16).config.image_size == 16
     assert given("--accumulate", 2).options.accumulate == 2
@@ -175,6 +178,7 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
         ["--data", "digits:0-4"],
         ["--subset", 500],
         ["--subset", 500, "--subset-seed", 1],
+        ["--repeats", 3],
     ):
         assert not np.array_equal(next(given(*option).batches)["image"], first["image"]), option
     rates = [([],), (["--learning-rate", 1e-4],), (["--decay", "linear"],), (["--warmup-steps", 9],)]
@@ -281,6 +285,16 @@ MISTAKES = {
     "another bucket": (["--out", "s3://bucket/run"], "--out s3://bucket/run: a local path or gs://BUCKET/PATH is required"),
     "remat": (["--remat", "--remat-every", "3"], "--remat-every 3: ViT-Nano/4 has 4 blocks"),
     "few-shot": (["--fewshot-every", "0"], "--fewshot-every 0: a positive number is required"),
+    "few images": (
+        ["--train-split", "train[shots=10]", "--batch-size", "16", "--mesh", "1x1", "--fewshot-every", "5"],
+        "--fewshot-every: class '0' has 10 training images, 25 shots need 25: leave it out",
+    ),
+    "repeats": (["--repeats", "0"], "--repeats 0: a positive number is required"),
+    "repeats of nothing": (["--repeats", "3", "--augment", "none"], "with --augment none an image is the same each time"),
+    "a block": (["--block", "layer"], "--block layer: one of encoder, layerscale"),
+    "registers": (["--registers", "-1"], "--registers -1: a positive number is required, or 0 for none"),
+    "a ResNet's block": (["--model", "R50x1", "--block", "layerscale"], "--block layerscale: R50x1 is a ResNet"),
+    "no weights": (["--init", "no/such/run"], "no/such/run: there is no such file or directory: a run's directory, an .npz or"),
     "warm-up": (["--steps", "10", "--warmup-steps", "10"], "the warm-up must be shorter than the run"),
 }
 
@@ -433,6 +447,23 @@ def test_a_run_of_before_there_were_these_options_goes_on():
 
 def test_mesh_is_parsed():
     assert meshes.parse("8x4")[:2] == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape", "said"),
+    [
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "None", "mesh 4x1: 4 devices simulated"),
+        ({"JAX_NUM_CPU_DEVICES": "3", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "None", "mesh 3x1: 3 devices"),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, "meshes.parse('2x1')", "mesh 2x1: 2 devices simulated"),
+        ({}, "None", "mesh 1x1: 1 x cpu"),
+    ],
+    ids=["flags", "number", "both", "none"],
+)
+def test_devices_simulated_by_jax_s_own_settings_are_seen_without_mesh(settings, shape, said):
+    code = f"from train import mesh as meshes; shape = {shape}; meshes.prepare(shape); print(meshes.make(shape)[1])"
+    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=clean | settings)
+    assert done.stdout.startswith(said), (done.stdout, done.stderr)
 
 
 # --- the default run, as the README has it ----------------------------------------------------------------------------------

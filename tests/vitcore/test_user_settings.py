@@ -9,9 +9,6 @@ import pytest
 from jax.sharding import AxisType
 
 import vitcore
-from kernels.device import DEVICES
-from kernels.launch import Launch
-from vitcore.ops import fused
 
 SIZES = dict(image_size=8, patch_size=4, width=16, depth=1, mlp_dim=32, num_heads=2, num_classes=5)
 MODELS = {
@@ -99,10 +96,27 @@ def test_the_kernels_are_lowered(generation, setting):
     )
     params = jax.eval_shape(lambda: vitcore.init(jax.random.key(0), config))
     images = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
-    ops = fused(Launch(device=DEVICES[generation]))
+    ops = vitcore.fused(generation)
     with SETTINGS[setting]():
         text = gradient(config, ops, dtype=jnp.bfloat16).trace(params, images).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 4
+
+
+def test_a_program_for_a_tpu_that_is_not_here_holds_the_kernels():
+    """`jax.export` for the platform, with ops that name the generation; those of this process's TPU say so where there is none."""
+    config = vitcore.ViTConfig(image_size=32, patch_size=8, width=128, depth=1, mlp_dim=256, num_heads=2, num_classes=5)
+    params = jax.eval_shape(lambda: vitcore.init(jax.random.key(0), config))
+    images = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+
+    def exported(ops):
+        forward = jax.jit(partial(vitcore.apply, config=config, ops=ops, dtype=jnp.bfloat16))
+        return jax.export.export(forward, platforms=("tpu",))(params, images).mlir_module().count("tpu_custom_call")
+
+    assert exported(vitcore.fused("v5e")) >= 2
+    with pytest.raises(ValueError, match=r"vitcore.fused\('v5e'\) to compile for a TPU that is not here"):
+        exported(vitcore.FUSED)
+    with pytest.raises(ValueError, match=r"fused\('v8'\): a generation of TPUs is required, one of v2, v3"):
+        vitcore.fused("v8")
 
 
 @pytest.mark.parametrize("setting", ["rank promotion", "strict dtypes"])

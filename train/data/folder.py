@@ -50,20 +50,20 @@ class Folder(EncodedSource):
 
 
 def open_folder(rest: str, split: str) -> Folder:
-    """The images below `rest`/`split`. Raises DataError for a missing or empty folder, and for classes that train/ has not."""
+    """The images of a split (`_root`). Raises DataError for a missing or empty folder, and for classes that train/ has not."""
     if not rest:
         raise DataError("the source 'folder' needs a path; write 'folder:PATH' with PATH/train/<class>/ and PATH/val/<class>/")
-    root = os.path.join(rest, split)
+    root = _root(rest, split)
     left_out = LeftOut()
     classes = _classes(root, left_out)
-    for known in ("train", "val"):  # a set with train/ alone is cut by ranges; where both are there, they must agree
+    for known in ("train", "val"):  # either may be alone, to be cut by ranges or to be measured on; both must agree
         other = os.path.join(rest, known)
-        if known != split and (known == "train" or os.path.isdir(other)):
+        if known != split and os.path.isdir(other):
             _same(rest, {split: classes, known: _classes(other, LeftOut())})
     with ThreadPoolExecutor(THREADS) as pool:
         listed = list(pool.map(_images, [os.path.join(root, name) for name in classes]))
     return Folder(
-        name=f"folder:{rest}/{split}",
+        name=f"folder:{root}",
         root=root,
         classes=classes,
         files=Names.of(name for names, _, _ in listed for name in names),
@@ -71,6 +71,18 @@ def open_folder(rest: str, split: str) -> Folder:
         targets=np.repeat(np.arange(len(classes), dtype=np.int32), [len(names) for names, _, _ in listed]),
         left_out=sum((one for _, _, one in listed), left_out),
     )
+
+
+def _root(rest: str, split: str) -> str:
+    """Where a split's class folders are: `rest`/`split`; for val also `rest`/validation, or `rest` itself where it has folders and
+    none is a split."""
+    root, other = os.path.join(rest, split), os.path.join(rest, "validation")
+    if split != "val" or os.path.isdir(root):
+        return root
+    if os.path.isdir(other):
+        return other
+    alone = not any(os.path.isdir(os.path.join(rest, known)) for known in ("train", "test"))
+    return rest if alone and os.path.isdir(rest) and any(entry.is_dir() for entry in _scan(rest, LeftOut())) else root
 
 
 def _same(rest: str, classes: dict[str, tuple[str, ...]]) -> None:

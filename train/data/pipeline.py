@@ -211,6 +211,7 @@ def train_batches(
     mixup_share: str = "batch",
     bad_share: float = BAD_SHARE,
     reading: Reading | None = None,
+    repeats: int = 1,
 ) -> TrainBatches:
     """The endless stream of training batches: a new permutation each epoch, no example left out, none twice in an epoch.
 
@@ -238,6 +239,7 @@ def train_batches(
         mixup_share: "batch", one share for all rows of the global batch, or "row", one for each.
         bad_share: of images that cannot be read (each is replaced by another, counted and logged), the most to go on with.
         reading: of a run, what its readers mark and pass over.
+        repeats: times that an example comes in an epoch, each augmented anew, within a batch or two; at most batch_size.
 
     Raises:
         ValueError: an argument out of range, at once. DataError, from `next`: a shard cannot be read, or too many images.
@@ -249,13 +251,15 @@ def train_batches(
         raise ValueError(
             f"a training subset of {subset} examples was asked of {source.name}, which has {len(source)}; ask for 1 to that many"
         )
+    if not 1 <= repeats <= batch_size:
+        raise ValueError(f"repeats {repeats}: from 1 to the batch's {batch_size} is required")
     mix = Mix(mixup=mixup, cutmix=cutmix, share=mixup_share)  # pyright: ignore[reportArgumentType]
     chosen = None if subset is None else random_subset(len(source), subset, subset_seed)
     place, count = _shard(source, image_size, channels, batch_size, shard, threads, workers, pairs=bool(mix))
     rows = TrainRows(
         source=source, size=image_size, channels=channels, decoder=decoder, dtype=_dtype(pixels, augment or source.augment),
         seed=seed, augment=augment or source.augment, chosen=chosen, mix=mix, batch=batch_size, how=how,
-        reading=reading,
+        reading=reading, repeats=repeats,
     )  # fmt: skip
     _check_reading(decoder, bad_share)
     batches = TrainBatches(rows, place, steps=None, threads=count, workers=workers, bad_share=bad_share)

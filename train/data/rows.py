@@ -59,24 +59,30 @@ class Rows:
 @dataclass(frozen=True, kw_only=True)
 class TrainRows(Rows):
     """positions -> augmented examples. chosen: the subset's indices into the source, or None for all. batch: of the
-    whole run, whose rows may share what they are mixed by."""
+    whole run, whose rows may share what they are mixed by. repeats: times that an example comes, one after the other `apart`
+    positions further on, so that MixUp's neighbours are others."""
 
     seed: int
     augment: str
     chosen: np.ndarray | None
     mix: Mix
     batch: int
+    repeats: int = 1
 
     def __call__(self, positions: np.ndarray) -> Batch:
         length = len(self.source) if self.chosen is None else len(self.chosen)
-        epoch, place = np.divmod(positions, length)
+        apart = self.batch // self.repeats
+        block, within = np.divmod(positions, apart * self.repeats)
+        time, first = np.divmod(within, apart)
+        epoch, place = np.divmod(block * apart + first, length)
         index = np.empty_like(place)
         for e in np.unique(epoch).tolist():
             index[epoch == e] = epoch_order(length, self.seed, e)[place[epoch == e]]
         if self.chosen is not None:
             index = self.chosen[index]
         augmentation = AUGMENTATIONS[self.augment]
-        draws = uniforms(self.seed, epoch, index, augmentation.draws(self.how))
+        view = epoch * self.repeats + time  # each time the example is another picture
+        draws = uniforms(self.seed, view, index, augmentation.draws(self.how))
 
         def finish(start: int, images: Images) -> np.ndarray:
             rows = slice(start, start + len(images))
@@ -98,7 +104,7 @@ class TrainRows(Rows):
         batch["image"] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self.mix:
             by_row = self.mix.share == "row"
-            key = (epoch, index, MIX_DRAWS, MIXUP) if by_row else (0 * index, positions // self.batch, MIX_DRAWS, MIXUP_BATCH)
+            key = (view, index, MIX_DRAWS, MIXUP) if by_row else (0 * index, positions // self.batch, MIX_DRAWS, MIXUP_BATCH)
             mix = mixed(batch["image"], batch["label"], uniforms(self.seed, *key), self.mix)
             batch["image"], batch["other_label"], batch["share"] = mix
         return batch
