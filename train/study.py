@@ -30,7 +30,7 @@ from train.files import make_directory, read_object, write_atomically
 from train.job import check_claim, claim, end, guard, place, say
 from train.options import MeshOptions, parse
 from train.signals import Stop, interruptible
-from train.studies import cost, execute, report
+from train.studies import cost, execute, others, report
 from train.studies.catalogue import ALIASES, STUDIES, study_of
 from train.studies.records import Run, Setting, Study, part_of
 
@@ -117,6 +117,7 @@ def run(args: StudyOptions, stop: Stop | None = None) -> None:
         if _result(out, one.name) is not None:
             continue
         say(f"--- {i} of {len(mine)}: {one.name} ({one.job})")
+        before = _cpu_seconds()
         try:
             result = execute.run(one, out, options, stop)
         except ValueError as error:
@@ -125,6 +126,7 @@ def run(args: StudyOptions, stop: Stop | None = None) -> None:
             say(f"asked to stop in {one.name}: the same command goes on there; {out}")
             return
         if distributed.rank() == 0:
+            result |= {"cpu_seconds": round(_cpu_seconds() - before, 1)}  # since it was last taken up
             write_atomically(_place_of(out, one.name), json.dumps(result, indent=2) + "\n")
         if stop is not None and stop.asked:
             say(f"asked to stop after {one.name}: the same command goes on behind it; {out}")
@@ -150,10 +152,12 @@ def conclude(study: Study, runs: list[Run], setting: Setting, costs: Mapping[str
             text = report.table(study, rows, setting, at_scale)
             report.draw(study, rows, setting, out / f"{study.name}.png")
         else:  # another job's own table and picture
-            lines = [f"- {run.name}: {results[run.name]['said']}" for run in runs if results[run.name].get("said")]
-            text = "\n".join([f"# {study.title}", "", *lines, *execute.beside(results), "", *at_scale]) + "\n"
+            text = others.table(study, results, setting, at_scale)
+            others.draw(study, runs, results, setting, out)
         write_atomically(out / f"{study.name}.md", text)
     say(text.rstrip())
+    spent = sum(result.get("cpu_seconds", 0.0) for result in results.values())
+    say(f"{spent:,.0f} CPU-seconds here, all runs together: at best {spent / 120:.1f} minutes of two cores")
     say(f"{out / f'{study.name}.md'}")
 
 
@@ -228,6 +232,12 @@ def _alone(out):
     with open(out / ".turn", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _cpu_seconds() -> float:
+    """Of this process, all its threads, and of those it began that have ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _place_of(out, name: str):

@@ -20,7 +20,7 @@ from train.studies import catalogue, cost, execute, paper, report
 from train.studies.catalogue import STUDIES
 from train.studies.records import Run, Setting, Study, groups, part_of
 
-TOY = Setting(toy=True, data="digits:0-4", to="digits:5-9", vtab="sets")
+TOY = Setting(toy=True, data="digits:0-4", to="digits:5-9")
 PAPER = Setting(toy=False, data="folder:jft", to="folder:imagenet", vtab="sets")
 HAS_MASKED = "objective" in {field.name for field in dataclasses.fields(pretrain.Pretrain)}
 
@@ -163,7 +163,7 @@ def test_list_runs_nothing(fake, capsys):
     (["table8", "--part", "two"], "--part two: PART/PARTS is required"),
     (["table8", "--seed", "-1"], "--seed -1: a number from 0"),
     (["table8", "--scale", "paper"], "--scale paper: --data is required"),
-    (["fig2"], "this study wants --vtab DIRECTORY"),
+    (["fig2", "--scale", "paper", "--data", "digits"], "this study wants --vtab DIRECTORY"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(words, said, capsys):
     assert study.main(words) == 2
