@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from train import distributed, job
+from train import distributed, job, vtab_results
 from train.files import make_directory, read_object, write_atomically
 from train.job import check_claim, claim, end, guard, place, say
 from train.options import MeshOptions, parse
@@ -50,7 +50,7 @@ class StudyOptions(MeshOptions):
     budget: float = 1.0
     """Times the steps of every run."""
     vtab: str | None = None
-    """Of fig2: the directory of the prepared sets, as train.vtab takes it."""
+    """Of fig2: the directory of the prepared sets, as train.vtab takes it. Default: eight toy tasks made of the digits."""
     seed: int = 0
     part: str | None = None
     """3/8: the third of eight shares of the runs, which others do beside it in the same --out."""
@@ -81,7 +81,20 @@ def setting_of(args: StudyOptions) -> Setting:
     data = "digits:0-4" if args.data is None else args.data
     to = args.to or ("digits:5-9" if args.data is None else args.data)
     vtab = None if args.vtab is None else os.path.abspath(args.vtab)
+    if vtab is None and args.scale == "paper" and args.list:
+        vtab = "vtab"  # nothing is opened
     return Setting(toy=args.scale == "toy", data=data, to=to, budget=args.budget, seed=args.seed, vtab=vtab)
+
+
+def check_data(setting: Setting) -> None:
+    """ValueError where what is measured after the first training is not there: to be said before it, not hours later."""
+    from train.data import open_source
+
+    for source in dict.fromkeys((setting.data, setting.to)):
+        open_source(source, "val")
+    if setting.vtab is not None and not any(os.path.isdir(os.path.join(setting.vtab, task)) for task in vtab_results.TASKS):
+        some = ", ".join(list(vtab_results.TASKS)[:3])
+        raise ValueError(f"--vtab {setting.vtab}: no folder of VTAB's tasks is there ({some}, ...): see python -m train.vtab --help")
 
 
 def part_asked(part: str | None) -> tuple[int, int]:
@@ -106,6 +119,8 @@ def run(args: StudyOptions, stop: Stop | None = None) -> None:
     if args.list:
         say("\n".join([*_listed(study, mine, costs, part, parts), *at_scale]))
         return
+    if study.name != "fig12":  # which opens none
+        check_data(setting)
     args.join()
     who = _identity(study, setting, args, runs)
     out = job.directory(args.out, f"study-{study.name}", who)
