@@ -11,12 +11,12 @@ from etils import epath
 from PIL import Image
 
 import train.loop
-from train import pretrain, study
+from train import pretrain, study, vtab_results
 from train.metrics import read
 from train.optim import sgd
 from train.options import parse
 from train.signals import Stop
-from train.studies import catalogue, cost, execute, paper, report
+from train.studies import catalogue, cost, execute, others, paper, report
 from train.studies.catalogue import STUDIES
 from train.studies.records import Run, Setting, Study, groups, part_of
 
@@ -197,6 +197,51 @@ def test_every_picture_is_drawn_of_all_that_is_measured(name, tmp_path):
     assert rows[1]["exaFLOPs"] == pytest.approx(costs[next(run.name for run in runs[1:] if run.job == "pretrain")] / 2e18)
     report.draw(STUDIES[name], rows, TOY, epath.Path(tmp_path / "p.png"))
     assert len(np.unique(np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).reshape(-1, 3), axis=0)) > 50
+
+
+def test_axial_models_stand_by_compute_and_by_what_was_timed(tmp_path):
+    runs = STUDIES["fig13"].runs(TOY)
+    results = {run.name: {"value": 0.5, "steps": 1, "of_steps": 1} for run in runs if run.job != "throughput"}
+    results |= {run.name: {"rows": []} for run in runs if run.job == "throughput"}
+    results["throughput-32"]["rows"] = [{"model": "R14x0.5", "images_per_second": 250.0}, {"model": "AxialResNet-14x0.5"}]
+    rows = report.rows_of(runs, results, cost.of_runs(runs, TOY))
+    assert {row["model"]: row["images/s"] for row in rows}["R14x0.5"] == 250.0
+    assert sum(row["images/s"] is None for row in rows) == 5  # not timed
+    text = report.table(STUDIES["fig13"], rows, TOY)
+    assert "| model | steps | exaFLOPs | images/s | validation | 5-shot linear |" in text
+    report.draw(STUDIES["fig13"], rows, TOY, epath.Path(tmp_path / "p.png"))
+    wide, _ = Image.open(tmp_path / "p.png").size
+    assert wide > 1200  # two panels
+
+
+@pytest.mark.parametrize("toys", [True, False])
+def test_vtab_stands_beside_the_papers_numbers(toys, tmp_path):
+    """In the rows of the paper's tasks; toys apart from them. A model's means are those that the paper prints."""
+    tasks = vtab_results.TOYS if toys else {"pets": vtab_results.TASKS["pets"]}
+    final = {task: {"lr-0.01-seed-0": {"accuracy": 0.25}} for task in tasks}
+    means = vtab_results.means(vtab_results.accuracies(final, 0.01), vtab_results.TOYS if toys else vtab_results.TASKS)
+    found = {"toys": toys, "final": final, "rate": 0.01, "missing": {}, "means": means}
+    runs, results = STUDIES["fig2"].runs(TOY), {"vtab": {"value": 0.25, "vtab": found}}
+    text = others.table(STUDIES["fig2"], results, TOY, ["at scale"])
+    assert ("they are not VTAB" in text) == toys
+    assert ("| Structured | Count | 25.00% |" in text) == toys
+    assert ("| Pets | 25.0% | 97.2% | 96.7% | 92.7% |" in text) != toys
+    assert ("| Camelyon | no data | 83.3% |" in text) != toys
+    assert "| 77.6% | 76.3% | 72.7% |" in text  # Table 9's last column
+    others.draw(STUDIES["fig2"], runs, results, TOY, epath.Path(tmp_path))
+    wide, high = Image.open(tmp_path / "fig2.png").size
+    assert (wide < 1.5 * high) == toys  # the paper's in a row of their own
+
+
+def test_what_is_not_there_is_said_before_anything_is_trained(tmp_path, capsys):
+    for words, said in (
+        (["table8", "--to", "folder:nowhere"], "cannot read the folder"),
+        (["table8", "--to", "digits:12"], "has no class 12"),
+        (["fig2", "--vtab", str(tmp_path)], f"--vtab {tmp_path}: no folder of VTAB's tasks is there"),
+    ):
+        assert study.main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- what pre-training has for them -------------------------------------------------------------------------------------------
