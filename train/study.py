@@ -94,7 +94,9 @@ def check_data(setting: Setting) -> None:
         open_source(source, "val")
     if setting.vtab is not None and not any(os.path.isdir(os.path.join(setting.vtab, task)) for task in vtab_results.TASKS):
         some = ", ".join(list(vtab_results.TASKS)[:3])
-        raise ValueError(f"--vtab {setting.vtab}: no folder of VTAB's tasks is there ({some}, ...): see python -m train.vtab --help")
+        raise ValueError(
+            f"--vtab {setting.vtab}: no folder of VTAB's tasks is there ({some}, ...): see python -m train.vtab --help"
+        )
 
 
 def part_asked(part: str | None) -> tuple[int, int]:

@@ -110,7 +110,7 @@ def draw(result: dict, path, title: str, paper: Mapping[str, tuple[float, ...]] 
 
     rows = 2 if paper and result.get("toys") else 1
     figure = Figure(figsize=(12, 4.8 * rows), dpi=120, layout="constrained")
-    grid = figure.subplots(rows, 2, width_ratios=(1, 3), sharey=True, squeeze=False)
+    grid: Any = figure.subplots(rows, 2, width_ratios=(1, 3), sharey=True, squeeze=False)
     _ours(*grid[0], result, title)
     if paper:
         _papers(*grid[-1], paper, alone=rows == 2)

@@ -10,36 +10,37 @@ from train.options import parse
 
 @pytest.mark.parametrize("task", toys.MAKERS)
 def test_a_task_is_balanced_and_its_test_images_are_others(task):
-    found, test = (open_source(f"toys:{task}", split) for split in ("train", "val"))
+    found, test = (toys.open_toys(task, split) for split in ("train", "val"))
     assert (len(found), len(test)) == (1000, 350)
     for source in (found, test):
         counts = np.bincount(source.labels(), minlength=len(source.classes))
         assert counts.max() - counts.min() <= 1
+        assert isinstance(open_source(f"toys:{task}", "train"), toys.Toy)
         assert source[3].image.shape == (16, 16, 1)
         assert source[3].image.dtype == np.uint8
     seen = {image.tobytes() for image in found.images}
     assert not any(image.tobytes() in seen for image in test.images)
     toys._made.cache_clear()
-    again = open_source(f"toys:{task}", "train")
+    again = toys.open_toys(task, "train")
     assert (again.images == found.images).all()
     assert (again.targets == found.targets).all()
 
 
 def test_labels_are_what_the_images_show():
     """What can be read off the pixels: quarters with ink, the place of the ink, and how wide it is."""
-    count = open_source("toys:count", "train")
+    count = toys.open_toys("count", "train")
     quarters = count.images[..., 0].reshape(-1, 2, 8, 2, 8).max((2, 4)).reshape(-1, 4)
     assert ((quarters > 0).sum(1) == count.targets + 1).all()
-    place = open_source("toys:place", "train")
+    place = toys.open_toys("place", "train")
     for image, label in zip(place.images[..., 0], place.targets, strict=True):
         y, x = 4 * (label // 3), 4 * (label % 3)
         assert image.sum() == image[y : y + 8, x : x + 8].sum() > 0
-    size = open_source("toys:size", "val")
+    size = toys.open_toys("size", "val")
     for image, label in zip(size.images[..., 0], size.targets, strict=True):
         rows, columns = np.nonzero(image)
         assert max(np.ptp(rows), np.ptp(columns)) + 1 <= 8 + 3 * label
     held_out = digits.load("val")
-    turned = open_source("toys:turn", "val")
+    turned = toys.open_toys("turn", "val")
     upright = {toys._resized(image[..., 0], 16).tobytes() for image in held_out.images}
     assert all(image[..., 0].tobytes() in upright for image, label in zip(turned.images, turned.targets, strict=True) if label == 0)
 

@@ -87,7 +87,8 @@ def test_stopped_at_every_run_nothing_is_done_twice(name, quick, tmp_path):
     assert (tmp_path / "whole" / f"{name}.png").exists()
     assert len(set(all_of_them)) == len(all_of_them) > 0
 
-    begun.clear(), ended.clear()
+    begun.clear()
+    ended.clear()
     words, calls = [name, "--out", str(tmp_path / "parts")], 0
     unfinished = 0
     while not (tmp_path / "parts" / f"{name}.md").exists():

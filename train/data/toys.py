@@ -94,12 +94,17 @@ def _placed(image: np.ndarray, y: int, x: int, onto: np.ndarray | None = None) -
     return out
 
 
+def _anywhere(have: Material, image: np.ndarray) -> np.ndarray:
+    y, x = have.rng.integers(SIDE - len(image) + 1, size=2)
+    return _placed(image, int(y), int(x))
+
+
 # --- the tasks: (what there is, label) -> an image uint8 [16, 16] ---------------------------------------------------------------
 
 
 def _digit(have: Material, label: int) -> np.ndarray:
     """14 pixels wide, anywhere."""
-    return _placed(_resized(have.digit(NUMBERS[label]), 14), *map(int, have.rng.integers(3, size=2)))
+    return _anywhere(have, _resized(have.digit(NUMBERS[label]), 14))
 
 
 def _on_photograph(have: Material, label: int) -> np.ndarray:
@@ -135,8 +140,7 @@ def _turn(have: Material, label: int) -> np.ndarray:
 
 def _size(have: Material, label: int) -> np.ndarray:
     """8, 11 or 14 pixels wide, anywhere."""
-    side = 8 + 3 * label
-    return _placed(_resized(have.digit(), side), *map(int, have.rng.integers(SIDE - side + 1, size=2)))
+    return _anywhere(have, _resized(have.digit(), 8 + 3 * label))
 
 
 # name: (classes, how an image of a class is made)
