@@ -133,6 +133,9 @@ def run(args: StudyOptions, stop: Stop | None = None) -> None:
     for i, one in enumerate(mine, 1):
         if _result(out, one.name) is not None:
             continue
+        if one.after and not (out / "runs" / one.after / "config.json").exists():
+            gone = f"{out / 'runs' / one.after}, which {one.name} starts from, is gone"
+            raise ValueError(f"{gone}: remove {_place_of(out, one.after)}; it is then trained again")
         say(f"--- {i} of {len(mine)}: {one.name} ({one.job})")
         before = _cpu_seconds()
         try:
@@ -265,7 +268,10 @@ def _result(out, name: str) -> dict | None:
     """A run's result, if there is one; the same for every process of a job. ValueError for a damaged file."""
     path, found = _place_of(out, name), None
     if distributed.rank() == 0 and path.exists():
-        found = read_object(path, cure="remove it; that run is then measured again")
+        cure = "remove it; that run is then measured again"
+        found = read_object(path, cure=cure)
+        if not isinstance(found.get("value", ""), float | int | None):
+            raise ValueError(f"{path} is damaged (it has no value): {cure}")
     return distributed.broadcast(found)
 
 

@@ -111,9 +111,9 @@ def draw(result: dict, path, title: str, paper: Mapping[str, tuple[float, ...]] 
     rows = 2 if paper and result.get("toys") else 1
     figure = Figure(figsize=(12, 4.8 * rows), dpi=120, layout="constrained")
     grid: Any = figure.subplots(rows, 2, width_ratios=(1, 3), sharey=True, squeeze=False)
-    _ours(*grid[0], result, title)
+    _ours(grid[0, 0], grid[0, 1], result, title)
     if paper:
-        _papers(*grid[-1], paper, alone=rows == 2)
+        _papers(grid[-1, 0], grid[-1, 1], paper, alone=rows == 2)
     for axes in grid.flat:
         axes.set(ylim=(0, 1.05), ylabel="accuracy")
         axes.grid(axis="y", alpha=0.25)

@@ -90,6 +90,12 @@ def _two(setting):
     return runs
 
 
+def _begin(one, out):
+    """As a job leaves its directory."""
+    (out / "runs" / one.name).mkdir(exist_ok=True)
+    (out / "runs" / one.name / "config.json").write_text("{}")
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A study of two pre-trainings with a measurement each, whose jobs only note that they were called; its notes."""
@@ -101,6 +107,7 @@ def fake(monkeypatch):
             interrupted.remove(one.name)
             return None
         done.append(one.name)
+        _begin(one, out)
         return {"value": 0.5, "steps": 3, "of_steps": 3}
 
     monkeypatch.setitem(STUDIES, "fake", Study(name="fake", title="A fake", runs=_two, x="x"))
@@ -139,9 +146,21 @@ def test_another_study_or_a_damaged_result_is_refused(fake, tmp_path, capsys):
     assert study.main(["fake", *out]) == 0
     assert study.main(["fake", "--budget", "2", *out]) == 2
     assert "holds another run (budget 1.0 there, 2.0 now" in capsys.readouterr().err
-    (tmp_path / "s" / "results" / "a.json").write_text("{")
+    for damage, said in (("{", "results/a.json is damaged"), ("{}", "results/a.json is damaged (it has no value): remove it")):
+        (tmp_path / "s" / "results" / "a.json").write_text(damage)
+        assert study.main(["fake", *out]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_pretraining_that_is_gone_is_said(fake, tmp_path, capsys):
+    """Its result is there, so that it would not be done again, and its measurement is not."""
+    out = ["--out", str(tmp_path / "s")]
+    assert study.main(["fake", *out]) == 0
+    (tmp_path / "s" / "results" / "a.fewshot.json").unlink()
+    (tmp_path / "s" / "runs" / "a" / "config.json").unlink()
     assert study.main(["fake", *out]) == 2
-    assert "results/a.json is damaged" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/s/runs/a, which a.fewshot starts from, is gone: remove {tmp_path}/s/results/a.json" in error
 
 
 def test_list_runs_nothing(fake, capsys):

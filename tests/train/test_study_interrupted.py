@@ -44,6 +44,8 @@ def quick(monkeypatch):
 
     def run(one, out, shared, stop):
         begun.append(one.name)
+        (out / "runs" / one.name).mkdir(exist_ok=True)
+        (out / "runs" / one.name / "config.json").write_text("{}")
         how = breaks.get(len(begun))
         if how == "told":
             return None
