@@ -174,9 +174,9 @@ def test_ended_by_a_signal_within_its_runs_it_makes_what_the_whole_makes(name, t
     assert Image.open(tmp_path / "parts" / name / f"{name}.png").size[0] > 500
 
 
-def _steps(run: Path) -> list[int]:
-    """Every step that a run took, as its metrics have them."""
-    return [line["step"] for path in run.rglob("metrics.jsonl") for line in map(json.loads, path.read_text().splitlines())]
+def _steps(run: Path) -> list[tuple[Path, int]]:
+    """Every step that a run took, or each of its tasks, as the metrics have them."""
+    return [(path, json.loads(line)["step"]) for path in run.rglob("metrics.jsonl") for line in path.read_text().splitlines()]
 
 
 def _places_left_out(made: dict) -> dict:
