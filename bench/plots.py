@@ -83,25 +83,29 @@ def picture(rows: Sequence[dict[str, Any]], *, title: str):
     models = list(dict.fromkeys(r["model"] for r in rows))
     codes = list(dict.fromkeys(_code(r) for r in rows))
     colours = {m: colormaps["tab10" if len(models) <= 10 else "tab20"](i % 20) for i, m in enumerate(models)}
-    figure = Figure(figsize=(11, 0.9 + 4.2 * len(kinds)), layout="constrained")
+    columns = 2 if any(r.get("largest_batch") for r in rows) else 1  # an empty panel says nothing
+    figure = Figure(figsize=(1.5 + 4.75 * columns, 0.9 + 4.2 * len(kinds)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(kinds), 2, squeeze=False)
-    for (left, right), ((mode, mesh), some) in zip(grid, kinds.items(), strict=True):
+    grid = figure.subplots(len(kinds), columns, squeeze=False)
+    for (left, *rest), ((mode, mesh), some) in zip(grid, kinds.items(), strict=True):
         estimate = some[0]["compiler_estimate"]
         what = {"forward": "inference", "train": "training"}[mode] + (f", mesh {mesh}" if mesh else "")
         _panel(left, some, "images_per_second", colours)
         left.set_ylabel("images/s" + (", compiler estimate" if estimate else ""))
         left.set_title(f"{what}: peak images/s")
-        _panel(right, some, "largest_batch", colours)
-        right.set_ylabel("images" + (", by the compiler" if estimate else ""))
-        right.set_title(f"{what}: largest batch" + (" a core" if estimate and not mesh else ""))
-        if not any(r.get("largest_batch") for r in some):
-            right.text(0.5, 0.5, "not sought", transform=right.transAxes, ha="center", va="center", color="grey")
+        for right in rest:
+            _panel(right, some, "largest_batch", colours)
+            right.set_ylabel("images" + (", by the compiler" if estimate else ""))
+            right.set_title(f"{what}: largest batch" + (" a core" if estimate and not mesh else ""))
+            if not any(r.get("largest_batch") for r in some):
+                right.text(0.5, 0.5, "not found", transform=right.transAxes, ha="center", va="center", color="grey")
     handles = [Line2D([], [], color=c, linewidth=2.5, label=m) for m, c in colours.items()]
     if len(codes) > 1:
         style: dict[str, Any] = {c: dict(linestyle=_STYLES.get(c, "-"), marker=_MARKERS.get(c, "o"), markersize=5) for c in codes}
         handles += [Line2D([], [], color="black", label=_name(c), **style[c]) for c in codes]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(7 if columns > 1 else 4, len(handles)), frameon=False, fontsize=9
+    )
     figure.suptitle(title, fontsize=12)
     return figure
 
@@ -118,7 +122,8 @@ def pictures(rows: Sequence[dict[str, Any]], folder: Path, *, stem: str = "throu
             else next((r["device"] for r in some if "device" in r), where)
         )
         path = folder / (f"{stem}.png" if len(places) == 1 else f"{stem}-{where}.png")
-        drawn = picture(some, title=f"Throughput and largest batch: {place}, {dtype}")
+        largest = " and largest batch" if any(row.get("largest_batch") for row in some) else ""
+        drawn = picture(some, title=f"Throughput{largest}: {place}, {dtype}")
         drawn.savefig(path, dpi=130)
         drawn.clear()
         made.append(path)

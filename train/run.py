@@ -3,13 +3,14 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import optax
 from jax.sharding import Mesh
 
-from train.data import EvalBatches, TrainBatches
+from train.data import TrainBatches
 from train.data.suspects import Reading
 from train.step import StepOptions, TrainState
 from vitcore.config import ViTConfig
@@ -41,7 +42,7 @@ class Run:
     learning_rate: optax.Schedule
     options: StepOptions
     batches: TrainBatches
-    validation: Callable[[], EvalBatches]
+    validation: Callable[[], Iterator[dict[str, Any]]]
     batch_size: int
     total_steps: int
     log_every: int

@@ -25,12 +25,12 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from train import distributed, job
+from train import distributed, job, vtab_results
 from train.files import make_directory, read_object, write_atomically
 from train.job import check_claim, claim, end, guard, place, say
 from train.options import MeshOptions, parse
 from train.signals import Stop, interruptible
-from train.studies import cost, execute, report
+from train.studies import cost, execute, others, report
 from train.studies.catalogue import ALIASES, STUDIES, study_of
 from train.studies.records import Run, Setting, Study, part_of
 
@@ -50,7 +50,7 @@ class StudyOptions(MeshOptions):
     budget: float = 1.0
     """Times the steps of every run."""
     vtab: str | None = None
-    """Of fig2: the directory of the prepared sets, as train.vtab takes it."""
+    """Of fig2: the directory of the prepared sets, as train.vtab takes it. Default: eight toy tasks made of the digits."""
     seed: int = 0
     part: str | None = None
     """3/8: the third of eight shares of the runs, which others do beside it in the same --out."""
@@ -81,7 +81,22 @@ def setting_of(args: StudyOptions) -> Setting:
     data = "digits:0-4" if args.data is None else args.data
     to = args.to or ("digits:5-9" if args.data is None else args.data)
     vtab = None if args.vtab is None else os.path.abspath(args.vtab)
+    if vtab is None and args.scale == "paper" and args.list:
+        vtab = "vtab"  # nothing is opened
     return Setting(toy=args.scale == "toy", data=data, to=to, budget=args.budget, seed=args.seed, vtab=vtab)
+
+
+def check_data(setting: Setting) -> None:
+    """ValueError where what is measured after the first training is not there: to be said before it, not hours later."""
+    from train.data import open_source
+
+    for source in dict.fromkeys((setting.data, setting.to)):
+        open_source(source, "val")
+    if setting.vtab is not None and not any(os.path.isdir(os.path.join(setting.vtab, task)) for task in vtab_results.TASKS):
+        some = ", ".join(list(vtab_results.TASKS)[:3])
+        raise ValueError(
+            f"--vtab {setting.vtab}: no folder of VTAB's tasks is there ({some}, ...): see python -m train.vtab --help"
+        )
 
 
 def part_asked(part: str | None) -> tuple[int, int]:
@@ -106,6 +121,8 @@ def run(args: StudyOptions, stop: Stop | None = None) -> None:
     if args.list:
         say("\n".join([*_listed(study, mine, costs, part, parts), *at_scale]))
         return
+    if study.name != "fig12":  # which opens none
+        check_data(setting)
     args.join()
     who = _identity(study, setting, args, runs)
     out = job.directory(args.out, f"study-{study.name}", who)
@@ -116,7 +133,11 @@ def run(args: StudyOptions, stop: Stop | None = None) -> None:
     for i, one in enumerate(mine, 1):
         if _result(out, one.name) is not None:
             continue
+        if one.after and not (out / "runs" / one.after / "config.json").exists():
+            gone = f"{out / 'runs' / one.after}, which {one.name} starts from, is gone"
+            raise ValueError(f"{gone}: remove {_place_of(out, one.after)}; it is then trained again")
         say(f"--- {i} of {len(mine)}: {one.name} ({one.job})")
+        before = _cpu_seconds()
         try:
             result = execute.run(one, out, options, stop)
         except ValueError as error:
@@ -125,6 +146,7 @@ def run(args: StudyOptions, stop: Stop | None = None) -> None:
             say(f"asked to stop in {one.name}: the same command goes on there; {out}")
             return
         if distributed.rank() == 0:
+            result |= {"cpu_seconds": round(_cpu_seconds() - before, 1)}  # since it was last taken up
             write_atomically(_place_of(out, one.name), json.dumps(result, indent=2) + "\n")
         if stop is not None and stop.asked:
             say(f"asked to stop after {one.name}: the same command goes on behind it; {out}")
@@ -150,10 +172,12 @@ def conclude(study: Study, runs: list[Run], setting: Setting, costs: Mapping[str
             text = report.table(study, rows, setting, at_scale)
             report.draw(study, rows, setting, out / f"{study.name}.png")
         else:  # another job's own table and picture
-            lines = [f"- {run.name}: {results[run.name]['said']}" for run in runs if results[run.name].get("said")]
-            text = "\n".join([f"# {study.title}", "", *lines, *execute.beside(results), "", *at_scale]) + "\n"
+            text = others.table(study, results, setting, at_scale)
+            others.draw(study, runs, results, setting, out)
         write_atomically(out / f"{study.name}.md", text)
     say(text.rstrip())
+    spent = sum(result.get("cpu_seconds", 0.0) for result in results.values())
+    say(f"{spent:,.0f} CPU-seconds here, all runs together: at best {spent / 120:.1f} minutes of two cores")
     say(f"{out / f'{study.name}.md'}")
 
 
@@ -230,6 +254,12 @@ def _alone(out):
         yield
 
 
+def _cpu_seconds() -> float:
+    """Of this process, all its threads, and of those it began that have ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
 def _place_of(out, name: str):
     return out / "results" / f"{name}.json"
 
@@ -238,7 +268,10 @@ def _result(out, name: str) -> dict | None:
     """A run's result, if there is one; the same for every process of a job. ValueError for a damaged file."""
     path, found = _place_of(out, name), None
     if distributed.rank() == 0 and path.exists():
-        found = read_object(path, cure="remove it; that run is then measured again")
+        cure = "remove it; that run is then measured again"
+        found = read_object(path, cure=cure)
+        if not isinstance(found.get("value", ""), float | int | None):
+            raise ValueError(f"{path} is damaged (it has no value): {cure}")
     return distributed.broadcast(found)
 
 

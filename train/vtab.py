@@ -2,6 +2,7 @@
 
     python -m train.vtab --init ViT-B_16.npz --data /data/vtab
     python -m train.vtab --init ViT-B_16.npz --sources sets.json --learning-rates 0.003 0.01 0.03
+    python -m train.vtab --init runs/NAME --toys --image-size 16 --batch-size 64 --steps 100    eight tasks made of the digits
 
 The sets are prepared beforehand: DATA/TASK/train/CLASS/*.jpg with 1000 images and DATA/TASK/val/CLASS/*.jpg, the task's test
 images; or --sources FILE, {task: {"data": source, "train": split, "test": split}}, in any form that train.pretrain takes.
@@ -16,45 +17,18 @@ Table 9), OUT/vtab.png the picture (as Figure 2). A task without data is named t
 
 import dataclasses
 import json
-import logging
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from etils import epath
-
 from train import distributed, job, recipes
-from train.files import parse_json, read_object, text_of, write_atomically, write_picture
+from train.files import parse_json, read_object, text_of, write_atomically
 from train.job import check_claim, claim, end, guard, locked, say, stopped
 from train.options import INIT_OPTIONS, TRAIN_OPTIONS, InitOptions, TrainOptions, check_init, check_numbers, parse
 from train.signals import Watchdog, beat, interruptible
-
-# name here: (name in the paper, group), in the order of Table 9
-TASKS = {
-    "caltech101": ("Caltech101", "Natural"),
-    "cifar100": ("CIFAR-100", "Natural"),
-    "dtd": ("DTD", "Natural"),
-    "flowers102": ("Flowers102", "Natural"),
-    "pets": ("Pets", "Natural"),
-    "sun397": ("Sun397", "Natural"),
-    "svhn": ("SVHN", "Natural"),
-    "camelyon": ("Camelyon", "Specialized"),
-    "eurosat": ("EuroSAT", "Specialized"),
-    "resisc45": ("Resisc45", "Specialized"),
-    "retinopathy": ("Retinopathy", "Specialized"),
-    "clevr-count": ("Clevr-Count", "Structured"),
-    "clevr-dist": ("Clevr-Dist", "Structured"),
-    "dmlab": ("DMLab", "Structured"),
-    "dspr-loc": ("dSpr-Loc", "Structured"),
-    "dspr-ori": ("dSpr-Ori", "Structured"),
-    "kitti-dist": ("KITTI-Dist", "Structured"),
-    "snorb-azim": ("sNORB-Azim", "Structured"),
-    "snorb-elev": ("sNORB-Elev", "Structured"),
-}
-GROUPS = ("Natural", "Specialized", "Structured")
+from train.vtab_results import TASKS, TOYS, accuracies, choose, draw, means, table, title_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +41,8 @@ class Vtab(InitOptions, TrainOptions):
     """The directory of the prepared sets, one folder a task."""
     sources: str | None = None
     """A JSON file that says where each task is, instead."""
+    toys: bool = False
+    """Eight small tasks made of the embedded digits and two photographs, in the place of VTAB's sets."""
     tasks: tuple[str, ...] = ()
     """Some tasks only. Default: all nineteen."""
     learning_rates: tuple[float, ...] = ()
@@ -102,11 +78,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def places(args: Vtab) -> dict[str, dict[str, str]]:
     """{task: {"data", "train", "test"}} of the tasks that are asked for. ValueError for unknown ones and a bad file."""
-    wanted = args.tasks or tuple(TASKS)
-    if unknown := [task for task in wanted if task not in TASKS]:
-        raise ValueError(f"--tasks {', '.join(unknown)}: the tasks are {', '.join(TASKS)}")
-    if (args.data is None) == (args.sources is None):
-        raise ValueError("--data DIRECTORY or --sources FILE is required, one of them: it says where the prepared sets are")
+    known = TOYS if args.toys else TASKS
+    wanted = args.tasks or tuple(known)
+    if unknown := [task for task in wanted if task not in known]:
+        raise ValueError(f"--tasks {', '.join(unknown)}: the tasks are {', '.join(known)}")
+    if (args.data is not None) + (args.sources is not None) + args.toys != 1:
+        raise ValueError(
+            "--data DIRECTORY or --sources FILE is required, one of them: it says where the prepared sets are (or --toys)"
+        )
+    if args.toys:
+        return {task: {"data": f"toys:{task}", "train": "train", "test": "val"} for task in wanted}
     if args.data is not None:
         return {task: {"data": f"folder:{os.path.join(args.data, task)}", "train": "train", "test": "val"} for task in wanted}
     try:
@@ -132,7 +113,7 @@ def run(args: Vtab, stop=None) -> dict | None:
     _ = args.told  # raises ValueError
     if args.runs < 1 or args.examples < 5:
         raise ValueError(f"--runs {args.runs}, --examples {args.examples}: at least 1 and 5 are required")
-    where = places(args)
+    where, named = places(args), TOYS if args.toys else TASKS
     recipe = recipes.finetune_recipe("vtab")
     rates = args.learning_rates or recipe.base_lrs
     args.join()
@@ -143,9 +124,11 @@ def run(args: Vtab, stop=None) -> dict | None:
             check_claim(out, who)
         held: dict[str, Any] = distributed.broadcast(_held(out) if first else None) or {}
         result: dict[str, Any] = {"model": {}, "dev": held.get("dev", {}), "final": held.get("final", {}), "missing": {}}
+        if args.toys:
+            result["toys"] = True
         there = [task for task in where if _there(task, where[task], args, result["missing"])]
         for task, reason in result["missing"].items():
-            say(f"{TASKS[task][0]} has no data: {reason}")
+            say(f"{named[task][0]} has no data: {reason}")
         if not there:
             raise ValueError(f"none of the {len(where)} tasks has data, the first because {next(iter(result['missing'].values()))}")
         stored = pinned.begin(out, args.init, model_held(out / "vtab.json", held))  # of a run that goes on, as it was then
@@ -172,7 +155,7 @@ def run(args: Vtab, stop=None) -> dict | None:
                 return False
             one = {"accuracy": found.accuracy, "correct": found.correct, "count": found.count}
             result[kind].setdefault(task, {})[key] = one | stored.model
-            say(f"{kind}, {TASKS[task][0]}, {key}: {found.correct} of {found.count} right, {found.accuracy:.2%}")
+            say(f"{kind}, {named[task][0]}, {key}: {found.correct} of {found.count} right, {found.accuracy:.2%}")
             if first:
                 _write(out, result, args)
             return True
@@ -195,10 +178,10 @@ def run(args: Vtab, stop=None) -> dict | None:
             for seed in range(args.seed, args.seed + args.runs):
                 if not one("final", task, f"lr-{rate:g}-seed-{seed}", options(task, learning_rate=rate, seed=seed)):
                     return None
-        result["means"] = means(result["final"], rate)
+        result["means"] = means(accuracies(result["final"], rate), named)
         if first:
             _write(out, result, args)
-            draw(result, out / "vtab.png", f"VTAB-1k: {os.path.basename(args.init.rstrip('/'))}")
+            draw(result, out / "vtab.png", f"{title_of(result)}: {os.path.basename(args.init.rstrip('/'))}")
             say((out / "vtab.md").read_text().rstrip())
             say(f"{out / 'vtab.png'}")
     return result
@@ -212,7 +195,7 @@ def directory(args: Vtab):
 def identity(args: Vtab) -> dict:
     """What makes the results what they are: not which tasks, where it runs, or how many seeds have been asked for."""
     names = "init data sources learning_rates examples steps batch_size image_size augment gelu head_bias dtype seed"
-    told = {name: getattr(args, name) for name in INIT_OPTIONS if getattr(args, name)}  # a study of before had none of them
+    told = {name: getattr(args, name) for name in (*INIT_OPTIONS, "toys") if getattr(args, name)}  # a study of before had none
     return json.loads(json.dumps({name: getattr(args, name) for name in names.split()} | told))
 
 
@@ -232,83 +215,6 @@ def _there(task: str, at: dict[str, str], args: Vtab, missing: dict[str, str]) -
         missing[task] = str(error)
         return False
     return True
-
-
-# --- results ----------------------------------------------------------------------------------------------------------------
-
-
-def choose(dev: dict, tasks: list[str], rates) -> float:
-    """The learning rate with the best mean over the tasks; of equal ones the smallest."""
-    if len(rates) == 1:
-        return rates[0]
-    mean = {rate: np.mean([dev[task][f"lr-{rate:g}"]["accuracy"] for task in tasks]) for rate in rates}
-    return min(rates, key=lambda rate: (-mean[rate], rate))
-
-
-def accuracies(final: dict, rate: float) -> dict[str, float]:
-    """{task: mean accuracy of its runs with this rate}."""
-    found = {
-        task: [one["accuracy"] for key, one in runs.items() if key.startswith(f"lr-{rate:g}-")] for task, runs in final.items()
-    }
-    return {task: float(np.mean(found[task])) for task in TASKS if found.get(task)}
-
-
-def means(final: dict, rate: float) -> dict[str, dict]:
-    """{group or "all": {"mean", "tasks", "of"}}: means over the tasks that were done."""
-    done = accuracies(final, rate)
-    out = {}
-    for group in (*GROUPS, "all"):
-        members = [task for task, (_, g) in TASKS.items() if group in (g, "all")]
-        values = [done[task] for task in members if task in done]
-        out[group] = {"mean": float(np.mean(values)) if values else None, "tasks": len(values), "of": len(members)}
-    return out
-
-
-def table(result: dict, init: str) -> str:
-    """The results so far as a Markdown table."""
-    lines = [f"# VTAB-1k, {init}", "", "| group | task | accuracy |", "|---|---|---|"]
-    done = accuracies(result["final"], result["rate"]) if "rate" in result else {}
-    for task, (name, group) in TASKS.items():
-        if task in done:
-            lines.append(f"| {group} | {name} | {done[task]:.2%} |")
-        elif task in result["missing"]:
-            lines.append(f"| {group} | {name} | no data: {result['missing'][task]} |")
-    for group, one in result.get("means", {}).items():
-        if one["tasks"]:
-            of = "" if one["tasks"] == one["of"] else f" ({one['tasks']} of {one['of']} tasks)"
-            lines.append(f"| {group} | mean{of} | {one['mean']:.2%} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(result: dict, path: epath.Path, title: str) -> None:
-    """A panel for all tasks and one for each group (Figure 2), then every task's bar; a task without data has a cross. To a PNG."""
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    colors = {"Natural": "tab:green", "Specialized": "tab:red", "Structured": "tab:blue", "all": "tab:gray"}
-    done = accuracies(result["final"], result["rate"])
-    figure = Figure(figsize=(12, 4.8), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 3), sharey=True)
-    for i, (group, one) in enumerate((g, result["means"][g]) for g in ("all", *GROUPS)):
-        if one["tasks"]:
-            left.bar(i, one["mean"], color=colors[group])
-            left.text(i, one["mean"], f"{100 * one['mean']:.1f}", ha="center", va="bottom")
-    sizes = [result["means"][g] for g in ("all", *GROUPS)]
-    left.set_xticks(range(4), [f"{g}\n{one['tasks']} of {one['of']}" for g, one in zip(("VTAB", *GROUPS), sizes, strict=True)])
-    for i, (task, (_, group)) in enumerate(TASKS.items()):
-        if task in done:
-            right.bar(i, done[task], color=colors[group])
-        else:
-            right.plot(i, 0.02, "x", color="black", clip_on=False)
-    right.set_xticks(range(len(TASKS)), [name for name, _ in TASKS.values()], rotation=60, ha="right")
-    left.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
-    left.set(ylim=(0, 1), ylabel="accuracy", title="Means")
-    right.set_title(title)
-    for axes in (left, right):
-        axes.grid(axis="y", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    write_picture(figure, path)
 
 
 def _held(out) -> dict | None:

@@ -65,8 +65,9 @@ def test_draws_follow_the_rule(rule, one, y, x):
         return {"top": top, "left": left, "h": h, "w": w, "area": h * w, "aspect": w / h, "bottom": top + h, "right": left + w}
 
     test: Any = ks_2samp  # whose result scipy does not type
-    for name, values in seen(expected).items():
-        assert test(values, seen(found)[name]).pvalue > 1e-3, name
+    likely = {name: test(values, seen(found)[name]).pvalue for name, values in seen(expected).items()}
+    print(f"{rule}, {y} x {x}: the smallest of {len(likely)} p-values is {min(likely.values()):.3f}")  # pytest -rP
+    assert min(likely.values()) > 1e-3, likely
     other = seen(boxes_of("torchvision" if rule == "tensorflow" else "tensorflow", y, x, DRAWS))
     assert test(seen(expected)["area"], other["area"]).pvalue < 1e-9, "the two rules can be told apart"
 
@@ -75,6 +76,7 @@ def test_draws_follow_the_rule(rule, one, y, x):
 def test_areas_on_a_photograph(rule, mean, quarter):
     _, _, h, w = boxes_of(rule, 375, 500, DRAWS, seed=3).T
     area = h * w / (375 * 500)
+    print(f"{rule}: mean area {area.mean():.3f}, {(area < 0.25).mean():.1%} below a quarter")
     assert abs(area.mean() - mean) < 0.005
     assert abs((area < 0.25).mean() - quarter) < 0.012
     assert area.min() > 0.049

@@ -11,16 +11,16 @@ from etils import epath
 from PIL import Image
 
 import train.loop
-from train import pretrain, study
+from train import pretrain, study, vtab_results
 from train.metrics import read
 from train.optim import sgd
 from train.options import parse
 from train.signals import Stop
-from train.studies import catalogue, cost, execute, paper, report
+from train.studies import catalogue, cost, execute, others, paper, report
 from train.studies.catalogue import STUDIES
 from train.studies.records import Run, Setting, Study, groups, part_of
 
-TOY = Setting(toy=True, data="digits:0-4", to="digits:5-9", vtab="sets")
+TOY = Setting(toy=True, data="digits:0-4", to="digits:5-9")
 PAPER = Setting(toy=False, data="folder:jft", to="folder:imagenet", vtab="sets")
 HAS_MASKED = "objective" in {field.name for field in dataclasses.fields(pretrain.Pretrain)}
 
@@ -90,6 +90,12 @@ def _two(setting):
     return runs
 
 
+def _begin(one, out):
+    """As a job leaves its directory."""
+    (out / "runs" / one.name).mkdir(exist_ok=True)
+    (out / "runs" / one.name / "config.json").write_text("{}")
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A study of two pre-trainings with a measurement each, whose jobs only note that they were called; its notes."""
@@ -101,6 +107,7 @@ def fake(monkeypatch):
             interrupted.remove(one.name)
             return None
         done.append(one.name)
+        _begin(one, out)
         return {"value": 0.5, "steps": 3, "of_steps": 3}
 
     monkeypatch.setitem(STUDIES, "fake", Study(name="fake", title="A fake", runs=_two, x="x"))
@@ -139,9 +146,21 @@ def test_another_study_or_a_damaged_result_is_refused(fake, tmp_path, capsys):
     assert study.main(["fake", *out]) == 0
     assert study.main(["fake", "--budget", "2", *out]) == 2
     assert "holds another run (budget 1.0 there, 2.0 now" in capsys.readouterr().err
-    (tmp_path / "s" / "results" / "a.json").write_text("{")
+    for damage, said in (("{", "results/a.json is damaged"), ("{}", "results/a.json is damaged (it has no value): remove it")):
+        (tmp_path / "s" / "results" / "a.json").write_text(damage)
+        assert study.main(["fake", *out]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_pretraining_that_is_gone_is_said(fake, tmp_path, capsys):
+    """Its result is there, so that it would not be done again, and its measurement is not."""
+    out = ["--out", str(tmp_path / "s")]
+    assert study.main(["fake", *out]) == 0
+    (tmp_path / "s" / "results" / "a.fewshot.json").unlink()
+    (tmp_path / "s" / "runs" / "a" / "config.json").unlink()
     assert study.main(["fake", *out]) == 2
-    assert "results/a.json is damaged" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/s/runs/a, which a.fewshot starts from, is gone: remove {tmp_path}/s/results/a.json" in error
 
 
 def test_list_runs_nothing(fake, capsys):
@@ -163,7 +182,7 @@ def test_list_runs_nothing(fake, capsys):
     (["table8", "--part", "two"], "--part two: PART/PARTS is required"),
     (["table8", "--seed", "-1"], "--seed -1: a number from 0"),
     (["table8", "--scale", "paper"], "--scale paper: --data is required"),
-    (["fig2"], "this study wants --vtab DIRECTORY"),
+    (["fig2", "--scale", "paper", "--data", "digits"], "this study wants --vtab DIRECTORY"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(words, said, capsys):
     assert study.main(words) == 2
@@ -197,6 +216,51 @@ def test_every_picture_is_drawn_of_all_that_is_measured(name, tmp_path):
     assert rows[1]["exaFLOPs"] == pytest.approx(costs[next(run.name for run in runs[1:] if run.job == "pretrain")] / 2e18)
     report.draw(STUDIES[name], rows, TOY, epath.Path(tmp_path / "p.png"))
     assert len(np.unique(np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).reshape(-1, 3), axis=0)) > 50
+
+
+def test_axial_models_stand_by_compute_and_by_what_was_timed(tmp_path):
+    runs = STUDIES["fig13"].runs(TOY)
+    results = {run.name: {"value": 0.5, "steps": 1, "of_steps": 1} for run in runs if run.job != "throughput"}
+    results |= {run.name: {"rows": []} for run in runs if run.job == "throughput"}
+    results["throughput-32"]["rows"] = [{"model": "R14x0.5", "images_per_second": 250.0}, {"model": "AxialResNet-14x0.5"}]
+    rows = report.rows_of(runs, results, cost.of_runs(runs, TOY))
+    assert {row["model"]: row["images/s"] for row in rows}["R14x0.5"] == 250.0
+    assert sum(row["images/s"] is None for row in rows) == 5  # not timed
+    text = report.table(STUDIES["fig13"], rows, TOY)
+    assert "| model | steps | exaFLOPs | images/s | validation | 5-shot linear |" in text
+    report.draw(STUDIES["fig13"], rows, TOY, epath.Path(tmp_path / "p.png"))
+    wide, _ = Image.open(tmp_path / "p.png").size
+    assert wide > 1200  # two panels
+
+
+@pytest.mark.parametrize("toys", [True, False])
+def test_vtab_stands_beside_the_papers_numbers(toys, tmp_path):
+    """In the rows of the paper's tasks; toys apart from them. A model's means are those that the paper prints."""
+    tasks = vtab_results.TOYS if toys else {"pets": vtab_results.TASKS["pets"]}
+    final = {task: {"lr-0.01-seed-0": {"accuracy": 0.25}} for task in tasks}
+    means = vtab_results.means(vtab_results.accuracies(final, 0.01), vtab_results.TOYS if toys else vtab_results.TASKS)
+    found = {"toys": toys, "final": final, "rate": 0.01, "missing": {}, "means": means}
+    runs, results = STUDIES["fig2"].runs(TOY), {"vtab": {"value": 0.25, "vtab": found}}
+    text = others.table(STUDIES["fig2"], results, TOY, ["at scale"])
+    assert ("they are not VTAB" in text) == toys
+    assert ("| Structured | Count | 25.00% |" in text) == toys
+    assert ("| Pets | 25.0% | 97.2% | 96.7% | 92.7% |" in text) != toys
+    assert ("| Camelyon | no data | 83.3% |" in text) != toys
+    assert "| 77.6% | 76.3% | 72.7% |" in text  # Table 9's last column
+    others.draw(STUDIES["fig2"], runs, results, TOY, epath.Path(tmp_path))
+    wide, high = Image.open(tmp_path / "fig2.png").size
+    assert (wide < 1.5 * high) == toys  # the paper's in a row of their own
+
+
+def test_what_is_not_there_is_said_before_anything_is_trained(tmp_path, capsys):
+    for words, said in (
+        (["table8", "--to", "folder:nowhere"], "cannot read the folder"),
+        (["table8", "--to", "digits:12"], "has no class 12"),
+        (["fig2", "--vtab", str(tmp_path)], f"--vtab {tmp_path}: no folder of VTAB's tasks is there"),
+    ):
+        assert study.main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- what pre-training has for them -------------------------------------------------------------------------------------------

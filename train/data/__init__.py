@@ -7,8 +7,8 @@
 
 Sources: `digits`; `folder:PATH` of PATH/train/CLASS/*.jpg (.png, .webp, ...); `tar:PATTERN`, WebDataset shards;
 `arrayrecord:PATTERN`, what train.data.pack writes; `tfds:NAME`, what TensorFlow Datasets prepared; `parquet:PATTERN`, as the
-Hugging Face hub has them; `cifar:PATH`, the binary version. In a PATTERN {split} stands for the name of the split, as in
-tar:DATA/imagenet-{split}-*.tar; a folder is a pattern, too.
+Hugging Face hub has them; `cifar:PATH`, the binary version; `toys:TASK`, small tasks made of the digits and two photographs. In a
+PATTERN {split} stands for the name of the split, as in tar:DATA/imagenet-{split}-*.tar; a folder is a pattern, too.
 
 A part of a split is written behind its name, in brackets that apply from left to right (`train/data/select.py`):
 
@@ -83,6 +83,7 @@ SOURCES = {
     "tfds": Scheme("tfds:NAME", _later("tfds"), path=False),
     "parquet": Scheme("parquet:PATTERN", _later("parquet")),
     "cifar": Scheme("cifar:PATH", _later("cifar")),
+    "toys": Scheme("toys:TASK", _later("toys"), path=False),
 }
 
 

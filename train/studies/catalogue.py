@@ -213,13 +213,13 @@ def fig9(s: Setting) -> list[Run]:
 
 
 def fig2(s: Setting) -> list[Run]:
-    """A pre-training, and train.vtab from it."""
-    if s.vtab is None:
+    """A pre-training, and train.vtab from it; toys without VTAB's sets have tasks made of the digits."""
+    if s.vtab is None and not s.toy:
         raise ValueError("this study wants --vtab DIRECTORY: VTAB's sets, prepared as python -m train.vtab --help says of --data")
     model = "ViT-Nano/4" if s.toy else "ViT-L/16"
-    options: dict[str, Any] = {"data": s.vtab, "seed": s.seed}
+    options: dict[str, Any] = {"toys": s.vtab is None, "data": s.vtab, "seed": s.seed}
     if s.toy:
-        options |= {"steps": s.steps(TOY_TUNE), "batch_size": 64, "image_size": 8 if s.digits else 16}
+        options |= {"steps": s.steps(TOY_TUNE), "batch_size": 64, "image_size": 16}
         start = begun(s, {"model": model}, model, measures=())
     else:
         options |= {"steps": s.steps(recipes.TABLE_4["vtab"].steps)}
@@ -241,7 +241,8 @@ def masked(s: Setting) -> list[Run]:
 PAPER_MODELS = (
     "ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "ViT-H/14", "R50x1", "R50x2", "R152x2", "R50+ViT-B/32", "R50+ViT-B/16",
 )  # fmt: skip
-AXIAL_MODELS = ("ViT-B/32", "ViT-B/16", "Axial-ViT-B/32", "Axial-ViT-B/16", "AxialResNet-50", "R50x1")
+AXIAL_MODELS = ("ViT-B/32", "ViT-B/16", "Axial-ViT-B/32", "Axial-ViT-B/16", "R50x1", "AxialResNet-50")
+AXIAL_TOYS = ("ViT-Nano/4", "ViT-Nano/2", "Axial-ViT-Nano/4", "Axial-ViT-Nano/2", "R14x0.5", "AxialResNet-14x0.5")
 
 
 def fig12(s: Setting) -> list[Run]:
@@ -251,11 +252,22 @@ def fig12(s: Setting) -> list[Run]:
 
 
 def fig13(s: Setting) -> list[Run]:
-    """bench.throughput of the axial models and what they are compared with."""
-    options: dict[str, Any] = {"models": AXIAL_MODELS, "sizes": (224,)}
-    if s.toy:
-        options |= {"models": ("ViT-B/32", "Axial-ViT-B/32"), "minutes": 3 * s.budget, "batch_sizes": (8,)}
-    return [Run(name="throughput", job="throughput", options=(*words(options), "--no-largest"))]
+    """Axial models and what they are compared with, pre-trained and measured; then their speed, by bench.throughput."""
+    models = AXIAL_TOYS if s.toy else AXIAL_MODELS
+    runs = [
+        run
+        for model in models
+        for run in begun(s, {"model": model}, model, epochs=7, toy_steps=40 if _is_resnet(model) else 300)
+    ]  # fmt: skip
+    for size in sorted({_size(s, model) for model in models}):
+        options: dict[str, Any] = {"models": tuple(model for model in models if _size(s, model) == size), "sizes": (size,)}
+        options |= {"batch_sizes": (64,), "minutes": 3 * s.budget} if s.toy else {}
+        runs.append(Run(name=f"throughput-{size}", job="throughput", options=(*words(options), "--no-largest")))
+    return runs
+
+
+def _size(s: Setting, model: str) -> int:
+    return _small(s, model).get("image_size", 8) if s.toy else 224
 
 
 FEWSHOT = "ImageNet, 5-shot linear"
@@ -290,7 +302,10 @@ STUDIES: dict[str, Study] = {
         ),
         Study(name="fig2", title="Figure 2, Table 9: VTAB", runs=fig2),
         Study(name="fig12", title="Figure 12: images/s and largest batch", runs=fig12),
-        Study(name="fig13", title="Figure 13: axial attention's speed", runs=fig13),
+        Study(
+            name="fig13", title="Figure 13: axial attention", runs=fig13, x="exaFLOPs", line="model", log=True,
+            xlabel="exaFLOPs of pre-training", speed=True,
+        ),
         Study(
             name="masked", title="Section 4.6: masked patch prediction", runs=masked, x="start", paper=paper.MASKED,
             paper_what="ImageNet, fine-tuned on all of it", paper_x="start",

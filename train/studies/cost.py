@@ -58,10 +58,10 @@ def resolved(run: Run) -> pretrain.Pretrain:
 def _tuning(run: Run, config, setting: Setting) -> float:
     """Of a fine-tuning, with every rate of its grid; of VTAB, of its tasks together."""
     if run.job == "vtab":
-        from train.vtab import TASKS, Vtab
+        from train.vtab import TASKS, TOYS, Vtab
 
         asked: Any = parse(Vtab, "train.vtab", ["--init", "x", *run.options])
-        recipe, runs = recipes.finetune_recipe("vtab"), len(TASKS)
+        recipe, runs = recipes.finetune_recipe("vtab"), len(TOYS if asked.toys else TASKS)
         steps, batch, size = (
             asked.steps or recipe.steps,
             asked.batch_size or recipe.batch_size,

@@ -60,7 +60,8 @@ class Study:
     runs: (setting) -> its runs, a pre-training before what follows it. x: the column along which it is drawn, a number or a name.
     line: the column with a line, or colour, of its own for each value; None for one. log: whether x is logarithmic. paper: the
     paper's rows, each with columns of `Run.at` and "paper", a share; one that has all of a run's `at` stands in that run's row.
-    paper_what: what these measure. paper_x: the column that stands for x there. note: what differs from the paper.
+    paper_what: what these measure. paper_x: the column that stands for x there. note: what differs from the paper. speed: whether
+    its rows have "images/s", of a run of bench.throughput, along whose inverse it is then drawn a second time.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Study:
     paper_what: str = ""
     paper_x: str = ""
     note: str = ""
+    speed: bool = False
 
 
 def words(options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,11 +8,15 @@ from train.files import write_picture
 from train.studies.records import Run, Setting, Study
 
 MEASURES = {"fewshot": "5-shot linear", "finetune": "fine-tuned"}
+SECONDS = "inference, milliseconds an image"
 Row = dict[str, Any]
 
 
 def rows_of(runs: list[Run], results: Mapping[str, Row], costs: Mapping[str, float]) -> list[Row]:
-    """A row for each pre-training: its place in the study, its exaFLOPs, the best validation on its way, and what was measured."""
+    """A row for each pre-training: its place in the study, its exaFLOPs, the best validation on its way, what was measured, and the
+    "images/s" of its model where a run of the study times them."""
+    timed = [row for run in runs for row in results[run.name].get("rows", ())]
+    speeds = {row["model"]: row["images_per_second"] for row in timed if row.get("images_per_second")}
     out = []
     for run in runs:
         if run.job != "pretrain":
@@ -22,22 +26,24 @@ def rows_of(runs: list[Run], results: Mapping[str, Row], costs: Mapping[str, flo
         share = taken / planned if planned and taken else 1.0
         row = dict(run.at) | {"exaFLOPs": share * costs[run.name] / 1e18, "steps": taken, "validation": results[run.name]["value"]}
         row |= {other.job: results[other.name]["value"] for other in runs if other.after == run.name and other.job in MEASURES}
-        out.append(row)
+        out.append(row | ({"images/s": speeds.get(run.at["model"])} if timed else {}))
     return out
 
 
 def table(study: Study, rows: list[Row], setting: Setting, lines: Iterable[str] = ()) -> str:
     """Markdown: our rows, the paper's number in those that are its own, then its other rows. lines: said below."""
-    keys = [key for key in rows[0] if key not in (*MEASURES, "validation", "steps", "exaFLOPs")] if rows else []
+    keys = [key for key in rows[0] if key not in (*MEASURES, "validation", "steps", "exaFLOPs", "images/s")] if rows else []
     measured = [job for job in MEASURES if any(job in row for row in rows)]
     beside, others = _joined(study, rows, keys)
     where = f"pre-trained on {setting.data}, measured on {setting.to}"
-    heads = [*keys, "steps", "exaFLOPs", "validation", *(MEASURES[job] for job in measured)]
+    speed = ["images/s"] if study.speed else []
+    heads = [*keys, "steps", "exaFLOPs", *speed, "validation", *(MEASURES[job] for job in measured)]
     heads += [f"paper ({study.paper_what})"] if any(v is not None for v in beside) else []
     out = [f"# {study.title}", "", f"Ours, {where}; budget {setting.budget:g}, seed {setting.seed}.", ""]
     out += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row, paper in zip(rows, beside, strict=True):
         cells = [_cell(row[key]) for key in keys] + [str(row["steps"] or ""), f"{row['exaFLOPs']:.3g}"]
+        cells += [f"{row[key]:,.0f}" if row.get(key) else "" for key in speed]
         cells += [_percent(row.get(key)) for key in ("validation", *measured)]
         cells += [_percent(paper)] if any(v is not None for v in beside) else []
         out.append("| " + " | ".join(cells) + " |")
@@ -81,6 +87,9 @@ def draw(study: Study, rows: list[Row], setting: Setting, path) -> None:
         for job in MEASURES
         if any(job in row for row in rows)
     ]
+    if study.speed:  # each a second time, along what an image takes
+        timed = [row | {SECONDS: 1e3 / row["images/s"]} for row in rows if row.get("images/s")]
+        panels += [(title, timed, job, SECONDS, False) for title, _, job, _, _ in panels if timed]
     if study.paper:
         sets = [row for row in study.paper if row.get("set", "average") == "average"]
         panels.append((f"paper: {study.paper_what}", sets, "paper", study.paper_x, True))
@@ -94,7 +103,7 @@ def draw(study: Study, rows: list[Row], setting: Setting, path) -> None:
             _bars(axes, study, some, x, value, lines, theirs)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
         cut = " (the axis is cut)" if axes.patches else ""
-        axes.set(title=title, ylabel=f"accuracy{cut}", xlabel=study.xlabel or x)
+        axes.set(title=title, ylabel=f"accuracy{cut}", xlabel=x if x == SECONDS else study.xlabel or x)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if study.line and lines:
