@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
@@ -19,7 +19,7 @@ class Kept:
     set is read and decoded once a run, and not at every evaluation.
     """
 
-    def __init__(self, make: Callable[[], Iterator[dict[str, Any]]], most: int):
+    def __init__(self, make: Callable[[], Iterable[dict[str, Any]]], most: int):
         self._make, self._most = make, most
         self._batches: list[dict[str, Any]] | None = None
 

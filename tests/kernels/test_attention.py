@@ -171,7 +171,7 @@ def test_half_agrees_in_one_kernel(t, n, h):
 
 def planned_weights(d: int, n: int, h: int) -> reference.AttentionWeights:
     """Shapes of float32 weights of n heads of h lanes."""
-    of = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    of: Any = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     k = n * h
     return reference.AttentionWeights(of((d,)), of((d,)), of((3, d, k)), of((3, k)), of((k, d)), of((d,)))
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_a_small_set_is_read_once():
             self.closed += 1
 
     kept = Kept(Batches, 96)
-    broken = kept()
+    broken: Any = kept()
     next(broken)
     broken.close()
     assert len(read) == 1
