@@ -55,6 +55,7 @@ class CoreTiles:
     lanes: int
     queries: int
     keys: int
+    lags: tuple[int, ...] = ()  # of a step's unrolled heads: by how many heads each stage runs behind the first
     streamed: bool = False  # the tiles of queries come in the grid, one a step; else a step takes all of them in a loop
     needs: int = 0  # bytes of VMEM
 
@@ -212,14 +213,20 @@ def core_tiles(s: Shape, device: Device, *, backward: bool) -> CoreTiles:
                 logits = lanes // s.h * keys * queries
                 if k % steps or lanes % group or keys > s.t or (lanes > group and logits > UNROLLED):
                     continue
-                if _core_bytes(s, CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys), backward=backward) <= budget:
-                    return _several_images(s, CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys), budget, backward)
+                found = CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys, lags=_lags(s, device, lanes, queries, keys))
+                if _core_bytes(s, found, backward=backward) <= budget:
+                    return _several_images(s, found, budget, backward)
     if backward and (found := _streamed(s, group, budget)):
         return found
     raise NotImplementedError(
         f"attention over {s.t} tokens: keys and values of {group // s.h} heads of width {s.h} do not fit the "
         f"{device.vmem_bytes >> 20} MiB of VMEM of a {device.name}. Use fewer tokens, or the reference ops."
     )
+
+
+def _lags(s: Shape, device: Device, lanes: int, queries: int, keys: int) -> tuple[int, ...]:
+    """`CoreTiles.lags` of a step: none where it has one head, tiles of queries or chunks of keys, or operands that are cast."""
+    return (1, 3) if device.bf16_matmul and lanes > s.h and (queries, keys) == (s.t, s.t) else ()
 
 
 def _several_images(s: Shape, t: CoreTiles, budget: float, backward: bool) -> CoreTiles:

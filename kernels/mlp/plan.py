@@ -70,6 +70,8 @@ class Tiling:
     unpack: bool = False
     keep: bool = False
     shared: bool = False
+    spans: int = 1
+    lag: int = 0
     needs: int = 0  # bytes of VMEM
 
     @property

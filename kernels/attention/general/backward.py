@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.general.forward import Static, Step, Sums, core_cost, over_chunks
 from kernels.attention.tiling import CoreTiles, ProductTiles, heads_of
-from kernels.body import F32, cast_dot, operand, sweep
+from kernels.body import F32, cast_dot, operand, staggered, sweep
 from kernels.device import Device
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise
@@ -206,6 +206,9 @@ class _Core:
             for ref in self.scratch:
                 ref[...] = jnp.zeros_like(ref)
 
+        if self.t.lags:
+            self.interleaved(i)
+            return
         for run in heads_of(self.lanes, self.h):
             dks, dvs = Sums(), Sums()
             tile = partial(self.tile, i, run, partial(self.emit, dks, dvs))
@@ -262,18 +265,52 @@ class _Core:
             s = jnp.where(start + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < self.tokens, s, -jnp.inf)
         return s, cast_dot(v, do, self.device, contract=(1, 1)), k, v
 
-    def gradients(self, p, dp, delta, q, do, k, v):
+    def softmax(self, s):
+        """Of whole transposed rows."""
+        p = jnp.exp2((s - s.max(0, keepdims=True)) * self.factor)
+        return p * (1.0 / p.sum(0, keepdims=True))
+
+    def gradients(self, p, ds, q, do, k, v):
         """dk, dv [S, columns], and dq, o [Tq, columns] of one chunk of keys."""
-        ds, p = operand(p * (dp - delta), self.dtype, self.device), operand(p, self.dtype, self.device)
         dq = cast_dot(ds, k, self.device, contract=(0, 0)) * self.scale
         o = dq if self.o is None else cast_dot(p, v, self.device, contract=(0, 0))
         return cast_dot(ds, q, self.device) * self.scale, cast_dot(p, do, self.device), dq, o
 
+    def interleaved(self, i):
+        """All heads of an image, whole rows of keys: the logits of one head are made before the softmax of the one before it, so
+        that the MXU works on them meanwhile. In the order of `whole` the two wait for each other, head by head."""
+        heads = [head for run in heads_of(self.lanes, self.h) for head in run]
+        refs = [(ref, Sums()) for ref in (self.dq, self.dk, self.dv, self.o) if ref is not None]
+        shared: dict = {}
+        made: dict = {}
+
+        def logits(n):
+            head = heads[n]
+            columns = slice(head.lo, head.hi)
+            q, do = (operand(head.mask(ref[i, :, columns]), self.dtype, self.device) for ref in (self.q, self.do))
+            made[n] = q, do, *self.products(i, head, q, do, 0, self.total, shared)
+
+        def softmax(n):
+            q, do, s, dp, k, v = made[n]
+            p = self.softmax(s)
+            ds = operand(p * (dp - (p * dp).sum(0, keepdims=True)), self.dtype, self.device)
+            made[n] = operand(p, self.dtype, self.device), ds, q, do, k, v
+
+        def gradients(n):
+            head, following = heads[n], heads[n + 1].lo if n + 1 < len(heads) else self.lanes
+            dk, dv, dq, o = self.gradients(*made.pop(n))
+            for (_, sums), value in zip(refs, (head.mask(dq), dk, dv, head.mask(o)), strict=False):
+                sums.add(head, value)
+            for ref, sums in refs:
+                sums.store(ref, (i, slice(None)), self.dtype, before=following)
+
+        staggered(len(heads), (logits, softmax, gradients), self.t.lags)
+
     def whole(self, i, head, q, do, emit, shared):
         s, dp, k, v = self.products(i, head, q, do, 0, self.total, shared)
-        p = jnp.exp2((s - s.max(0, keepdims=True)) * self.factor)
-        p = p * (1.0 / p.sum(0, keepdims=True))
-        dk, dv, dq, o = self.gradients(p, dp, (p * dp).sum(0, keepdims=True), q, do, k, v)
+        p = self.softmax(s)
+        ds = operand(p * (dp - (p * dp).sum(0, keepdims=True)), self.dtype, self.device)
+        dk, dv, dq, o = self.gradients(operand(p, self.dtype, self.device), ds, q, do, k, v)
         emit(head, 0, self.total, dk, dv)
         return dq, o
 
@@ -294,7 +331,8 @@ class _Core:
         def differentiate(start, size, carry):
             s, dp, k, v = self.products(i, head, q, do, start, size, shared)
             p = jnp.exp2((s - m) * self.factor) * inverse
-            dk, dv, dq, o = self.gradients(p, dp, delta * inverse, q, do, k, v)
+            ds = operand(p * (dp - delta * inverse), self.dtype, self.device)
+            dk, dv, dq, o = self.gradients(operand(p, self.dtype, self.device), ds, q, do, k, v)
             emit(head, start, size, dk, dv)
             return carry[0] + dq, carry[1] + o
 

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.plan import Plan
 from kernels.attention.tiling import STEPS, WEIGHTS, CoreTiles, Head, ProductTiles, heads_of
-from kernels.body import F32, cast_dot, dropout, iota, kept, operand, operand_dtype, sweep
+from kernels.body import F32, cast_dot, dropout, iota, kept, operand, operand_dtype, staggered, sweep
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise
@@ -57,10 +57,11 @@ class Sums(dict):
             part = value[:, lo - head.lo : hi - head.lo]
             self[lo, hi] = self[lo, hi] + part if (lo, hi) in self else part
 
-    def store(self, ref, at: tuple, dtype):
-        """Writes each column to ref[*at, column]."""
-        for (lo, hi), value in self.items():
-            ref[(*at, slice(lo, hi))] = value.astype(dtype)
+    def store(self, ref, at: tuple, dtype, before: int | None = None):
+        """Writes each column to ref[*at, column]; before: those that end there or earlier, which are done with."""
+        done = [column for column in self if before is None or column[1] <= before]
+        for lo, hi in done:
+            ref[(*at, slice(lo, hi))] = self.pop((lo, hi)).astype(dtype)
 
 
 class Step:
@@ -266,6 +267,9 @@ class _Core:
         sweep(self.images, 1, lambda i, _: self.image(i))
 
     def image(self, i):
+        if self.t.lags:
+            self.interleaved(i)
+            return
         for run in heads_of(self.lanes, self.h):
 
             def tile(start, size, run=run):
@@ -279,6 +283,26 @@ class _Core:
                 sums.store(self.o, (i, pl.ds(start, size)), self.o.dtype)
 
             sweep(self.total, self.t.queries, tile)
+
+    def interleaved(self, i):
+        """All heads of an image, whole rows of keys: the logits of one head are made before the softmax of the one before it."""
+        heads, sums = [head for run in heads_of(self.lanes, self.h) for head in run], Sums()
+        made: dict = {}
+
+        def logits(n):
+            q = operand(heads[n].mask(self.q[0, i, :, heads[n].lo : heads[n].hi]), self.o.dtype, self.device)
+            made[n] = self.attend(i, heads[n], q, 0, self.total)
+
+        def softmax(n):
+            s, v = made[n]
+            made[n] = *self.softmax(s, v), v
+
+        def weighted(n):
+            p, inverse, v = made.pop(n)
+            sums.add(heads[n], heads[n].mask(cast_dot(p, v, self.device) * inverse))
+            sums.store(self.o, (i, slice(None)), self.o.dtype, before=heads[n + 1].lo if n + 1 < len(heads) else self.lanes)
+
+        staggered(len(heads), (logits, softmax, weighted), self.t.lags)
 
     def attend(self, i, head, q, start, size):
         """One chunk of keys: logits [Tq, S] and values [S, columns]."""
@@ -303,8 +327,13 @@ class _Core:
                 shared[head.lo, head.hi] = k.T, v
             k, v = shared[head.lo, head.hi]
             s = self.existing(cast_dot(q, k, self.device), 0)
+        p, inverse = self.softmax(s, v)
+        return cast_dot(p, v, self.device) * inverse
+
+    def softmax(self, s, v):
+        """(exp of whole rows of logits, as an operand beside v; 1 / their sums)."""
         p = jnp.exp2((s - s.max(1, keepdims=True)) * self.factor)
-        return cast_dot(operand(p, v.dtype, self.device), v, self.device) * (1.0 / p.sum(1, keepdims=True))
+        return operand(p, v.dtype, self.device), 1.0 / p.sum(1, keepdims=True)
 
     def online(self, i, head, q):
         """o by the online softmax over chunks of keys."""
