@@ -61,7 +61,9 @@ def changed(plan: Any, changes: dict[str, Any]) -> Any:
         raise ValueError(f"{type(plan).__name__} has no field {', '.join(sorted(unknown))}; it has {', '.join(known)}")
 
     def value(name: str, given: Any) -> Any:
-        return changed(getattr(plan, name), given) if isinstance(given, dict) else tuple(given) if isinstance(given, list) else given
+        if isinstance(given, dict):
+            return changed(getattr(plan, name), given)
+        return tuple(given) if isinstance(given, list) else given
 
     return replace(plan, **{name: value(name, given) for name, given in changes.items()})
 

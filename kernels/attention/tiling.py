@@ -55,7 +55,8 @@ class CoreTiles:
     lanes: int
     queries: int
     keys: int
-    lags: tuple[int, ...] = ()  # of a step's unrolled heads: by how many heads each stage runs behind the first
+    # Of a step's unrolled heads: by how many heads their softmax and what follows it run behind their logits; (): one by one.
+    lags: tuple[int, ...] = ()
     streamed: bool = False  # the tiles of queries come in the grid, one a step; else a step takes all of them in a loop
     needs: int = 0  # bytes of VMEM
 

@@ -85,9 +85,7 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
 
         def enter(n):
             columns = pl.ds(n * span, span)
-            made[n] = by_tile(
-                lambda a: a + b_in[0, :, columns], dot(z[...], hidden_columns(w_in, first + n * span, span), x.dtype)
-            )
+            made[n] = by_tile(lambda a: a + b_in[0, :, columns], dot(z[...], hidden_columns(w_in, first + n * span, span), x.dtype))
             if kept:
                 kept[0][0, :, columns] = from_float32(made[n], kept[0].dtype, t.unpack)
 
@@ -103,6 +101,7 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
             acc[...] = before + dot(made.pop(n), hidden_rows(w_out, first + n * span, span), x.dtype)
 
         staggered(t.spans, (enter, activate, leave), (1, 2))
+
     def finish(first, out):
         n = out.shape[0]
         out = by_tile(lambda a: a + spec.residual_scale * b_out[...], out)

@@ -12,9 +12,8 @@ others. From x and dy alone, with s = residual_scale:
     dx = s dy + LN'(dz), with the sums for norm_scale and norm_bias           finish
 
 The forward kernel may have kept q, k, v and o (`Plan.keep`); then they are not made again.
-
 What the MXU rounds, it rounds to bfloat16, as the reference does; nothing is rounded in between. The core works on transposed
-logits, as in `general/backward.py`.
+logits, as in `general/core_backward.py`.
 """
 
 import math
@@ -41,7 +40,8 @@ from kernels.attention.float32.forward import (
     unpack_into,
     unpacked,
 )
-from kernels.attention.general.forward import Static, core_cost
+from kernels.attention.general.core import core_cost
+from kernels.attention.general.forward import Static
 from kernels.attention.plan import Float32Backward
 from kernels.attention.tiling import FlatTiles, Float32Core, Head, heads_of
 from kernels.body import F32, PACKED_ROWS, dot
