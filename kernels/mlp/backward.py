@@ -165,53 +165,37 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
     def _():
         _lay_rows(refs, spec, t, block)
 
-    first, span = (j * t.hidden if t.resident else 0), (_SPAN if t.hidden % _SPAN == 0 else t.hidden)
-    span = t.hidden // t.spans if t.spans > 1 else span
+    first = j * t.hidden if t.resident else 0
+    span = t.hidden // t.spans if t.spans > 1 else _SPAN if t.hidden % _SPAN == 0 else t.hidden
     zt, gt, ht, dat, dtype = refs.zt, refs.gt, refs.ht, refs.dat, refs.x.dtype
 
-    def hidden(k, made=None):
+    def hidden(k):
         """A span of the hidden tile: recompute a and h, and from dh the gradient of a."""
-        a = dot(hidden_columns(refs.w_in, first + k, span), zt[: refs.dzt.shape[0]], dtype, (0, 0)) if made is None else made[0]
-        a = a + refs.b_in[0, pl.ds(k, span)]
+        a = dot(hidden_columns(refs.w_in, first + k, span), zt[: refs.dzt.shape[0]], dtype, (0, 0)) + refs.b_in[0, pl.ds(k, span)]
         h, p = gelu(a, spec.gelu)
-        da = dot(hidden_rows(refs.w_out, first + k, span), gt[...], dtype) if made is None else made[1]
-        da = da * gelu_slope(a, h, p, spec.gelu)
+        da = dot(hidden_rows(refs.w_out, first + k, span), gt[...], dtype) * gelu_slope(a, h, p, spec.gelu)
         if spec.rate:
             columns = refs.scalars[3] + j * t.hidden + k + iota(span, 0)
             mask = keep(refs.scalars, 0, block.all_global_rows(t.columns, 1), columns, spec.rate)
             h, da = dropout(h, mask, spec.rate), dropout(da, mask, spec.rate)
         ht[pl.ds(k, span)], dat[pl.ds(k, span)] = h.astype(ht.dtype), da.astype(dat.dtype)
 
-    into_in, into_out = sums.ready()
-
     def products(n):
-        rows = pl.ds(n * span, span)
-        back = dat[rows]
-        refs.dzt[...] += dot(hidden_columns(refs.w_in, first + n * span, span), back, dtype)
-        of_w_in = dot(zt[...], back, dtype, (1, 1))
+        """What the n-th of the tile's spans adds to dz' and to the sums."""
+        rows = pl.ds(n * t.hidden // t.spans, t.hidden // t.spans)
+        refs.dzt[...] += dot(hidden_columns(refs.w_in, first + rows.start, rows.size), dat[rows], dtype)
+        # One product each, not bands of them in a loop: v3 takes 6 % more cycles with bands of 256 rows.
+        of_w_in = dot(zt[...], dat[rows], dtype, (1, 1))
         into_in[:, rows] = jnp.where(i == 0, 0.0, into_in[:, rows]) + of_w_in[: refs.dzt.shape[0]]
         refs.db_in[j, :, rows] += of_w_in[zt.shape[0] - 1 :]
         into_out[rows] = jnp.where(i == 0, 0.0, into_out[rows]) + dot(ht[rows], gt[...], dtype, (1, 1))
 
-    if t.spans > 1:
-        made: dict = {}
-
-        def both(n):
-            a = dot(hidden_columns(refs.w_in, first + n * span, span), zt[: refs.dzt.shape[0]], dtype, (0, 0))
-            made[n] = a, dot(hidden_rows(refs.w_out, first + n * span, span), gt[...], dtype)
-
-        lags = (1, 2) if t.lag else (0, 1)
-        staggered(t.spans, (both, lambda n: hidden(n * span, made.pop(n)), products), lags)
-        sums.send()
-        pl.when(j == pl.num_programs(1) - 1)(lambda: _finish_rows(refs, spec, t, block))
-        return
-    sweep(t.hidden, span, lambda k, _: hidden(k))
-    refs.dzt[...] += dot(hidden_columns(refs.w_in, first, t.hidden), dat[...], dtype)
-    # One product each, not bands of them in a loop: v3 takes 6 % more cycles with bands of 256 rows.
-    of_w_in = dot(zt[...], dat[...], dtype, (1, 1))
-    into_in[...] = jnp.where(i == 0, 0.0, into_in[...]) + of_w_in[: refs.dzt.shape[0]]
-    refs.db_in[j] += of_w_in[zt.shape[0] - 1 :]
-    into_out[...] = jnp.where(i == 0, 0.0, into_out[...]) + dot(ht[...], gt[...], dtype, (1, 1))
+    into_in, into_out = sums.ready()
+    if t.spans == 1:
+        sweep(t.hidden, span, lambda k, _: hidden(k))
+        products(0)
+    else:
+        staggered(t.spans, (lambda n: hidden(n * span), products), (1,))
     sums.send()
 
     @pl.when(j == pl.num_programs(1) - 1)

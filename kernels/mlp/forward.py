@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.body import dot, dropout, from_float32, iota, staggered, sweep, to_float32
+from kernels.body import dot, dropout, from_float32, iota, sweep, to_float32
 from kernels.device import SUBLANES
 from kernels.layer_norm.tpu import normalise
 from kernels.mlp.body import Block, by_tile, gelu, hidden_columns, hidden_rows, keep
@@ -80,28 +80,6 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
             h = dropout(h, keep(scalars, 0, block.all_global_rows(t.height, 0), columns, spec.rate), spec.rate)
         return dot(h.astype(z.dtype), hidden_rows(w_out, hidden, t.hidden), x.dtype)
 
-    if t.spans > 1:
-        span, made, first = t.hidden // t.spans, {}, (j * t.hidden if t.resident else 0)
-
-        def enter(n):
-            columns = pl.ds(n * span, span)
-            made[n] = by_tile(lambda a: a + b_in[0, :, columns], dot(z[...], hidden_columns(w_in, first + n * span, span), x.dtype))
-            if kept:
-                kept[0][0, :, columns] = from_float32(made[n], kept[0].dtype, t.unpack)
-
-        def activate(n):
-            h: Any = gelu(made[n], spec.gelu)[0]
-            if spec.rate:
-                columns = scalars[3] + j * t.hidden + n * span + iota(span, 1)
-                h = dropout(h, keep(scalars, 0, block.all_global_rows(t.height, 0), columns, spec.rate), spec.rate)
-            made[n] = h.astype(z.dtype)
-
-        def leave(n):
-            before = acc[...] if n else jnp.where(j == 0, 0.0, acc[...])
-            acc[...] = before + dot(made.pop(n), hidden_rows(w_out, first + n * span, span), x.dtype)
-
-        staggered(t.spans, (enter, activate, leave), (1, 2))
-
     def finish(first, out):
         n = out.shape[0]
         out = by_tile(lambda a: a + spec.residual_scale * b_out[...], out)
@@ -112,9 +90,8 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
         )
 
     last = j + 1 == hidden_tiles
-    if t.height > FUSED_ROWS or t.spans > 1:
-        if t.spans == 1:
-            acc[...] = jnp.where(j == 0, 0.0, acc[...]) + product()
+    if t.height > FUSED_ROWS:
+        acc[...] = jnp.where(j == 0, 0.0, acc[...]) + product()
         pl.when(last)(lambda: sweep(t.height, size, lambda first, n: finish(first, acc[pl.ds(first, n)])))
         return
 

@@ -83,19 +83,17 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
     def _():
         _lay_rows(refs, spec, t, block)
 
-    first, span = (j * t.hidden if t.resident else 0), math.gcd(t.hidden, spec.launch.device.mxu)  # as wide as an array
-    if t.spans > 1:
-        span = t.hidden // t.spans
+    first = j * t.hidden if t.resident else 0
+    span = t.hidden // t.spans if t.spans > 1 else math.gcd(t.hidden, spec.launch.device.mxu)  # as wide as an array
     g, ht, da, dtype = refs.g, refs.ht, refs.da, refs.x.dtype
 
-    def hidden(k, back=None):
+    def hidden(k):
         """A span of the hidden tile: h and, from dh, the gradient of a."""
         a = to_float32(refs.kept[0, :, pl.ds(k, span)], t.unpack)
         if t.columns > t.height:
             a = jnp.concatenate([a, jnp.zeros((t.columns - t.height, span), jnp.float32)])
         h, p = gelu(a, spec.gelu)
-        back = dot(g[...], hidden_rows(refs.w_out, first + k, span), dtype, (1, 1)) if back is None else back
-        back = back * gelu_slope(a, h, p, spec.gelu)
+        back = dot(g[...], hidden_rows(refs.w_out, first + k, span), dtype, (1, 1)) * gelu_slope(a, h, p, spec.gelu)
         if spec.rate:
             columns = refs.scalars[3] + j * t.hidden + k + iota(span, 1)
             mask = keep(refs.scalars, 0, block.all_global_rows(t.columns, 0), columns, spec.rate)
@@ -103,32 +101,20 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
         refs.db_in[j, :, pl.ds(k, span)] += sum_by_tile(back)
         ht[pl.ds(k, span)], da[:, pl.ds(k, span)] = h.T.astype(ht.dtype), back.astype(da.dtype)
 
-    into_in, into_out = sums.ready()
-
     def products(n):
-        columns = pl.ds(n * span, span)
-        back = da[:, columns]
-        begins = (j == 0) if n == 0 else False
-        dz = refs.dz[...] if n else jnp.where(begins, 0.0, refs.dz[...])
-        refs.dz[...] = dz + dot(back, hidden_columns(refs.w_in, first + n * span, span), dtype, (1, 1))
+        """What the n-th of the tile's spans adds to dz and to the sums."""
+        columns = pl.ds(n * t.hidden // t.spans, t.hidden // t.spans)
+        w_in, back = hidden_columns(refs.w_in, first + columns.start, columns.size), da[:, columns]
+        refs.dz[...] = (refs.dz[...] if n else jnp.where(j == 0, 0.0, refs.dz[...])) + dot(back, w_in, dtype, (1, 1))
         into_in[:, columns] = jnp.where(i == 0, 0.0, into_in[:, columns]) + dot(refs.zt[...], back, dtype)
         into_out[columns] = jnp.where(i == 0, 0.0, into_out[columns]) + dot(ht[columns], g[...], dtype)
 
-    if t.spans > 1:
-        made: dict = {}
-
-        def back(n):
-            made[n] = dot(g[...], hidden_rows(refs.w_out, first + n * span, span), dtype, (1, 1))
-
-        lags = (1, 2) if t.lag else (0, 1)
-        staggered(t.spans, (back, lambda n: hidden(n * span, made.pop(n)), products), lags)
-        sums.send()
-        pl.when(j == pl.num_programs(1) - 1)(lambda: _finish_rows(refs, spec, t, block))
-        return
-    sweep(t.hidden, span, lambda k, _: hidden(k))
-    refs.dz[...] = jnp.where(j == 0, 0.0, refs.dz[...]) + dot(da[...], hidden_columns(refs.w_in, first, t.hidden), dtype, (1, 1))
-    into_in[...] = jnp.where(i == 0, 0.0, into_in[...]) + dot(refs.zt[...], da[...], dtype)
-    into_out[...] = jnp.where(i == 0, 0.0, into_out[...]) + dot(ht[...], g[...], dtype)
+    into_in, into_out = sums.ready()
+    if t.spans == 1:
+        sweep(t.hidden, span, lambda k, _: hidden(k))
+        products(0)
+    else:
+        staggered(t.spans, (lambda n: hidden(n * span), products), (1,))
     sums.send()
 
     @pl.when(j == pl.num_programs(1) - 1)

@@ -58,6 +58,8 @@ class Tiling:
     resident: the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
     keep: the forward kernel also writes the hidden values before their GELU, and the backward kernel reads them instead of making
     them again. Both then take the same rows a step, in the same places of VMEM.
+    spans: of a backward kernel's hidden tile; several are unrolled, and the products of one stand beside the GELU of the next, for
+    which the MXU waits otherwise.
     shared: of a flat backward kernel, dx is written over dy in VMEM and goes to HBM from there: a block less, a wait more.
     """
 
@@ -71,7 +73,6 @@ class Tiling:
     keep: bool = False
     shared: bool = False
     spans: int = 1
-    lag: int = 0
     needs: int = 0  # bytes of VMEM
 
     @property
