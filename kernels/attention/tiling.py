@@ -63,9 +63,11 @@ class CoreTiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Float32Core:
-    """Of softmax attention on float32 rows: whole rows of keys, and `lanes` lanes, all their heads unrolled, a grid step."""
+    """Of softmax attention on float32 rows: whole rows of keys, and `lanes` lanes, all their heads unrolled, a grid step. lags: of
+    the backward pass, as of `CoreTiles`."""
 
     lanes: int
+    lags: tuple[int, ...] = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
