@@ -67,7 +67,7 @@ class Float32Core:
     the backward pass, as of `CoreTiles`."""
 
     lanes: int
-    lags: tuple[int, ...] = (1, 2)
+    lags: tuple[int, ...] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +180,7 @@ FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = (3, 2), (5, 3)
 UNROLLED = 2**20  # logits of the heads unrolled in one step: more compile slowly and gain nothing
 WHOLE_ROWS = 2048  # longest row of keys whose softmax is not online
 TILE = 128  # a tile of queries or a chunk of keys is a multiple of this, or all there are
+COUNTED_TOKENS = 3 * LANES  # of an image, at most, whose heads are taken in turns: 200 and 264 were compiled, longer ones were not
 CORE_SHARE = 0.94  # of VMEM
 
 
@@ -229,7 +230,8 @@ def core_tiles(s: Shape, device: Device, *, backward: bool) -> CoreTiles:
 
 def _lags(s: Shape, device: Device, lanes: int, queries: int, keys: int) -> tuple[int, ...]:
     """`CoreTiles.lags` of a step: none where it has one head, tiles of queries or chunks of keys, or operands that are cast."""
-    return (1, 3) if device.bf16_matmul and lanes > s.h and (queries, keys) == (s.t, s.t) else ()
+    whole = (queries, keys) == (s.t, s.t) and s.t <= COUNTED_TOKENS
+    return (1, 3) if device.bf16_matmul and lanes > s.h and whole else ()
 
 
 def _several_images(s: Shape, t: CoreTiles, budget: float, backward: bool) -> CoreTiles:
@@ -303,7 +305,9 @@ def float32_core(s: Shape, device: Device) -> Float32Core | None:
         blocks = 2 * 8 * rows * round_up(lanes, LANES) * 4
         heads = lanes // s.h * (CORE_TEMPORARIES * rows * keys * 4)
         if s.k % lanes == 0 and blocks + heads <= CORE_SHARE * device.vmem_bytes:
-            return Float32Core(lanes=lanes)
+            # not on v2, whose one MXU leaves less to win, and whose VMEM nobody has compiled it for
+            turns = device.flops_per_cycle > 2 * LANES**2 and s.t <= COUNTED_TOKENS
+            return Float32Core(lanes=lanes, lags=(1, 2) if turns else (0, 0))
     return None
 
 

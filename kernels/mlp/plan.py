@@ -21,6 +21,7 @@ from kernels.vmem import round_up
 _ROWS = (2048, 1664, 1536, 1280, 1024, 896, 768, 640, 512, 384, 256, 128)  # most rows of a step, those of the padding included
 # by backward: there, 512 gains 2 % on v6e and ran out of VMEM on v5e
 _HIDDEN = {False: (1024, 768, 512, 384, 256, 128), True: (256, 128)}
+_SPANS_VMEM = 128 * MiB  # of the generations where they were counted, v5e and v6e
 _SPAN = 256  # hidden values of a backward step's span, where it takes two
 _STEP_CYCLES = 600  # what a grid step costs beside its products: filling and draining the pipelines, the sums' read-modify-write
 _CAST_CYCLES = (
@@ -170,8 +171,11 @@ def _candidates(shape: Shape, device: Device, backward: bool) -> Iterator[Tiling
                     continue
                 t = Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident, unpack=unpack)
                 yield t
-                if backward and resident and device.bf16_matmul and h == _SPAN and shape.f % (2 * h) == 0:
-                    yield replace(t, hidden=2 * h, spans=2)  # four gain 1 % more, in three times the compiler's time
+                if backward and resident and h == _SPAN and shape.f % (2 * h) == 0 and device.vmem_bytes >= _SPANS_VMEM:
+                    two = replace(t, hidden=2 * h, spans=2)  # four gain 1 % more, in three times the compiler's time
+                    # v5e was counted where half the VMEM is enough, and ran out with hidden tiles of 512 elsewhere
+                    if device.mxu > LANES or vmem_bytes(shape, device, two, backward=True) <= device.vmem_bytes // 2:
+                        yield two
                 # Other generations have the VMEM to do without. A copy is of whole tiles of 8 rows.
                 if backward and flat and unpack and not resident and shape.rows % rows % SUBLANES == 0:
                     yield replace(t, shared=True)
