@@ -3,7 +3,7 @@
 python -m bench.kernels --plan --target v3 v5e --op attention_half --shape B/16@224 --batch 64
 """
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,11 +16,18 @@ from kernels.layer_norm import plan as layer_norm
 from kernels.mlp import plan as mlp
 from kernels.patch_embed import plan as patch_embed
 from kernels.vmem import limit
+from vitcore import ViTConfig
 
 
 def plan_of(op: str, shape: str, batch: int, dtype: str, device: Device, *, keep: bool = False) -> Any:
     """The plan that an op makes for a named shape; keep: where it can keep more than x. NotImplementedError where no tiles fit."""
-    c, kind = SHAPES[shape].config, jnp.dtype(dtype)
+    c = SHAPES[shape].config
+    return of(op, c, batch, c.tokens, dtype, device, keep=keep and op == "mlp_half")
+
+
+def of(op: str, c: ViTConfig, batch: int, tokens: int, dtype: Any, device: Device, *, keep: bool = False) -> Any:
+    """`plan_of` a model's shape; tokens: of an image, with padding that the model adds."""
+    kind = jnp.dtype(dtype)
     if op == "patch_embed":
         rows, columns = c.grid
         return patch_embed.plan(
@@ -31,17 +38,34 @@ def plan_of(op: str, shape: str, batch: int, dtype: str, device: Device, *, keep
                 columns=columns,
                 patch=c.patch_size,
                 width=c.width,
-                tokens=c.tokens,
+                tokens=tokens,
                 itemsize=kind.itemsize,
             ),
             device,
         )
     if op == "mlp_half":
-        return mlp.plan(mlp.Shape(batch, c.tokens, c.width, c.mlp_dim, kind.itemsize), device, keep=keep)
+        return mlp.plan(mlp.Shape(batch, tokens, c.width, c.mlp_dim, kind.itemsize), device, keep=keep)
     if op == "layer_norm":
-        return layer_norm.plan((batch * c.tokens, c.width), device)
-    choose = {"attention": attention.core_plan, "attention_half": attention.plan}[op]
-    return choose(AttentionShape(batch, c.tokens, c.width, c.num_heads, c.width // c.num_heads, kind), device)
+        return layer_norm.plan((batch * tokens, c.width), device)
+    of_attention = AttentionShape(batch, tokens, c.width, c.num_heads, c.width // c.num_heads, kind)
+    return attention.core_plan(of_attention, device) if op == "attention" else attention.plan(of_attention, device, keep=keep)
+
+
+def changed(plan: Any, changes: dict[str, Any]) -> Any:
+    """A plan with other values in its fields: {"backward": {"rows": 256}} changes the rows of its part `backward`.
+
+    ValueError for a field that there is not.
+    """
+    known = [f.name for f in fields(plan)]
+    if unknown := set(changes) - set(known):
+        raise ValueError(f"{type(plan).__name__} has no field {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+
+    def value(name: str, given: Any) -> Any:
+        if isinstance(given, dict):
+            return changed(getattr(plan, name), given)
+        return tuple(given) if isinstance(given, list) else given
+
+    return replace(plan, **{name: value(name, given) for name, given in changes.items()})
 
 
 def lines(plan: Any, device: Device, name: str = "") -> list[str]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Format, Layout
 
-from bench import shapes
+from bench import plans, shapes
 from bench.peers import FLAX, vit
 from bench.peers import attention as peers
 from kernels.attention.reference import AttentionWeights
@@ -24,10 +24,11 @@ from kernels.attention.relative import reference as relative
 from kernels.attention.relative.reference import RelativeWeights
 from kernels.attention.statistics import tpu as statistics_tpu
 from kernels.attention.tpu import attention
-from kernels.device import from_kind
+from kernels.device import SUBLANES, from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
 from kernels.mlp.reference import MLPWeights
+from kernels.vmem import round_up
 from train.mesh import laid
 from train.shards import choose
 from train.step import StepOptions, make_eval_step, make_train_step, state_specs
@@ -72,19 +73,27 @@ def op_of(
     rate: float = 0.0,
     ops: Ops = REFERENCE,
     keep: bool = False,
+    padded: bool = False,
+    changes: dict | None = None,
 ):
     """(function, shapes of its float arguments) of an op at a model's shapes, parameters float32. launch None: that of `ops`.
 
-    keep: of a kernel of a half block that has the option.
+    keep: of a kernel of a half block that has the option. padded: of a half block, images of whole register tiles of rows, of which
+    the tokens count, as a model lays them. changes: of the plan of a half block by kernels, as `plans.changed` takes them.
     """
     c, d, f = config, config.width, config.mlp_dim
 
     def p(*shape):
         return S(shape, jnp.float32)
 
-    x = S((batch, c.tokens, d), dtype)
+    rows = round_up(c.tokens, SUBLANES) if padded else c.tokens
+    x = S((batch, rows, d), dtype)
     dropout = Dropout(rate, jnp.int32(7)) if rate else None
     fn = getattr(ops, op) if launch is None else partial(_kernel(op), launch=launch, **({"keep": True} if keep else {}))
+    if padded:
+        fn = partial(fn, tokens=c.tokens)
+    if changes and launch is not None:
+        fn = partial(fn, plan=plans.changed(plans.of(op, c, batch, rows, dtype, launch.device, keep=keep), changes))
     if op == "patch_embed":
         y, w = c.image_shape
         images = S((batch, y, w, c.channels), dtype)
@@ -99,26 +108,29 @@ def op_of(
     return fn, (x, p(d), p(d))
 
 
-def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool | str, rate: float, keep: bool):
+def _op(device, op: str, config: ViTConfig, batch: int, dtype, *, kernels: bool | str, **more):
     """An op for `device`: ours, the reference, or (attention between the projections alone) a peer by its name."""
     name = kernels if isinstance(kernels, str) else "ours" if kernels else "reference"
     launch = launch_for(device) if name == "ours" else None
     if op != "attention":
-        return op_of(op, config, batch, dtype, launch=launch, rate=rate, ops=REFERENCE if launch else BY_NAME[name], keep=keep)
+        return op_of(op, config, batch, dtype, launch=launch, ops=REFERENCE if launch else BY_NAME[name], **more)
     t, n = config.tokens, config.num_heads
     one = peers.peer(name, tokens=t, heads=n, launch=launch)
+    if launch and more.get("changes"):
+        chosen = plans.changed(plans.of(op, config, batch, t, dtype, launch.device), more["changes"])
+        one = one._replace(fn=partial(one.fn, plan=chosen))
     return one.fn, peers.shapes(one, batch, t, n, config.width // n, dtype)
 
 
 def one_op(
-    devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, rate=0.0, keep=False
+    devices, *, op, shape, batch, dtype="bfloat16", backward=False, kernels=True, image=False, **more
 ):  # fmt: skip
     """An op at a named shape: its forward pass, or forward and all gradients (a patch embedding's image only with image=True).
 
-    keep: our kernels keep more than x for the backward pass.
+    more: rate, keep, padded and changes of `op_of`.
     """
     config = shapes.shape(shape).config
-    fn, arguments = _op(devices[0], op, config, batch, jnp.dtype(dtype), kernels=kernels, rate=rate, keep=keep)
+    fn, arguments = _op(devices[0], op, config, batch, jnp.dtype(dtype), kernels=kernels, **more)
     if not backward:
         return fn, arguments
     constants = 1 if op == "patch_embed" and not image else 0

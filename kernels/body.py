@@ -87,6 +87,15 @@ def over_chunks(total: int, size: int, chunk, carry):
     return chunk(full * size, total % size, carry) if total % size else carry
 
 
+def staggered(count: int, stages, lags) -> None:
+    """stage(n) for n < count and each of the stages, which run `lags` turns behind the first: code is made in that order, and what
+    stands beside each other does not wait for each other."""
+    for turn in range(count + max(lags)):
+        for stage, lag in zip(stages, (0, *lags), strict=True):
+            if 0 <= turn - lag < count:
+                stage(turn - lag)
+
+
 def to_float32(rows, unpack: bool):
     """rows [n, K] in float32. unpack: they are bfloat16, n a multiple of 16, and the result has the order of `unpacked_row`."""
     if not unpack:

@@ -55,15 +55,19 @@ class CoreTiles:
     lanes: int
     queries: int
     keys: int
+    # Of a step's unrolled heads: by how many heads their softmax and what follows it run behind their logits; (): one by one.
+    lags: tuple[int, ...] = ()
     streamed: bool = False  # the tiles of queries come in the grid, one a step; else a step takes all of them in a loop
     needs: int = 0  # bytes of VMEM
 
 
 @dataclass(frozen=True, kw_only=True)
 class Float32Core:
-    """Of softmax attention on float32 rows: whole rows of keys, and `lanes` lanes, all their heads unrolled, a grid step."""
+    """Of softmax attention on float32 rows: whole rows of keys, and `lanes` lanes, all their heads unrolled, a grid step. lags: of
+    the backward pass, as of `CoreTiles`."""
 
     lanes: int
+    lags: tuple[int, ...] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +180,7 @@ FORWARD_TEMPORARIES, BACKWARD_TEMPORARIES = (3, 2), (5, 3)
 UNROLLED = 2**20  # logits of the heads unrolled in one step: more compile slowly and gain nothing
 WHOLE_ROWS = 2048  # longest row of keys whose softmax is not online
 TILE = 128  # a tile of queries or a chunk of keys is a multiple of this, or all there are
+COUNTED_TOKENS = 3 * LANES  # of an image, at most, whose heads are taken in turns: 200 and 264 were compiled, longer ones were not
 CORE_SHARE = 0.94  # of VMEM
 
 
@@ -212,14 +217,21 @@ def core_tiles(s: Shape, device: Device, *, backward: bool) -> CoreTiles:
                 logits = lanes // s.h * keys * queries
                 if k % steps or lanes % group or keys > s.t or (lanes > group and logits > UNROLLED):
                     continue
-                if _core_bytes(s, CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys), backward=backward) <= budget:
-                    return _several_images(s, CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys), budget, backward)
+                found = CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys, lags=_lags(s, device, lanes, queries, keys))
+                if _core_bytes(s, found, backward=backward) <= budget:
+                    return _several_images(s, found, budget, backward)
     if backward and (found := _streamed(s, group, budget)):
         return found
     raise NotImplementedError(
         f"attention over {s.t} tokens: keys and values of {group // s.h} heads of width {s.h} do not fit the "
         f"{device.vmem_bytes >> 20} MiB of VMEM of a {device.name}. Use fewer tokens, or the reference ops."
     )
+
+
+def _lags(s: Shape, device: Device, lanes: int, queries: int, keys: int) -> tuple[int, ...]:
+    """`CoreTiles.lags` of a step: none where it has one head, tiles of queries or chunks of keys, or operands that are cast."""
+    whole = (queries, keys) == (s.t, s.t) and s.t <= COUNTED_TOKENS
+    return (1, 3) if device.bf16_matmul and lanes > s.h and whole else ()
 
 
 def _several_images(s: Shape, t: CoreTiles, budget: float, backward: bool) -> CoreTiles:
@@ -293,7 +305,9 @@ def float32_core(s: Shape, device: Device) -> Float32Core | None:
         blocks = 2 * 8 * rows * round_up(lanes, LANES) * 4
         heads = lanes // s.h * (CORE_TEMPORARIES * rows * keys * 4)
         if s.k % lanes == 0 and blocks + heads <= CORE_SHARE * device.vmem_bytes:
-            return Float32Core(lanes=lanes)
+            # not on v2, whose one MXU leaves less to win, and whose VMEM nobody has compiled it for
+            turns = device.flops_per_cycle > 2 * LANES**2 and s.t <= COUNTED_TOKENS
+            return Float32Core(lanes=lanes, lags=(1, 2) if turns else (0, 0))
     return None
 
 

@@ -29,6 +29,8 @@ from kernels.attention.float32 import backward as float32_backward
 from kernels.attention.float32 import chain as float32_chain
 from kernels.attention.float32 import forward as float32_forward
 from kernels.attention.general import backward as general_backward
+from kernels.attention.general import core as general_core
+from kernels.attention.general import core_backward as general_core_backward
 from kernels.attention.general import forward as general_forward
 from kernels.attention.general.forward import Static
 from kernels.attention.plan import (
@@ -70,7 +72,7 @@ def operands(x, weights: AttentionWeights, static: Static) -> AttentionWeights:
 def _core_forward(tiles: CoreTiles | Float32Core, qkv, **options):
     if isinstance(tiles, Float32Core):
         return float32_forward.core(tiles, qkv, **options)
-    return general_forward.core(tiles, qkv, **options)
+    return general_core.core(tiles, qkv, **options)
 
 
 def _forward_part(chosen: GeneralForward | Float32Forward, scalars, x, weights: AttentionWeights, static: Static, into=None):
@@ -89,7 +91,7 @@ def _forward_part(chosen: GeneralForward | Float32Forward, scalars, x, weights: 
 
 def _core_backward(chosen: GeneralBackward, static: Static, o, qkv, do):
     options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
-    dqkv, *made = general_backward.core(chosen.core, qkv, do, with_o=o is None, tokens=static.tokens, **options)
+    dqkv, *made = general_core_backward.core(chosen.core, qkv, do, with_o=o is None, tokens=static.tokens, **options)
     return dqkv, (made[0] if o is None else o), None
 
 
@@ -289,7 +291,7 @@ def _attention_backward(num_heads, launch, plan: CorePlan, qkv, do):
         raise NotImplementedError(plan.backward.reason)
     if isinstance(plan.backward, Float32Core):
         return (float32_backward.core(plan.backward, qkv, do, **options),)
-    return (general_backward.core(plan.backward, qkv, do, with_o=False, **options)[0],)
+    return (general_core_backward.core(plan.backward, qkv, do, with_o=False, **options)[0],)
 
 
 _attention.defvjp(own(lambda qkv, *static: (_attention(qkv, *static), qkv)), own(_attention_backward))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.body import dot, dropout, iota, sweep, to_float32
+from kernels.body import dot, dropout, iota, staggered, sweep, to_float32
 from kernels.device import LANES
 from kernels.mlp.backward import SLOTS, Sums, finish_rows, gradient_rows, normal_rows, send_rows
 from kernels.mlp.body import (
@@ -83,7 +83,8 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
     def _():
         _lay_rows(refs, spec, t, block)
 
-    first, span = (j * t.hidden if t.resident else 0), math.gcd(t.hidden, spec.launch.device.mxu)  # as wide as an array
+    first = j * t.hidden if t.resident else 0
+    span = t.hidden // t.spans if t.spans > 1 else math.gcd(t.hidden, spec.launch.device.mxu)  # as wide as an array
     g, ht, da, dtype = refs.g, refs.ht, refs.da, refs.x.dtype
 
     def hidden(k):
@@ -100,11 +101,20 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
         refs.db_in[j, :, pl.ds(k, span)] += sum_by_tile(back)
         ht[pl.ds(k, span)], da[:, pl.ds(k, span)] = h.T.astype(ht.dtype), back.astype(da.dtype)
 
+    def products(n):
+        """What the n-th of the tile's spans adds to dz and to the sums."""
+        columns = pl.ds(n * t.hidden // t.spans, t.hidden // t.spans)
+        w_in, back = hidden_columns(refs.w_in, first + columns.start, columns.size), da[:, columns]
+        refs.dz[...] = (refs.dz[...] if n else jnp.where(j == 0, 0.0, refs.dz[...])) + dot(back, w_in, dtype, (1, 1))
+        into_in[:, columns] = jnp.where(i == 0, 0.0, into_in[:, columns]) + dot(refs.zt[...], back, dtype)
+        into_out[columns] = jnp.where(i == 0, 0.0, into_out[columns]) + dot(ht[columns], g[...], dtype)
+
     into_in, into_out = sums.ready()
-    sweep(t.hidden, span, lambda k, _: hidden(k))
-    refs.dz[...] = jnp.where(j == 0, 0.0, refs.dz[...]) + dot(da[...], hidden_columns(refs.w_in, first, t.hidden), dtype, (1, 1))
-    into_in[...] = jnp.where(i == 0, 0.0, into_in[...]) + dot(refs.zt[...], da[...], dtype)
-    into_out[...] = jnp.where(i == 0, 0.0, into_out[...]) + dot(ht[...], g[...], dtype)
+    if t.spans == 1:
+        sweep(t.hidden, span, lambda k, _: hidden(k))
+        products(0)
+    else:
+        staggered(t.spans, (lambda n: hidden(n * span), products), (1,))
     sums.send()
 
     @pl.when(j == pl.num_programs(1) - 1)

@@ -21,6 +21,8 @@ from kernels.vmem import round_up
 _ROWS = (2048, 1664, 1536, 1280, 1024, 896, 768, 640, 512, 384, 256, 128)  # most rows of a step, those of the padding included
 # by backward: there, 512 gains 2 % on v6e and ran out of VMEM on v5e
 _HIDDEN = {False: (1024, 768, 512, 384, 256, 128), True: (256, 128)}
+_SPANS_VMEM = 128 * MiB  # of the generations where they were counted, v5e and v6e
+_SPAN = 256  # hidden values of a backward step's span, where it takes two
 _STEP_CYCLES = 600  # what a grid step costs beside its products: filling and draining the pipelines, the sums' read-modify-write
 _CAST_CYCLES = (
     6  # what Mosaic's cast of a register takes more than integer arithmetic, where bfloat16 is unpacked (kernels/body.py)
@@ -58,6 +60,8 @@ class Tiling:
     resident: the weights (and the sums of their gradients) stay in VMEM as a whole; otherwise they are streamed, tile by tile.
     keep: the forward kernel also writes the hidden values before their GELU, and the backward kernel reads them instead of making
     them again. Both then take the same rows a step, in the same places of VMEM.
+    spans: of a backward kernel's hidden tile; several are unrolled, and the products of one stand beside the GELU of the next, for
+    which the MXU waits otherwise.
     shared: of a flat backward kernel, dx is written over dy in VMEM and goes to HBM from there: a block less, a wait more.
     """
 
@@ -70,6 +74,7 @@ class Tiling:
     unpack: bool = False
     keep: bool = False
     shared: bool = False
+    spans: int = 1
     needs: int = 0  # bytes of VMEM
 
     @property
@@ -119,7 +124,8 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
     sums = 2 * d * 4 * (whole if t.resident else 3 * hidden)
     scratch = t.columns * (d * (2 * operand + 4) + hidden * 2 * operand) + natural
     blocks = (6 if t.resident else 2 if t.shared else 3) * block
-    return blocks + 2 * weights + sums + scratch + t.columns * LANES * 4 * 2 + 2 * d * LANES * 4 + kept
+    flying = 2 * t.columns * hidden * 4 if t.spans > 1 else 0
+    return blocks + 2 * weights + sums + scratch + t.columns * LANES * 4 * 2 + 2 * d * LANES * 4 + kept + flying
 
 
 def _products(t: Tiling, backward: bool) -> int:
@@ -165,6 +171,11 @@ def _candidates(shape: Shape, device: Device, backward: bool) -> Iterator[Tiling
                     continue
                 t = Tiling(flat=flat, images=images, rows=rows, stride=stride, hidden=h, resident=resident, unpack=unpack)
                 yield t
+                if backward and resident and h == _SPAN and shape.f % (2 * h) == 0 and device.vmem_bytes >= _SPANS_VMEM:
+                    two = replace(t, hidden=2 * h, spans=2)  # four gain 1 % more, in three times the compiler's time
+                    # v5e was counted where half the VMEM is enough, and ran out with hidden tiles of 512 elsewhere
+                    if device.mxu > LANES or vmem_bytes(shape, device, two, backward=True) <= device.vmem_bytes // 2:
+                        yield two
                 # Other generations have the VMEM to do without. A copy is of whole tiles of 8 rows.
                 if backward and flat and unpack and not resident and shape.rows % rows % SUBLANES == 0:
                     yield replace(t, shared=True)

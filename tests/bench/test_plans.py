@@ -30,3 +30,12 @@ def test_plans_are_printed_and_returned(capsys):
     assert "FusedForward" in printed
     with pytest.raises(ValueError, match="name a --target"):
         Kernels(plan=True)
+
+
+def test_a_plan_with_other_values_keeps_the_rest():
+    chosen = plans.plan_of("attention_half", "B/16@224", 64, "bfloat16", DEVICES["v6e"])
+    changed = plans.changed(chosen, {"backward": {"core": {"lags": [1, 1]}}})
+    assert changed.backward.core.lags == (1, 1) != chosen.backward.core.lags
+    assert changed.backward.project == chosen.backward.project
+    with pytest.raises(ValueError, match="CoreTiles has no field laps; it has images, lanes"):
+        plans.changed(chosen, {"backward": {"core": {"laps": [1]}}})

@@ -140,6 +140,25 @@ def test_core_agrees_in_tiles(t, n, h, queries, keys, streamed):
     oracle.check(ours, partial(plain_core, num_heads=n), [packed(1, t, n, h, jnp.float32, sharpness=3.0)])
 
 
+@pytest.mark.parametrize(("n", "h"), [(4, 64), (8, 80)], ids=["two heads a column", "heads across columns"])
+def test_heads_in_turns_are_the_heads_one_by_one(n, h):
+    """Only the order of the code differs: the same bits, and the heads' own, of which several share a column."""
+    qkv, device = packed(2, 17, n, h, jnp.bfloat16), DEVICES["v6e"]
+    chosen = core_plan(tiling.Shape(2, 17, n * h, n, h, qkv.dtype), device)
+
+    def passes(lags):
+        cut = CorePlan(forward=replace(chosen.forward, lags=lags), backward=replace(chosen.backward, lags=lags))
+        run = partial(tpu.attention, num_heads=n, launch=Launch(device=device, interpret=True), plan=cut)
+        o, pullback = jax.vjp(run, qkv)
+        return o, *pullback(o)
+
+    one_by_one = passes(())
+    assert chosen.backward.lags
+    for lags in (chosen.backward.lags, (1, 1)):
+        for ours, theirs in zip(passes(lags), one_by_one, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_core_agrees_in_groups_of_heads():
     """Several grid steps over the heads and several images a step."""
     few = tiling.CoreTiles(images=2, lanes=128, queries=9, keys=9)

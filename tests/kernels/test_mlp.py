@@ -122,6 +122,14 @@ def test_every_way_to_cut_agrees_with_the_reference(t, dtype):
     judge(arrays(3, 47, 64, 384, dtype), FAST, cut(t), dropout=Dropout(0.3, jnp.int32(5), 9, 4))
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_spans_of_a_hidden_tile_agree_with_the_reference(dtype, keep):
+    """Two row tiles, two hidden tiles of two spans each, whose products are made beside the next one's GELU."""
+    t = Tiling(flat=False, images=2, rows=17, stride=32, hidden=256, resident=True, spans=2, keep=keep)
+    judge(arrays(3, 17, 64, 512, dtype), FAST, cut(t), dropout=Dropout(0.3, jnp.int32(5), 9, 4))
+
+
 @pytest.mark.parametrize("t", [47, 21], ids=["squares", "a border within 16 rows"])
 def test_rows_taken_apart_unpack_agree_with_the_reference(t):
     """As v2 and v3 do: even rows beside odd ones in VMEM, images that begin in the middle of 16 rows, each row's own dropout."""

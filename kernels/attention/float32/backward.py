@@ -12,9 +12,8 @@ others. From x and dy alone, with s = residual_scale:
     dx = s dy + LN'(dz), with the sums for norm_scale and norm_bias           finish
 
 The forward kernel may have kept q, k, v and o (`Plan.keep`); then they are not made again.
-
 What the MXU rounds, it rounds to bfloat16, as the reference does; nothing is rounded in between. The core works on transposed
-logits, as in `general/backward.py`.
+logits, as in `general/core_backward.py`.
 """
 
 import math
@@ -41,10 +40,11 @@ from kernels.attention.float32.forward import (
     unpack_into,
     unpacked,
 )
-from kernels.attention.general.forward import Static, core_cost
+from kernels.attention.general.core import core_cost
+from kernels.attention.general.forward import Static
 from kernels.attention.plan import Float32Backward
-from kernels.attention.tiling import FlatTiles, Float32Core, Head, heads_of
-from kernels.body import F32, PACKED_ROWS, dot
+from kernels.attention.tiling import FlatTiles, Float32Core, heads_of
+from kernels.body import F32, PACKED_ROWS, dot, staggered
 from kernels.device import LANES, SUBLANES
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise, normalise_back
@@ -206,9 +206,9 @@ def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch, int
 # ---- the core
 
 
-def _differentiate(run: list[Head], arrays, out, *, t: int, tokens: int, scale: float, dtype) -> None:
-    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of a run of heads; refs [R, lanes], do zero behind T.
-    tokens: of the t rows, the first ones."""
+def _differentiate(lanes: int, width: int, lags, arrays, out, *, t: int, tokens: int, scale: float, dtype) -> None:
+    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of all heads; refs [R, lanes], do zero behind T.
+    width: of a head. tokens: of the t rows, the first ones. lags: of `Float32Core`."""
     q, k, v, do = arrays
     rows = q.shape[0]
     # rows of keys that are all tokens, in whatever order the rows of their tile are
@@ -216,27 +216,39 @@ def _differentiate(run: list[Head], arrays, out, *, t: int, tokens: int, scale: 
     queries, outputs = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys)) for ref in (q, do))
     transposed_q, transposed_do = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys).T) for ref in (q, do))
     sums: list[dict] = [{} for _ in out]
-    for head in run:
+    heads, made = [head for run in heads_of(lanes, width) for head in run], {}
+
+    def logits(n):
+        head = heads[n]
         columns = slice(head.lo, head.hi)
         key, value = k[:, columns], v[:, columns]
         s, dp = dot(head.mask(key), transposed_q[head], dtype), dot(head.mask(value), transposed_do[head], dtype)
+        made[n] = key, value, s, dp
+
+    def softmax(n):
+        key, value, s, dp = made[n]
         if whole < rows:
             row = whole + lax.broadcasted_iota(jnp.int32, (rows - whole, 1), 0)
             last = jnp.where(token_at(row, t, dtype) < tokens, s[whole:], -jnp.inf)
             s = jnp.concatenate([s[:whole], last]) if whole else last
         p = jnp.exp2((s - s.max(0, keepdims=True)) * (scale * math.log2(math.e)))
         p = p * (1.0 / p.sum(0, keepdims=True))
-        ds = p * (dp - (p * dp).sum(0, keepdims=True))
+        made[n] = key, value, p, p * (dp - (p * dp).sum(0, keepdims=True))
+
+    def gradients(n):
+        head, (key, value, p, ds) = heads[n], made.pop(n)
         dk, dv = dot(ds, queries[head], dtype) * scale, dot(p, outputs[head], dtype)
         dq = dot(pad_rows(ds, keys).T[:rows], pad_rows(key, keys), dtype) * scale
         found = [dq, dk, dv]
         if len(out) == 4:
             found.append(dot(pad_rows(p, keys).T[:rows], pad_rows(value, keys), dtype))
-        for total, part in zip(sums, found, strict=True):
+        following = heads[n + 1].lo if n + 1 < len(heads) else lanes
+        for ref, total, part in zip(out, sums, found, strict=True):
             gather(total, head, part)
-    for ref, total in zip(out, sums, strict=True):
-        for (lo, hi), value in total.items():
-            ref[:, lo:hi] = value
+            for lo, hi in [column for column in total if column[1] <= following]:
+                ref[:, lo:hi] = total.pop((lo, hi))
+
+    staggered(len(heads), (logits, softmax, gradients), lags)
 
 
 def _half_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, with_o: bool):
@@ -253,8 +265,7 @@ def _half_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, wi
             for ref, target in zip(given[:3], refs[4 + results :], strict=True):
                 unpack_into(target, ref.at[0], t)
             given[:3] = refs[4 + results :]
-        for run in heads_of(lanes, k // n):
-            _differentiate(run, given, out, t=t, tokens=static.tokens or t, scale=static.width**-0.5, dtype=dtype)
+        _differentiate(lanes, k // n, tiles.lags, given, out, t=t, tokens=static.tokens or t, scale=static.width**-0.5, dtype=dtype)
 
     rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
     sections = [pl.BlockSpec((1, 1, t if packed_rows else padded, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
@@ -283,8 +294,7 @@ def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Lau
         arrays, found = scratch[:4], scratch[4:]
         for ref, target in zip((q_ref.at[0, 0], k_ref.at[0, 0], v_ref.at[0, 0], do_ref.at[0]), arrays, strict=True):
             unpack_into(target, ref, t)
-        for run in heads_of(lanes, k // num_heads):
-            _differentiate(run, arrays, found, t=t, tokens=t, scale=width**-0.5, dtype=qkv.dtype)
+        _differentiate(lanes, k // num_heads, tiles.lags, arrays, found, t=t, tokens=t, scale=width**-0.5, dtype=qkv.dtype)
         for c, source in enumerate(found):
             pack_into(out.at[c, 0], source, t)
 

@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.float32.forward import PIECE, attend, column_slices, drop, packed, pieces, token, unpacked
 from kernels.attention.float32.tiles import RowTiles
-from kernels.attention.general.forward import Static, core_cost
+from kernels.attention.general.core import core_cost
+from kernels.attention.general.forward import Static
 from kernels.attention.tiling import Float32Core, heads_of
 from kernels.body import F32, dot
 from kernels.device import LANES, SUBLANES

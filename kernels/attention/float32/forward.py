@@ -23,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.general.forward import Static, core_cost
+from kernels.attention.general.core import core_cost
+from kernels.attention.general.forward import Static
 from kernels.attention.tiling import Float32Core, Head, heads_of
 from kernels.body import F32, PACKED_ROWS, dot, dropout, from_float32, iota, kept, to_float32, unpacked_row
 from kernels.device import LANES, SUBLANES

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.general.forward import Sums
+from kernels.attention.general.core import Sums
 from kernels.attention.relative.plan import RelativeTiles, Window, window
 from kernels.attention.tiling import Head, heads_of
 from kernels.body import F32, cast_dot, iota, operand, sweep

@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels import by_xla as xla
 from kernels import parts
 from kernels.attention import tpu
-from kernels.attention.general import backward as general_backward
+from kernels.attention.general import core as general_core
+from kernels.attention.general import core_backward as general_core_backward
 from kernels.attention.general import forward as general_forward
 from kernels.attention.general.forward import Static
 from kernels.attention.plan import Plan, Refused
@@ -47,7 +48,7 @@ def _half(scalars, x, weights: AttentionWeights, static: Static, turn: Turn):
     def part(scalars, into=None):
         qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static, at)
         options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
-        o = general_forward.core(chosen.core, qkv, tokens=static.tokens, **options)
+        o = general_core.core(chosen.core, qkv, tokens=static.tokens, **options)
         return general_forward.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into)
 
     n = x.shape[0] // chosen.images
@@ -66,7 +67,7 @@ def _half_backward(static: Static, turn: Turn, residuals, dy):
 
     def core(qkv, do):
         options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
-        dqkv, o = general_backward.core(chosen.core, qkv, do, with_o=True, tokens=static.tokens, **options)
+        dqkv, o = general_core_backward.core(chosen.core, qkv, do, with_o=True, tokens=static.tokens, **options)
         return turning.turned_back(dqkv, turn, static.width, launch=static.launch), o, None
 
     def step(first, dy):
