@@ -77,7 +77,7 @@ def test_few_patches_are_left_to_xla(size, kernels):
 def test_weights_are_rounded_as_the_cast_rounds_them():
     """What keeps XLA from casting all layers' weights at once changes no value: of kernels in bfloat16, and of nothing else."""
     w = jnp.asarray(np.random.default_rng(0).standard_normal((3, 48, 128)), jnp.float32)
-    weights = reference.MLPWeights(*(w[0, 0],) * 2, w[0], w[1, 0], w[1].T, w[2, 0])
+    weights = reference.MLPWeights(w[0, 0], w[0, 0], w[0], w[1, 0], w[1].T, w[2, 0])
     found, same = by_xla.unhoisted(weights, jnp.dtype(jnp.bfloat16)), by_xla.unhoisted(weights, jnp.dtype(jnp.float32))
     for name, a, b, c in zip(weights._fields, weights, found, same, strict=True):
         cast = a.astype(jnp.bfloat16).astype(jnp.float32) if name.endswith("kernel") else a

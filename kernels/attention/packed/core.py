@@ -186,7 +186,7 @@ def _call(static: Static, qkv, do=None):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def core(static: Static, qkv):
+def core(static: Static, qkv) -> Any:
     """o [T, B, K] of qkv [3, T, B, K], float32 or the dtype of the op; differentiable."""
     return _call(static, qkv)
 

@@ -31,6 +31,6 @@ def attention_half(
     qkv = jnp.einsum("btd,cdk->cbtk", z, w_qkv, preferred_element_type=acc_dtype) + b_qkv[:, None, None]
     static = Static(tiles=tiles, num_heads=num_heads, tokens=tokens or x.shape[1], dtype=x.dtype, launch=launch)
     qkv = qkv.astype(operand_dtype(x.dtype, launch.device))
-    o = core(static, qkv.swapaxes(1, 2)).swapaxes(0, 1).astype(x.dtype)
+    o = jnp.swapaxes(core(static, qkv.swapaxes(1, 2)), 0, 1).astype(x.dtype)
     y = jnp.einsum("btk,kd->btd", o, w_out, preferred_element_type=acc_dtype) + residual_scale * b_out
     return (residual_scale * x.astype(acc_dtype) + drop.apply(y, dropout, drop.ATTENTION_OUT, tokens=tokens)).astype(x.dtype)
