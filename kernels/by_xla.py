@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -20,8 +21,9 @@ from kernels.launch import vary_alike
 from kernels.settings import own
 
 ROWS = 24576  # tokens at a time
-FEW_TOKENS = 24  # of an image, at most, with which XLA's forward pass is ahead where the MXU takes float32 operands only
-VERY_FEW_TOKENS = 8  # at most, with which it is ahead everywhere, and backward; the attention kernels take minutes to compile there
+UNHOISTED_ROWS = 4096  # at most, for which a product casts its weights itself: it does so again for every tile of rows
+FEW_TOKENS = 24  # of an image, at most, with which XLA's products are ahead forward
+VERY_FEW_TOKENS = 8  # at most, with which they are ahead backward too; the attention kernels take minutes to compile there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +33,10 @@ class ByXLA:
     reason: str
 
 
-def few_tokens(t: int, device: Device) -> tuple[ByXLA | None, ByXLA | None]:
+def few_tokens(t: int) -> tuple[ByXLA | None, ByXLA | None]:
     """The forward and the backward pass of a half block where images have few tokens."""
     few = ByXLA(reason=f"images of {t} tokens: grid steps of so few rows, each padded, wait for themselves")
-    return few if t <= (VERY_FEW_TOKENS if device.bf16_matmul else FEW_TOKENS) else None, few if t <= VERY_FEW_TOKENS else None
+    return few if t <= FEW_TOKENS else None, few if t <= VERY_FEW_TOKENS else None
 
 
 def left(chosen) -> tuple[bool, bool]:
@@ -42,11 +44,22 @@ def left(chosen) -> tuple[bool, bool]:
     return isinstance(chosen.forward, ByXLA), isinstance(chosen.backward, ByXLA)
 
 
-def choose(plan: Callable, shape, device: Device, *, keep: bool, beyond: Callable = lambda chosen: chosen) -> Any:
-    """`plan(shape, device)`, the kernels', with the passes left to XLA where images have few tokens, else as `beyond` leaves them,
-    given that plan. keep: `plan(..., keep=True)`; NotImplementedError where a pass would be XLA's."""
+def choose(
+    plan: Callable,
+    shape,
+    device: Device,
+    *,
+    keep: bool,
+    few: Callable = lambda shape, device: few_tokens(shape.t),
+    beyond: Callable = lambda chosen: chosen,
+) -> Any:
+    """`plan(shape, device)`, the kernels', with the passes left to XLA where images have few tokens, as `few(shape, device)` says,
+    else as `beyond` leaves them, given that plan. keep: `plan(..., keep=True)`; NotImplementedError where a pass would be XLA's,
+    but that a kernel's backward pass has its own forward pass then where the MXU takes bfloat16."""
     chosen = plan(shape, device)
-    forward, backward = few_tokens(shape.t, device)
+    forward, backward = few(shape, device)
+    if keep and device.bf16_matmul and not backward:  # the kernels, which keep: not yet counted against this forward pass
+        forward = None
     if forward or backward:
         chosen = replace(chosen, forward=forward or chosen.forward, backward=backward or chosen.backward)
     else:
@@ -61,7 +74,8 @@ class Passes:
     """Two functions (x, weights, dropout) -> y that compute the same, `reference` by XLA and `kernels`.
 
     forward, backward: whether the pass is XLA's. name: of the result, for a rematerialisation policy. tokens: of an image, if the
-    rows of x are more. whole: `reference` takes a large batch in parts by itself, by a plan for all its images.
+    rows of x are more. whole: `reference` takes a large batch in parts by itself, by a plan for all its images. read: of the
+    weights, what the forward pass by XLA is given of them.
     """
 
     reference: Callable
@@ -71,6 +85,7 @@ class Passes:
     name: str
     tokens: int | None = None
     whole: bool = False
+    read: Callable = lambda weights: weights
 
 
 def partly(half: Callable, reference: Callable, own, x, weights, dropout, *, plan, launch, name: str, options: dict[str, Any]):
@@ -88,7 +103,21 @@ def partly(half: Callable, reference: Callable, own, x, weights, dropout, *, pla
     def kernels(x, w, dropout):
         return half(x, w, dropout=dropout, launch=launch, plan=plan, **options)
 
-    return run(Passes(plain, kernels, forward, backward, name, options["tokens"]), x, weights, dropout)
+    read = partial(unhoisted, dtype=x.dtype) if x.shape[0] * x.shape[1] <= UNHOISTED_ROWS else lambda weights: weights
+    return run(Passes(plain, kernels, forward, backward, name, options["tokens"], read=read), x, weights, dropout)
+
+
+def unhoisted(weights, dtype):
+    """A half block's weights, in whose loop XLA shall not cast those of all layers before the first.
+
+    XLA moves a cast over the slice that a loop over stacked layers takes of them, and out of the loop: the weights are then read as
+    float32, written and read as bfloat16. With few rows that is a fifth of all. Rounded first, as the cast rounds them, they stay
+    where they are, and the product casts what it reads.
+    """
+    if dtype != jnp.bfloat16:
+        return weights
+    kernels = {name: w for name, w in weights._asdict().items() if name.endswith("kernel") and w.dtype == jnp.float32}
+    return weights._replace(**{name: lax.reduce_precision(w, 8, 7) for name, w in kernels.items()})
 
 
 def run(passes: Passes, x, weights, dropout):
@@ -113,6 +142,7 @@ def _parts(passes: Passes, x) -> int:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run(passes: Passes, rate: float, x, weights, places) -> Any:
     n, op = (_parts(passes, x), passes.reference) if passes.forward else (1, passes.kernels)
+    weights = passes.read(weights) if passes.forward else weights
 
     def step(first, y):
         dropout, own = _part(passes, rate, places, first, n, x)

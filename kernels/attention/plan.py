@@ -13,6 +13,7 @@ from functools import cache
 
 from kernels import by_xla, parts
 from kernels.attention.float32.tiles import RowTiles, forward_core, output_tiles, project_tiles
+from kernels.attention.packed.tiles import PackedCore, packed_core
 from kernels.attention.tiling import (
     STEPS,
     CoreTiles,
@@ -35,6 +36,8 @@ from kernels.vmem import padded_bytes, round_up
 # Tokens at a time through the chains of kernels; between those of ViT-B/16 lie 6 kB a token forward, at most 16 kB backward.
 FORWARD_ROWS = 65536
 BACKWARD_ROWS = 24576
+PACKED_TOKENS = 24  # of an image, at most, with which XLA's products around a packed core are ahead forward
+PACKED_BACKWARD = 8  # and backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,13 @@ class Refused:
     """A pass that nothing fits; `reason` is the error of who asks for it."""
 
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed(ByXLA):
+    """A pass whose norm and products are XLA's, around the packed core."""
+
+    core: PackedCore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +174,18 @@ def plan(
 def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
     """`plan`, with the passes left to XLA where it is ahead by the one count (LOG.md, 2026-11-27, has the table). keep: as in
     `plan`, and NotImplementedError too where a pass would be XLA's."""
-    return by_xla.choose(plan, shape, device, keep=keep)
+    return by_xla.choose(plan, shape, device, keep=keep, few=few_tokens)
+
+
+def few_tokens(s: Shape, device: Device) -> tuple[ByXLA | None, ByXLA | None]:
+    """The forward and the backward pass where images have few tokens; packed, but for a batch that does not fill a grid step, and
+    heads that are no whole registers."""
+    forward, backward = by_xla.few_tokens(s.t)
+    core = packed_core(s, device)
+    if not core or s.t > PACKED_TOKENS:
+        return forward, backward
+    packed = Packed(core=core, reason=f"images of {s.t} tokens: products of many rows, and many images a step of the core")
+    return packed, packed if s.t <= PACKED_BACKWARD else backward
 
 
 @cache

@@ -33,6 +33,7 @@ from kernels.attention.general import core as general_core
 from kernels.attention.general import core_backward as general_core_backward
 from kernels.attention.general import forward as general_forward
 from kernels.attention.general.forward import Static
+from kernels.attention.packed.half import attention_half as packed_half
 from kernels.attention.plan import (
     CorePlan,
     Float32Backward,
@@ -40,6 +41,7 @@ from kernels.attention.plan import (
     FusedForward,
     GeneralBackward,
     GeneralForward,
+    Packed,
     Plan,
     Refused,
 )
@@ -217,7 +219,7 @@ def attention_half(
         own = planning.plan(shape, launch.device)
         options = {"num_heads": num_heads, "residual_scale": residual_scale, "tokens": tokens, "eps": eps}
         return by_xla.partly(
-            attention_half, reference, own, x, apart(weights), dropout, plan=replace(plan, narrow=None), launch=launch,
+            attention_half, _plain(plan, launch), own, x, apart(weights), dropout, plan=replace(plan, narrow=None), launch=launch,
             name="attention_half", options=options,
         )  # fmt: skip
     scalars, rate = scalars_of(dropout)
@@ -237,6 +239,13 @@ def attention_half(
     both: Any = _half(scalars, x, AttentionWeights(*arrays), static)
     y, stacks = both
     return (y, stacks) if stacks else y
+
+
+def _plain(plan: Plan, launch: Launch):
+    """The half as the passes have it that are XLA's: packed, if either is."""
+    packed = [p for p in (plan.forward, plan.backward) if isinstance(p, Packed)]
+    assert len(packed) != 1 or sum(by_xla.left(plan)) == 1, "one pass by XLA alone, the other packed"
+    return partial(packed_half, tiles=packed[0].core, launch=launch) if packed else reference
 
 
 def _by_two(forward: Plan, backward: Plan, x, weights, dropout, options):

@@ -5,6 +5,7 @@ from functools import cache
 
 from jax.experimental import pallas as pl
 
+from kernels.by_xla import FEW_TOKENS, ByXLA
 from kernels.device import LANES, SUBLANES, Device
 from kernels.vmem import padded_bytes, round_up
 
@@ -106,6 +107,14 @@ def plan(s: Shape, device: Device) -> Plan:
         f"patch_embed: {s.tokens} tokens of {s.contracted} pixels take {least.needs / 2**20:.0f} MiB of VMEM and a {device.name} "
         f"core has {device.vmem_bytes / 2**20:.0f}; use larger patches, smaller images, or the reference op"
     )
+
+
+def choose(s: Shape, device: Device) -> Plan | ByXLA:
+    """`plan`, or XLA where it is ahead by the one count: a step's rows of few patches do not hide their transposes (LOG.md,
+    2026-11-27)."""
+    if s.tokens <= FEW_TOKENS:
+        return ByXLA(reason=f"images of {s.tokens} tokens: too few patches to hide their transposes")
+    return plan(s, device)
 
 
 def cost(s: Shape, *, backward: bool = False) -> pl.CostEstimate:

@@ -28,8 +28,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels import dropout as drop
+from kernels.by_xla import ByXLA
 from kernels.launch import Launch, call, vary_alike
 from kernels.patch_embed import backward
+from kernels.patch_embed import plan as planning
 from kernels.patch_embed.body import (
     Static,
     dot,
@@ -44,7 +46,7 @@ from kernels.patch_embed.body import (
     with_order,
 )
 from kernels.patch_embed.plan import Plan, Shape, cost
-from kernels.patch_embed.plan import plan as choose
+from kernels.patch_embed.reference import patch_embed as reference
 from kernels.settings import own
 
 
@@ -150,20 +152,24 @@ def _shape(images, kernel, bias, cls, position) -> Shape:
 
 
 def patch_embed(
-    images, kernel, bias, cls, position, *, dropout: drop.Dropout | None = None, launch: Launch, plan: Plan | None = None
+    images, kernel, bias, cls, position, *, dropout: drop.Dropout | None = None, launch: Launch, plan: Plan | ByXLA | None = None
 ):
     """dropout([cls; patches @ kernel + bias] + position): images to tokens; `kernels.patch_embed.reference` on a TPU.
 
     images [B, Y, X, C] float32 or bfloat16; kernel [P, P, C, D]; bias [D]; cls [D] or None; position [T, D] or None.
-    Differentiable in all of them. Returns [B, T, D] in the dtype of `images`. ValueError for shapes that do not fit together;
-    NotImplementedError for a dtype, or a shape and device, that the kernel cannot take.
+    Differentiable in all of them. Returns [B, T, D] in the dtype of `images`. plan: by default what `plan.choose` says.
+    ValueError for shapes that do not fit together; NotImplementedError for a dtype, or a shape and device, that the kernel cannot
+    take.
     """
     s = _shape(images, kernel, bias, cls, position)
+    # interpreted, it is the kernel that is tried
+    plan = plan or (planning.plan if launch.interpret else planning.choose)(s, launch.device)
+    if isinstance(plan, ByXLA):
+        return reference(images, kernel, bias, cls, position, dropout=dropout)
     rate, scalars = 0.0, jnp.zeros(2, jnp.int32)
     if dropout is not None and dropout.rate > 0.0:
         rate = float(dropout.rate)
         scalars = jnp.stack([drop.site_key(dropout.key, drop.EMBEDDING), jnp.asarray(dropout.row, jnp.int32)])
-    plan = plan or choose(s, launch.device)
     static = Static(shape=s, plan=plan, rate=rate, launch=launch, dtype=images.dtype)
     weight = kernel.transpose(1, 2, 0, 3).reshape(s.contracted, s.width)  # (j, c, i): the order in which patches are gathered
     added = jnp.broadcast_to(bias.astype(jnp.float32), (s.rows * s.columns, s.width))

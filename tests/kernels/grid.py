@@ -85,11 +85,12 @@ GRID = tuple(
 )
 # What the fast tests compile.
 FAST = tuple(case for case in GRID if (case.shape, case.dtype) == (FIRST, "bfloat16") and case.target in FIRST_TARGETS)
-# Beside the grid: short images, several a grid step; 5 tokens, less than a register; float32 rows; the gradient of large images;
-# half blocks that keep more than their input.
+# Beside the grid: short images, several a grid step; 5 tokens, less than a register, packed; float32 rows; the gradient of large
+# images; half blocks that keep more than their input.
 IRREGULAR = (
     Case("v3", "attention_half", "H/14@126", batch=64),
     Case("v3", "attention_half", "B/32@64", batch=64),
+    Case("v5e", "attention_half", "B/32@64", batch=36),
     Case("v3", "layer_norm", "L/16@384", "float32"),
     Case("v5e", "patch_embed", "L/16@512", "float32", image=True),
     Case("v3", "mlp_half", FIRST, keep=True),

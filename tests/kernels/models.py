@@ -14,7 +14,6 @@ from bench.programs import _config as named
 from bench.reports import Program
 from bench.tpu_compiler import TOPOLOGIES
 from kernels.by_xla import few_tokens
-from kernels.device import DEVICES
 from train.recipes import TABLE_3
 from train.studies.paper import TABLE_8
 from vitcore import ViTConfig, variant
@@ -45,7 +44,7 @@ def kinds(config) -> frozenset[tuple]:
     if config.stem is not None:
         found |= {(config.stem.form, u.stride, u.project, u.number > 1) for u in units(config.stem)}
     if isinstance(config, ViTConfig):
-        few = tuple(few_tokens(length(config), DEVICES[target]) != (None, None) for target in ("v3", "v4"))
+        few = tuple(found is not None for found in few_tokens(length(config)))
         found |= {(config.block, few), ("position", config.position), ("pool", config.pool)}
     return frozenset(found)
 
@@ -84,7 +83,7 @@ class Model(NamedTuple):
         a half block that few tokens leave to XLA."""
         if not isinstance(self.config, ViTConfig):
             return set(), set()
-        forward, backward = few_tokens(length(self.config), DEVICES[target])
+        forward, backward = few_tokens(length(self.config))
         attention = "attention_relative_core" if self.position == "relative" else "attention_"
         ours = {attention, "mlp_half"}
         once = {"layer_norm", *({"patch_embed"} if self.config.stem is None else ())}

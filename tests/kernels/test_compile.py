@@ -17,6 +17,7 @@ from bench.reports import Program, Report
 from bench.shapes import SHAPES, shape
 from bench.tpu_compiler import TOPOLOGIES, compile_programs
 from kernels.attention import plan as attention_plan
+from kernels.attention.plan import Packed
 from kernels.attention.tiling import Shape as AttentionShape
 from kernels.by_xla import ByXLA
 from kernels.device import DEVICES, MiB
@@ -46,7 +47,7 @@ def missing(op: str, report: Report) -> list[str]:
 
 
 def left_to_xla(case: Case) -> set[str]:
-    """The passes, "forward" and "backward", of a half block that its plan leaves to XLA."""
+    """The passes, "forward" and "backward", of a half block that its plan leaves to XLA, but for those that are packed both."""
     config, device, dtype = shape(case.shape).config, DEVICES[case.target], jnp.dtype(case.dtype)
     if case.op == "attention_half":
         heads = config.num_heads, config.width // config.num_heads
@@ -54,6 +55,8 @@ def left_to_xla(case: Case) -> set[str]:
     elif case.op == "mlp_half":
         chosen = mlp_plan.choose(mlp_plan.Shape(case.batch, config.tokens, config.width, config.mlp_dim, dtype.itemsize), device)
     else:
+        return set()
+    if isinstance(chosen.forward, Packed) and isinstance(chosen.backward, Packed):  # whose core is a kernel
         return set()
     return {name for name in ("forward", "backward") if isinstance(getattr(chosen, name), ByXLA)}
 

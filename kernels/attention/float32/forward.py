@@ -107,7 +107,7 @@ class ByColumns:
         return self.found[columns]
 
 
-def _own_rows(value, head: Head):
+def own_rows(value, head: Head):
     """value [columns of the head, n] with zeros in the rows that are not the head's own."""
     before, own, after = head.first - head.lo, slice(head.first - head.lo, head.last - head.lo), head.hi - head.last
     rows = [jnp.zeros((before, value.shape[1]), F32), value[own], jnp.zeros((after, value.shape[1]), F32)]
@@ -135,7 +135,7 @@ def attend(run: list[Head], q, k, v, into, *, t: int, tokens: int, factor: float
     sums: dict = {}
     for head in run:
         columns = slice(head.lo, head.hi)
-        queries, kt = q[:, columns], _own_rows(transposed[head], head)
+        queries, kt = q[:, columns], own_rows(transposed[head], head)
         s = [dot(queries, kt[:, c : c + LANES], dtype) for c in range(0, keys, LANES)]
         if tokens < keys:
             lane = keys - LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
