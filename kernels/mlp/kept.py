@@ -103,8 +103,9 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
 
     def products(n):
         """What the n-th of the tile's spans adds to dz and to the sums."""
-        columns = pl.ds(n * t.hidden // t.spans, t.hidden // t.spans)
-        w_in, back = hidden_columns(refs.w_in, first + columns.start, columns.size), da[:, columns]
+        part = t.hidden // t.spans
+        columns = pl.ds(n * part, part)
+        w_in, back = hidden_columns(refs.w_in, first + n * part, part), da[:, columns]
         refs.dz[...] = (refs.dz[...] if n else jnp.where(j == 0, 0.0, refs.dz[...])) + dot(back, w_in, dtype, (1, 1))
         into_in[:, columns] = jnp.where(i == 0, 0.0, into_in[:, columns]) + dot(refs.zt[...], back, dtype)
         into_out[columns] = jnp.where(i == 0, 0.0, into_out[columns]) + dot(ht[columns], g[...], dtype)

@@ -251,7 +251,7 @@ def train_batches(
         raise ValueError(
             f"a training subset of {subset} examples was asked of {source.name}, which has {len(source)}; ask for 1 to that many"
         )
-    if not 1 <= repeats <= batch_size:
+    if not 1 <= repeats <= max(1, batch_size):
         raise ValueError(f"repeats {repeats}: from 1 to the batch's {batch_size} is required")
     mix = Mix(mixup=mixup, cutmix=cutmix, share=mixup_share)  # pyright: ignore[reportArgumentType]
     chosen = None if subset is None else random_subset(len(source), subset, subset_seed)

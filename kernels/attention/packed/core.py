@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.attention.float32.forward import ByColumns, gather, own_rows, pad_rows
-from kernels.attention.general.forward import core_cost
+from kernels.attention.general.core import core_cost
 from kernels.attention.packed.tiles import PackedCore
 from kernels.attention.tiling import heads_of
 from kernels.body import F32, dot, operand

@@ -25,7 +25,7 @@ def plan(s: Shape, device: Device) -> Plan | Refused:
 @cache
 def choose(s: Shape, device: Device) -> Plan | Refused:
     """`plan`, but for what is left to XLA because that takes fewer cycles by the one count (LOG.md, 2026-11-27)."""
-    if by_xla.few_tokens(s.t, device)[0]:
+    if by_xla.few_tokens(s.t)[0]:
         return Refused(reason=f"rotary positions: images of {s.t} tokens are XLA's")
     return plan(s, device)
 
