@@ -144,7 +144,7 @@ def test_core_agrees_in_tiles(t, n, h, queries, keys, streamed):
 def test_heads_in_turns_are_the_heads_one_by_one(n, h):
     """Only the order of the code differs: the same bits, and the heads' own, of which several share a column."""
     qkv, device = packed(2, 17, n, h, jnp.bfloat16), DEVICES["v6e"]
-    chosen = core_plan(tiling.Shape(2, 17, n * h, n, h, qkv.dtype), device)
+    chosen: Any = core_plan(tiling.Shape(2, 17, n * h, n, h, qkv.dtype), device)
 
     def passes(lags):
         cut = CorePlan(forward=replace(chosen.forward, lags=lags), backward=replace(chosen.backward, lags=lags))
