@@ -132,7 +132,7 @@ def test_the_job_on_pixels_and_on_a_file(params, tmp_path, capsys):
     [
         ([], "--init is required"),
         (["--init", "/no/such.npz"], "/no/such.npz"),
-        (["--init", "/no/such/run"], ".npz or .safetensors is required"),
+        (["--init", "/no/such/run"], "/no/such/run: there is no such"),
         (["--features", "pixels", "--shots", "1000"], "1000 shots need 1000: choose fewer --shots"),
         (["--features", "pixels", "--shots", "0"], "positive numbers are required"),
         (["--features", "pixels", "--batch-size", "0"], "--batch-size 0: a positive number is required"),

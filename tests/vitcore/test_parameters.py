@@ -16,15 +16,17 @@ from vitcore.config import NAMES
 from vitcore.flops import multiply_adds
 from vitcore.parameters import Leaf, Name, Split
 from vitcore.sharding import partition_specs
-from vitcore.weight_names import Style, entries
+from vitcore.weight_names import Style, entries, written
 
 STYLES = (Style(), Style(numbering=0, stacked=True), Style(naming="timm"), Style(naming="transformers", prefix="vit."))
 CHANGES = ({}, {"pool": "gap", "representation_size": 24, "image_size": (224, 448)})
 
 
 def nameless(name: str, style: Style) -> bool:
-    """Whether nobody publishes such a model in this naming: axial ones at all, hybrids as transformers names things. Writing such a
-    file is refused (tests/vitcore/test_weights_resnets.py)."""
+    """Whether nobody publishes such a model in this naming: axial ones at all, hybrids as transformers names things, DINO's as the
+    paper's release does. Writing such a file is refused (tests/vitcore/test_weights_resnets.py, test_dino.py)."""
+    if name.startswith("DINO"):
+        return style.naming == "release"
     return name.startswith("Axial") or ("+" in name and style.naming == "transformers")
 
 
@@ -47,7 +49,8 @@ def test_every_leaf_of_every_named_model_appears_everywhere(name, changes):
     parameters.check(tree, leaves)
     assert parameters.count(leaves) == sum(math.prod(a.shape) for a in jax.tree.leaves(tree))
     assert sum(multiply_adds(config).values()) == sum(n for leaf in leaves for n in leaf.multiply_adds.values()) > 0
-    for style in STYLES:
+    dino = (STYLES[0], *(written(config, naming) for naming in ("timm", "transformers")))
+    for style in dino if name.startswith("DINO") else STYLES:
         held: dict = {}
         for entry in entries(config, style):
             held[entry.path] = held.get(entry.path, 0) + math.prod(entry.shape)

@@ -117,7 +117,10 @@ def test_the_later_layout_of_a_preactivation_resnet_is_read(tmp_path):
 
 
 def test_what_a_file_cannot_say_is_asked_for(tmp_path):
-    for name, words in (("gap", "its pool is 'gap' or 'first' or 'none'"), ("sincos2d", "its position is 'sincos2d' or 'none'")):
+    for name, words in (
+        ("gap", "its pool is 'gap' or 'first' or 'none'"),
+        ("sincos2d", "its position is 'rope' or 'sincos2d' or 'none'"),
+    ):
         save_bare(tmp_path / "m.npz", MODELS[name])
         with pytest.raises(WeightError, match=words) as caught:
             weights.describe(tmp_path / "m.npz")
