@@ -116,14 +116,14 @@ def test_many_shapes_agree_with_the_reference(bt, df, dtype, gelu, rate, launch,
 
 
 @pytest.mark.parametrize("t", [RESIDENT, PARTS, STREAMED, SHARED], ids=["resident", "parts", "streamed", "shared"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_every_way_to_cut_agrees_with_the_reference(t, dtype):
     t = replace(t, rows=47, stride=48) if t is RESIDENT else t
     judge(arrays(3, 47, 64, 384, dtype), FAST, cut(t), dropout=Dropout(0.3, jnp.int32(5), 9, 4))
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_spans_of_a_hidden_tile_agree_with_the_reference(dtype, keep):
     """Two row tiles, two hidden tiles of two spans each, whose products are made beside the next one's GELU."""
     t = Tiling(flat=False, images=2, rows=17, stride=32, hidden=256, resident=True, spans=2, keep=keep)

@@ -15,6 +15,8 @@ from train.studies import cost, execute, others, report
 from train.studies.catalogue import STUDIES
 
 SETS = list(STUDIES)
+# Pre-training with what follows, tasks, and rates: one study of each kind is among the fast tests.
+BY_KIND = [pytest.param(name, marks=() if name in ("masked", "fig2", "fig12") else pytest.mark.slow) for name in SETS]
 
 
 # --- the order of things, with runs that take no time ---------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def _made(out, name) -> dict:
     return results | {"table": (out / f"{name}.md").read_text(), "rows": rows.read_text() if rows.exists() else None}
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_stopped_at_every_run_nothing_is_done_twice(name, quick, tmp_path):
     begun, ended, breaks = quick
     assert study.main([name, "--out", str(tmp_path / "whole")]) == 0
@@ -111,7 +113,7 @@ def test_stopped_at_every_run_nothing_is_done_twice(name, quick, tmp_path):
     assert ended == all_of_them
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_parts_of_each_study_in_any_order_make_what_the_whole_makes(name, quick, tmp_path):
     _, ended, _ = quick
     assert study.main([name, "--out", str(tmp_path / "whole")]) == 0
