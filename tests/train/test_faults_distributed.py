@@ -161,7 +161,7 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path, cache):
     [
         ("compile", "say-compile:1", 1),
         ("train", "say-train@3:1", 1),
-        ("eval", "say-eval:1", 1),
+        pytest.param("eval", "say-eval:1", 1, marks=pytest.mark.slow),
         ("save", "say-save:0", 0),
         ("data", "say-data@7:1", 0),  # the other rank waits for data that never come
         pytest.param("data", "say-data@7:1", 1, marks=pytest.mark.slow),
@@ -262,7 +262,7 @@ def test_a_run_moves_between_meshes_and_process_counts(tmp_path, cache):
     [
         pytest.param("8x1", ["1x1", "4x2"], marks=pytest.mark.slow),
         pytest.param("4x2", ["8x1", "2p 4x2"], marks=pytest.mark.slow),
-        ("2p 4x2", ["1x1", "4x2"]),
+        pytest.param("2p 4x2", ["1x1", "4x2"], marks=pytest.mark.slow),
         pytest.param("8x1", ["2p 8x1"], marks=pytest.mark.slow),
     ],
 )

@@ -145,7 +145,7 @@ def begun_in(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.ci] if name == "masked" else []) for name in SETS])
+@pytest.mark.parametrize("name", SETS)
 def test_ended_by_a_signal_within_its_runs_it_makes_what_the_whole_makes(name, tmp_path):
     """SIGTERM in the middle of a pre-training, SIGKILL in the next run, SIGKILL in the last one."""
     for folder in ("whole", "parts"):

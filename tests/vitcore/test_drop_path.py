@@ -79,7 +79,7 @@ def test_any_mesh_leaves_out_the_same(data, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [pytest.param(0, marks=pytest.mark.ci), 2])
+@pytest.mark.parametrize("remat", [0, 2])
 def test_the_kernels_agree_with_the_reference(remat):
     """Values and gradients, with dropout inside the halves: it drops the output bias too."""
     params = params_of(CONFIG)

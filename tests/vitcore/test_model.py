@@ -91,7 +91,6 @@ def test_small_models_agree_with_numpy(pool, representation_size, form):
     close(vitcore.apply(params, images, config), logits, 1e-5)
 
 
-@pytest.mark.ci
 @pytest.mark.slow
 def test_vit_b16_agrees_with_numpy():
     config = vitcore.variant("ViT-B/16", representation_size=768)

@@ -40,9 +40,7 @@ def same(a, b):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(jnp.abs(y).max()), err_msg=str(path))
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param("v3", marks=(pytest.mark.slow, pytest.mark.ci)), pytest.param("v5e", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("device", [pytest.param("v3", marks=pytest.mark.slow), pytest.param("v5e", marks=pytest.mark.slow)])
 def test_a_gradient_in_place_is_the_gradient(device):
     ops = fused(launch(device))
     assert ops.stacked
