@@ -19,6 +19,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": dict(width=96, depth=3, mlp_dim=256, num_heads=4, patch_size=16, image_size=64),
     "wide": dict(width=384, depth=4, mlp_dim=1024, num_heads=6, patch_size=16, image_size=(64, 96)),  # F as DINOv2 says it
 }
+BOTH = ["small", pytest.param("wide", marks=pytest.mark.slow)]
 V3 = dict(position="rope", registers=4, eps=1e-5, num_classes=0)
 SWIGLU = dict(block="layerscale-gated", gelu="silu")
 PLAIN = dict(block="layerscale", gelu="erf")
@@ -32,7 +33,7 @@ def square(size):
     return {"image_size": 64} if isinstance(SIZES[size]["image_size"], tuple) else {}
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", BOTH)
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_giant_of_transformers(torch, tmp_path, size, registers):
     from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -47,7 +48,7 @@ def test_dinov2_giant_of_transformers(torch, tmp_path, size, registers):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", BOTH)
 @pytest.mark.parametrize("mlp", ["plain", "swiglu"])
 @pytest.mark.parametrize("bias", ["qv", "none"])
 def test_dinov3_of_transformers(torch, tmp_path, size, mlp, bias):
@@ -78,7 +79,7 @@ def timm_eva(config, **options):
     ).eval()  # fmt: skip
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", BOTH)
 @pytest.mark.parametrize("mlp", ["plain", "swiglu"])
 @pytest.mark.parametrize("bias", ["qv", "none"])
 def test_dinov3_of_timm(torch, timm, tmp_path, size, mlp, bias):
@@ -87,7 +88,7 @@ def test_dinov3_of_timm(torch, timm, tmp_path, size, mlp, bias):
     as_timm_s(torch, tmp_path, model, config)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", BOTH)
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_giant_of_timm(torch, timm, tmp_path, size, registers):
     from timm.layers import SwiGLUPacked
