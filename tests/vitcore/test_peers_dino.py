@@ -67,7 +67,7 @@ def test_dinov3_of_transformers(torch, tmp_path, size, mlp, bias):
 
 
 def timm_eva(config, **options):
-    from timm.layers import LayerNorm
+    from timm.layers.norm import LayerNorm
     from timm.models.eva import Eva
 
     return Eva(
@@ -91,7 +91,7 @@ def test_dinov3_of_timm(torch, timm, tmp_path, size, mlp, bias):
 @pytest.mark.parametrize("size", BOTH)
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_giant_of_timm(torch, timm, tmp_path, size, registers):
-    from timm.layers import SwiGLUPacked
+    from timm.layers.mlp import SwiGLUPacked
 
     config = config_of(
         size, num_classes=0, registers=registers, position="1d-patches" if registers else "1d", **SWIGLU, **square(size)
