@@ -36,8 +36,6 @@ from kernels.vmem import padded_bytes, round_up
 # Tokens at a time through the chains of kernels; between those of ViT-B/16 lie 6 kB a token forward, at most 16 kB backward.
 FORWARD_ROWS = 65536
 BACKWARD_ROWS = 24576
-PACKED_TOKENS = 24  # of an image, at most, with which XLA's products around a packed core are ahead forward
-PACKED_BACKWARD = 8  # and backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +180,10 @@ def few_tokens(s: Shape, device: Device) -> tuple[ByXLA | None, ByXLA | None]:
     heads that are no whole registers."""
     forward, backward = by_xla.few_tokens(s.t)
     core = packed_core(s, device)
-    if not core or s.t > PACKED_TOKENS:
+    if not core:
         return forward, backward
     packed = Packed(core=core, reason=f"images of {s.t} tokens: products of many rows, and many images a step of the core")
-    return packed, packed if s.t <= PACKED_BACKWARD else backward
+    return forward and packed, backward and packed
 
 
 @cache

@@ -230,13 +230,18 @@ def test_two_contents_of_a_step_have_two_digests(tmp_path):
     assert len(found) == 2
 
 
+def a_run(directory):
+    """A run at step 4, as far as readers of its model look."""
+    config = vitcore.variant("ViT-Nano/4", image_size=8, num_classes=3, representation_size=None)
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(4, {"params": jax.jit(lambda: vitcore.init(jax.random.key(0), config))()}, {})
+    (directory / "config.json").write_text(json.dumps({"vit": dataclasses.asdict(config)}))
+
+
 @pytest.mark.parametrize("what", ["config.json", "checkpoints/4/state/MANIFEST.json", "checkpoints/4/state/_METADATA"])
 def test_a_pipe_in_place_of_a_file_of_a_run_is_not_waited_for(tmp_path, what):
     """A pipe that nobody writes to: of the run's description an error, of a checkpoint's files damage."""
-    config = vitcore.variant("ViT-Nano/4", image_size=8, num_classes=3, representation_size=None)
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(4, {"params": jax.jit(lambda: vitcore.init(jax.random.key(0), config))()}, {})
-    (tmp_path / "config.json").write_text(json.dumps({"vit": dataclasses.asdict(config)}))
+    a_run(tmp_path)
     (tmp_path / what).unlink()
     os.mkfifo(tmp_path / what)
     code = f"from train.pretrained import open_pretrained; open_pretrained({str(tmp_path)!r})"
@@ -248,10 +253,7 @@ def test_a_pipe_in_place_of_a_file_of_a_run_is_not_waited_for(tmp_path, what):
 @pytest.mark.parametrize("what", ["config.json", "checkpoints/4/state/MANIFEST.json", "checkpoints/4/extra/data.json"])
 def test_a_file_of_a_run_that_is_nested_without_end_is_damaged(tmp_path, what):
     """JSON of brackets alone makes Python's reader raise RecursionError, which is none of the errors of files."""
-    config = vitcore.variant("ViT-Nano/4", image_size=8, num_classes=3, representation_size=None)
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(4, {"params": jax.jit(lambda: vitcore.init(jax.random.key(0), config))()}, {})
-    (tmp_path / "config.json").write_text(json.dumps({"vit": dataclasses.asdict(config)}))
+    a_run(tmp_path)
     (tmp_path / what).write_text("[" * 100_000)
     with pytest.raises((ValueError, Damaged), match=r"is damaged|nested too deep"):
         open_pretrained(str(tmp_path))

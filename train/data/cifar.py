@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from train.data.arrays import Arrays
 from train.data.files import open_regular, read_text
-from train.data.source import DataError, Example
+from train.data.source import DataError
 
 PIXELS = 3 * 32 * 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar:
+class Cifar(Arrays):
     """One split. images: uint8 [K, 32, 32, 3]. targets: int32 [K], the labels."""
 
     name: str
@@ -26,22 +27,6 @@ class Cifar:
     targets: np.ndarray = field(repr=False)
 
     augment = "inception"
-    decoded = True
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(self.images[index], int(self.targets[index]), self.example_name(index))
-
-    def labels(self) -> np.ndarray:
-        return self.targets
-
-    def contents(self):
-        return self.targets, self.images
-
-    def example_name(self, index: int) -> str:
-        return f"{self.name}/{index}"
 
 
 def open_cifar(rest: str, split: str) -> Cifar:

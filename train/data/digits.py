@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from train.data.arrays import Arrays
 from train.data.select import of_classes
-from train.data.source import DataError, Example, Source
+from train.data.source import DataError, Source
 
 HELD_OUT_EVERY = 5  # of each class, in the order of the file, every fifth image is for validation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits:
+class Digits(Arrays):
     """One split of the digits. images: uint8 [K, 8, 8, 1]. numbers: int [K], places in the full set."""
 
     split: str
@@ -21,20 +22,10 @@ class Digits:
 
     classes = tuple("0123456789")
     augment = "digits"
-    decoded = True
 
     @property
     def name(self) -> str:
         return f"digits/{self.split}"
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(self.images[index], int(self.targets[index]), self.example_name(index))
-
-    def labels(self) -> np.ndarray:
-        return self.targets
 
     def contents(self):
         return self.targets, self.numbers, self.images

@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from train.data import digits
-from train.data.source import DataError, Example
+from train.data.arrays import Arrays
+from train.data.source import DataError
 
 SIDE = 16
 EXAMPLES = {"train": 1000, "val": 350}  # VTAB-1k's number to train on
@@ -21,7 +22,7 @@ PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Toy:
+class Toy(Arrays):
     """One split of one task. images: uint8 [K, 16, 16, 1]. targets: int32 [K]."""
 
     name: str
@@ -30,22 +31,6 @@ class Toy:
     targets: np.ndarray = field(repr=False)
 
     augment = "none"
-    decoded = True
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(self.images[index], int(self.targets[index]), self.example_name(index))
-
-    def labels(self) -> np.ndarray:
-        return self.targets
-
-    def contents(self):
-        return self.targets, self.images
-
-    def example_name(self, index: int) -> str:
-        return f"{self.name}/{index}"
 
 
 class Material:
