@@ -24,7 +24,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 if PLATFORM == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later one has no other emitters, and a flag it lacks ends it
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if "VITCORE_CACHE" not in os.environ:  # kept indices of data: not into the user's own cache
     os.environ["VITCORE_CACHE"] = tempfile.mkdtemp(prefix="vitcore-test-cache-")
     atexit.register(shutil.rmtree, os.environ["VITCORE_CACHE"], ignore_errors=True)
