@@ -25,9 +25,10 @@ if PLATFORM == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later one has no other emitters, and a flag it lacks ends it
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-if "VITCORE_CACHE" not in os.environ:  # kept indices of data: not into the user's own cache
-    os.environ["VITCORE_CACHE"] = tempfile.mkdtemp(prefix="vitcore-test-cache-")
-    atexit.register(shutil.rmtree, os.environ["VITCORE_CACHE"], ignore_errors=True)
+if "VITCORE_TEST_SCRATCH" not in os.environ:  # of a session: its first process makes and removes it
+    os.environ["VITCORE_TEST_SCRATCH"] = tempfile.mkdtemp(prefix="vitcore-test-")
+    atexit.register(shutil.rmtree, os.environ["VITCORE_TEST_SCRATCH"], ignore_errors=True)
+os.environ.setdefault("VITCORE_CACHE", os.environ["VITCORE_TEST_SCRATCH"])  # kept indices of data: not into the user's own cache
 
 import hypothesis
 import jax
@@ -37,9 +38,7 @@ if PLATFORM == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)  # not by environment: subprocesses choose their own number
     # A program of which a test has made a function anew is read, not compiled again. The folder is of this process alone, so none
     # is read while it is written; those that tests start and kill have nothing of it. Below a tenth of a second it would not pay.
-    folder = tempfile.mkdtemp(prefix="compiled-", dir=os.environ["VITCORE_CACHE"])
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="compiled-", dir=os.environ["VITCORE_TEST_SCRATCH"]))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     assert len(jax.devices()) == 8  # now, or the first job that a test runs would start JAX with that job's number of devices
 
