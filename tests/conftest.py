@@ -19,7 +19,7 @@ from pathlib import Path
 PLATFORM = os.environ["JAX_PLATFORMS"] = os.environ.get("VITCORE_TEST_PLATFORM", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 # A test compiles for much longer than it computes, and most of that is LLVM polishing loops that run once, and MLIR before it.
-# XLA's own passes, which decide what is computed, stay as a user has them. With XLA_FLAGS set, as by CI for its slow tests and by
+# XLA's own passes, which decide what is computed, stay as a user has them. With XLA_FLAGS set, as by CI for most slow tests and by
 # `make test-all`, a user's whole compiler is tested.
 if PLATFORM == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
