@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.conftest import misplaced
+from tests.conftest import demanded, misplaced
 
 ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom: kernels <- vitcore <- train, and bench on top.
@@ -280,10 +280,29 @@ def test_a_marker_that_would_be_overlooked_is_known(marks, right):
     assert (misplaced(set(marks.split())) == "") == right
 
 
-def test_a_marker_that_would_be_overlooked_is_refused(tmp_path):
-    (tmp_path / "test_marks.py").write_text("import pytest\n@pytest.mark.ci\ndef test_x():\n    pass\n")
+@pytest.mark.parametrize(
+    ("test", "why"),
+    [
+        ("import pytest\n@pytest.mark.ci\ndef test_x():\n    pass\n", "ci means that CI runs a slow test"),
+        ("import pytest\n@getattr(pytest.mark, 'sl' + 'ow')\ndef test_x():\n    pass\n", "its file has no word slow"),
+    ],
+)
+def test_a_marker_that_would_be_overlooked_is_refused(tmp_path, test, why):
+    (tmp_path / "test_marks.py").write_text(test)
     options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
-    assert "test_marks.py::test_x: ci means that CI runs a slow test" in done.stderr
+    assert f"test_marks.py::test_x: {why}" in done.stderr
+
+
+DEMANDED = {
+    "ci and not faults and not peers": {"ci"}, "faults and clock and not slow": {"faults", "clock"}, "peers": {"peers"},
+    "not slow and not faults": set(), "slow or ci": set(), "(slow or ci) and clock": {"clock"}, "": set(), "ci and": set(),
+    "hypothesis": set(), "clock(alone=True)": set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("expression", "marks"), DEMANDED.items())
+def test_a_file_is_passed_over_for_marks_that_every_test_must_have(expression, marks):
+    assert demanded(expression) == marks

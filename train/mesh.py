@@ -44,7 +44,9 @@ def prepare(shape: MeshShape | None, processes: int = 1) -> None:
         with contextlib.suppress(RuntimeError):  # a caller who has started JAX keeps the devices he chose
             jax.config.update("jax_num_cpu_devices", min(count // processes, MOST_SIMULATED))
     if count > 1:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COLLECTIVE_FLAGS}".strip()
+        flags = os.environ.get("XLA_FLAGS", "")
+        if _COLLECTIVE_FLAGS not in flags:  # once: JAX's cache of compiled programs goes by this text, too
+            os.environ["XLA_FLAGS"] = f"{flags} {_COLLECTIVE_FLAGS}".strip()
         # several steps in flight starve each other's collectives when devices outnumber cores: one at a time
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
@@ -31,6 +31,7 @@ from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch
 from tests import oracle
+from tests.draws import examples
 
 NAMES = ("x", *reference.AttentionWeights._fields)
 SIMULATED = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -113,7 +114,7 @@ HEADS = st.sampled_from([(1, 32), (3, 32), (4, 32), (1, 64), (2, 64), (3, 64), (
 DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
 
 
-@settings(max_examples=3)
+@examples(3)
 @given(b=st.integers(1, 3), t=TOKENS, heads=HEADS, dtype=DTYPES, device=st.sampled_from(["v3", "v5e"]), seed=st.integers(0, 99))
 def test_core_agrees(b, t, heads, dtype, device, seed):
     n, h = heads
@@ -167,7 +168,7 @@ def test_core_agrees_in_groups_of_heads():
 
 
 @pytest.mark.parametrize("device", ["v3", "v5e"])
-@settings(max_examples=1)
+@examples(1)
 @given(b=st.integers(1, 3), t=TOKENS, heads=HEADS, dtype=DTYPES, rate=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 99))
 def test_half_agrees(device, b, t, heads, dtype, rate, seed):
     dropout = Dropout(rate, jnp.int32(seed), jnp.int32(1000)) if rate else None
@@ -250,7 +251,7 @@ def test_a_chain_in_columns_drops_the_same_elements():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["v3", "v5e"])
-@settings(max_examples=8)
+@examples(8)
 @given(b=st.integers(1, 4), t=TOKENS, heads=HEADS, dtype=DTYPES, rate=st.sampled_from([0.0, 0.25]), seed=st.integers(0, 99))
 def test_half_agrees_often(device, b, t, heads, dtype, rate, seed):
     dropout = Dropout(rate, jnp.int32(seed), jnp.int32(1000)) if rate else None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -21,6 +21,7 @@ from kernels.attention.statistics import tpu as statistics_tpu
 from kernels.attention.tiling import Shape
 from kernels.device import DEVICES
 from tests import oracle
+from tests.draws import examples
 from tests.kernels.test_attention import arguments, launch
 
 SHAPES = st.sampled_from([(17, 128, 2, 64), (37, 160, 2, 80), (5, 24, 3, 8), (197, 64, 1, 64), (40, 36, 3, 12), (1, 16, 2, 8)])
@@ -50,7 +51,7 @@ def test_the_eps_of_the_norm_reaches_it(device):
         np.testing.assert_allclose(found, by_hand(x, weights, 2, eps=3.0).mean(1), atol=1e-5)
 
 
-@settings(max_examples=3)
+@examples(3)
 @given(
     shape=SHAPES,
     b=st.integers(1, 2),

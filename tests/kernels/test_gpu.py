@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import vitcore
@@ -27,6 +27,7 @@ from kernels.mlp import gpu as mlp_gpu
 from kernels.mlp import reference as mlp
 from kernels.patch_embed import gpu as patch_embed_gpu
 from tests import oracle
+from tests.draws import examples
 from train import mesh as meshes
 from vitcore.ops import resolve
 from vitcore.sharding import MeshShape
@@ -103,7 +104,7 @@ def mask(rate, seed):
     return Dropout(rate, jnp.int32(seed), 3, 5) if rate else None
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(heads=st.sampled_from([(1, 32), (3, 64), (2, 80)]), **CASES)
 def test_attention_agrees_with_the_reference(heads, t, dtype, rate, residual_scale, seed):
     n, h = heads
@@ -112,7 +113,7 @@ def test_attention_agrees_with_the_reference(heads, t, dtype, rate, residual_sca
     oracle.check(partial(attention_half, **options), partial(rounding_attention_half, **options), args)
 
 
-@settings(max_examples=4)
+@examples(4)
 @example(
     gelu="tanh", t=1, dtype=jnp.bfloat16, rate=0.3, residual_scale=1.0, seed=1
 )  # gradients of the matrices in x's dtype fail here
@@ -123,7 +124,7 @@ def test_mlp_agrees_with_the_reference(gelu, t, dtype, rate, residual_scale, see
     oracle.check(partial(mlp_half, **options), partial(rounding_mlp_half, **options), args)
 
 
-@settings(max_examples=4)
+@examples(4)
 @example(
     parts=(1, 16, 1), cls=False, t=1, dtype=jnp.bfloat16, rate=0.3, residual_scale=1.0, seed=0
 )  # against products in float32 the kernel's gradient fails here, two tokens that are rounded
@@ -151,7 +152,7 @@ def test_the_eps_of_the_norm_is_that_of_the_model(form):
     oracle.check(partial(half, eps=3.0, **options), partial(plain, eps=3.0, **options), args)
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(mean=st.sampled_from([0.0, 30.0]), **CASES)
 def test_layer_norm_agrees_with_the_reference(mean, t, dtype, rate, residual_scale, seed):
     x, scale, bias, *_ = arrays(2, t, 64, 8, 1, dtype, seed)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
@@ -17,6 +17,7 @@ from kernels.launch import Launch
 from kernels.layer_norm import reference, tpu
 from kernels.layer_norm.plan import Plan, plan
 from tests import oracle
+from tests.draws import examples
 
 FAST = Launch(device=DEVICES["v5e"], interpret=True)
 STRICT = replace(FAST, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
@@ -35,7 +36,7 @@ def judge(args, launch=FAST, plan=None, **options):
     oracle.check(ours, partial(reference.layer_norm, **options), args, names=("x", "scale", "bias"))
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(
     shape=st.sampled_from([(1, 64), (7, 48), (16, 128), (17, 192), (511, 64), (513, 64), (2, 17, 64), (3, 1, 5, 32)]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
@@ -58,7 +59,7 @@ def test_no_uninitialised_row_reaches_a_sum(rows):
     judge(arrays((rows, 32)), STRICT, plan=Plan(rows=16))
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(shift=st.floats(-8, 8), factor=st.floats(0.5, 8))
 def test_shift_and_scale_of_a_row_do_not_matter(shift, factor):
     x, scale, bias = arrays((9, 64))

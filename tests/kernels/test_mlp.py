@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
@@ -21,6 +21,7 @@ from kernels.launch import Launch, vary_alike
 from kernels.mlp import forward, reference, tpu
 from kernels.mlp.plan import Plan, Shape, Tiling, cost, plan, vmem_bytes
 from tests import oracle
+from tests.draws import examples
 
 NAMES = ("x", *reference.MLPWeights._fields)
 # v5e's tiles; float32 operands, because XLA's CPU client lacks some products of bfloat16 (they are exact in float32)
@@ -60,7 +61,7 @@ def judge(args, launch, plan=None, keep=False, **options):
     oracle.check(ours, partial(reference_half, **options), args, names=NAMES)
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(
     bt=st.sampled_from([(1, 1), (2, 17), (3, 13), (1, 128), (1, 129), (2, 50)]),
     df=st.sampled_from([(64, 32), (48, 128), (128, 256)]),
@@ -99,7 +100,7 @@ def test_the_eps_of_the_norm_reaches_both_kernels():
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@examples(25)
 @given(
     bt=st.tuples(st.integers(1, 5), st.integers(1, 70)),
     df=st.sampled_from([(64, 32), (48, 128), (128, 256), (192, 384)]),
@@ -139,7 +140,7 @@ def test_rows_taken_apart_unpack_agree_with_the_reference(t):
     judge(args, WIDE, both, **options)
 
 
-@settings(max_examples=2)
+@examples(2)
 @given(
     bt=st.sampled_from([(2, 17), (3, 13), (1, 129), (3, 48)]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
@@ -18,6 +18,7 @@ from kernels.launch import Launch
 from kernels.patch_embed import plan as planning
 from kernels.patch_embed import reference, tpu
 from tests import oracle
+from tests.draws import examples
 
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 LAUNCH = Launch(device=DEVICES["cpu"], interpret=STRICT)
@@ -74,14 +75,14 @@ CASES = st.fixed_dictionaries(
 RATES = st.sampled_from([0.0, 0.3])
 
 
-@settings(max_examples=4)
+@examples(4)
 @given(CASES, RATES)
 def test_agrees_with_the_reference(case, rate):
     check(arrays(**case), dropout=Dropout(rate, jnp.int32(case["seed"]), jnp.int32(1000)) if rate else None)
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@examples(20)
 @given(CASES, RATES)
 def test_agrees_with_the_reference_often(case, rate):
     check(arrays(**case), dropout=Dropout(rate, jnp.int32(case["seed"]), jnp.int32(1000)) if rate else None)

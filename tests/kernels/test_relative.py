@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -30,6 +30,7 @@ from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch
 from tests import oracle
+from tests.draws import examples
 from vitcore.ops import INTERPRET
 
 
@@ -91,7 +92,7 @@ def test_the_skew_and_its_transpose_to_the_bit(device, rows):
     np.testing.assert_array_equal(jax.jit(partial(relative_core.unskew, reach=reach, lanes=lanes))(wanted[:, :t]), back)
 
 
-@settings(max_examples=2)
+@examples(2)
 @given(
     t=st.sampled_from([2, 5, 7, 14, 16, 17, 50]),
     heads=st.sampled_from([(1, 32), (3, 64), (3, 80), (2, 20), (1, 128)]),

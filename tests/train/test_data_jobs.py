@@ -263,7 +263,15 @@ def test_labels_of_another_set_beside_a_shard_are_noticed(folder, tmp_path):
         source[0]
 
 
-@pytest.mark.parametrize(("argv", "words"), [(["--rows", "0"], "--rows 0"), (["--split", "what"], "cannot read the folder")])
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--rows", "0"], "--rows 0"),
+        (["--split", "what"], "cannot read the folder"),
+        (["--out", "sheet"], "--out sheet: a name that ends in the form of a picture is required, as in --out inspect.png"),
+        (["--out", "sheet.txt"], "--out sheet.txt: a name that ends"),
+    ],
+)
 def test_mistakes_of_inspect_are_one_line(folder, capsys, argv, words):
     assert job(inspecting, inspecting.Inspect, f"folder:{folder}", *argv) == 2
     assert said(capsys, words).err.count("\n") == 1

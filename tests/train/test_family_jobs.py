@@ -11,8 +11,6 @@ import vitcore
 from train import finetune, pretrain
 from train.pretrained import open_pretrained
 
-assert len(jax.devices()) == 8, "started by the first job instead, JAX would have that job's number of devices"
-
 SMALL: dict[str, Any] = dict(image_size=8, patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=10, channels=1)
 SHAPE = "--model ViT-Nano/4 --width 32 --depth 2 --mlp-dim 64 --num-heads 4 --representation-size 0"
 TINY = "--recipe digits --batch-size 16 --steps 4 --eval-every 4 --checkpoint-every 4 --log-every 1 --warmup-steps 0"

@@ -23,8 +23,6 @@ from train.pretrained import open_pretrained
 from train.tuning import dev_splits
 from vitcore.posemb import fit
 
-assert len(jax.devices()) == 8
-
 CONFIG = vitcore.variant("ViT-Nano/4", image_size=8, channels=1, num_classes=5, representation_size=16)
 TINY = ["--mesh", "2x1", "--batch-size", "16", "--steps", "6", "--eval-every", "3", "--checkpoint-every", "2", "--log-every", "1"]
 FIVE = ["--data", "digits:5-9"]

@@ -20,8 +20,6 @@ from train.pretrained import open_pretrained
 from train.step import StepOptions, make_init, make_train_step
 from vitcore.families import fitted
 
-assert len(jax.devices()) == 8, "started by the first job instead, JAX would have that job's number of devices"
-
 # Of the row for "every ViT" on ImageNet the five of the paper. The rows that list two numbers of epochs have a recipe for each.
 VITS = ("ViT-B/16", "ViT-B/32", "ViT-L/16", "ViT-L/32", "ViT-H/14")
 ROWS = [(row, model) for row in recipes.TABLE_3 for model in (VITS if row.models == ("ViT-*",) else row.models)]

@@ -23,7 +23,6 @@ from train.data import DataError, TrainBatches
 from train.job import BEFORE, differing, locked, place
 
 ROOT = Path(__file__).parents[2]
-assert len(jax.devices()) == 8, "started by the first job instead, JAX would have that job's number of devices"
 
 TINY = ["--mesh", "2x2", "--batch-size", "32", "--steps", "12", "--eval-every", "6", "--checkpoint-every", "6", "--log-every", "1"]
 
@@ -447,6 +446,16 @@ def test_a_run_of_before_there_were_these_options_goes_on():
 
 def test_mesh_is_parsed():
     assert meshes.parse("8x4")[:2] == (8, 4)
+
+
+def test_a_second_run_in_a_process_has_the_flags_of_the_first(monkeypatch):
+    """Were they more, JAX's cache would not know the second run's programs for those of the first."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    meshes.prepare(meshes.parse("2x1"))
+    once = os.environ["XLA_FLAGS"]
+    meshes.prepare(meshes.parse("2x1"))
+    assert os.environ["XLA_FLAGS"] == once
+    assert once.startswith("--xla_cpu_enable_fast_math=false --xla_cpu_collective")
 
 
 @pytest.mark.parametrize(

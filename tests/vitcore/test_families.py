@@ -44,7 +44,7 @@ def test_the_kernels_carry_layer_scale_registers_and_clip_s_stem_and_their_gradi
     config = vitcore.ViTConfig(**SMALL, block="layerscale", registers=2, stem="clip", head_bias=None)
 
     def loss(ops):
-        return jax.value_and_grad(lambda p: (vitcore.apply(p, images(), config, ops=ops) ** 2).sum())(moved(config))
+        return jax.jit(jax.value_and_grad(lambda p: (vitcore.apply(p, images(), config, ops=ops) ** 2).sum()))(moved(config))
 
     for ours, plain in zip(jax.tree.leaves(loss(vitcore.INTERPRET)), jax.tree.leaves(loss(vitcore.REFERENCE)), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5 * float(jnp.abs(plain).max()))

@@ -176,7 +176,7 @@ def test_remat_and_unrolling_change_no_number(remat, part, unrolled, monkeypatch
             return jnp.square(vitcore.apply(p, images, SMALL, ops=ops, dropout_key=jax.random.key(4), remat=remat)).mean()
 
         assert ("scan" in str(jax.make_jaxpr(of)(params))) == (not ops.unrolled or remat > 1)  # groups of blocks are loops inside
-        return jax.value_and_grad(of)(params)
+        return jax.jit(jax.value_and_grad(of))(params)
 
     (a, ga), (b, gb) = loss(0, vitcore.REFERENCE), loss(remat, vitcore.REFERENCE._replace(unrolled=unrolled))
     np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -71,6 +71,8 @@ def run(args: Inspect) -> None:
     for option in ("sample", "rows", "image_size", "threads"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} {value}: a positive number is required")
+    if Image.registered_extensions().get(Path(args.out).suffix.lower()) not in Image.SAVE:  # said before images are read
+        raise ValueError(f"--out {args.out}: a name that ends in the form of a picture is required, as in --out inspect.png")
     source = open_source(args.src, args.split)
     for line in (*describe(source), *checksums(source)):
         print(line, flush=True)

@@ -52,24 +52,23 @@ from kernels.stacked import Stacked, section
 from kernels.vmem import round_up
 
 
-def _images(t: int, d: int):
-    """Block specs of one image of [B, T, D], from image scalars[2] on, of [b, R, D] and of a vector [1, D]."""
+def _images(b: int, t: int, d: int, static: Static):
+    """`call` for a kernel that takes b images one by one, and block specs of one image of [B, T, D], from image scalars[2] on, of
+    [b, R, D] and of a vector [1, D]."""
+    cost = pl.CostEstimate(flops=8 * b * t * d, transcendentals=b * t, bytes_accessed=12 * b * t * d)
     return (
+        partial(call, launch=static.launch, grid=(b,), semantics=("parallel",), cost=cost, prefetch=1),
         pl.BlockSpec((1, t, d), lambda i, scalars: (scalars[2] + i, 0, 0)),
         pl.BlockSpec((1, round_up(t, SUBLANES), d), lambda i, _: (i, 0, 0)),
         pl.BlockSpec((1, d), lambda i, _: (0, 0)),
     )
 
 
-def _cost(b: int, t: int, d: int, arrays: int) -> pl.CostEstimate:
-    return pl.CostEstimate(flops=8 * b * t * d, transcendentals=b * t, bytes_accessed=4 * arrays * b * t * d)
-
-
 def prepare(scalars, x, dy, norm, b: int, static: Static):
     """z = LN(x) and g = dropout(dy) of b images, both [b, R, D] float32 with zeros behind row T."""
     _, t, d = x.shape
     padded = round_up(t, SUBLANES)
-    image, rows, vector = _images(t, d)
+    launch, image, rows, vector = _images(b, t, d, static)
 
     def kernel(scalars, x, dy, scale, bias, z, g):
         for a, n in pieces(t, PIECE):
@@ -80,24 +79,19 @@ def prepare(scalars, x, dy, norm, b: int, static: Static):
         if padded > t:
             z[0, t:] = g[0, t:] = jnp.zeros((padded - t, d), F32)
 
-    return call(
+    return launch(
         kernel,
-        launch=static.launch,
         name="attention_prepare_backward",
-        grid=(b,),
         in_specs=[image, image, vector, vector],
         out_specs=[rows, rows],
         out_shapes=[((b, padded, d), F32)] * 2,
-        semantics=("parallel",),
-        cost=_cost(b, t, d, 3),
-        prefetch=1,
     )(scalars, x, dy, *norm)
 
 
 def finish(scalars, x, dy, dz, norm_scale, static: Static):
     """dx in the place of dy [B, T, D], for the images of dz [b, R, D], and those of norm_scale and norm_bias [D] float32."""
     b, (_, t, d) = dz.shape[0], x.shape
-    image, rows, vector = _images(t, d)
+    launch, image, rows, vector = _images(b, t, d, static)
 
     def kernel(_, x, dy, dz, scale, dx, sums):
         of_scale, of_bias = jnp.zeros((1, d), F32), jnp.zeros((1, d), F32)
@@ -109,17 +103,12 @@ def finish(scalars, x, dy, dz, norm_scale, static: Static):
             dx[0, a : a + n] = packed(static.residual_scale * unpacked(dy[0, a : a + n]) + back, x.dtype)
         sums[0] = jnp.concatenate([of_scale, of_bias])
 
-    dx, sums = call(
+    dx, sums = launch(
         kernel,
-        launch=static.launch,
         name="attention_finish_backward",
-        grid=(b,),
         in_specs=[image, image, rows, vector],
         out_specs=[image, pl.BlockSpec((1, 2, d), lambda i, _: (i, 0, 0))],
         out_shapes=[(x.shape, x.dtype), ((b, 2, d), F32)],
-        semantics=("parallel",),
-        cost=_cost(b, t, d, 3),
-        prefetch=1,
         aliases={2: 0},
     )(scalars, x, dy, dz, norm_scale)
     return dx, *sums.sum(0)
@@ -134,16 +123,15 @@ def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Lau
     (m, i), s, j = arrays[0].shape, w.shape[0], w.shape[1 if by_rows else 2]
 
     def kernel(*refs):
-        (*inputs, w), bias, out = (refs[:-1], None, refs[-1]) if bias_spec is None else (refs[:-2], *refs[-2:])
+        inputs, w, biases, out = refs[:s], refs[s], refs[s + 1 : -1], refs[-1]
         for part in column_slices(t.columns):
             if by_rows:
                 products = [dot(a[...], w[q, part], dtype, (1, 1)) for q, a in enumerate(inputs)]
             else:
                 products = [dot(a[...], w[q, :, part], dtype) for q, a in enumerate(inputs)]
-            value = reduce(jnp.add, products)
-            out[:, part] = value if bias is None else value + bias[:, part]
+            out[:, part] = reduce(jnp.add, [*products, *(bias[:, part] for bias in biases)])
 
-    bias_spec = None if bias is None else pl.BlockSpec((1, t.columns), lambda c, r: (0, c))
+    biases = [] if bias is None else [bias]
     return call(
         kernel,
         launch=launch,
@@ -154,13 +142,13 @@ def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Lau
             pl.BlockSpec((s, t.columns, i), lambda c, r: (0, c, 0), pipeline_mode=pl.Buffered(1))
             if by_rows
             else pl.BlockSpec((s, i, t.columns), lambda c, r: (0, 0, c), pipeline_mode=pl.Buffered(1)),
-            *([] if bias_spec is None else [bias_spec]),
+            *[pl.BlockSpec((1, t.columns), lambda c, r: (0, c))] * len(biases),
         ],
         out_specs=[pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c))],
         out_shapes=[((m, j), F32)],
         semantics=("parallel", "parallel"),
         cost=pl.CostEstimate(flops=2 * m * i * j * s, transcendentals=0, bytes_accessed=4 * m * (s * i + j)),
-    )(*arrays, w, *([] if bias is None else [bias]))[0]
+    )(*arrays, w, *biases)[0]
 
 
 def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch, into=None):
@@ -333,8 +321,8 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
     multiply: Any = partial(product, dtype=x.dtype, launch=static.launch)
     gradient: Any = partial(weight_gradient, dtype=x.dtype, launch=static.launch)
     if kept is None:
-        qkv = [multiply(plan.project, [flat(z)], section(w_qkv, c), b_qkv[c], name="attention_project") for c in range(3)]
-        qkv = [a.reshape(b, padded, k) for a in qkv]
+        made = (multiply(plan.project, [flat(z)], section(w_qkv, c), b_qkv[c], name="attention_project") for c in range(3))
+        qkv = [a.reshape(b, padded, k) for a in made]
     else:
         qkv = kept[:3] if len(kept) == 4 else kept[0]
     do = multiply(plan.output_gradient, [flat(g)], section(w_out, None), name="attention_output_gradient", by_rows=True)
@@ -344,8 +332,7 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
     dw_qkv, db_qkv = _projection_gradients(partial(gradient, plan.projection_weights, flat(z)), dqkv, into[2])
     dz = multiply(plan.input_gradient, dqkv, w_qkv, name="attention_input_gradient", by_rows=True)
     dx, dscale, dbias = finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, static)
-    db_out = static.residual_scale * db_out
-    return dx, (dscale[None], dbias[None], dw_qkv, jnp.stack(db_qkv), dw_out, db_out)
+    return dx, (dscale[None], dbias[None], dw_qkv, jnp.stack(db_qkv), dw_out, static.residual_scale * db_out)
 
 
 def _projection_gradients(gradient, dqkv, into: Stacked | None):
