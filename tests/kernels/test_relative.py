@@ -220,5 +220,6 @@ def test_it_compiles(target):
         assert not report.error, f"{report.name}: {report.error}"
         names = {k.kernel for k in report.kernels}
         wanted = {"attention_relative_core_forward", "attention_relative_core_backward"}
-        small = DEVICES[target].vmem_bytes < 2**25
-        assert wanted <= names or (small and "H/14" in report.name and not names), report.name
+        small = DEVICES[target].vmem_bytes < 2**25  # there neither 577 tokens nor heads of 80 leave room for the backward pass
+        by_xla = small and ("H/14" in report.name or "L/16@384" in report.name)
+        assert not names if by_xla else wanted <= names, report.name

@@ -134,5 +134,7 @@ def test_a_run_that_an_image_hung_passes_it_over_when_it_is_resumed(tmp_path, mo
     assert [one["name"] for one in json.loads((tmp_path / "run" / LISTED).read_text())["images"]] == [str(name)]
     folder(tmp_path / "other", b"damaged")  # what a merely damaged image would have given
     assert pretrain.main([*JOB, *words, "--data", f"folder:{tmp_path / 'other'}", "--out", str(tmp_path / "same")]) == 0
-    assert losses(tmp_path / "run") == losses(tmp_path / "same")
+    # the steps before it hung were another process's, whose sums may be added in another order
+    numbers = [[np.nan if x is None else x for line in losses(tmp_path / out) for x in line] for out in ("run", "same")]
+    np.testing.assert_allclose(*numbers, rtol=1e-5)
     assert not os.path.exists(tmp_path / "run" / "reading")
