@@ -28,6 +28,7 @@ from kernels.attention.tiling import (
     fused_bytes,
     head_lanes,
     product_tiles,
+    shared_core,
 )
 from kernels.by_xla import ByXLA
 from kernels.device import SUBLANES, Device
@@ -155,11 +156,15 @@ def plan(
     forward_rows, backward_rows: most tokens at a time through a chain of kernels (a float32 chain takes half as many). keep: with
     `Plan.keep`; NotImplementedError where the fused kernel cannot.
     """
-    lanes = head_lanes(shape, device)
+    lanes, core = head_lanes(shape, device), float32_core(shape, device)
+    if lanes != shape.h and (core := core or shared_core(shape, device)):
+        lanes = shape.h
     s = shape._replace(h=lanes)
+    core = core if lanes == shape.h else float32_core(s, device)
     if keep:
         forward_rows = backward_rows = 2 * shape.b * shape.t
-    forward, backward = _forward(s, device, forward_rows), _or_refused(lambda: _backward(s, device, backward_rows))
+    forward = _forward(s, device, forward_rows, core)
+    backward = _or_refused(lambda: _backward(s, device, backward_rows, core))
     if keep and isinstance(backward, Refused):
         raise NotImplementedError(backward.reason)
     if keep and isinstance(forward, FusedForward) and s.d != s.k:  # whose scratch for z then holds o, and that for k the result
@@ -212,22 +217,21 @@ def _float32_forward(s: Shape, device: Device, rows: int) -> Float32Forward | No
     return None
 
 
-def _forward(s: Shape, device: Device, rows: int) -> FusedForward | Float32Forward | GeneralForward:
+def _forward(s: Shape, device: Device, rows: int, core: Float32Core | None) -> FusedForward | Float32Forward | GeneralForward:
     if (needs := fused_bytes(s, device)) is not None and needs <= device.vmem_bytes:
         return FusedForward(needs=needs)
-    if float32_core(s, device) and (found := _float32_forward(s, device, rows)):  # whose rows the backward pass has, too
+    if core and (found := _float32_forward(s, device, rows)):  # whose rows the backward pass has, too
         return found
     part = s._replace(b=s.b // parts.count(s.b, s.t, rows))
     return GeneralForward(
         images=part.b,
         project=product_tiles("project", part, device),
-        core=float32_core(part, device) or core_tiles(part, device, backward=False),
+        core=core if core and not core.shared else core_tiles(part, device, backward=False),
         output=product_tiles("output", part, device),
     )
 
 
-def _backward(s: Shape, device: Device, rows: int) -> Float32Backward | GeneralBackward:
-    core = float32_core(s, device)
+def _backward(s: Shape, device: Device, rows: int, core: Float32Core | None) -> Float32Backward | GeneralBackward:
     part = s._replace(b=s.b // parts.count(s.b, s.t, rows // 2 if core else rows))
     if core:
         m = part.b * round_up(s.t, SUBLANES)

@@ -64,10 +64,11 @@ class CoreTiles:
 @dataclass(frozen=True, kw_only=True)
 class Float32Core:
     """Of softmax attention on float32 rows: whole rows of keys, and `lanes` lanes, all their heads unrolled, a grid step. lags: of
-    the backward pass, as of `CoreTiles`."""
+    the backward pass, as of `CoreTiles`. shared: its results are written over what they are made of, and go to HBM from there."""
 
     lanes: int
     lags: tuple[int, ...] = (0, 0)
+    shared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +310,16 @@ def float32_core(s: Shape, device: Device) -> Float32Core | None:
             turns = device.flops_per_cycle > 2 * LANES**2 and s.t <= COUNTED_TOKENS
             return Float32Core(lanes=lanes, lags=(1, 2) if turns else (0, 0))
     return None
+
+
+def shared_core(s: Shape, device: Device) -> Float32Core | None:
+    """Of the backward pass, one group of heads a step, head by head, in three slots of q, k, v and do that the results share; None
+    where those and what the compiler keeps for two heads do not fit VMEM, or on cores that these kernels are not for."""
+    if device.bf16_matmul or s.h % SUBLANES:
+        return None
+    rows, keys, lanes = round_up(s.t, SUBLANES), round_up(s.t, LANES), group_lanes(s)
+    needs = 4 * (3 * 4 * rows * lanes + 2 * CORE_TEMPORARIES * rows * keys)
+    return Float32Core(lanes=lanes, shared=True) if lanes % LANES == 0 and needs <= device.vmem_bytes else None
 
 
 def _flat_tiles(columns: int, values: int, bytes_of, lengths: list[int], device: Device) -> FlatTiles:

@@ -1,7 +1,7 @@
 """The backward pass of the MLP half with hidden tiles outermost, for v2 and v3 where `backward.py` has room for few rows a step.
 
-There each row tile streams both weights and their float32 sums through HBM, 157 MB for ViT-H/14, and takes longer for it than for
-its products. Here a hidden tile's weights and sums stay in VMEM while all rows stream by, 128 a step, and what is summed over hidden
+There each row tile streams both weights and their float32 sums through HBM, 157 MB for ViT-H/14, which takes longer than its
+products. Here a hidden tile's weights and sums stay in VMEM while all rows stream by, 128 a step, and what is summed over hidden
 tiles in HBM is dz: F/hidden times the rows instead of rows/128 times the weights. Three kernels; the equations stand in `tpu.py`:
 
     z = LN(x),  g = drop(dy)                                                  prepare, of the attention half
@@ -29,7 +29,7 @@ from kernels.body import F32, dot, dropout, iota
 from kernels.device import LANES, SUBLANES
 from kernels.launch import call
 from kernels.mlp.body import gelu, gelu_slope, keep, sum_by_tile
-from kernels.mlp.plan import Outermost, Shape
+from kernels.mlp.plan import Outermost, Shape, half_of
 
 _COLUMNS = 256  # of dz in one product
 
@@ -39,7 +39,7 @@ class _Refs(NamedTuple):
 
     z, g [128, D]; b_in [1, hidden, 1]; w_out [hidden, D]. w_in [D, F], dz [rows, D], dw_in and dw_out are in HBM. db_in [hidden,
     128] gathers over rows by row modulo 128, db_out [8, D] modulo 8. w_in_t [hidden, D] is W1', of_in and of_out [hidden, D] the
-    sums dW1' and dW2; held [>= 2 hidden, 128] h' and da', and columns of W1 on their way; da [128, hidden]; slots [2, 128, D] dz.
+    sums dW1' and dW2; held [>= 2 hidden, 128] h' and da', or pieces of W1 on their way; da [128, hidden]; slots [2, 128, D] dz.
     """
 
     scalars: Any
@@ -156,32 +156,51 @@ def _kernel(*arrays, spec, t: Outermost, shape: Shape, padded: int):
         _end(refs, t, j)
 
 
+class _Turns:
+    """Pieces of a hidden tile's columns of W1 or dW1 on their way between HBM and `held`, whose two halves take turns: while one
+    is transposed, the other is copied."""
+
+    def __init__(self, refs: _Refs, hbm, t: Outermost, j, *, load: bool):
+        d = refs.w_in.shape[0]
+        half = half_of(d)
+        self.refs, self.hbm, self.half, self.first, self.load = refs, hbm, half, j * t.hidden, load
+        self.pieces = [(k, row, min(half, d - row)) for k in range(0, t.hidden, LANES) for row in range(0, d, half)]
+
+    def vmem(self, n: int):
+        return self.refs.held.at[pl.ds(n % 2 * self.half, self.pieces[n][2])]
+
+    def copy(self, n: int):
+        k, row, size = self.pieces[n]
+        hbm = self.hbm.at[pl.ds(row, size), pl.ds(pl.multiple_of(self.first + k, LANES), LANES)]
+        ends = (hbm, self.vmem(n)) if self.load else (self.vmem(n), hbm)
+        return pltpu.make_async_copy(*ends, self.refs.semaphores.at[0, 2 + n % 2])
+
+
 def _begin(refs: _Refs, t: Outermost, j):
     """W1' of a hidden tile, from its columns of W1; the sums begin."""
-    d = refs.w_in.shape[0]
-    turn, semaphore = refs.held.at[pl.ds(0, d)], refs.semaphores.at[0, 2]
-    for k in range(0, t.hidden, LANES):
-        columns = pl.ds(pl.multiple_of(j * t.hidden + k, LANES), LANES)
-        copy = pltpu.make_async_copy(refs.w_in.at[:, columns], turn, semaphore)
-        copy.start()
-        copy.wait()
-        refs.w_in_t[pl.ds(k, LANES)] = turn[...].T
+    turns = _Turns(refs, refs.w_in, t, j, load=True)
+    turns.copy(0).start()
+    for n, (k, row, size) in enumerate(turns.pieces):
+        if n + 1 < len(turns.pieces):
+            turns.copy(n + 1).start()
+        turns.copy(n).wait()
+        refs.w_in_t[k : k + LANES, row : row + size] = turns.vmem(n)[...].T
     refs.db_in[...] = jnp.zeros_like(refs.db_in)
 
 
 def _end(refs: _Refs, t: Outermost, j):
     """The sums of a hidden tile to HBM, those of W1 turned back."""
-    d = refs.w_in.shape[0]
-    turn, semaphores = refs.held.at[pl.ds(0, d)], refs.semaphores
     first = pl.multiple_of(j * t.hidden, LANES)
-    out = pltpu.make_async_copy(refs.of_out, refs.dw_out.at[pl.ds(first, t.hidden)], semaphores.at[1, 2])
+    out = pltpu.make_async_copy(refs.of_out, refs.dw_out.at[pl.ds(first, t.hidden)], refs.semaphores.at[1, 2])
     out.start()
-    for k in range(0, t.hidden, LANES):
-        turn[...] = refs.of_in[pl.ds(k, LANES)].T
-        columns = pl.ds(pl.multiple_of(j * t.hidden + k, LANES), LANES)
-        copy = pltpu.make_async_copy(turn, refs.dw_in.at[:, columns], semaphores.at[0, 2])
-        copy.start()
-        copy.wait()
+    turns = _Turns(refs, refs.dw_in, t, j, load=False)
+    for n, (k, row, size) in enumerate(turns.pieces):
+        if n >= 2:
+            turns.copy(n - 2).wait()
+        turns.vmem(n)[...] = refs.of_in[k : k + LANES, row : row + size].T
+        turns.copy(n).start()
+    for n in range(len(turns.pieces) - 2, len(turns.pieces)):
+        turns.copy(n).wait()
     out.wait()
 
 
@@ -199,9 +218,11 @@ def backward(spec, t: Outermost, scalars, x, dy, scale, bias, w_in, b_in, w_out,
     shape = Shape(*x.shape, w_in.shape[1], x.dtype.itemsize)
     of_rows = jnp.stack([scalars[1], scalars[2], jnp.int32(0)])
     norm = scale.reshape(1, -1).astype(F32), bias.reshape(1, -1).astype(F32)
-    z, g = prepare(of_rows, x, dy, norm, shape.b, spec)
+    z, g = prepare(of_rows, x, dy, norm, shape.b, spec, "mlp_half_prepare_backward")
     dz, dw_in, dw_out, db_in, db_out = _products(spec, t, shape, scalars, z, g, w_in, b_in, w_out, into)
-    dx, dscale, dbias = finish(of_rows, x, dy, dz[: shape.b * z.shape[1]].reshape(z.shape), norm[0], spec)
+    dx, dscale, dbias = finish(
+        of_rows, x, dy, dz[: shape.b * z.shape[1]].reshape(z.shape), norm[0], spec, "mlp_half_finish_backward"
+    )
     return dx, (dscale, dbias, dw_in, db_in.sum(1), dw_out, db_out.sum(0))
 
 
@@ -247,10 +268,10 @@ def _products(spec, t: Outermost, shape: Shape, scalars, z, g, w_in, b_in, w_out
             square,
             square,
             square,
-            pltpu.VMEM((max(2 * t.hidden, d), LANES), F32),
+            pltpu.VMEM((2 * max(t.hidden, half_of(d)), LANES), F32),
             pltpu.VMEM((LANES, t.hidden), F32),
             pltpu.VMEM((2, LANES, d), F32),
-            pltpu.SemaphoreType.DMA((2, 3)),
+            pltpu.SemaphoreType.DMA((2, 4)),
         ],
         prefetch=1,
     )(scalars, z.reshape(-1, d), g.reshape(-1, d), b_in.astype(F32).reshape(tiles, t.hidden, 1), w_out, w_in)

@@ -260,13 +260,18 @@ def plan(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
     return Plan(forward=forward, backward=backward, backward_images=images)
 
 
+def half_of(d: int) -> int:
+    """Of D rows of W1, those that are turned at a time where hidden tiles are outermost: whole columns of lanes once turned."""
+    return round_up(-(-d // 2), LANES)
+
+
 def outermost(shape: Shape, device: Device) -> Outermost | None:
     """The tiles of the backward pass with hidden tiles outermost; None where they do not fit, or on cores that it is not for."""
     if device.bf16_matmul or shape.d % LANES or shape.b * round_up(shape.t, SUBLANES) <= LANES:
         return None
     for hidden in _OUTERMOST:
         matrices, rows = 4 * hidden * shape.d, 6 * LANES * shape.d  # two weights, two sums; z and g twice, and dz
-        held = (max(2 * hidden, shape.d) + 3 * hidden) * LANES + 2 * SUBLANES * shape.d
+        held = (2 * max(hidden, half_of(shape.d)) + 3 * hidden) * LANES + 2 * SUBLANES * shape.d
         needs = 4 * (matrices + rows + held)
         if shape.f % hidden == 0 and needs <= _OUTERMOST_SHARE * device.vmem_bytes:
             return Outermost(hidden=hidden, needs=needs)
