@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 
 from kernels import by_xla, parts
-from kernels.attention.float32.tiles import RowTiles, forward_core, output_tiles, project_tiles
+from kernels.attention.float32.tiles import (
+    RowTiles,
+    flat_gradient_tiles,
+    flat_product_tiles,
+    flat_sum_tiles,
+    forward_core,
+    output_tiles,
+    project_tiles,
+)
 from kernels.attention.packed.tiles import PackedCore, packed_core
 from kernels.attention.tiling import (
     STEPS,
@@ -22,8 +30,6 @@ from kernels.attention.tiling import (
     ProductTiles,
     Shape,
     core_tiles,
-    flat_gradient_tiles,
-    flat_product_tiles,
     float32_core,
     fused_bytes,
     head_lanes,
@@ -242,7 +248,7 @@ def _backward(s: Shape, device: Device, rows: int, core: Float32Core | None) -> 
             core=core,
             output_weights=flat_gradient_tiles(m, s.k, s.d, device),
             projection_weights=flat_gradient_tiles(m, s.d, s.k, device),
-            input_gradient=flat_product_tiles(m, 3, s.k, s.d, device),
+            input_gradient=flat_sum_tiles(m, 3, s.k, s.d, device),
         )
     tiles = {step: product_tiles(step, part, device) for step in STEPS if step != "output"}
     return GeneralBackward(images=part.b, core=core_tiles(part, device, backward=True), **tiles)

@@ -73,10 +73,12 @@ class Float32Core:
 
 @dataclass(frozen=True, kw_only=True)
 class FlatTiles:
-    """Of a matrix-product kernel on flat float32 rows: columns of the result, and rows of the batch, a grid step."""
+    """Of a matrix-product kernel on flat float32 rows: columns of the result, and rows of the batch, a grid step. apart: of a
+    sum of products, each adds to those before it."""
 
     columns: int
     rows: int
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -320,38 +322,3 @@ def shared_core(s: Shape, device: Device) -> Float32Core | None:
     rows, keys, lanes = round_up(s.t, SUBLANES), round_up(s.t, LANES), group_lanes(s)
     needs = 4 * (3 * 4 * rows * lanes + 2 * CORE_TEMPORARIES * rows * keys)
     return Float32Core(lanes=lanes, shared=True) if lanes % LANES == 0 and needs <= device.vmem_bytes else None
-
-
-def _flat_tiles(columns: int, values: int, bytes_of, lengths: list[int], device: Device) -> FlatTiles:
-    """The first of the tiles, the widest columns first, that fits VMEM."""
-    for c in (c for c in range(columns, 0, -1) if columns % c == 0 and (c == columns or c % LANES == 0)):
-        for rows in lengths:
-            if bytes_of(c, rows) + SPILLS <= device.vmem_bytes:
-                return FlatTiles(columns=c, rows=rows)
-    raise NotImplementedError(f"attention half: products of {values} values do not fit the VMEM of a {device.name}")
-
-
-def _flat_rows(total: int) -> list[int]:
-    """Rows a step, the preferred first: what divides the rows of the batch, else what wastes little at the end."""
-    return [r for r in (640, 512, 384, 256, LANES) if total % r == 0] + [r for r in (512, 256, LANES) if r < total] or [total]
-
-
-def flat_product_tiles(m: int, sections: int, i: int, j: int, device: Device) -> FlatTiles:
-    """Of sum_s [m, i] @ [i, j].
-
-    Weights change seldom and are not prefetched: the room they leave is worth more, since the rows are read once a column tile.
-    """
-
-    def bytes_of(columns, rows):
-        return 4 * (sections * i * columns + 2 * rows * (sections * i + columns))
-
-    return _flat_tiles(j, sections * i * j, bytes_of, _flat_rows(m), device)
-
-
-def flat_gradient_tiles(m: int, i: int, j: int, device: Device) -> FlatTiles:
-    """Of [m, i]^T @ [m, j]."""
-
-    def bytes_of(columns, rows):
-        return 4 * (2 * i * columns + 2 * rows * (i + columns) + i * rows)
-
-    return _flat_tiles(j, i * j, bytes_of, _flat_rows(m), device)

@@ -235,10 +235,12 @@ def test_half_agrees_where_the_backward_pass_alone_pads_its_heads():
     [(False, (0, 0), jnp.bfloat16), pytest.param(True, (1, 2), jnp.float32, marks=pytest.mark.ci)],
 )
 def test_half_agrees_where_the_core_s_results_lie_over_what_they_are_made_of(keep, lags, dtype):
-    """Eight heads of 80 lanes in five columns, two groups of them and two images: four steps take three slots in turns."""
+    """Eight heads of 80 lanes in five columns, two groups of them and two images: four steps take three slots in turns. And the
+    gradient of z in three products, one onto the other."""
     chosen: Any = chain(shape(2, 21, 64, 16, 80, dtype), keep=keep)
     core = tiling.Float32Core(lanes=640, lags=lags, shared=True)
-    chosen = replace(chosen, head_lanes=80, narrow=None, backward=replace(chosen.backward, core=core))
+    summed = replace(chosen.backward.input_gradient, apart=True)
+    chosen = replace(chosen, head_lanes=80, narrow=None, backward=replace(chosen.backward, core=core, input_gradient=summed))
     dropout = Dropout(0.3, jnp.int32(2), jnp.int32(5))
     check_half(2, 21, 64, 16, 80, dtype, where=launch("v3"), dropout=dropout, plan=chosen)
 

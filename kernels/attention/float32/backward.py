@@ -117,25 +117,29 @@ def finish(scalars, x, dy, dz, norm_scale, static, name: str = "attention_finish
     return dx, *sums.sum(0)
 
 
-def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch, by_rows: bool = False):
-    """sum_s arrays[s] w[s] (+ bias): arrays of [M, I], w [S, I, J], bias [1, J] -> [M, J], all float32. by_rows: w is [S, J, I]
-    instead, as it lies, and the MXU's load transposes it.
+def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch, by_rows: bool = False, onto=None):
+    """sum_s arrays[s] w[s] (+ bias) (+ onto): arrays of [M, I], w [S, I, J], bias [1, J] -> [M, J], all float32. by_rows: w is
+    [S, J, I] instead, as it lies, and the MXU's load transposes it. onto: [M, J], in whose place the result is.
 
     One array a product, not one [S, M, I]: a block of several sections would be as many transfers.
     """
     (m, i), s, j = arrays[0].shape, w.shape[0], w.shape[1 if by_rows else 2]
 
     def kernel(*refs):
-        (*inputs, w), bias, out = (refs[:-1], None, refs[-1]) if bias_spec is None else (refs[:-2], *refs[-2:])
+        *refs, out = refs
+        *refs, before = refs if onto is not None else (*refs, None)
+        (*inputs, w), bias = (refs, None) if bias_spec is None else (refs[:-1], refs[-1])
         for part in column_slices(t.columns):
             if by_rows:
                 products = [dot(a[...], w[q, part], dtype, (1, 1)) for q, a in enumerate(inputs)]
             else:
                 products = [dot(a[...], w[q, :, part], dtype) for q, a in enumerate(inputs)]
-            value = reduce(jnp.add, products)
+            value = reduce(jnp.add, products if before is None else [before[:, part], *products])
             out[:, part] = value if bias is None else value + bias[:, part]
 
     bias_spec = None if bias is None else pl.BlockSpec((1, t.columns), lambda c, r: (0, c))
+    tile = pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c))
+    rest = [] if onto is None else [onto]
     return call(
         kernel,
         launch=launch,
@@ -147,12 +151,14 @@ def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Lau
             if by_rows
             else pl.BlockSpec((s, i, t.columns), lambda c, r: (0, 0, c), pipeline_mode=pl.Buffered(1)),
             *([] if bias_spec is None else [bias_spec]),
+            *[tile for _ in rest],
         ],
-        out_specs=[pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c))],
+        out_specs=[tile],
         out_shapes=[((m, j), F32)],
         semantics=("parallel", "parallel"),
-        cost=pl.CostEstimate(flops=2 * m * i * j * s, transcendentals=0, bytes_accessed=4 * m * (s * i + j)),
-    )(*arrays, w, *([] if bias is None else [bias]))[0]
+        cost=pl.CostEstimate(flops=2 * m * i * j * s, transcendentals=0, bytes_accessed=4 * m * (s * i + j + len(rest) * j)),
+        aliases={s + 1 + (bias is not None): 0} if rest else None,
+    )(*arrays, w, *([] if bias is None else [bias]), *rest)[0]
 
 
 def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch, into=None):
@@ -224,7 +230,13 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
     *dqkv, o = map(flat, (*half_core(plan.core, qkv, do.reshape(b, padded, k), t, x.dtype, static, with_o=not o), *o))
     dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights", into=into[4])
     dw_qkv, db_qkv = _projection_gradients(partial(gradient, plan.projection_weights, flat(z)), dqkv, into[2])
-    dz = multiply(plan.input_gradient, dqkv, w_qkv, name="attention_input_gradient", by_rows=True)
+    summed = partial(multiply, plan.input_gradient, name="attention_input_gradient", by_rows=True)
+    if plan.input_gradient.apart:
+        dz = None
+        for c, gradient_of in enumerate(dqkv):
+            dz = summed([gradient_of], section(w_qkv, c), onto=dz)
+    else:
+        dz = summed(dqkv, w_qkv)
     dx, dscale, dbias = finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, static)
     db_out = static.residual_scale * db_out
     return dx, (dscale[None], dbias[None], dw_qkv, jnp.stack(db_qkv), dw_out, db_out)
