@@ -11,7 +11,8 @@ x's dtype (float32 on v2 and v3, whose MXU rounds them itself), sums and everyth
 
 The grid of both kernels is (row tiles, hidden tiles), rows outermost. Where VMEM holds both weights (v5 and later) they stay in it
 and HBM sees each array once; elsewhere hidden tiles of them are streamed, and in the backward pass so are the sums dW1 and dW2, by
-hand. How x is cut: `plan.py`; the backward kernel: `backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
+hand; where that leaves room for few rows, `outermost.py` has hidden tiles outermost. How x is cut: `plan.py`; the backward kernel:
+`backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
 
 import contextlib
