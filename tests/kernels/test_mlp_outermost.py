@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kernels.by_xla import ByXLA
 from kernels.device import DEVICES
 from kernels.dropout import Dropout
+from kernels.launch import Launch
 from kernels.mlp import reference, tpu
 from kernels.mlp.plan import Outermost, Plan, Shape, choose, outermost, plan
 from kernels.stacked import Stacked, close
@@ -108,6 +109,13 @@ def test_gradients_of_stacked_weights_are_written_in_their_places():
 )
 def test_where_it_is_chosen(device, shape, kind):
     assert isinstance(choose(Shape(*shape), DEVICES[device]).backward, kind)
+
+
+def test_nothing_is_kept_for_it():
+    """A training step that has room asks what would be kept: the kernels that keep stream their weights for few rows a step."""
+    x = 32, 257, 1280, 5120, jnp.bfloat16
+    assert tpu.kept_bytes(*x, launch=Launch(device=DEVICES["v3"])) is None
+    assert tpu.kept_bytes(*x, launch=Launch(device=DEVICES["v5e"])) is not None
 
 
 @pytest.mark.parametrize("device", ["v2", "v3", "v4", "v5e"])
