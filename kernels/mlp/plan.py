@@ -29,7 +29,7 @@ _CAST_CYCLES = (
 )
 # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
 _COPY_BYTES = 1.6
-BACKWARD_ROWS = 24576  # at a time through the backward kernel where it takes copies of x and dy without padded rows
+BACKWARD_ROWS = 24576  # at a time through the backward kernels where copies of their rows lie in HBM
 STREAMED_ROWS = 256  # of a backward step: with fewer, streaming the weights and their sums takes longer than the products
 _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
 _KEEP_SHARES = {False: 0.82, True: 0.91}  # by backward, with `keep`: the body that reads it has fewer values in flight
@@ -307,7 +307,8 @@ def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
         if shape.itemsize == 2 and (found := outermost(shape, device)):
             if keep:
                 raise NotImplementedError("mlp_half: nothing is kept where hidden tiles are outermost")
-            return replace(chosen, backward=found)
+            images = shape.b // parts.count(shape.b, shape.t, BACKWARD_ROWS)  # what lies between the three kernels is float32
+            return replace(chosen, backward=found, backward_images=images)
         short = ByXLA(reason=f"weights streamed for {t.height} rows at a time, which the memory's rate bounds")
         return replace(chosen, backward=short)
 

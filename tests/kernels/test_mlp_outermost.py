@@ -108,7 +108,10 @@ def test_gradients_of_stacked_weights_are_written_in_their_places():
     ],
 )
 def test_where_it_is_chosen(device, shape, kind):
-    assert isinstance(choose(Shape(*shape), DEVICES[device]).backward, kind)
+    chosen = choose(Shape(*shape), DEVICES[device])
+    assert isinstance(chosen.backward, kind)
+    many = choose(Shape(12 * shape[0], *shape[1:]), DEVICES[device])  # 15 kB a row in HBM between the three kernels
+    assert kind is ByXLA or many.backward_images == 64 < 12 * chosen.backward_images
 
 
 def test_nothing_is_kept_for_it():
