@@ -282,6 +282,7 @@ def head_lanes(s: Shape, device: Device) -> int:
 # Bytes that the compiler spills in the fused kernel for twelve heads of 197 tokens; v2, with one MXU, used 17.3 of 16 MiB.
 FUSED_TEMPORARIES = {"v2": 9 * 2**19, "v3": 3 * 2**20, "cpu": 3 * 2**20}
 CORE_TEMPORARIES = 8  # float32 [R, S] that the compiler keeps for each unrolled head of the backward core
+SHARED_HEADS = 8  # most heads unrolled in `shared_core`; with more, what the compiler keeps was not counted
 SPILLS = 3 * 2**20  # VMEM left to the compiler by the products
 
 
@@ -321,4 +322,5 @@ def shared_core(s: Shape, device: Device) -> Float32Core | None:
         return None
     rows, keys, lanes = round_up(s.t, SUBLANES), round_up(s.t, LANES), group_lanes(s)
     needs = 4 * (3 * 4 * rows * lanes + 2 * CORE_TEMPORARIES * rows * keys)
-    return Float32Core(lanes=lanes, shared=True) if lanes % LANES == 0 and needs <= device.vmem_bytes else None
+    fits = lanes % LANES == 0 and lanes // s.h <= SHARED_HEADS and needs <= device.vmem_bytes
+    return Float32Core(lanes=lanes, shared=True) if fits else None
