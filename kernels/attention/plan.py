@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 
 from kernels import by_xla, parts
-from kernels.attention.float32.tiles import RowTiles, forward_core, output_tiles, project_tiles
+from kernels.attention.float32.tiles import (
+    RowTiles,
+    flat_gradient_tiles,
+    flat_product_tiles,
+    flat_sum_tiles,
+    forward_core,
+    output_tiles,
+    project_tiles,
+)
 from kernels.attention.packed.tiles import PackedCore, packed_core
 from kernels.attention.tiling import (
     STEPS,
@@ -22,12 +30,11 @@ from kernels.attention.tiling import (
     ProductTiles,
     Shape,
     core_tiles,
-    flat_gradient_tiles,
-    flat_product_tiles,
     float32_core,
     fused_bytes,
     head_lanes,
     product_tiles,
+    shared_core,
 )
 from kernels.by_xla import ByXLA
 from kernels.device import SUBLANES, Device
@@ -155,11 +162,15 @@ def plan(
     forward_rows, backward_rows: most tokens at a time through a chain of kernels (a float32 chain takes half as many). keep: with
     `Plan.keep`; NotImplementedError where the fused kernel cannot.
     """
-    lanes = head_lanes(shape, device)
+    lanes, core = head_lanes(shape, device), float32_core(shape, device)
+    if lanes != shape.h and (core := core or shared_core(shape, device)):
+        lanes = shape.h
     s = shape._replace(h=lanes)
+    core = core if lanes == shape.h else float32_core(s, device)
     if keep:
         forward_rows = backward_rows = 2 * shape.b * shape.t
-    forward, backward = _forward(s, device, forward_rows), _or_refused(lambda: _backward(s, device, backward_rows))
+    forward = _forward(s, device, forward_rows, core)
+    backward = _or_refused(lambda: _backward(s, device, backward_rows, core))
     if keep and isinstance(backward, Refused):
         raise NotImplementedError(backward.reason)
     if keep and isinstance(forward, FusedForward) and s.d != s.k:  # whose scratch for z then holds o, and that for k the result
@@ -212,22 +223,21 @@ def _float32_forward(s: Shape, device: Device, rows: int) -> Float32Forward | No
     return None
 
 
-def _forward(s: Shape, device: Device, rows: int) -> FusedForward | Float32Forward | GeneralForward:
+def _forward(s: Shape, device: Device, rows: int, core: Float32Core | None) -> FusedForward | Float32Forward | GeneralForward:
     if (needs := fused_bytes(s, device)) is not None and needs <= device.vmem_bytes:
         return FusedForward(needs=needs)
-    if float32_core(s, device) and (found := _float32_forward(s, device, rows)):  # whose rows the backward pass has, too
+    if core and (found := _float32_forward(s, device, rows)):  # whose rows the backward pass has, too
         return found
     part = s._replace(b=s.b // parts.count(s.b, s.t, rows))
     return GeneralForward(
         images=part.b,
         project=product_tiles("project", part, device),
-        core=float32_core(part, device) or core_tiles(part, device, backward=False),
+        core=core if core and not core.shared else core_tiles(part, device, backward=False),
         output=product_tiles("output", part, device),
     )
 
 
-def _backward(s: Shape, device: Device, rows: int) -> Float32Backward | GeneralBackward:
-    core = float32_core(s, device)
+def _backward(s: Shape, device: Device, rows: int, core: Float32Core | None) -> Float32Backward | GeneralBackward:
     part = s._replace(b=s.b // parts.count(s.b, s.t, rows // 2 if core else rows))
     if core:
         m = part.b * round_up(s.t, SUBLANES)
@@ -238,7 +248,7 @@ def _backward(s: Shape, device: Device, rows: int) -> Float32Backward | GeneralB
             core=core,
             output_weights=flat_gradient_tiles(m, s.k, s.d, device),
             projection_weights=flat_gradient_tiles(m, s.d, s.k, device),
-            input_gradient=flat_product_tiles(m, 3, s.k, s.d, device),
+            input_gradient=flat_sum_tiles(m, 3, s.k, s.d, device),
         )
     tiles = {step: product_tiles(step, part, device) for step in STEPS if step != "output"}
     return GeneralBackward(images=part.b, core=core_tiles(part, device, backward=True), **tiles)

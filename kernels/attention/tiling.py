@@ -64,18 +64,21 @@ class CoreTiles:
 @dataclass(frozen=True, kw_only=True)
 class Float32Core:
     """Of softmax attention on float32 rows: whole rows of keys, and `lanes` lanes, all their heads unrolled, a grid step. lags: of
-    the backward pass, as of `CoreTiles`."""
+    the backward pass, as of `CoreTiles`. shared: its results are written over what they are made of, and go to HBM from there."""
 
     lanes: int
     lags: tuple[int, ...] = (0, 0)
+    shared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlatTiles:
-    """Of a matrix-product kernel on flat float32 rows: columns of the result, and rows of the batch, a grid step."""
+    """Of a matrix-product kernel on flat float32 rows: columns of the result, and rows of the batch, a grid step. apart: of a
+    sum of products, each adds to those before it."""
 
     columns: int
     rows: int
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,7 @@ def head_lanes(s: Shape, device: Device) -> int:
 # Bytes that the compiler spills in the fused kernel for twelve heads of 197 tokens; v2, with one MXU, used 17.3 of 16 MiB.
 FUSED_TEMPORARIES = {"v2": 9 * 2**19, "v3": 3 * 2**20, "cpu": 3 * 2**20}
 CORE_TEMPORARIES = 8  # float32 [R, S] that the compiler keeps for each unrolled head of the backward core
+SHARED_HEADS = 8  # most heads unrolled in `shared_core`; with more, what the compiler keeps was not counted
 SPILLS = 3 * 2**20  # VMEM left to the compiler by the products
 
 
@@ -311,36 +315,12 @@ def float32_core(s: Shape, device: Device) -> Float32Core | None:
     return None
 
 
-def _flat_tiles(columns: int, values: int, bytes_of, lengths: list[int], device: Device) -> FlatTiles:
-    """The first of the tiles, the widest columns first, that fits VMEM."""
-    for c in (c for c in range(columns, 0, -1) if columns % c == 0 and (c == columns or c % LANES == 0)):
-        for rows in lengths:
-            if bytes_of(c, rows) + SPILLS <= device.vmem_bytes:
-                return FlatTiles(columns=c, rows=rows)
-    raise NotImplementedError(f"attention half: products of {values} values do not fit the VMEM of a {device.name}")
-
-
-def _flat_rows(total: int) -> list[int]:
-    """Rows a step, the preferred first: what divides the rows of the batch, else what wastes little at the end."""
-    return [r for r in (640, 512, 384, 256, LANES) if total % r == 0] + [r for r in (512, 256, LANES) if r < total] or [total]
-
-
-def flat_product_tiles(m: int, sections: int, i: int, j: int, device: Device) -> FlatTiles:
-    """Of sum_s [m, i] @ [i, j].
-
-    Weights change seldom and are not prefetched: the room they leave is worth more, since the rows are read once a column tile.
-    """
-
-    def bytes_of(columns, rows):
-        return 4 * (sections * i * columns + 2 * rows * (sections * i + columns))
-
-    return _flat_tiles(j, sections * i * j, bytes_of, _flat_rows(m), device)
-
-
-def flat_gradient_tiles(m: int, i: int, j: int, device: Device) -> FlatTiles:
-    """Of [m, i]^T @ [m, j]."""
-
-    def bytes_of(columns, rows):
-        return 4 * (2 * i * columns + 2 * rows * (i + columns) + i * rows)
-
-    return _flat_tiles(j, i * j, bytes_of, _flat_rows(m), device)
+def shared_core(s: Shape, device: Device) -> Float32Core | None:
+    """Of the backward pass, one group of heads a step, head by head, in three slots of q, k, v and do that the results share; None
+    where those and what the compiler keeps for two heads do not fit VMEM, or on cores that these kernels are not for."""
+    if device.bf16_matmul or s.h % SUBLANES:
+        return None
+    rows, keys, lanes = round_up(s.t, SUBLANES), round_up(s.t, LANES), group_lanes(s)
+    needs = 4 * (3 * 4 * rows * lanes + 2 * CORE_TEMPORARIES * rows * keys)
+    fits = lanes % LANES == 0 and lanes // s.h <= SHARED_HEADS and needs <= device.vmem_bytes
+    return Float32Core(lanes=lanes, shared=True) if fits else None

@@ -27,6 +27,7 @@ from kernels import dropout as drop
 from kernels.attention import plan as planning
 from kernels.attention.float32 import backward as float32_backward
 from kernels.attention.float32 import chain as float32_chain
+from kernels.attention.float32 import core_backward as float32_core_backward
 from kernels.attention.float32 import forward as float32_forward
 from kernels.attention.general import backward as general_backward
 from kernels.attention.general import core as general_core
@@ -299,7 +300,7 @@ def _attention_backward(num_heads, launch, plan: CorePlan, qkv, do):
     if isinstance(plan.backward, Refused):
         raise NotImplementedError(plan.backward.reason)
     if isinstance(plan.backward, Float32Core):
-        return (float32_backward.core(plan.backward, qkv, do, **options),)
+        return (float32_core_backward.core(plan.backward, qkv, do, **options),)
     return (general_core_backward.core(plan.backward, qkv, do, with_o=False, **options)[0],)
 
 

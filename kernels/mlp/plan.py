@@ -29,12 +29,14 @@ _CAST_CYCLES = (
 )
 # XLA's unaligned reshape moves its bytes this much slower than the memory could (v5e: 1.93k cycles an image of B/16)
 _COPY_BYTES = 1.6
-BACKWARD_ROWS = 24576  # at a time through the backward kernel where it takes copies of x and dy without padded rows
+BACKWARD_ROWS = 24576  # at a time through the backward kernels where copies of their rows lie in HBM
 STREAMED_ROWS = 256  # of a backward step: with fewer, streaming the weights and their sums takes longer than the products
 _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copies of odd operands
 _KEEP_SHARES = {False: 0.82, True: 0.91}  # by backward, with `keep`: the body that reads it has fewer values in flight
 _SHORT_KEEP_SHARES = {False: 0.88, True: 0.955}  # the same of streamed tiles of at most _SHORT rows, tried at 512 rows of 1,024
 _SHORT = 512
+_OUTERMOST = (512, 256, 128)  # hidden values of a tile: with fewer, dz passes through the HBM more often
+_OUTERMOST_SHARE = 0.96  # of VMEM: the body has 128 x 128 values in flight, few of which are spilled
 
 
 class Shape(NamedTuple):
@@ -102,11 +104,29 @@ class Tiling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outermost:
+    """Of a backward kernel with hidden tiles outermost (`outermost.py`). A grid step takes 128 rows and `hidden` of the F hidden
+    values, whose weights and sums stay in VMEM until all rows are through."""
+
+    hidden: int
+    needs: int = 0  # bytes of VMEM
+
+    def cost(self, shape: Shape) -> pl.CostEstimate:
+        """FLOPs, transcendentals and bytes of HBM traffic of the products."""
+        tiles = shape.f // self.hidden
+        return pl.CostEstimate(
+            flops=10 * shape.rows * shape.d * shape.f,
+            transcendentals=shape.rows * shape.f,
+            bytes_accessed=16 * tiles * shape.rows * shape.d + 16 * shape.d * shape.f,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Of both kernels. backward_images: at a time through the backward kernel, a divisor of B; None: all of them."""
 
     forward: Tiling | ByXLA
-    backward: Tiling | ByXLA
+    backward: Tiling | Outermost | ByXLA
     backward_images: int | None = None
 
 
@@ -240,6 +260,24 @@ def plan(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
     return Plan(forward=forward, backward=backward, backward_images=images)
 
 
+def half_of(d: int) -> int:
+    """Of D rows of W1, those that are turned at a time where hidden tiles are outermost: whole columns of lanes once turned."""
+    return round_up(-(-d // 2), LANES)
+
+
+def outermost(shape: Shape, device: Device) -> Outermost | None:
+    """The tiles of the backward pass with hidden tiles outermost; None where they do not fit, or on cores that it is not for."""
+    if device.bf16_matmul or shape.d % LANES or shape.b * round_up(shape.t, SUBLANES) <= LANES:
+        return None
+    for hidden in _OUTERMOST:
+        matrices, rows = 4 * hidden * shape.d, 6 * LANES * shape.d  # two weights, two sums; z and g twice, and dz
+        held = (2 * max(hidden, half_of(shape.d)) + 3 * hidden) * LANES + 2 * SUBLANES * shape.d
+        needs = 4 * (matrices + rows + held)
+        if shape.f % hidden == 0 and needs <= _OUTERMOST_SHARE * device.vmem_bytes:
+            return Outermost(hidden=hidden, needs=needs)
+    return None
+
+
 def _keeping(shape: Shape, device: Device) -> Plan:
     """The fastest pair of kernels that take the same rows a step."""
     if shape.f % LANES:
@@ -266,6 +304,11 @@ def choose(shape: Shape, device: Device, *, keep: bool = False) -> Plan:
         t = chosen.backward
         if not isinstance(t, Tiling) or t.resident or t.columns >= STREAMED_ROWS:
             return chosen
+        if shape.itemsize == 2 and (found := outermost(shape, device)):
+            if keep:
+                raise NotImplementedError("mlp_half: nothing is kept where hidden tiles are outermost")
+            images = shape.b // parts.count(shape.b, shape.t, BACKWARD_ROWS)  # what lies between the three kernels is float32
+            return replace(chosen, backward=found, backward_images=images)
         short = ByXLA(reason=f"weights streamed for {t.height} rows at a time, which the memory's rate bounds")
         return replace(chosen, backward=short)
 

@@ -11,7 +11,8 @@ x's dtype (float32 on v2 and v3, whose MXU rounds them itself), sums and everyth
 
 The grid of both kernels is (row tiles, hidden tiles), rows outermost. Where VMEM holds both weights (v5 and later) they stay in it
 and HBM sees each array once; elsewhere hidden tiles of them are streamed, and in the backward pass so are the sums dW1 and dW2, by
-hand. How x is cut: `plan.py`; the backward kernel: `backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
+hand; where that leaves room for few rows, `outermost.py` has hidden tiles outermost. How x is cut: `plan.py`; the backward kernel:
+`backward.py`. GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
 
 import contextlib
@@ -32,9 +33,9 @@ from kernels.body import operand_dtype
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
-from kernels.mlp import backward, forward
+from kernels.mlp import backward, forward, outermost
 from kernels.mlp import kept as backward_kept
-from kernels.mlp.plan import Plan, Shape, Tiling, choose, cost
+from kernels.mlp.plan import Outermost, Plan, Shape, Tiling, choose, cost
 from kernels.mlp.plan import plan as kernels_of
 from kernels.mlp.reference import GELUS, MLPWeights
 from kernels.mlp.reference import mlp_half as reference
@@ -132,7 +133,7 @@ def _backward(spec: _Spec, plan: Plan, saved, cotangents):
     x = x.reshape(dy.shape)
     n = x.shape[0] // (plan.backward_images or x.shape[0])
     chosen = plan.backward
-    assert isinstance(chosen, Tiling)
+    assert isinstance(chosen, Tiling | Outermost)
     where = places(weights, arrays)
     written = [n == 1 and writable(place) for place in where]
 
@@ -152,9 +153,12 @@ def _backward(spec: _Spec, plan: Plan, saved, cotangents):
     return None, dx, *(cotangent(w, place, a, written=ready) for w, place, a, ready in found)
 
 
-def _backward_part(spec: _Spec, t: Tiling, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, into=(None,) * 6, kept=None):
-    """(dx, the gradients of the parameters in float32). into: where each belongs; the whole array is returned then. kept: of the
-    forward kernel."""
+def _backward_part(spec: _Spec, t, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, into=(None,) * 6, kept=None):
+    """(dx, the gradients of the parameters in float32). t: Tiling or Outermost. into: where each belongs; the whole array is
+    returned then. kept: of the forward kernel."""
+    if isinstance(t, Outermost):
+        operands = _weights(spec, x, w_in, w_out)
+        return outermost.backward(spec, t, scalars, x, dy, scale, bias, operands[0], b_in, operands[1], into=(into[2], into[4]))
     shape = _shape(x, w_in)
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
     rows, vector, w_in_spec, w_out_spec = _specs(t, shape)

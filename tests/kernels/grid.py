@@ -96,6 +96,7 @@ IRREGULAR = (
     Case("v3", "mlp_half", FIRST, keep=True),
     Case("v3", "attention_half", FIRST, keep=True),
     Case("v3", "attention_half", "L/16@224", keep=True),
+    Case("v3", "attention_half", "H/14@224", keep=True),
     Case("v5e", "mlp_half", FIRST, keep=True),
 )
 

@@ -230,10 +230,33 @@ def test_half_agrees_where_the_backward_pass_alone_pads_its_heads():
     check_half(2, 9, 128, 8, 80, jnp.bfloat16, where=launch("v3"), dropout=dropout, plan=chosen)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("keep", "lags", "dtype"),
+    [(False, (0, 0), jnp.bfloat16), pytest.param(True, (1, 2), jnp.float32, marks=pytest.mark.ci)],
+)
+def test_half_agrees_where_the_core_s_results_lie_over_what_they_are_made_of(keep, lags, dtype):
+    """Eight heads of 80 lanes in five columns, two groups of them and two images: four steps take three slots in turns. And the
+    gradient of z in three products, one onto the other."""
+    chosen: Any = chain(shape(2, 21, 64, 16, 80, dtype), keep=keep)
+    core = tiling.Float32Core(lanes=640, lags=lags, shared=True)
+    summed = replace(chosen.backward.input_gradient, apart=True)
+    chosen = replace(chosen, head_lanes=80, narrow=None, backward=replace(chosen.backward, core=core, input_gradient=summed))
+    dropout = Dropout(0.3, jnp.int32(2), jnp.int32(5))
+    check_half(2, 21, 64, 16, 80, dtype, where=launch("v3"), dropout=dropout, plan=chosen)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_heads_of_80_are_not_padded(keep):
+    """ViT-H/14 on v3: eight of them share five columns in every pass, in slots of their own backward."""
+    chosen: Any = plan(shape(32, 257, 1280, 16, 80, jnp.bfloat16), DEVICES["v3"], keep=keep)
+    assert (chosen.head_lanes, chosen.narrow, chosen.backward.core.lanes, chosen.backward.core.shared) == (80, None, 640, True)
+
+
 def test_a_large_batch_is_cut_into_parts_once():
-    """H/14, whose passes have a plan each: 192 images are two parts of 96 forward, and were cut into three of 64 before that."""
-    x, weights, options = jax.ShapeDtypeStruct((192, 257, 1280), jnp.bfloat16), planned_weights(1280, 16, 80), {"num_heads": 16}
-    chosen: Any = plan(shape(192, 257, 1280, 16, 80, jnp.bfloat16), DEVICES["v3"])
+    """Heads whose passes have a plan each: 192 images are three parts forward, eight backward, and nothing is cut before that."""
+    x, weights, options = jax.ShapeDtypeStruct((192, 401, 768), jnp.bfloat16), planned_weights(768, 8, 96), {"num_heads": 8}
+    chosen: Any = plan(shape(192, 401, 768, 8, 96, jnp.bfloat16), DEVICES["v3"])
     assert 1 < 192 // chosen.narrow.images < 192
     half = partial(tpu.attention_half, launch=Launch(device=DEVICES["v3"]), **options)
     gradient = jax.eval_shape(lambda x, w: jax.grad(lambda x: half(x, w).astype(jnp.float32).sum())(x), x, weights)

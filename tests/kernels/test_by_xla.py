@@ -36,7 +36,7 @@ def chosen(device: str, t: int, d: int, heads: int) -> list[bool]:
     [
         ("v3", 200, 768, 12, (False, False, False, False)),
         ("v3", 200, 1024, 16, (False, False, False, False)),
-        ("v3", 264, 1280, 16, (False, False, False, True)),
+        ("v3", 264, 1280, 16, (False, False, False, False)),
         ("v5e", 264, 1280, 16, (False, False, False, False)),
         ("v3", 17, 768, 12, (True, False, True, False)),
         ("v5e", 17, 768, 12, (True, False, True, False)),

@@ -12,11 +12,9 @@ others. From x and dy alone, with s = residual_scale:
     dx = s dy + LN'(dz), with the sums for norm_scale and norm_bias           finish
 
 The forward kernel may have kept q, k, v and o (`Plan.keep`); then they are not made again.
-What the MXU rounds, it rounds to bfloat16, as the reference does; nothing is rounded in between. The core works on transposed
-logits, as in `general/core_backward.py`.
+What the MXU rounds, it rounds to bfloat16, as the reference does; nothing is rounded in between. The core: `core_backward.py`.
 """
 
-import math
 from functools import partial, reduce
 from typing import Any
 
@@ -25,27 +23,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.attention.float32.core_backward import half_core
 from kernels.attention.float32.forward import (
     PIECE,
-    ByColumns,
     column_slices,
     drop,
-    gather,
-    pack_into,
     packed,
-    pad_rows,
     pieces,
     token,
-    token_at,
-    unpack_into,
     unpacked,
 )
-from kernels.attention.general.core import core_cost
 from kernels.attention.general.forward import Static
 from kernels.attention.plan import Float32Backward
-from kernels.attention.tiling import FlatTiles, Float32Core, heads_of
-from kernels.body import F32, PACKED_ROWS, dot, staggered
-from kernels.device import LANES, SUBLANES
+from kernels.attention.tiling import FlatTiles
+from kernels.body import F32, dot
+from kernels.device import SUBLANES
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise, normalise_back
 from kernels.stacked import Stacked, section
@@ -64,7 +56,7 @@ def _images(b: int, t: int, d: int, static: Static):
     )
 
 
-def prepare(scalars, x, dy, norm, b: int, static: Static):
+def prepare(scalars, x, dy, norm, b: int, static: Static, name: str = "attention_prepare_backward"):
     """z = LN(x) and g = dropout(dy) of b images, both [b, R, D] float32 with zeros behind row T."""
     _, t, d = x.shape
     padded = round_up(t, SUBLANES)
@@ -81,14 +73,14 @@ def prepare(scalars, x, dy, norm, b: int, static: Static):
 
     return launch(
         kernel,
-        name="attention_prepare_backward",
+        name=name,
         in_specs=[image, image, vector, vector],
         out_specs=[rows, rows],
         out_shapes=[((b, padded, d), F32)] * 2,
     )(scalars, x, dy, *norm)
 
 
-def finish(scalars, x, dy, dz, norm_scale, static: Static):
+def finish(scalars, x, dy, dz, norm_scale, static, name: str = "attention_finish_backward"):
     """dx in the place of dy [B, T, D], for the images of dz [b, R, D], and those of norm_scale and norm_bias [D] float32."""
     b, (_, t, d) = dz.shape[0], x.shape
     launch, image, rows, vector = _images(b, t, d, static)
@@ -105,7 +97,7 @@ def finish(scalars, x, dy, dz, norm_scale, static: Static):
 
     dx, sums = launch(
         kernel,
-        name="attention_finish_backward",
+        name=name,
         in_specs=[image, image, rows, vector],
         out_specs=[image, pl.BlockSpec((1, 2, d), lambda i, _: (i, 0, 0))],
         out_shapes=[(x.shape, x.dtype), ((b, 2, d), F32)],
@@ -114,24 +106,29 @@ def finish(scalars, x, dy, dz, norm_scale, static: Static):
     return dx, *sums.sum(0)
 
 
-def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch, by_rows: bool = False):
-    """sum_s arrays[s] w[s] (+ bias): arrays of [M, I], w [S, I, J], bias [1, J] -> [M, J], all float32. by_rows: w is [S, J, I]
-    instead, as it lies, and the MXU's load transposes it.
+def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch, by_rows: bool = False, onto=None):
+    """sum_s arrays[s] w[s] (+ bias) (+ onto): arrays of [M, I], w [S, I, J], bias [1, J] -> [M, J], all float32. by_rows: w is
+    [S, J, I] instead, as it lies, and the MXU's load transposes it. onto: [M, J], in whose place the result is.
 
     One array a product, not one [S, M, I]: a block of several sections would be as many transfers.
     """
     (m, i), s, j = arrays[0].shape, w.shape[0], w.shape[1 if by_rows else 2]
 
     def kernel(*refs):
-        inputs, w, biases, out = refs[:s], refs[s], refs[s + 1 : -1], refs[-1]
+        *refs, out = refs
+        *refs, before = refs if onto is not None else (*refs, None)
+        (*inputs, w), bias = (refs, None) if bias_spec is None else (refs[:-1], refs[-1])
         for part in column_slices(t.columns):
             if by_rows:
                 products = [dot(a[...], w[q, part], dtype, (1, 1)) for q, a in enumerate(inputs)]
             else:
                 products = [dot(a[...], w[q, :, part], dtype) for q, a in enumerate(inputs)]
-            out[:, part] = reduce(jnp.add, [*products, *(bias[:, part] for bias in biases)])
+            value = reduce(jnp.add, products if before is None else [before[:, part], *products])
+            out[:, part] = value if bias is None else value + bias[:, part]
 
-    biases = [] if bias is None else [bias]
+    bias_spec = None if bias is None else pl.BlockSpec((1, t.columns), lambda c, r: (0, c))
+    tile = pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c))
+    rest = [] if onto is None else [onto]
     return call(
         kernel,
         launch=launch,
@@ -142,13 +139,15 @@ def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Lau
             pl.BlockSpec((s, t.columns, i), lambda c, r: (0, c, 0), pipeline_mode=pl.Buffered(1))
             if by_rows
             else pl.BlockSpec((s, i, t.columns), lambda c, r: (0, 0, c), pipeline_mode=pl.Buffered(1)),
-            *[pl.BlockSpec((1, t.columns), lambda c, r: (0, c))] * len(biases),
+            *([] if bias_spec is None else [bias_spec]),
+            *[tile for _ in rest],
         ],
-        out_specs=[pl.BlockSpec((t.rows, t.columns), lambda c, r: (r, c))],
+        out_specs=[tile],
         out_shapes=[((m, j), F32)],
         semantics=("parallel", "parallel"),
-        cost=pl.CostEstimate(flops=2 * m * i * j * s, transcendentals=0, bytes_accessed=4 * m * (s * i + j)),
-    )(*arrays, w, *biases)[0]
+        cost=pl.CostEstimate(flops=2 * m * i * j * s, transcendentals=0, bytes_accessed=4 * m * (s * i + j + len(rest) * j)),
+        aliases={s + 1 + (bias is not None): 0} if rest else None,
+    )(*arrays, w, *([] if bias is None else [bias]), *rest)[0]
 
 
 def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch, into=None):
@@ -191,116 +190,6 @@ def weight_gradient(t: FlatTiles, a, g, *, dtype, name: str, launch: Launch, int
     )(a, g)
 
 
-# ---- the core
-
-
-def _differentiate(lanes: int, width: int, lags, arrays, out, *, t: int, tokens: int, scale: float, dtype) -> None:
-    """From q, k, v, do to dq, dk, dv (and o, with a fourth ref in `out`) of all heads; refs [R, lanes], do zero behind T.
-    width: of a head. tokens: of the t rows, the first ones. lags: of `Float32Core`."""
-    q, k, v, do = arrays
-    rows = q.shape[0]
-    # rows of keys that are all tokens, in whatever order the rows of their tile are
-    keys, whole = round_up(rows, LANES), min(tokens // PACKED_ROWS * PACKED_ROWS if t > tokens else t // SUBLANES * SUBLANES, rows)
-    queries, outputs = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys)) for ref in (q, do))
-    transposed_q, transposed_do = (ByColumns(lambda c, ref=ref: pad_rows(ref[:, c], keys).T) for ref in (q, do))
-    sums: list[dict] = [{} for _ in out]
-    heads, made = [head for run in heads_of(lanes, width) for head in run], {}
-
-    def logits(n):
-        head = heads[n]
-        columns = slice(head.lo, head.hi)
-        key, value = k[:, columns], v[:, columns]
-        s, dp = dot(head.mask(key), transposed_q[head], dtype), dot(head.mask(value), transposed_do[head], dtype)
-        made[n] = key, value, s, dp
-
-    def softmax(n):
-        key, value, s, dp = made[n]
-        if whole < rows:
-            row = whole + lax.broadcasted_iota(jnp.int32, (rows - whole, 1), 0)
-            last = jnp.where(token_at(row, t, dtype) < tokens, s[whole:], -jnp.inf)
-            s = jnp.concatenate([s[:whole], last]) if whole else last
-        p = jnp.exp2((s - s.max(0, keepdims=True)) * (scale * math.log2(math.e)))
-        p = p * (1.0 / p.sum(0, keepdims=True))
-        made[n] = key, value, p, p * (dp - (p * dp).sum(0, keepdims=True))
-
-    def gradients(n):
-        head, (key, value, p, ds) = heads[n], made.pop(n)
-        dk, dv = dot(ds, queries[head], dtype) * scale, dot(p, outputs[head], dtype)
-        dq = dot(pad_rows(ds, keys).T[:rows], pad_rows(key, keys), dtype) * scale
-        found = [dq, dk, dv]
-        if len(out) == 4:
-            found.append(dot(pad_rows(p, keys).T[:rows], pad_rows(value, keys), dtype))
-        following = heads[n + 1].lo if n + 1 < len(heads) else lanes
-        for ref, total, part in zip(out, sums, found, strict=True):
-            gather(total, head, part)
-            for lo, hi in [column for column in total if column[1] <= following]:
-                ref[:, lo:hi] = total.pop((lo, hi))
-
-    staggered(len(heads), (logits, softmax, gradients), lags)
-
-
-def _half_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, with_o: bool):
-    """dq, dk, dv (and o) of do and q, k, v, all [B, R, K] float32; the first t rows are tokens, and do is zero behind them. qkv may
-    be one array [3, B, R, K], or [3, B, T, K] of any float dtype, whose rows become float32 in VMEM."""
-    b, padded, k = do.shape
-    lanes, n, one = tiles.lanes, static.num_heads, not isinstance(qkv, (list, tuple))
-    packed_rows = one and (qkv.dtype, qkv.shape[2]) != (F32, padded)
-
-    def kernel(*refs):
-        given = [ref.at[0, 0] if len(ref.shape) == 4 and not packed_rows else ref.at[0] for ref in refs[:4]]
-        out = [ref.at[0] for ref in refs[4 : 4 + results]]
-        if packed_rows:
-            for ref, target in zip(given[:3], refs[4 + results :], strict=True):
-                unpack_into(target, ref.at[0], t)
-            given[:3] = refs[4 + results :]
-        _differentiate(lanes, k // n, tiles.lags, given, out, t=t, tokens=static.tokens or t, scale=static.width**-0.5, dtype=dtype)
-
-    rows = pl.BlockSpec((1, padded, lanes), lambda i, g: (i, 0, g))
-    sections = [pl.BlockSpec((1, 1, t if packed_rows else padded, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
-    results = 3 + with_o
-    flops, exponentials = 2 * (5 + with_o) * b * t * t * k, b * n * t * t
-    return call(
-        kernel,
-        launch=static.launch,
-        name="attention_core_backward",
-        grid=(b, k // lanes),
-        in_specs=[*(sections if one else [rows] * 3), rows],
-        out_specs=[rows] * results,
-        out_shapes=[((b, padded, k), F32)] * results,
-        semantics=("parallel", "parallel"),
-        cost=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=4 * (4 + results) * b * padded * k),
-        scratch=[pltpu.VMEM((padded, lanes), F32)] * (3 * packed_rows),
-    )(*((qkv,) * 3 if one else qkv), do)
-
-
-def core(tiles: Float32Core, qkv, do, *, num_heads: int, width: int, launch: Launch):
-    """dqkv of qkv [3, B, T, K] and do [B, T, K]: attention by itself, arrays of any float dtype, float32 in VMEM."""
-    _, b, t, k = qkv.shape
-    lanes, padded = tiles.lanes, round_up(t, SUBLANES)
-
-    def kernel(q_ref, k_ref, v_ref, do_ref, out, *scratch):
-        arrays, found = scratch[:4], scratch[4:]
-        for ref, target in zip((q_ref.at[0, 0], k_ref.at[0, 0], v_ref.at[0, 0], do_ref.at[0]), arrays, strict=True):
-            unpack_into(target, ref, t)
-        _differentiate(lanes, k // num_heads, tiles.lags, arrays, found, t=t, tokens=t, scale=width**-0.5, dtype=qkv.dtype)
-        for c, source in enumerate(found):
-            pack_into(out.at[c, 0], source, t)
-
-    section = [pl.BlockSpec((1, 1, t, lanes), lambda i, g, c=c: (c, i, 0, g)) for c in range(3)]
-    return call(
-        kernel,
-        launch=launch,
-        name="attention_core_backward",
-        grid=(b, k // lanes),
-        in_specs=[*section, pl.BlockSpec((1, t, lanes), lambda i, g: (i, 0, g))],
-        out_specs=[pl.BlockSpec((3, 1, t, lanes), lambda i, g: (0, i, 0, g))],
-        out_shapes=[(qkv.shape, qkv.dtype)],
-        semantics=("parallel", "parallel"),
-        cost=core_cost(b, t, k, num_heads, qkv.dtype.itemsize, backward=True),
-        scratch=[pltpu.VMEM((padded, lanes), F32)] * 7,
-    )(qkv, qkv, qkv, do)[0]
-
-
 # ---- the half
 
 
@@ -327,10 +216,16 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
         qkv = kept[:3] if len(kept) == 4 else kept[0]
     do = multiply(plan.output_gradient, [flat(g)], section(w_out, None), name="attention_output_gradient", by_rows=True)
     o = () if kept is None or len(kept) == 1 else kept[-1:]
-    *dqkv, o = map(flat, (*_half_core(plan.core, qkv, do.reshape(b, padded, k), t, x.dtype, static, with_o=not o), *o))
+    *dqkv, o = map(flat, (*half_core(plan.core, qkv, do.reshape(b, padded, k), t, x.dtype, static, with_o=not o), *o))
     dw_out, db_out = gradient(plan.output_weights, o, flat(g), name="attention_output_weights", into=into[4])
     dw_qkv, db_qkv = _projection_gradients(partial(gradient, plan.projection_weights, flat(z)), dqkv, into[2])
-    dz = multiply(plan.input_gradient, dqkv, w_qkv, name="attention_input_gradient", by_rows=True)
+    summed = partial(multiply, plan.input_gradient, name="attention_input_gradient", by_rows=True)
+    if plan.input_gradient.apart:
+        dz = None
+        for c, gradient_of in enumerate(dqkv):
+            dz = summed([gradient_of], section(w_qkv, c), onto=dz)
+    else:
+        dz = summed(dqkv, w_qkv)
     dx, dscale, dbias = finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, static)
     return dx, (dscale[None], dbias[None], dw_qkv, jnp.stack(db_qkv), dw_out, static.residual_scale * db_out)
 

@@ -1,8 +1,8 @@
-"""Tiles of the forward chain on float32 rows (`chain.py`): plain arithmetic, no arrays."""
+"""Tiles of the chains on float32 rows, forward (`chain.py`) and backward (`backward.py`): plain arithmetic, no arrays."""
 
 from dataclasses import dataclass
 
-from kernels.attention.tiling import CORE_SHARE, SPILLS, Float32Core, Shape, group_lanes
+from kernels.attention.tiling import CORE_SHARE, SPILLS, FlatTiles, Float32Core, Shape, group_lanes
 from kernels.device import LANES, SUBLANES, Device
 from kernels.parts import divisor
 from kernels.vmem import round_up
@@ -70,3 +70,56 @@ def forward_core(s: Shape, device: Device) -> Float32Core | None:
         if s.k % lanes == 0 and blocks + heads <= CORE_SHARE * device.vmem_bytes:
             return Float32Core(lanes=lanes)
     return None
+
+
+# ---- backward: products of flat rows
+
+SUM_SPILLS = 2**20  # left to the compiler by a product of one array that adds to a sum: nothing but results are in flight
+
+
+def _flat_tiles(columns: int, values: int, bytes_of, lengths: list[int], device: Device) -> FlatTiles:
+    """The first of the tiles, the widest columns first, that fits VMEM."""
+    for c in (c for c in range(columns, 0, -1) if columns % c == 0 and (c == columns or c % LANES == 0)):
+        for rows in lengths:
+            if bytes_of(c, rows) + SPILLS <= device.vmem_bytes:
+                return FlatTiles(columns=c, rows=rows)
+    raise NotImplementedError(f"attention half: products of {values} values do not fit the VMEM of a {device.name}")
+
+
+def _flat_rows(total: int) -> list[int]:
+    """Rows a step, the preferred first: what divides the rows of the batch, else what wastes little at the end."""
+    return [r for r in (640, 512, 384, 256, LANES) if total % r == 0] + [r for r in (512, 256, LANES) if r < total] or [total]
+
+
+def flat_product_tiles(m: int, sections: int, i: int, j: int, device: Device) -> FlatTiles:
+    """Of sum_s [m, i] @ [i, j].
+
+    Weights change seldom and are not prefetched: the room they leave is worth more, since the rows are read once a column tile.
+    """
+
+    def bytes_of(columns, rows):
+        return 4 * (sections * i * columns + 2 * rows * (sections * i + columns))
+
+    return _flat_tiles(j, sections * i * j, bytes_of, _flat_rows(m), device)
+
+
+def flat_sum_tiles(m: int, sections: int, i: int, j: int, device: Device) -> FlatTiles:
+    """The same, or product by product where those together would read their rows, a time for each column tile, for longer than
+    they take: the weights of one fit whole, and the sum passes through the HBM."""
+    together = flat_product_tiles(m, sections, i, j, device)
+    moved = 4 * m * (sections * i * (j // together.columns) + j) / device.hbm_bytes_per_cycle
+    if moved <= 2 * m * sections * i * j / device.flops_per_cycle:
+        return together
+    for rows in _flat_rows(m):
+        if 4 * (i * j + 2 * rows * (i + 2 * j)) + SUM_SPILLS <= device.vmem_bytes:
+            return FlatTiles(columns=j, rows=rows, apart=True)
+    return together
+
+
+def flat_gradient_tiles(m: int, i: int, j: int, device: Device) -> FlatTiles:
+    """Of [m, i]^T @ [m, j]."""
+
+    def bytes_of(columns, rows):
+        return 4 * (2 * i * columns + 2 * rows * (i + columns) + i * rows)
+
+    return _flat_tiles(j, i * j, bytes_of, _flat_rows(m), device)
