@@ -288,10 +288,11 @@ def locked(out: epath.Path):
         return
     make_directory(out)
     try:
-        descriptor = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        link = " is a symbolic link, which no run makes: remove it" if error.errno == errno.ELOOP else f": {error.strerror}"
-        raise ValueError(f"{out / '.lock'}{link}") from error
+        what = {errno.ELOOP: "a symbolic link", errno.ENXIO: "a pipe"}.get(error.errno or 0)
+        other = f": {error.strerror}" if what is None else f" is {what}, which no run makes: remove it"
+        raise ValueError(f"{out / '.lock'}{other}") from error
     with open(descriptor, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

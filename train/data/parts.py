@@ -1,9 +1,9 @@
 """Whether an image file has so many parts that a decoder would be held up, found out before one sees it.
 
 Pillow goes through the segments of a JPEG, the chunks of a PNG and the blocks of a GIF one by one in Python, and unpacks every
-colour profile. A file of MAX_BYTES that consists of empty ones takes it minutes (measured on one core: 160 s of JPEG segments, 190 s
-of PNG chunks; a PNG of 4 MB with a packed profile over and over, 25 s). Files of cameras and editors have some tens of parts, a PNG
-one for each 8 KiB at most. Here they are counted, up to a limit, in some microseconds for a file of the usual kind.
+colour profile. A file of MAX_BYTES that consists of empty ones takes it minutes (measured on one core: 160 s of JPEG segments,
+190 s of PNG chunks; a PNG of 4 MB with a packed profile over and over, 25 s). Files of cameras and editors have some tens of parts,
+a PNG one for each 8 KiB at most. Here they are counted, up to a limit, in some microseconds for a file of the usual kind.
 """
 
 import struct
