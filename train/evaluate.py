@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train import distributed, scores
-from train.files import write_atomically
+from train.files import make_directory, write_atomically
 from train.job import end, guard, say
 from train.options import InitOptions, MeshOptions, check_init, check_numbers, parse
 from train.signals import Watchdog
@@ -218,7 +218,7 @@ def write(result: dict, best, labels, classes, args: Evaluate, picture: bool) ->
     """evaluation.json and confusion.png; says where they are."""
     init = Path(args.init)
     out = Path(args.out) if args.out else (init if init.is_dir() else init.parent) / "evaluation"
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     write_atomically(out / "evaluation.json", json.dumps({"options": dataclasses.asdict(args)} | result, indent=2) + "\n")
     if not picture:
         return f"{out / 'evaluation.json'}"

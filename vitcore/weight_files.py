@@ -7,6 +7,7 @@ Opening reads headers alone, and at most `MOST_HEADER` bytes of those.
 
 import base64
 import contextlib
+import errno
 import io
 import json
 import math
@@ -121,9 +122,13 @@ def write(path, arrays: dict[str, np.ndarray], about: dict[str, str] | None = No
 
 
 def _sync(path: str) -> None:
+    """A file's bytes, or a directory's names, onto the disk; a file system that cannot sync a directory is left alone."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -140,6 +145,7 @@ def appearing(path: str | os.PathLike) -> Iterator[tuple[BinaryIO, str]]:
                 file.flush()
             _sync(partial)  # a loss of power leaves what was there before, or this file whole
             os.replace(partial, path)
+            _sync(os.path.dirname(os.path.abspath(path)))  # and from here on this file
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
