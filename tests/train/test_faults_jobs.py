@@ -515,6 +515,19 @@ def test_a_platform_that_is_not_there_is_one_line(platform, words):
     assert words in said[0]
 
 
+@pytest.mark.parametrize("module", ["train.pretrain", "train.data.pack", "vitcore.weights", "bench.flops"])
+@pytest.mark.parametrize("setting", ["JAX_DEFAULT_DEVICE=cpu:7", "JAX_NUM_CPU_DEVICES=two"])
+def test_a_setting_that_jax_refuses_is_one_line(module, setting):
+    """JAX reads them as it is imported, before a command can catch anything."""
+    name, _, value = setting.partition("=")
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment() | {name: value}, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"error: JAX refuses a setting of the environment ({name}" in done.stderr.replace("JAX_PLATFORMS ", "")
+    assert value in done.stderr
+
+
 def test_processes_agree_on_the_precision_of_products(monkeypatch):
     """Which the environment sets, host by host."""
     asked = {}
