@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train.files import write_atomically
-from train.job import end, guard, say
+from train.job import agree, end, guard, say
 from train.options import InitOptions, MeshOptions, check_numbers, parse
 from train.signals import Watchdog
 
@@ -271,7 +271,7 @@ def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
 
     from train import distributed
     from train.data import open_source
-    from train.data.identity import check, trained_on
+    from train.data.identity import check, fingerprint, trained_on
     from train.data.select import check_classes
     from train.frozen import Reader, make_features, put_params
     from train.pretrained import open_pretrained, store
@@ -286,6 +286,7 @@ def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
         raise ValueError("--init is required: an .npz, a .safetensors or a run's directory; only --features pixels has no model")
     train, test = open_source(args.data, args.train_split), open_source(args.data, args.test_split)
     check_classes(train, test)
+    agree(args, images=[fingerprint(train), fingerprint(test)])
     mesh, where = args.make_mesh()
     preprocess, antialias = args.preprocess or usual_preprocess(train), bool(args.antialias)
     pixels, told = HALF, None
@@ -299,6 +300,7 @@ def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
     else:
         stored = store(str(args.init))
         told = stored.model
+        distributed.agree(model=told)
         model = open_pretrained(stored, image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about
         if line := trained_on(check(model.data), test, str(args.init)):

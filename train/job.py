@@ -26,7 +26,7 @@ import fsspec
 import jax
 from etils import epath
 
-from train import distributed
+from train import code, distributed
 from train.files import make_directory, read_object, write_atomically
 from train.meeting import Told
 from train.signals import TERMINATED, Stop
@@ -82,6 +82,19 @@ class JobOptions:
         layout = distributed.parse(self.distributed)
         distributed.start(layout, heartbeat=self.heartbeat_timeout, shutdown=self.shutdown_timeout, join=self.join_timeout)
         distributed.agree(JAX_DEFAULT_MATMUL_PRECISION=jax.config.jax_default_matmul_precision)  # pyright: ignore
+
+
+# What each process may choose for itself: where it stands in the job, and how its host decodes images
+_OWN = {"config", "distributed", "threads", "workers"}
+
+
+def agree(args, **more) -> None:
+    """Raises ValueError, on every process alike, where the processes of a job differ in an option, in code or versions, or in
+    `more`, which is JSON-able: some would wait for others for ever, or compute with other weights or images and say nothing."""
+    if distributed.count() == 1:
+        return
+    options = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(args).items() if name not in _OWN}
+    distributed.agree(**options | {"code": code.digest(), "versions": code.versions()} | more)
 
 
 # --- the beginning and the end ----------------------------------------------------------------------------------------------

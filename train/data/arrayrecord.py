@@ -53,6 +53,8 @@ class ArrayRecord(EncodedSource):
     readers: Opened = field(repr=False)
     sums: tuple[str, ...] = field(repr=False)
 
+    sampled = 0  # `sums` are of every byte
+
     def __len__(self) -> int:
         return len(self.targets)
 
