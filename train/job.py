@@ -70,6 +70,8 @@ class JobOptions:
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least} is required")
         guards = [name for name in os.environ if name.startswith("JAX_TRANSFER_GUARD") and "disallow" in os.environ[name]]
+        if os.environ.get("JAX_DISABLE_JIT", "").lower() in ("1", "true", "y", "yes", "t", "on"):
+            raise ValueError("JAX_DISABLE_JIT: a job's step is one compiled program, which takes minutes op by op: unset it")
         if guards:
             raise ValueError(f"{guards[0]}={os.environ[guards[0]]}: steps, losses and keys are moved as JAX finds best: unset it")
 
@@ -167,7 +169,12 @@ def say(line: str) -> None:
     """A line on stdout, from process 0."""
     if distributed.rank() == 0:
         with contextlib.suppress(OSError, ValueError):  # that nobody reads it any more changes nothing
-            print(line, flush=True)
+            print(printable(line), flush=True)
+
+
+def printable(line: str) -> str:
+    """With the bytes of a file's name that are no UTF-8 as \\xNN: a stream would refuse the whole line for them."""
+    return line.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def stopped(result, out, within: str = "") -> bool:
@@ -204,12 +211,24 @@ def place(out) -> epath.Path:
         raise ValueError(f"--out {out}: a local path or gs://BUCKET/PATH is required")
     if set(os.path.abspath(os.fspath(out))) & set("[*?\\"):
         raise ValueError(f"--out {out}: a path without [, *, ? and \\ is required, of which checkpoints would be lost")
+    if not _utf_8(os.fspath(out)):
+        raise ValueError(
+            f"--out {printable(os.fspath(out))}: a path in UTF-8 is required, as what writes checkpoints takes no other"
+        )
     if colon:
         try:
             fsspec.get_filesystem_class("gs")
         except ImportError:
             raise ValueError(f"--out {out}: gs:// needs gcsfs and google-cloud-storage: pip install 'vitcore[gcs]'") from None
     return epath.Path(os.fspath(out))
+
+
+def _utf_8(text: str) -> bool:
+    """Whether a path can be said to a library in C++; of other bytes Python has lone surrogates."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 # Options that came after runs had been made, and what those runs did: a run without them in its config.json had these values.

@@ -18,7 +18,7 @@ import vitcore
 from tests.train.fault_jobs import ROOT, environment
 from train.checkpoint import CheckpointError, Checkpoints, abstract
 from train.files import write_atomically
-from train.job import JobOptions, locked, place
+from train.job import JobOptions, locked, place, say
 from train.pretrained import open_pretrained
 from train.signals import Stop
 
@@ -427,7 +427,15 @@ def test_a_name_that_would_lose_checkpoints_is_refused_at_once(tmp_path, name):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["50 %", "ä {b} 'c'"])
+def test_a_name_that_is_no_utf_8_is_refused_at_once(capsys):
+    """Orbax's part in C++ takes none: the first save would fail, a whole interval later."""
+    with pytest.raises(ValueError, match=r"--out run\\xff: a path in UTF-8 is required"):
+        place(os.fsdecode(b"run\xff"))
+    say(f"folder:{os.fsdecode(bytes([0xC3]))}: of images it may be")
+    assert capsys.readouterr().out == "folder:\\xc3: of images it may be\n"
+
+
+@pytest.mark.parametrize("name", ["50 %", "ä {b} 'c'", "two\nlines"])
 def test_any_other_name_will_do(tmp_path, name):
     state = {"w": jnp.arange(3.0)}
     with Checkpoints(tmp_path / name / "checkpoints", keep=2) as checkpoints:
@@ -475,6 +483,10 @@ def test_a_transfer_guard_is_refused_in_one_line(monkeypatch):
     JobOptions().check_job()
     monkeypatch.setenv("JAX_TRANSFER_GUARD", "disallow")
     with pytest.raises(ValueError, match=r"JAX_TRANSFER_GUARD=disallow: .*: unset it"):
+        JobOptions().check_job()
+    monkeypatch.delenv("JAX_TRANSFER_GUARD")
+    monkeypatch.setenv("JAX_DISABLE_JIT", "1")
+    with pytest.raises(ValueError, match=r"JAX_DISABLE_JIT: .*: unset it"):
         JobOptions().check_job()
 
 
