@@ -100,7 +100,7 @@ def metadata(path) -> dict[str, str]:
 
 def write(path, arrays: dict[str, np.ndarray], about: dict[str, str] | None = None) -> None:
     """Writes arrays, which appear under `path` whole or not at all. bfloat16 goes into an .npz as raw pairs of bytes, as the
-    releases have it. about: what `metadata` gives back. ValueError where that is more than an .npz's comment holds."""
+    releases have it. about: what `metadata` gives back. ValueError where that is more than an .npz's comment holds; OSError."""
     path = os.fspath(path)
     form = kind(path)
     comment = _COMMENT + base64.b64encode(zlib.compress(json.dumps(about or {}).encode(), 9))
@@ -114,10 +114,14 @@ def write(path, arrays: dict[str, np.ndarray], about: dict[str, str] | None = No
                 with zipfile.ZipFile(partial, "a") as archive:
                     archive.comment = comment
         else:
+            from safetensors import SafetensorError
             from safetensors.numpy import save_file
 
             mode = os.fstat(file.fileno()).st_mode & 0o777
-            save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, partial, metadata=about)
+            try:
+                save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, partial, metadata=about)
+            except SafetensorError as error:  # a full disk, of which it makes no OSError
+                raise OSError(f"cannot write {path}: {_line(error)}") from error
             os.chmod(partial, mode)  # safetensors makes a file of its own
 
 

@@ -67,6 +67,27 @@ def test_a_description_that_no_memory_holds_is_refused(tmp_path):
         scores.read_real(str(tmp_path / "config.json"))
 
 
+@pytest.mark.parametrize("change", ["labels", "missing", "shorter", "other kind"])
+def test_a_kept_index_that_was_changed_is_built_anew(tmp_path, monkeypatch, caplog, change):
+    """Its zip's own sums being right: labels of other images would be taken without a word."""
+    monkeypatch.setenv("VITCORE_CACHE", str(tmp_path))
+    built = {"label": np.arange(4, dtype=np.int32), "start": np.arange(4)}
+    index.kept("one", [], lambda: built)
+    with np.load(tmp_path / place_of_index("one")) as file:
+        held = dict(file)
+    change_of = {
+        "labels": lambda: held | {"label": held["label"][::-1]},
+        "missing": lambda: {key: array for key, array in held.items() if key != "start"},
+        "shorter": lambda: held | {"start": held["start"][:2]},
+        "other kind": lambda: held | {"label": held["label"].astype(np.int64)},
+    }
+    np.savez(tmp_path / place_of_index("one"), **change_of[change]())
+    found = index.kept("one", [], lambda: built)
+    assert found.keys() == built.keys()
+    assert all((found[key] == built[key]).all() for key in built)
+    assert "is damaged" in caplog.text
+
+
 def test_a_kept_index_is_for_whoever_may_read_the_cache(tmp_path, monkeypatch):
     """Its mode follows the umask; and several processes may build it at once."""
     monkeypatch.setenv("VITCORE_CACHE", str(tmp_path))

@@ -25,7 +25,7 @@ from train.files import atomically, make_directory, open_regular
 
 log = logging.getLogger("train.data")
 
-FORMAT = 2  # of kept indices; another number makes them all anew
+FORMAT = 3  # of kept indices; another number makes them all anew
 Arrays = dict[str, np.ndarray]
 
 
@@ -67,7 +67,10 @@ def kept(what: str, made_from: Any, build: Callable[[], Arrays]) -> Arrays:
     try:
         with open_regular(str(path)) as raw, np.load(raw, allow_pickle=False) as file:
             if file["stamp"].tobytes() == stamp:
-                return {key: file[key] for key in file.files if key != "stamp"}
+                arrays = {key: file[key] for key in file.files if key not in ("stamp", "sum")}
+                if file["sum"].tobytes() != _sum(arrays):
+                    raise ValueError("it is not what was kept")
+                return arrays
     except FileNotFoundError:
         pass
     except Exception as error:  # damaged: numpy and zipfile raise nearly anything
@@ -76,12 +79,21 @@ def kept(what: str, made_from: Any, build: Callable[[], Arrays]) -> Arrays:
     try:
         make_directory(path.parent)
         with atomically(path, at_once=True) as file:  # several processes may build it
-            np.savez(file, allow_pickle=False, stamp=np.frombuffer(stamp, np.uint8), **arrays)
+            said = {"stamp": np.frombuffer(stamp, np.uint8), "sum": np.frombuffer(_sum(arrays), np.uint8)}
+            np.savez(file, allow_pickle=False, **said, **arrays)
     except OSError as error:
         log.warning(
             "cannot keep the index of %s in %s (%s): set VITCORE_CACHE to a writable folder", what, path.parent, error.strerror
         )
     return arrays
+
+
+def _sum(arrays: Arrays) -> bytes:
+    """SHA-256 of an index's arrays."""
+    digest = hashlib.sha256()
+    for key, array in sorted(arrays.items()):
+        digest.update(f"{key} {array.dtype.str} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.digest()
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------------
