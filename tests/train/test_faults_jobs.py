@@ -1,5 +1,6 @@
 """What every job does about signals, its parent, its directory and what it begins from; without a training step."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -547,3 +548,27 @@ def test_processes_agree_on_the_precision_of_products(monkeypatch):
     with jax.default_matmul_precision("float32"):
         JobOptions(distributed="off").join()
     assert asked == {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
+
+
+@pytest.mark.parametrize("job", ["evaluate", "fewshot"])
+def test_processes_of_a_measurement_agree_on_options_images_and_weights(tmp_path, monkeypatch, job):
+    """Two hosts with other weights under one path would compute with half of each, and say nothing."""
+    config = vitcore.variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10)
+    params = jax.jit(lambda: vitcore.init(jax.random.key(0), config))()
+    vitcore.save(tmp_path / "w.npz", params, config, classes=tuple("0123456789"))
+    module, asked = importlib.import_module(f"train.{job}"), {}
+
+    def agree(**what):
+        asked.update(what)
+        if "model" in what:
+            raise ValueError("far enough")
+
+    monkeypatch.setattr("train.distributed.agree", agree)
+    monkeypatch.setattr("train.distributed.count", lambda: 2)
+    options = {"evaluate": "Evaluate", "fewshot": "Fewshot"}[job]
+    args = getattr(module, options)(init=str(tmp_path / "w.npz"), mesh="2x1", distributed="off")
+    with pytest.raises(ValueError, match="far enough"):
+        module.run(args)
+    assert {"--init", "--data", "--batch-size", "--dtype", "code", "versions", "images", "model"} <= asked.keys()
+    assert asked["model"]["checksum"]
+    assert "--threads" not in asked  # each host's own
