@@ -3,6 +3,8 @@
 A run that saves is traced call by call, and what a disk holds is played back up to a moment, with no more than POSIX promises.
 """
 
+import dataclasses
+import inspect
 import random
 import shutil
 import subprocess
@@ -19,6 +21,10 @@ from train import metrics
 from train.checkpoint import Checkpoints, abstract
 from train.data import open_source
 from train.job import check_claim, place
+from train.options import TrainOptions
+from train.pretrain import Pretrain
+from train.tuning import Finetune
+from train.vtab import Vtab
 from vitcore import weight_files
 
 pytestmark = pytest.mark.faults
@@ -113,6 +119,16 @@ def test_a_loss_of_power_costs_no_weights_and_no_packed_set_that_were_written(tm
                 assert len([packed[i] for i in range(0, len(packed), 40)]) > 5
             shutil.rmtree(disk)
     assert checked > 30
+
+
+def test_two_checkpoints_stay_where_nobody_says_otherwise():
+    """So that a newest one which is damaged, by whatever is beyond a loss of power, costs an interval and not the run."""
+    found, kinds = [inspect.signature(Checkpoints).parameters["keep"].default], [TrainOptions]
+    for kind in kinds:
+        found.append(next(field.default for field in dataclasses.fields(kind) if field.name == "keep"))
+        kinds += kind.__subclasses__()
+    assert {Pretrain, Finetune, Vtab} <= {*kinds}
+    assert min(found) >= 2
 
 
 def test_the_playback_loses_what_is_not_synced(tmp_path):
