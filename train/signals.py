@@ -238,15 +238,15 @@ def clear_up() -> None:
             work()
 
 
-def end_with_parent() -> bool:
-    """Whether this process is a worker that multiprocessing started, or one of `of_this_process`: from now on it ends when the one
-    that started it does, however that ends. Otherwise a worker waits for ever for one that was killed, and its memory stays taken;
-    a compiler goes on for minutes. In other processes it does nothing."""
+def end_with_parent() -> None:
+    """From now on this process, a worker that multiprocessing started or one of `of_this_process`, ends when the one that started
+    it does, however that ends. Otherwise a worker waits for ever for one that was killed, and its memory stays taken; a compiler
+    goes on for minutes. In other processes it does nothing."""
     # a worker that is being spawned imports its modules before it knows its parent
     starting = getattr(multiprocessing.current_process(), "_inheriting", False)
     told, _, pipe = os.environ.pop(_PARENT, "").partition(":")  # a process that this one starts has another parent
     if multiprocessing.parent_process() is None and not starting and not told:
-        return False
+        return
     first = int(told) if told.isdigit() else os.getppid()
 
     def look():
@@ -263,7 +263,6 @@ def end_with_parent() -> bool:
                 _end_by_the_kernel(parent.sentinel)
 
     threading.Thread(target=look, daemon=True, name="end with parent").start()
-    return True
 
 
 def _end_by_the_kernel(descriptor: int) -> None:
