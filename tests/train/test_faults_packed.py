@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from typing import Any
 
 import msgpack
 import pytest
@@ -35,8 +36,8 @@ def of_all(name, value):
     return change
 
 
-def records(content: bytes):
-    """Every record of the first shard is `content`."""
+def records(content: Any):
+    """Every record of the first shard is `content`, bytes."""
 
     def change(said, folder):
         shard = said["shards"][0]
