@@ -528,8 +528,15 @@ def test_a_platform_that_is_not_there_is_one_line(platform, words):
     assert words in said[0]
 
 
-@pytest.mark.parametrize("module", ["train.pretrain", "train.data.pack", "vitcore.weights", "bench.flops"])
-@pytest.mark.parametrize("setting", ["JAX_DEFAULT_DEVICE=cpu:7", "JAX_NUM_CPU_DEVICES=two"])
+@pytest.mark.parametrize(
+    ("module", "setting"),
+    [
+        ("train.pretrain", "JAX_DEFAULT_DEVICE=cpu:7"),
+        ("train.data.pack", "JAX_NUM_CPU_DEVICES=two"),
+        ("vitcore.weights", "JAX_DEFAULT_DEVICE=nonsense"),
+        ("bench.flops", "JAX_NUM_CPU_DEVICES=two"),
+    ],
+)
 def test_a_setting_that_jax_refuses_is_one_line(module, setting):
     """JAX reads them as it is imported, before a command can catch anything."""
     name, _, value = setting.partition("=")
