@@ -147,10 +147,19 @@ def small_png() -> tuple[bytes, bytes]:
     return out.getvalue()[:33], out.getvalue()[33:]
 
 
-def run_lengths(width, height, size) -> bytes:
-    """A BMP of runs of one pixel."""
-    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, size, 0, 0, 256, 0)
-    return b"BM" + struct.pack("<IHHI", 99, 0, 0, 54 + 1024) + header + bytes(1024) + b"\1\7" * (size // 2)
+def run_lengths(side) -> bytes:
+    """A BMP whose rows are runs of at most 255 pixels; side: a multiple of 256, its pixels being one fewer a run."""
+    row = b"\xff\7" * (side // 256) + bytes([side // 256, 7]) + b"\0\0"
+    header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(row) * side, 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 99, 0, 0, 54 + 1024) + header + bytes(1024) + row * side
+
+
+def small_gif() -> tuple[bytes, bytes]:
+    """A GIF, cut behind its table of colours."""
+    out = io.BytesIO()
+    Image.new("P", (8, 8)).save(out, "GIF")
+    start = 13 + (3 << (out.getvalue()[10] & 7) + 1)
+    return out.getvalue()[:start], out.getvalue()[start:]
 
 
 def gif(width, height) -> bytes:
@@ -224,8 +233,8 @@ HOSTILE = {
     "chunks.png": lambda p: p.write_bytes(many(chunk(b"abCd"), *small_png())),
     "chunks behind.png": lambda p: p.write_bytes(many(chunk(b"abCd"), small_png()[0] + small_png()[1][:-12], chunk(b"IEND"))),
     "profiles.png": lambda p: p.write_bytes(many(chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(MB - 9), 9)), *small_png())),
-    "blocks.gif": lambda p: p.write_bytes(many(b"!\xfe\1a\0", gif(8, 8)[:19], gif(8, 8)[19:])),
-    "runs.bmp": lambda p: p.write_bytes(run_lengths(8192, 8192, MB)),
+    "blocks.gif": lambda p: p.write_bytes(many(b"!\xfe\1a\0", *small_gif())),
+    "runs.bmp": lambda p: p.write_bytes(run_lengths(8192)),
     "bomb.gif": lambda p: p.write_bytes(gif(65535, 65535)),
     "bomb.jpg": lambda p: p.write_bytes(jpeg().replace(struct.pack(">HH", 64, 48), struct.pack(">HH", 65500, 65500))),
     "bomb.bmp": lambda p: p.write_bytes(bmp(50000, -50000)),
