@@ -1,7 +1,6 @@
 """From resolved options to what the loop takes: what pre-training and fine-tuning share."""
 
 import contextlib
-import dataclasses
 import os
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from train.data.suspects import Reading
 from train.feed import Kept
 from train.files import parse_json, text_of
 from train.frozen import put_params
-from train.job import claim, say
+from train.job import agree, claim, say
 from train.loop import Run
 from train.optimizers import WHOLE
 from train.step import StepOptions, TrainState, shardings, state_specs
@@ -71,18 +70,6 @@ def name_of_ops(ops: Ops, config, full, mesh) -> str:
     return ", ".join(filter(None, (name, keep.described(kept))))
 
 
-# What each process may choose for itself: where it stands in the job, and how its host decodes images
-_OWN = {"config", "distributed", "threads", "workers"}
-
-
-def _agree(full, out, sources) -> None:
-    """Raises ValueError where the processes of a job differ in an option or in their data: some would wait for others for ever."""
-    options = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(full).items() if name not in _OWN}
-    kinds = zip(("training images", "held-out images"), sources, strict=True)
-    data = {f"their {kind}": [source.name, len(source), list(source.classes)] for kind, source in kinds}
-    distributed.agree(**options | {"--out": str(out)} | data)
-
-
 def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool) -> tuple[tuple[Source, Source], dict]:
     """The sources as the run in `out` goes on with them, and what it is to keep of them. Every process of a job calls it.
 
@@ -128,7 +115,9 @@ def make_run(
     identity, described: what a continuation must share, and the whole of config.json. sources: to train on, to measure on. data:
     arguments of `train_batches`, and own: fields of `Run`, that only one of the jobs has.
     """
-    _agree(full, out, sources)
+    kinds = zip(("training images", "held-out images"), sources, strict=True)
+    seen = {f"their {kind}": [source.name, len(source), list(source.classes)] for kind, source in kinds}
+    agree(full, **{"--out": str(out)} | seen)
     (source, held_out), data_seen = _known(out, identity, sources, accept=full.accept_data)
     described = described | {identity_of_data.KEY: data_seen, "accept_data": False}  # the answer to one question, once
     reading = Reading(out, (source, held_out), decoder=full.decoder, seconds=full.step_timeout)

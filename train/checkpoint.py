@@ -166,7 +166,9 @@ class Checkpoints(SavedSteps):
                 files.write_atomically(epath.Path(self._mark), "")
 
     def _failed(self, step, error) -> CheckpointError:
-        kept = ", ".join(map(str, self.steps())) or "none"
+        kept = "unknown"
+        with contextlib.suppress(CheckpointError):
+            kept = ", ".join(map(str, super().steps())) or "none"  # on the disk: Orbax's own list is of what it has done
         broken, self._open = self._open, None
         if broken is not None:
             # closing waits for, and raises, what has failed already: off to a thread that nobody waits for

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import vitcore
 
-_STANDS_ON = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore", "grain", "pillow")
+_STANDS_ON = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "tensorstore", "grain", "pillow", "libtpu")
 
 
 def digest() -> str:

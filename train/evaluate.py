@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 
 from train import distributed, scores
-from train.files import write_atomically
-from train.job import end, guard, say
+from train.files import make_directory, write_atomically
+from train.job import agree, end, guard, say
 from train.options import InitOptions, MeshOptions, check_init, check_numbers, parse
 from train.signals import Watchdog
 
@@ -100,7 +100,7 @@ def run(args: Evaluate) -> dict:
     import jax.numpy as jnp
 
     from train.data import by_names, open_source
-    from train.data.identity import check, trained_on
+    from train.data.identity import check, fingerprint, trained_on
     from train.frozen import Reader, make_predict, put_params
     from train.pretrained import open_pretrained, store
     from vitcore.sharding import MeshShape, check_mesh
@@ -114,9 +114,11 @@ def run(args: Evaluate) -> dict:
     real = None if args.real is None else scores.read_real(args.real)
     mapped = None if args.objectnet is None else scores.read_objectnet(args.objectnet)
     source: Any = open_source(args.data, args.split)
+    agree(args, images=fingerprint(source))
     mesh, where = args.make_mesh()
     ops = args.choose_ops(mesh, where)
     stored = store(args.init)
+    distributed.agree(model=stored.model)
     model = open_pretrained(stored, image_size=args.image_size, gelu=args.gelu, **args.told)
     config = model.config
     check_mesh(config, MeshShape.of(mesh))
@@ -218,7 +220,7 @@ def write(result: dict, best, labels, classes, args: Evaluate, picture: bool) ->
     """evaluation.json and confusion.png; says where they are."""
     init = Path(args.init)
     out = Path(args.out) if args.out else (init if init.is_dir() else init.parent) / "evaluation"
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     write_atomically(out / "evaluation.json", json.dumps({"options": dataclasses.asdict(args)} | result, indent=2) + "\n")
     if not picture:
         return f"{out / 'evaluation.json'}"

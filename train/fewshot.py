@@ -15,6 +15,7 @@ the mean of three draws.
 
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train.files import write_atomically
-from train.job import end, guard, say
+from train.job import agree, end, guard, say
 from train.options import InitOptions, MeshOptions, check_numbers, parse
 from train.signals import Watchdog
 
@@ -33,6 +34,9 @@ BIAS = 100.0
 L2 = 2.0**10
 SHOTS = (1, 5, 10, 25)
 SEEDS = 3
+_ATTEMPTS = 3  # at images that can be read; each reads the next of the classes that lack some
+
+log = logging.getLogger("train.fewshot")
 
 
 # --- the regression ---------------------------------------------------------------------------------------------------------
@@ -75,14 +79,18 @@ def draw(labels: np.ndarray, shots: int, classes: Sequence[str], seed: int) -> n
 
     Raises ValueError where a class has fewer, naming it.
     """
-    rng = np.random.Generator(np.random.Philox(key=[seed, 0x5407]))
     drawn = []
-    for label, name in enumerate(classes):
-        found = rng.permutation(np.flatnonzero(labels == label))
+    for found, name in zip(orders(labels, len(classes), seed), classes, strict=True):
         if len(found) < shots:
             raise ValueError(f"class {name!r} has {len(found)} training images, {shots} shots need {shots}: choose fewer --shots")
         drawn.append(found[:shots])
     return np.concatenate(drawn)
+
+
+def orders(labels: np.ndarray, classes: int, seed: int) -> list[np.ndarray]:
+    """The indices of each class's examples, in the order in which a draw takes them."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0x5407]))
+    return [rng.permutation(np.flatnonzero(labels == label)) for label in range(classes)]
 
 
 # --- on a model -------------------------------------------------------------------------------------------------------------
@@ -105,28 +113,53 @@ class Protocol:
 
 def measure(read: Callable[[Any], tuple[np.ndarray, np.ndarray]], train, test, protocol: Protocol) -> dict[int, list[float]]:
     """{shots: the accuracy of each draw}. read: a source's features [K, F] and the places of the K images that can be read, in its
-    order; the others are left out. train, test: sources.
+    order, or NoImage. train, test: sources.
 
-    Only the images that are drawn are read of the training source.
+    Only the images that are drawn are read of the training source. In the place of one that cannot be read comes the next of its
+    class; a class that has none then is left out, which is said.
     """
-    from train.data.select import Selected
-
-    labels = np.asarray(train.labels())
-    draws = {(k, s): draw(labels, k, train.classes, s) for k in protocol.shots for s in range(protocol.seeds)}
-    used = np.unique(np.concatenate(list(draws.values())))
-    few = Selected(source=train, name=f"{train.name} (few shots)", indices=used, classes=train.classes)
-    (x, there), (x_test, tested) = read(few), read(test)
-    used, test_labels = used[there], np.asarray(test.labels())[tested]
+    labels, most = np.asarray(train.labels()), max(protocol.shots)
+    draw(labels, most, train.classes, 0)  # raises ValueError
+    drawn = [orders(labels, len(train.classes), seed) for seed in range(protocol.seeds)]
+    features = _read_few(read, train, [order for each in drawn for order in each], most)
+    x_test, tested = read(test)
+    test_labels = np.asarray(test.labels())[tested]
     out: dict[int, list[float]] = {}
-    for (k, _), chosen in draws.items():
-        chosen = chosen[np.isin(chosen, used)]
-        rows = np.searchsorted(used, chosen)
-        one = accuracy(
-            x[rows], labels[chosen], x_test, test_labels, len(train.classes),
-            l2=protocol.l2, whiten=protocol.whiten, bias=protocol.bias,
-        )  # fmt: skip
-        out.setdefault(k, []).append(one)
+    for k in protocol.shots:
+        for each in drawn:
+            there = [[i for i in order.tolist() if i in features][:k] for order in each]
+            chosen = [i for few in there for i in few]
+            one = accuracy(
+                np.stack([features[i] for i in chosen]), labels[chosen], x_test, test_labels, len(train.classes),
+                l2=protocol.l2, whiten=protocol.whiten, bias=protocol.bias,
+            )  # fmt: skip
+            out.setdefault(k, []).append(one)
+    for name, order in zip(train.classes, drawn[0], strict=True):
+        if not any(i in features for i in order.tolist()):
+            log.warning("of class %r no image that was tried can be read: the few shots are without it", name)
     return out
+
+
+def _read_few(read, train, each: list[np.ndarray], most: int) -> dict[int, np.ndarray]:
+    """{index: features} of at least the first `most` of each order that can be read, after a few attempts. NoImage."""
+    from train.data.select import Selected
+    from train.frozen import NoImage
+
+    features, bad, problem = {}, set(), None
+    for _ in range(_ATTEMPTS):
+        first = {i for order in each for i in [i for i in order.tolist() if i not in bad][:most]}
+        if not (wanted := np.array(sorted(first - features.keys()), np.int64)).size:
+            break
+        few = Selected(source=train, name=f"{train.name} (few shots)", indices=wanted, classes=train.classes)
+        try:
+            x, there = read(few)
+        except NoImage as error:
+            x, there, problem = [], np.zeros(0, np.int64), error
+        features |= dict(zip(wanted[there].tolist(), x, strict=True))
+        bad |= set(wanted.tolist()) - features.keys()
+    if not features:
+        raise problem or NoImage(f"{train.name} has no images")
+    return features
 
 
 def usual_preprocess(source) -> str:
@@ -238,7 +271,7 @@ def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
 
     from train import distributed
     from train.data import open_source
-    from train.data.identity import check, trained_on
+    from train.data.identity import check, fingerprint, trained_on
     from train.data.select import check_classes
     from train.frozen import Reader, make_features, put_params
     from train.pretrained import open_pretrained, store
@@ -253,6 +286,7 @@ def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
         raise ValueError("--init is required: an .npz, a .safetensors or a run's directory; only --features pixels has no model")
     train, test = open_source(args.data, args.train_split), open_source(args.data, args.test_split)
     check_classes(train, test)
+    agree(args, images=[fingerprint(train), fingerprint(test)])
     mesh, where = args.make_mesh()
     preprocess, antialias = args.preprocess or usual_preprocess(train), bool(args.antialias)
     pixels, told = HALF, None
@@ -266,6 +300,7 @@ def run_told(args: Fewshot) -> tuple[dict[int, list[float]], dict | None]:
     else:
         stored = store(str(args.init))
         told = stored.model
+        distributed.agree(model=told)
         model = open_pretrained(stored, image_size=args.image_size, gelu=args.gelu, **args.told)
         config, about = model.config, model.about
         if line := trained_on(check(model.data), test, str(args.init)):

@@ -9,12 +9,15 @@ import errno
 import io
 import json
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from etils import epath
+
+MOST_TEXT = 2**26  # bytes of a list, a manifest, a configuration or class names: a million names have a third of that
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -33,10 +36,13 @@ def open_regular(path: str) -> BinaryIO:
 
 
 def text_of(path: str | os.PathLike) -> str:
-    """The text of a small file, local or on gs://. OSError, also for what is no regular file; ValueError for what is no UTF-8."""
+    """The text of a small file, local or on gs://. OSError, also for what is no regular file; ValueError for what is no UTF-8, or
+    has more than MOST_TEXT bytes."""
     if "://" in os.fspath(path):
         return epath.Path(path).read_text()
     with open_regular(os.fspath(path)) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST_TEXT:
+            raise ValueError(f"it has {size:,} bytes, more than {MOST_TEXT:,}")
         return file.read().decode()
 
 
@@ -83,15 +89,16 @@ def make_directory(path: epath.Path | Path) -> None:
 
 
 @contextlib.contextmanager
-def atomically(path: epath.Path | Path) -> Iterator[BinaryIO]:
+def atomically(path: epath.Path | Path, *, at_once: bool = False) -> Iterator[BinaryIO]:
     """A file to write, which behind the block stands under `path`, whole, also after a loss of power, and after an exception not at
-    all; local or gs://. Modes follow the umask; a symbolic link at `path` gives way to the file. OSError."""
+    all; local or gs://. at_once: several processes may do so at once. Modes follow the umask; a symbolic link at `path` gives way
+    to the file. OSError."""
     if "://" in str(path):
         buffer = io.BytesIO()
         yield buffer
         path.write_bytes(buffer.getvalue())  # an object appears when it is whole
         return
-    partial = path.parent / f"{path.name}.tmp"
+    partial = path.parent / (f"{path.name}.{secrets.token_hex(4)}.tmp" if at_once else f"{path.name}.tmp")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(partial)  # left by a process that was killed, or put there: what a link points to is not ours to write
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

@@ -36,6 +36,10 @@ from vitcore.sharding import MeshShape, partition_specs
 _wanted = jax.jit(to_unit, static_argnums=1)  # of a model with pixels of its own; what reads [-1, 1] takes bytes into its program
 
 
+class NoImage(ValueError):
+    """Of a set that is to be measured no image can be read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """How images are brought to a model. batch_size: rounded up to what divides over the mesh. preprocess: a key of PREPROCESSES.
@@ -87,11 +91,11 @@ class Reader:
     def all(self, fn: Callable, source: Source, config: ViTConfig, mesh: Mesh) -> tuple[Any, np.ndarray, np.ndarray]:
         """`rows` in one: the tree of arrays [K, ...], labels [K], places [K] of the K images that can be read, in order.
 
-        Raises ValueError where that is none.
+        Raises NoImage where that is none.
         """
         found, labels, places = zip(*self.rows(fn, source, config, mesh), strict=True)
         if not sum(map(len, labels)):
-            raise ValueError(f"not one image of {source.name} can be read: mend the files, or name another set")
+            raise NoImage(f"not one image of {source.name} can be read: mend the files, or name another set")
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found), np.concatenate(labels), np.concatenate(places)
 
 

@@ -26,7 +26,7 @@ import fsspec
 import jax
 from etils import epath
 
-from train import distributed
+from train import code, distributed
 from train.files import make_directory, read_object, write_atomically
 from train.meeting import Told
 from train.signals import TERMINATED, Stop
@@ -70,6 +70,8 @@ class JobOptions:
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least} is required")
         guards = [name for name in os.environ if name.startswith("JAX_TRANSFER_GUARD") and "disallow" in os.environ[name]]
+        if os.environ.get("JAX_DISABLE_JIT", "").lower() in ("1", "true", "y", "yes", "t", "on"):
+            raise ValueError("JAX_DISABLE_JIT: a job's step is one compiled program, which takes minutes op by op: unset it")
         if guards:
             raise ValueError(f"{guards[0]}={os.environ[guards[0]]}: steps, losses and keys are moved as JAX finds best: unset it")
 
@@ -82,6 +84,19 @@ class JobOptions:
         layout = distributed.parse(self.distributed)
         distributed.start(layout, heartbeat=self.heartbeat_timeout, shutdown=self.shutdown_timeout, join=self.join_timeout)
         distributed.agree(JAX_DEFAULT_MATMUL_PRECISION=jax.config.jax_default_matmul_precision)  # pyright: ignore
+
+
+# What each process may choose for itself: where it stands in the job, and how its host decodes images
+_OWN = {"config", "distributed", "threads", "workers"}
+
+
+def agree(args, **more) -> None:
+    """Raises ValueError, on every process alike, where the processes of a job differ in an option, in code or versions, or in
+    `more`, which is JSON-able: some would wait for others for ever, or compute with other weights or images and say nothing."""
+    if distributed.count() == 1:
+        return
+    options = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(args).items() if name not in _OWN}
+    distributed.agree(**options | {"code": code.digest(), "versions": code.versions()} | more)
 
 
 # --- the beginning and the end ----------------------------------------------------------------------------------------------
@@ -154,7 +169,12 @@ def say(line: str) -> None:
     """A line on stdout, from process 0."""
     if distributed.rank() == 0:
         with contextlib.suppress(OSError, ValueError):  # that nobody reads it any more changes nothing
-            print(line, flush=True)
+            print(printable(line), flush=True)
+
+
+def printable(line: str) -> str:
+    """With the bytes of a file's name that are no UTF-8 as \\xNN: a stream would refuse the whole line for them."""
+    return line.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def stopped(result, out, within: str = "") -> bool:
@@ -191,12 +211,24 @@ def place(out) -> epath.Path:
         raise ValueError(f"--out {out}: a local path or gs://BUCKET/PATH is required")
     if set(os.path.abspath(os.fspath(out))) & set("[*?\\"):
         raise ValueError(f"--out {out}: a path without [, *, ? and \\ is required, of which checkpoints would be lost")
+    if not _utf_8(os.fspath(out)):
+        raise ValueError(
+            f"--out {printable(os.fspath(out))}: a path in UTF-8 is required, as what writes checkpoints takes no other"
+        )
     if colon:
         try:
             fsspec.get_filesystem_class("gs")
         except ImportError:
             raise ValueError(f"--out {out}: gs:// needs gcsfs and google-cloud-storage: pip install 'vitcore[gcs]'") from None
     return epath.Path(os.fspath(out))
+
+
+def _utf_8(text: str) -> bool:
+    """Whether a path can be said to a library in C++; of other bytes Python has lone surrogates."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 # Options that came after runs had been made, and what those runs did: a run without them in its config.json had these values.
@@ -288,10 +320,11 @@ def locked(out: epath.Path):
         return
     make_directory(out)
     try:
-        descriptor = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        link = " is a symbolic link, which no run makes: remove it" if error.errno == errno.ELOOP else f": {error.strerror}"
-        raise ValueError(f"{out / '.lock'}{link}") from error
+        what = {errno.ELOOP: "a symbolic link", errno.ENXIO: "a pipe"}.get(error.errno or 0)
+        other = f": {error.strerror}" if what is None else f" is {what}, which no run makes: remove it"
+        raise ValueError(f"{out / '.lock'}{other}") from error
     with open(descriptor, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

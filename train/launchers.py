@@ -82,6 +82,9 @@ _NAMES = {"SlurmCluster": "SLURM", "OmpiCluster": "Open MPI", "GkeTpuCluster": "
 # What a launcher sets for each process that it starts; a shell within its allocation has the rest of its variables, and not these
 _OF_A_PROCESS = {"SlurmCluster": ("SLURM_PROCID", "SLURM_NTASKS"), "OmpiCluster": _RANKS}
 
+# Launchers that jax does not ask: what each says of the number of processes, its name, and what else it sets
+_OTHERS = {"PMI_SIZE": ("mpiexec (PMI)", None), "WORLD_SIZE": ("torchrun", "TORCHELASTIC_RUN_ID")}
+
 
 def _detect() -> Layout | None:
     """The launcher that the environment shows, if it started more than one process."""
@@ -113,6 +116,12 @@ def _detect() -> Layout | None:
             "mpirun started several processes but, as from version 5 on, does not say where the first one is: "
             "give --distributed HOST:PORT with the name of its host"
         )
+    for size, (started, another) in _OTHERS.items():
+        if os.environ.get(size, "1").strip() not in ("", "1") and (another is None or another in os.environ):
+            raise ValueError(
+                f"{started} started this as one of {os.environ[size]} processes, and jax does not find the others by it: give each "
+                "--distributed HOST:PORT,N,ID, or --distributed off for processes that have nothing to do with one another"
+            )
     if hosts and "," in os.environ[hosts[0]]:
         raise ValueError(
             f"{hosts[0]} names {os.environ[hosts[0]].count(',') + 1} hosts of a TPU, and jax finds no TPU here: install libtpu "

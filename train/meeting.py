@@ -16,6 +16,8 @@ import socket
 import time
 from collections.abc import Callable
 
+from train.files import parse_json
+
 _POLL = 0.1  # seconds between two looks at the clock and at the signals
 _HELLO = 5.0  # seconds for a line of a hundred bytes
 _BEGUN = 15.0  # a job that is just ending still answers so long, and its continuation may be here already
@@ -142,9 +144,9 @@ class _Host:
                 self.turn_away(guest)
             return
         try:
-            said = json.loads((before + data).split(b"\n")[0])
+            said = parse_json((before + data).split(b"\n")[0])
             count, rank = int(said["vitcore"]), int(said["rank"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):  # the last of 1e999
             return self.turn_away(guest)
         if count != self.count or not 0 < rank < self.count:
             return self.turn_away(guest, f"process 0 is the first of {self.count}, this one says that it is {rank} of {count}")
@@ -213,7 +215,7 @@ def _ask(address, hello: dict, deadline: float, asked) -> dict | None:
                 said += data
                 if not said.startswith(b"{"):
                     return {}
-        found = json.loads(said.split(b"\n")[0])
+        found = parse_json(said.split(b"\n")[0])
         return found if isinstance(found, dict) else {}
     except ValueError:
         return {}

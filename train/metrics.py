@@ -19,7 +19,7 @@ from typing import SupportsFloat
 
 from etils import epath
 
-from train.files import parse_json, write_atomically, write_picture
+from train.files import open_regular, parse_json, write_atomically, write_picture
 
 RECORDS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -203,7 +203,7 @@ _BAR = "{desc}{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} steps, {remaining} le
 
 def read(path) -> list[dict]:
     """The records of a metrics.jsonl in order. A last line that a killed run cut short is left out. ValueError for other damage."""
-    with open(path, "rb") as file:
+    with open_regular(os.fspath(path)) as file:
         lines = file.read().split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):

@@ -180,7 +180,7 @@ def run(args: Pretrain, stop: Stop | None = None):
         source, held_out = _numbered(full, source, held_out, found)
     out, who, how = directory(full), identity(full), step_options(full, ops, shard, loss=full.loss, **pixels)
     began = {} if model is None else {job.BEGAN_FROM: job.model_of_run(out) or model}
-    distributed.agree(code=code.digest(), versions=code.versions(), images=seen(source, held_out))
+    distributed.agree(code=code.digest(), versions=code.versions(), images=seen(source, held_out), model=model)
     spec = make_run(
         full, out, who, dataclasses.asdict(full) | began, sources=(source, held_out), config=config, mesh=mesh,
         data=dict(subset=full.subset, subset_seed=full.subset_seed),

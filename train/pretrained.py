@@ -50,11 +50,13 @@ class Run(NamedTuple):
 
 class Stored(NamedTuple):
     """A model as it lies at `path`, to be opened several times: of a run what was read there, since it may go on; None of a file of
-    weights. model: what tells it from any other, as in `Pretrained`."""
+    weights. model: what tells it from any other, as in `Pretrained`. file: which file at `path` that is, as `_which` says; another
+    may have come there since."""
 
     path: str
     model: dict
     run: Run | None = None
+    file: tuple[int, ...] | None = None
 
 
 def store(path: str, model: dict | None = None) -> Stored:
@@ -64,7 +66,8 @@ def store(path: str, model: dict | None = None) -> Stored:
     line, where that is not there any more, and as `open_pretrained`.
     """
     if not _is_run(path):
-        found = Stored(path, {"step": None, "checksum": _hash(path)})
+        checksum, file = _hash(path)
+        found = Stored(path, {"step": None, "checksum": checksum}, file=file)
     else:
         try:
             found = _from_run(path, None if model is None else model["step"])
@@ -88,14 +91,20 @@ def _is_run(path: str) -> bool:
     return os.path.isdir(path) or os.path.basename(path.rstrip("/")).isdigit()
 
 
-def _hash(path: str) -> str:
+def _hash(path: str) -> tuple[str, tuple[int, ...]]:
+    """A hash of a file's content, and which file it is."""
     with weight_files.opened(path):
         pass  # what is no such file is said there
     try:
         with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]  # pyright: ignore[reportArgumentType]
+            which = _which(os.fstat(file.fileno()))
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16], which  # pyright: ignore[reportArgumentType]
     except OSError as error:
         raise WeightError(f"cannot open {path}: {error.strerror}") from error
+
+
+def _which(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_pretrained(
@@ -156,6 +165,10 @@ def open_pretrained(
         params = weight_tree.read(
             path, new, new_head=num_classes is not None, grid=grid, interpolation=interpolation, allow_nonfinite=allow_nonfinite
         )
+        if stored.file is not None and (not os.path.exists(path) or _which(os.stat(path)) != stored.file):
+            raise WeightError(
+                f"{path} is another file than when this began ({said_model(stored.model)}): put that back, start again"
+            )
         wanted, words = (wanted, words) if pixels is None else (pixels, f"pixels {pixels_said(pixels)}")
         beside = "".join(f"; {said}" for said in (left_out(arrays, style),) if said)
         about = f"{path} ({style.naming} naming; {words}{beside})"

@@ -190,6 +190,9 @@ class SavedSteps:
         _raise(next((found for found in distributed.gather(problem) if found), None))
         assert loaded is not None
         leaves = named(loaded["state"])
+        said = leaves.get("step")
+        if isinstance(said, jax.Array) and not said.shape and int(said) != step:
+            raise Damaged(f"checkpoint {path} holds step {int(said)}: it has been copied or renamed to another's number")
         state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named(abstract)])
         return state, loaded["extra"]
 

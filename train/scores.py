@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from train.files import parse_json, write_picture
+from train.files import parse_json, text_of, write_picture
 
 
 def top(best: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def read_objectnet(path: str) -> dict[str, list[int]]:
     if os.path.isdir(path):
         folders, names = (_json(os.path.join(path, n)) for n in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"))
         ids = _json(os.path.join(path, "pytorch_to_imagenet_2012_id.json"))
-        lines = Path(path, "imagenet_to_label_2012_v2").read_text(encoding="utf-8").splitlines()
+        lines = text_of(os.path.join(path, "imagenet_to_label_2012_v2")).splitlines()
         try:
             line_of = {line.strip(): i for i, line in enumerate(lines) if line.strip()}
             ours = {int(line): int(mine) for mine, line in ids.items()}
@@ -111,8 +111,7 @@ def objectnet_accuracy(best: np.ndarray, labels: np.ndarray, classes: tuple[str,
 
 def _json(path: str):
     try:
-        with open(path, encoding="utf-8") as file:
-            return parse_json(file.read())
+        return parse_json(text_of(path))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({str(error).splitlines()[0]}): get it again") from None
 

@@ -117,6 +117,7 @@ def run(args: Vtab, stop=None) -> dict | None:
     recipe = recipes.finetune_recipe("vtab")
     rates = args.learning_rates or recipe.base_lrs
     args.join()
+    job.agree(args)
     out, first = directory(args), distributed.rank() == 0
     who = identity(args)
     with locked(out):

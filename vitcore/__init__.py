@@ -1,5 +1,9 @@
 """A Vision Transformer backend: pure functions over a nested dict, on kernels written by hand."""
 
+# isort: off
+from vitcore import refused  # before jax is imported
+# isort: on
+
 from vitcore.config import ViTConfig as ViTConfig
 from vitcore.families import variant as variant
 from vitcore.look import attention_rollout as attention_rollout
@@ -29,6 +33,8 @@ from vitcore.resnet_models import ResNetConfig as ResNetConfig
 from vitcore.sharding import partition_specs as partition_specs
 from vitcore.weight_tree import load as load
 from vitcore.weight_tree import save as save
+
+refused.no_more()
 
 
 def __getattr__(name: str) -> str:

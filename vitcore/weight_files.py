@@ -7,6 +7,7 @@ Opening reads headers alone, and at most `MOST_HEADER` bytes of those.
 
 import base64
 import contextlib
+import errno
 import io
 import json
 import math
@@ -99,7 +100,7 @@ def metadata(path) -> dict[str, str]:
 
 def write(path, arrays: dict[str, np.ndarray], about: dict[str, str] | None = None) -> None:
     """Writes arrays, which appear under `path` whole or not at all. bfloat16 goes into an .npz as raw pairs of bytes, as the
-    releases have it. about: what `metadata` gives back. ValueError where that is more than an .npz's comment holds."""
+    releases have it. about: what `metadata` gives back. ValueError where that is more than an .npz's comment holds; OSError."""
     path = os.fspath(path)
     form = kind(path)
     comment = _COMMENT + base64.b64encode(zlib.compress(json.dumps(about or {}).encode(), 9))
@@ -113,17 +114,25 @@ def write(path, arrays: dict[str, np.ndarray], about: dict[str, str] | None = No
                 with zipfile.ZipFile(partial, "a") as archive:
                     archive.comment = comment
         else:
+            from safetensors import SafetensorError
             from safetensors.numpy import save_file
 
             mode = os.fstat(file.fileno()).st_mode & 0o777
-            save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, partial, metadata=about)
+            try:
+                save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, partial, metadata=about)
+            except SafetensorError as error:  # a full disk, of which it makes no OSError
+                raise OSError(f"cannot write {path}: {_line(error)}") from error
             os.chmod(partial, mode)  # safetensors makes a file of its own
 
 
 def _sync(path: str) -> None:
+    """A file's bytes, or a directory's names, onto the disk; a file system that cannot sync a directory is left alone."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -140,6 +149,7 @@ def appearing(path: str | os.PathLike) -> Iterator[tuple[BinaryIO, str]]:
                 file.flush()
             _sync(partial)  # a loss of power leaves what was there before, or this file whole
             os.replace(partial, path)
+            _sync(os.path.dirname(os.path.abspath(path)))  # and from here on this file
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)

@@ -5,6 +5,7 @@ be taken (default: the first). A line "AT ..." on stderr says that the job has c
 
     say-compile say-train say-eval say-save say-data    announces the place; train and eval wait there until a signal comes
     raise hang nan                           an exception, a step that never ends, a batch of NaN (from that step on: nan+)
+    stop-eval hang-eval                      in an evaluation: stopped for 9 s, under a limit of 4 s; or hung for ever
     tightN                                   the watchdog's limit is N seconds from that step on
     kill-commit                              SIGKILL in mid-commit: the arrays are written, the rename is still to come
     other-code                               a process with other code
@@ -14,6 +15,7 @@ be taken (default: the first). A line "AT ..." on stderr says that the job has c
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -107,13 +109,34 @@ def restored(state):
 train.loop._Loop.__init__ = remember  # pyright: ignore
 train.loop.make_train_step = faulty_step
 
-if "say-eval" in FAULTS:
+if {"say-eval", "stop-eval", "hang-eval"} & FAULTS.keys():
     put = train.loop._Loop.evaluate
 
     def evaluate(self):
         if here("say-eval"):
             say("eval", until_asked=lambda: self.stop.asked)
+        if {"stop-eval", "hang-eval"} & FAULTS.keys():
+            self.eval_fn = held_up(self, self.eval_fn)
         return put(self)
+
+    def held_up(self, measure):
+        """An evaluation that is beyond its compilation, and is held up behind its first batch."""
+        calls = []
+
+        def wrapped(*batch):
+            found = jax.block_until_ready(measure(*batch))
+            calls.append(1)
+            if len(calls) == 2:
+                self.watchdog.seconds = 4
+                say("evaluation")
+                if here("hang-eval"):
+                    time.sleep(1e6)
+                subprocess.Popen(["sh", "-c", f"kill -STOP {os.getpid()}; sleep 9; kill -CONT {os.getpid()}"])
+                time.sleep(2)
+                self.watchdog.seconds = 600
+            return found
+
+        return wrapped
 
     train.loop._Loop.evaluate = evaluate
 

@@ -56,13 +56,14 @@ def main(folder: Path) -> None:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what is free already goes back, or the file could take it unseen
         Path("/proc/self/clear_refs").write_text("5")
-        before, begun = memory("VmRSS"), time.monotonic()
+        before, begun, used = memory("VmRSS"), time.monotonic(), time.process_time()
         try:
             attempt(path)
             refused, said = None, ""
         except (WeightError, DataError, ValueError, OSError) as error:
             refused, said = type(error).__name__, str(error)
-        found = {"refused": refused, "said": said, "memory": memory("VmHWM") - before, "seconds": time.monotonic() - begun}
+        found = {"refused": refused, "said": said, "memory": memory("VmHWM") - before, "seconds": time.monotonic() - begun,
+                 "cpu_seconds": time.process_time() - used}  # fmt: skip
         print(json.dumps({"file": path.name} | found), flush=True)
 
 

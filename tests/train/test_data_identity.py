@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 import train.loop
 from train import evaluate, pretrain
 from train.data import DataError, by_names, open_source
-from train.data.identity import fingerprint, trained_on
+from train.data.identity import continued, fingerprint, seen, trained_on
 from train.data.source import Example
 
 SMALL = [
@@ -42,6 +43,12 @@ def trained(tmp_path_factory):
     write_images(place / "set")
     assert pretrain.main(["--data", f"folder:{place / 'set'}", *SMALL, "--out", str(place / "run")]) == 0
     return place
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # behind the picture
+    path.write_bytes(bytes(data))
 
 
 @pytest.fixture
@@ -83,8 +90,9 @@ def test_a_run_keeps_names_counts_and_a_fingerprint(trained):
         ),
         (lambda root: (root / "train/ant/0.png").rename(root / "train/ant/9.png"), ("train has other names or sizes",)),
         (lambda root: Image.new("RGB", (50, 50)).save(root / "train/ant/0.png"), ("train has other names or sizes",)),
+        (lambda root: flip_a_bit(root / "train/ant/0.png"), ("train has files of the same names and sizes with another content",)),
     ],
-    ids=["class renamed", "image removed", "image added", "image renamed", "image replaced"],
+    ids=["class renamed", "image removed", "image added", "image renamed", "image replaced", "image of the same size"],
 )
 def test_a_run_is_not_resumed_on_other_images_unless_asked(run, trained, change, words):
     before = held(trained)
@@ -239,6 +247,39 @@ def test_labels_are_taken_by_number_where_there_are_no_names(theirs, words):
 def test_other_classes_are_refused(theirs):
     with pytest.raises(DataError, match="other classes than the model"):
         by_names(Three("a", "b", "c"), theirs, "the model")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_classes_whose_files_have_the_same_names_and_sizes_do_not_change_places(tmp_path, form):
+    """Pictures without compression have all one size, and numbers for names: the folders of two classes are swapped, or all
+    pictures of a shard are others."""
+
+    def make(root, order):
+        for split in ("train", "val"):
+            for number, name in zip(order, ("ant", "bee"), strict=True):
+                (root / split / name).mkdir(parents=True)
+                for k in range(3):
+                    pixels = np.random.default_rng([number, k]).integers(0, 255, (8, 8, 3), np.uint8)
+                    Image.fromarray(pixels).save(root / split / name / f"{k}.bmp")
+            with tarfile.open(root / f"{split}-0.tar", "w") as shard:
+                for k, path in enumerate(sorted((root / split).rglob("*.bmp"))):
+                    shard.add(path, f"{k}.bmp")
+                    (tmp_path / "label").write_text(str(k // 3))
+                    shard.add(tmp_path / "label", f"{k}.cls")
+        where = str(root) if form == "folder" else f"{root}/{{split}}-*.tar"
+        return tuple(open_source(f"{form}:{where}", split) for split in ("train", "val"))
+
+    first, same, other = (make(tmp_path / name, order) for name, order in (("a", (0, 1)), ("b", (0, 1)), ("c", (1, 0))))
+    held = seen(*first)
+    if form == "folder":
+        assert fingerprint(first[0]) == fingerprint(other[0])
+    assert continued(held, *same, where="R", accept=False)[2] == []
+    with pytest.raises(DataError, match="train has files of the same names and sizes with another content; validation has"):
+        continued(held, *other, where="R", accept=False)
+    for part in ("train", "validation"):
+        del held[part]["sample"]  # a run of before there was one
+    assert continued(held, *other, where="R", accept=False)[2] == []
 
 
 def test_a_fingerprint_is_cheap_and_sees_every_name_and_size(tmp_path):

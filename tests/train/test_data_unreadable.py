@@ -9,6 +9,8 @@ from PIL import Image
 
 import vitcore
 from train import evaluate, fewshot
+from train.data import open_source
+from train.frozen import NoImage
 
 CONFIG = vitcore.variant("ViT-Nano/4", image_size=8, num_classes=2)
 
@@ -69,3 +71,45 @@ def test_a_model_of_images_that_are_not_square_says_what_to_do(place, capfd):
     assert evaluate.main(words(place, "--out", str(place / "out"))) == 2
     assert "the model takes images of 8 x 16 pixels, images are read as squares: give --image-size" in capfd.readouterr().err
     assert evaluate.main(words(place, "--out", str(place / "out"), "--image-size", "8")) == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("lost", ["the first drawn", "a class", "all"])
+def test_in_place_of_a_drawn_image_that_cannot_be_read_comes_the_next(caplog, lost):
+    """One shot whose only image is lost would otherwise be a mean over nothing, and nan an accuracy."""
+    train, test = open_source("digits:0-1", "train"), open_source("digits:0-1", "val")
+    labels, protocol = np.asarray(train.labels()), fewshot.Protocol(shots=(1,), seeds=2)
+    drawn = [fewshot.orders(labels, 2, seed) for seed in range(2)]
+    bad = {
+        "the first drawn": {int(order[0]) for each in drawn for order in each},
+        "a class": set(np.flatnonzero(labels == 1).tolist()),
+        "all": set(range(len(train))),
+    }[lost]
+    passes = []
+
+    def read(source):
+        indices = source.indices.tolist() if source.name.endswith("(few shots)") else None
+        there = [k for k in range(len(source)) if indices is None or indices[k] not in bad]
+        passes.append(len(source))
+        if not there:
+            raise NoImage("not one image")
+        return np.stack([source[k].image.reshape(-1) for k in there]).astype(np.float64), np.array(there)
+
+    if lost == "all":
+        with pytest.raises(NoImage):
+            fewshot.measure(read, train, test, protocol)
+        assert len(passes) < 6
+        return
+    found = fewshot.measure(read, train, test, protocol)[1]
+    assert np.isfinite(found).all()
+    assert len(passes) < 6  # a class that is lost is not read to its end
+    assert ("class '1'" in caplog.text) == (lost == "a class")
+    if lost == "the first drawn":
+        for each, accuracy in zip(drawn, found, strict=True):
+            chosen = [next(i for i in order.tolist() if i not in bad) for order in each]
+            x, x_test = (
+                [source[i].image.reshape(-1) for i in which] for source, which in ((train, chosen), (test, range(len(test))))
+            )
+            want = fewshot.accuracy(np.stack(x) * 1.0, labels[chosen], np.stack(x_test) * 1.0, test.labels(), 2)
+            assert accuracy == pytest.approx(want)
+            assert accuracy > 0.7

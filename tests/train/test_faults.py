@@ -680,6 +680,25 @@ def test_a_hang_prints_every_stack_and_ends(how):
 # --- another model ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.clock
+@pytest.mark.parametrize("fault", ["stop-eval", "hang-eval"])
+def test_the_watchdog_in_an_evaluation(tmp_path, cache, fault):
+    """The limit is 4 s there. Time in which the process is stopped does not count; a batch that hangs ends it."""
+    options = ["--mesh", "1x1", "--steps", "3", "--eval-every", "1", "--checkpoint-every", "1", "--out", tmp_path / "run"]
+    job = start(tmp_path, *options, faults=[fault], cache=cache)
+    job.reach("AT evaluation")
+    began = time.monotonic()
+    if fault == "stop-eval":
+        assert job.end() == 0, job.stderr
+        assert time.monotonic() - began > 8
+        assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3]
+    else:
+        assert job.end(60) == 1
+        assert "hung for 4 s while evaluating after step 1 (--step-timeout)" in job.stderr
+        assert "in evaluate" in job.stderr
+
+
 def test_a_checkpoint_of_another_model_or_optimizer_names_the_leaf(whole):
     from train.optim import optimizer, schedule, sgd
     from train.step import StepOptions, make_init

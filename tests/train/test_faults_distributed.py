@@ -2,6 +2,8 @@
 
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -11,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.fault_jobs import free_port, losses, records, start, start_two, steps
+import vitcore
+from tests.train.fault_jobs import environment, free_port, losses, records, start, start_two, steps
 from train import distributed
 from train import mesh as meshes
 
@@ -136,6 +139,34 @@ def test_options_that_would_make_one_wait_for_the_other_are_refused(tmp_path, ca
     assert words in jobs[0].stderr + jobs[1].stderr
     assert time.monotonic() - began < 120
     assert not any((tmp_path / name).exists() for name in ("run", "a", "b"))
+
+
+@pytest.mark.slow
+def test_a_measurement_by_processes_that_differ_does_not_begin(tmp_path, cache):
+    """Weights of the same path and another content on the second host, here by a path of its own within an option that is the
+    same."""
+    config = vitcore.variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10)
+    for k in range(2):
+        (tmp_path / str(k)).mkdir()
+        params = jax.jit(lambda k=k: vitcore.init(jax.random.key(k), config))()
+        vitcore.save(tmp_path / str(k) / "w.npz", params, config, classes=tuple("0123456789"))
+    address, jobs = f"localhost:{free_port()}", []
+    for k in range(2):
+        words = ["--init", "w.npz", "--data", "digits", "--mesh", "2x1", "--distributed", f"{address},2,{k}", "--out", "out"]
+        jobs.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "train.evaluate", *words],
+                cwd=tmp_path / str(k),
+                env=environment(cache),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [job.communicate(timeout=240)[1] for job in jobs]
+    assert {job.returncode for job in jobs} <= {1, 2}
+    assert "the processes differ in model: process 1 of 2" in "".join(said)
+    assert not any((tmp_path / str(k) / "out").exists() for k in range(2))
 
 
 def test_a_directory_that_is_not_shared_is_refused(tmp_path, cache):

@@ -1,5 +1,6 @@
 """What every job does about signals, its parent, its directory and what it begins from; without a training step."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import vitcore
 from tests.train.fault_jobs import ROOT, environment
 from train.checkpoint import CheckpointError, Checkpoints, abstract
 from train.files import write_atomically
-from train.job import JobOptions, locked, place
+from train.job import JobOptions, locked, place, say
 from train.pretrained import open_pretrained
 from train.signals import Stop
 
@@ -427,7 +428,15 @@ def test_a_name_that_would_lose_checkpoints_is_refused_at_once(tmp_path, name):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["50 %", "ä {b} 'c'"])
+def test_a_name_that_is_no_utf_8_is_refused_at_once(capsys):
+    """Orbax's part in C++ takes none: the first save would fail, a whole interval later."""
+    with pytest.raises(ValueError, match=r"--out run\\xff: a path in UTF-8 is required"):
+        place(os.fsdecode(b"run\xff"))
+    say(f"folder:{os.fsdecode(bytes([0xC3]))}: of images it may be")
+    assert capsys.readouterr().out == "folder:\\xc3: of images it may be\n"
+
+
+@pytest.mark.parametrize("name", ["50 %", "ä {b} 'c'", "two\nlines"])
 def test_any_other_name_will_do(tmp_path, name):
     state = {"w": jnp.arange(3.0)}
     with Checkpoints(tmp_path / name / "checkpoints", keep=2) as checkpoints:
@@ -476,6 +485,10 @@ def test_a_transfer_guard_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("JAX_TRANSFER_GUARD", "disallow")
     with pytest.raises(ValueError, match=r"JAX_TRANSFER_GUARD=disallow: .*: unset it"):
         JobOptions().check_job()
+    monkeypatch.delenv("JAX_TRANSFER_GUARD")
+    monkeypatch.setenv("JAX_DISABLE_JIT", "1")
+    with pytest.raises(ValueError, match=r"JAX_DISABLE_JIT: .*: unset it"):
+        JobOptions().check_job()
 
 
 def test_settings_that_are_for_other_programs_change_nothing():
@@ -515,6 +528,26 @@ def test_a_platform_that_is_not_there_is_one_line(platform, words):
     assert words in said[0]
 
 
+@pytest.mark.parametrize(
+    ("module", "setting"),
+    [
+        ("train.pretrain", "JAX_DEFAULT_DEVICE=cpu:7"),
+        ("train.data.pack", "JAX_NUM_CPU_DEVICES=two"),
+        ("vitcore.weights", "JAX_DEFAULT_DEVICE=nonsense"),
+        ("bench.flops", "JAX_NUM_CPU_DEVICES=two"),
+    ],
+)
+def test_a_setting_that_jax_refuses_is_one_line(module, setting):
+    """JAX reads them as it is imported, before a command can catch anything."""
+    name, _, value = setting.partition("=")
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment() | {name: value}, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"error: JAX refuses a setting of the environment ({name}" in done.stderr.replace("JAX_PLATFORMS ", "")
+    assert value in done.stderr
+
+
 def test_processes_agree_on_the_precision_of_products(monkeypatch):
     """Which the environment sets, host by host."""
     asked = {}
@@ -522,3 +555,27 @@ def test_processes_agree_on_the_precision_of_products(monkeypatch):
     with jax.default_matmul_precision("float32"):
         JobOptions(distributed="off").join()
     assert asked == {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
+
+
+@pytest.mark.parametrize("job", ["evaluate", "fewshot"])
+def test_processes_of_a_measurement_agree_on_options_images_and_weights(tmp_path, monkeypatch, job):
+    """Two hosts with other weights under one path would compute with half of each, and say nothing."""
+    config = vitcore.variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10)
+    params = jax.jit(lambda: vitcore.init(jax.random.key(0), config))()
+    vitcore.save(tmp_path / "w.npz", params, config, classes=tuple("0123456789"))
+    module, asked = importlib.import_module(f"train.{job}"), {}
+
+    def agree(**what):
+        asked.update(what)
+        if "model" in what:
+            raise ValueError("far enough")
+
+    monkeypatch.setattr("train.distributed.agree", agree)
+    monkeypatch.setattr("train.distributed.count", lambda: 2)
+    options = {"evaluate": "Evaluate", "fewshot": "Fewshot"}[job]
+    args = getattr(module, options)(init=str(tmp_path / "w.npz"), mesh="2x1", distributed="off")
+    with pytest.raises(ValueError, match="far enough"):
+        module.run(args)
+    assert {"--init", "--data", "--batch-size", "--dtype", "code", "versions", "images", "model"} <= asked.keys()
+    assert asked["model"]["checksum"]
+    assert "--threads" not in asked  # each host's own

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,8 @@ from train import distributed, launchers, meeting
 
 pytestmark = pytest.mark.faults
 
-NO_CLUSTER = ["SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST",
+NO_CLUSTER = ["PMI_SIZE", "TORCHELASTIC_RUN_ID",
+              "SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST",
               "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_SKIP_MDS_QUERY", "JAX_COORDINATOR_ADDRESS",
               "JAX_COORDINATOR_PORT"]  # fmt: skip
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
@@ -34,6 +36,7 @@ WHERE = {"SLURM": ("node1:61447", 4, 2), "Open MPI": ("10.96.0.1:62624", 8, 3), 
 # What jax asks of the package kubernetes, answered as the server of a cluster would, for an indexed job "train" of three pods
 KUBERNETES = """
 import os
+import re
 from types import SimpleNamespace as Record
 
 BROKEN = ""
@@ -115,6 +118,29 @@ def test_a_launcher_of_one_process_is_none(laptop):
     for key, value in (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).items():
         laptop.setenv(key, value)
     assert launchers.parse("auto") is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpiexec (PMI) started this as one of 2 processes"),
+        ({"PMI_SIZE": "2"}, "mpiexec (PMI) started this as one of 2 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, "torchrun started this as one of 4 processes"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+        ({"PMI_RANK": "1"}, None),
+        ({"WORLD_SIZE": "4", "RANK": "0"}, None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_processes_of_a_launcher_that_jax_does_not_ask_do_not_each_train_alone(laptop, environment, words):
+    for key, value in environment.items():
+        laptop.setenv(key, value)
+    if words is None:
+        assert launchers.parse("auto") is None
+        return
+    with pytest.raises(ValueError, match=re.escape(words)):
+        launchers.parse("auto")
+    assert launchers.parse("off") is None
 
 
 WHOLE = {"SLURM": SLURM, "Open MPI": MPI, "GKE": GKE, "Cloud TPU": {}, "Kubernetes": POD}

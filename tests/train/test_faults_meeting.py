@@ -61,6 +61,9 @@ def test_strangers_are_turned_away_and_the_others_still_meet():
         b'{"vitcore": 3, "rank": 1}\n',
         b'{"vitcore": 2, "rank": 0}\n',
         b"",
+        b"[" * 4000 + b"\n",  # beyond the stack of Python's own reader
+        b'{"vitcore": 2, "rank": 1e999}\n',
+        b'{"vitcore": 2, "rank": NaN}\n',
     ):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.settimeout(10)
@@ -71,7 +74,7 @@ def test_strangers_are_turned_away_and_the_others_still_meet():
             except ConnectionError:
                 said.append(b"")
     silent = socket.create_connection(("127.0.0.1", port))
-    assert [b"refused" in answer for answer in said] == [False, False, True, True, False]
+    assert [b"refused" in answer for answer in said] == [False, False, True, True, False, False, False, False]
     guests.append(Guest(f"127.0.0.1:{port}", 2, 1))
     assert [guest.end() for guest in guests] == ["met"] * 2
     silent.close()

@@ -3,6 +3,8 @@
 A run that saves is traced call by call, and what a disk holds is played back up to a moment, with no more than POSIX promises.
 """
 
+import dataclasses
+import inspect
 import random
 import shutil
 import subprocess
@@ -17,12 +19,19 @@ from tests.train.power_worker import state
 from tests.train.syscalls import PowerLoss
 from train import metrics
 from train.checkpoint import Checkpoints, abstract
+from train.data import open_source
 from train.job import check_claim, place
+from train.options import TrainOptions
+from train.pretrain import Pretrain
+from train.tuning import Finetune
+from train.vtab import Vtab
+from vitcore import weight_files
 
 pytestmark = pytest.mark.faults
 
 TRACER = ROOT / "tests/train/syscalls.py"
 WORKER = ROOT / "tests/train/power_worker.py"
+FILES_WORKER = ROOT / "tests/train/power_files_worker.py"
 
 
 def traced(folder, keep, saves) -> PowerLoss:
@@ -83,6 +92,43 @@ def test_a_loss_of_power_costs_no_checkpoint_that_was_whole(tmp_path, keep):
 @pytest.mark.slow
 def test_fifty_losses_of_power_cost_no_checkpoint_that_was_whole(tmp_path):
     assert max(cuts(tmp_path, 1, 6, 50, seed=7)) <= 0
+
+
+def test_a_loss_of_power_costs_no_weights_and_no_packed_set_that_were_written(tmp_path):
+    """What a command has said that it wrote is there; what it was about to write in its place is there whole, or not at all."""
+    root, rng = tmp_path / "disk", random.Random(3)
+    (root / "ack").mkdir(parents=True)
+    command = [sys.executable, TRACER, tmp_path / "log", root, "--", sys.executable, FILES_WORKER, root]
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=environment(), check=True, timeout=300)
+    loss, checked = PowerLoss(tmp_path / "log", root), 0
+    for moment in [*rng.sample(range(len(loss.calls)), 14), len(loss.calls)]:
+        made = [call["name"].split(".") for call in loss.calls[:moment] if call["op"] == "create"]
+        acks = [(int(name[0]), name[1]) for name in made if len(name) == 2 and name[0].isdigit()]
+        for how in ("none", "some", "all"):
+            disk = tmp_path / "after"
+            loss.at(moment, disk, rng, how)
+            for kind in ("npz", "safetensors"):
+                written = max((version for version, what in acks if what == kind), default=0)
+                path = disk / "weights" / f"w.{kind}"
+                if written or path.exists():
+                    with weight_files.opened(path) as arrays:
+                        assert int(arrays["a"].read()[0]) >= written
+                    checked += bool(written)
+            if (1, "set") in acks:
+                packed = open_source(f"arrayrecord:{disk}/set", "train")
+                assert len([packed[i] for i in range(0, len(packed), 40)]) > 5
+            shutil.rmtree(disk)
+    assert checked > 30
+
+
+def test_two_checkpoints_stay_where_nobody_says_otherwise():
+    """So that a newest one which is damaged, by whatever is beyond a loss of power, costs an interval and not the run."""
+    found, kinds = [inspect.signature(Checkpoints).parameters["keep"].default], [TrainOptions]
+    for kind in kinds:
+        found.append(next(field.default for field in dataclasses.fields(kind) if field.name == "keep"))
+        kinds += kind.__subclasses__()
+    assert {Pretrain, Finetune, Vtab} <= {*kinds}
+    assert min(found) >= 2
 
 
 def test_the_playback_loses_what_is_not_synced(tmp_path):

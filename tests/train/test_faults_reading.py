@@ -135,6 +135,18 @@ def test_a_reader_takes_the_newest_good_step_and_renames_nothing(three):
     assert sorted(os.listdir(three)) == ["1", "2", "3"]
 
 
+def test_a_step_under_the_number_of_another_is_damaged(three):
+    """A copy put back under a wrong name would pass for a step that it is not, every checksum of it being right."""
+    shutil.copytree(three / "2", three / "9")
+    said = []
+    assert SavedSteps(three, say=said.append).load()[0] == 3
+    assert "9 holds step 2: it has been copied or renamed" in said[0]
+    with Checkpoints(three, keep=9, say=said.append) as checkpoints:
+        assert checkpoints.restore(None, abstract(small(0)))[1] == {"n": 3}
+        checkpoints.save(4, small(4), {"n": 4})
+    assert sorted(os.listdir(three)) == ["1", "2", "3", "4", "9.damaged"]
+
+
 def test_a_reader_clears_no_half_written_step_away(three):
     shutil.copytree(three / "3", three / "4.orbax-checkpoint-tmp")
     before = tree_of(three)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 import train.loop
 import vitcore
+from tests.train.fault_jobs import ROOT, environment
 from train import evaluate, fewshot, finetune, pretrain, pretrained, vtab
 from train.checkpoint import Checkpoints
 from vitcore import export, inspect, weights
@@ -44,6 +47,30 @@ JOBS = {
     "look": (inspect.main, ["W", "--out", "O"]),
     "export": (export.main, ["W", "O.stablehlo"]),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_weights_for_which_there_is_no_room_leave_what_was_there(tmp_path, kind):
+    """A file may have a megabyte here: the second does not fit. safetensors makes an error of its own kind of that."""
+    code = """
+import os, resource, signal, sys
+import numpy as np
+from vitcore import weight_files
+weight_files.write(sys.argv[1], {"a": np.full(1000, 1, np.float32)})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    weight_files.write(sys.argv[1], {"a": np.full(10**6, 2, np.float32)})
+except OSError as error:
+    print(str(error).count("\\n"), "File too large" in str(error))
+with weight_files.opened(sys.argv[1]) as arrays:
+    print(arrays["a"].read()[0], os.listdir(os.path.dirname(sys.argv[1])))
+"""
+    path = tmp_path / f"w.{kind}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == f"0 True\n1.0 ['w.{kind}']\n", done.stderr
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -166,6 +166,34 @@ def test_all_tasks_begin_from_the_step_that_the_first_began_from(sets, tmp_path,
     assert {one["checksum"] for runs in held["final"].values() for one in runs.values()} == {held["model"]["checksum"]}
 
 
+@pytest.mark.faults
+def test_a_link_that_moves_between_two_tasks_is_noticed(sets, tmp_path, monkeypatch, capsys):
+    """--init is a symbolic link to the newest file of weights, as people keep one: the study is of the file that it began from."""
+    config = dataclasses.replace(CONFIG, representation_size=None)
+    for number in (1, 2):
+        params = jax.jit(lambda number=number: vitcore.init(jax.random.key(number), config))()
+        vitcore.save(tmp_path / f"{number}.npz", params, config)
+    link, out, begun = tmp_path / "latest.npz", tmp_path / "out", []
+    link.symlink_to(tmp_path / "1.npz")
+
+    def quick(run, say, **_):
+        begun.append(np.asarray(run.start().params["patch_embed"]["kernel"]).tobytes())
+        link.unlink()
+        link.symlink_to(tmp_path / "2.npz")
+        return train.loop.Result(1, 1, 0.5, 1, 2, train.loop.Best(), False, 0.0, 0.0)
+
+    monkeypatch.setattr(train.loop, "train", quick)
+    argv = [*TINY, "--init", link, "--data", sets, "--out", out]
+    for words in ("is another file than when this began (checksum", "was begun from"):  # and when it is taken up again
+        assert vtab.main([str(a) for a in argv]) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+    assert len(begun) == 1
+    held = json.loads((out / "vtab.json").read_text())
+    assert {one["checksum"] for runs in held["final"].values() for one in runs.values()} == {held["model"]["checksum"]}
+
+
 def test_a_signal_between_two_tasks(weights, sets, tmp_path, monkeypatch, capsys):
     """SIGTERM when one task is done and the next has not begun: nothing of it is begun, and nothing is done twice."""
     done, train_, signalled = [], train.loop.train, False

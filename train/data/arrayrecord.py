@@ -53,6 +53,8 @@ class ArrayRecord(EncodedSource):
     readers: Opened = field(repr=False)
     sums: tuple[str, ...] = field(repr=False)
 
+    sampled = 0  # `sums` are of every byte
+
     def __len__(self) -> int:
         return len(self.targets)
 
@@ -62,6 +64,8 @@ class ArrayRecord(EncodedSource):
         try:
             (record,) = self.readers[self.paths[shard]].read([place])
             found = msgpack.unpackb(record, unicode_errors="surrogateescape")
+            if not _holds(found, {"image": bytes, "label": int, "name": str}):
+                raise ValueError("it holds no image, label and name")
         except DataError:
             raise
         except Exception as error:  # a flipped bit: the checksum of its chunk, or msgpack
@@ -145,9 +149,21 @@ def read_manifest(path: str) -> dict | None:
             raise ValueError(f"format {manifest['format']}")
         if manifest.get("sha256") not in (None, checksum(manifest)):
             raise ValueError("SHA-256 differs")
+        of_shard = {"file": str, "count": int, "bytes": int, "sha256": str}
+        if not _holds(manifest, {"classes": list, "augment": str, "shards": list}) or not (
+            all(isinstance(name, str) for name in manifest["classes"])
+            and all(_holds(shard, of_shard) and shard["count"] >= 0 for shard in manifest["shards"])
+            and len({shard["file"] for shard in manifest["shards"]}) == len(manifest["shards"])
+        ):
+            raise ValueError("its classes or shards are none")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged or of another version ({error}); restore it, or pack the set again") from error
+
+
+def _holds(found: object, kinds: dict[str, type]) -> bool:
+    """Whether an object from a file has these fields."""
+    return isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
 
 
 def checksum(manifest: dict) -> str:

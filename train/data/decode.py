@@ -3,8 +3,8 @@
 Grey, palette, CMYK and 16-bit files become 8-bit RGB; transparency is laid over white, as a viewer shows it; a rotation that
 EXIF or XMP asks for is applied; of an animation the first frame counts. What would take too much memory or time is refused
 before it is taken: files above MAX_BYTES, images above Pillow's own limit against decompression bombs (89 million pixels, of
-which one takes up to 0.8 GB while it is decoded), and JPEGs whose scans, each of which goes over the image again, come to more
-than MAX_WORK.
+which one takes up to 0.8 GB while it is decoded), JPEGs whose scans, each of which goes over the image again, come to more
+than MAX_WORK, and files of more parts than a decoder gets through in time (`train/data/parts.py`).
 """
 
 import io
@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from train.data.files import open_regular
+from train.data.parts import check_parts
 from train.data.source import BadImage, DataError
 
 # By content, not by extension: sets hold PNGs named .JPEG, and phones write .jpg files that are MPO, which the JPEG plugin reads.
@@ -68,6 +69,7 @@ def decode_bytes(data: bytes, name: str) -> np.ndarray:
 def decode_pillow(data: bytes, name: str) -> Image.Image:
     """`decode_bytes` without a last copy: Pillow's own image, of mode RGB. Raises BadImage."""
     try:
+        check_parts(data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if data[:2] == b"\xff\xd8":
                 _check_work(data, image.width * image.height)
@@ -86,14 +88,15 @@ def decode_fast(data: bytes, name: str) -> Picture:
     """
     import simplejpeg
 
-    if _plain_jpeg(data):
-        try:
+    try:
+        check_parts(data)
+        if _plain_jpeg(data):
             y, x, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours in ("YCbCr", "Gray") and int(y) * int(x) <= (Image.MAX_IMAGE_PIXELS or 0):
                 _check_work(data, int(y) * int(x))
                 return simplejpeg.decode_jpeg(data)
-        except ValueError:
-            pass  # damaged, or as unusual as that: Pillow decides
+    except ValueError:
+        pass  # damaged, or as unusual as that: Pillow decides
     return decode_pillow(data, name)
 
 

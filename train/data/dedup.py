@@ -28,7 +28,7 @@ from tqdm import tqdm
 from train.data import open_source
 from train.data.job import check_timeout, run_job
 from train.data.source import BadImage, DataError, Source, said
-from train.files import write_atomically
+from train.files import make_directory, write_atomically
 from train.signals import Watchdog, beat
 
 TILE = 160
@@ -93,7 +93,7 @@ def _run(args: Dedup) -> None:
         for i in removed
     ]
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     report = {
         "source": source.name,
         "images": len(source),

@@ -3,9 +3,8 @@
 import os
 
 from train.data.source import DataError
+from train.files import MOST_TEXT
 from train.files import open_regular as open_regular
-
-MOST_TEXT = 2**26  # bytes of a list, a manifest or class names: a million names have a third of that
 
 
 def read_text(path: str, what: str) -> str | None:

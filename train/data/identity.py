@@ -1,24 +1,29 @@
 """Which images a run has seen: class names, counts and a fingerprint of each set, kept with the run, compared when it goes on.
 
     {"classes": ["cat", "dog"],
-     "train":      {"source": "folder:PATH/train", "images": 800, "counts": [400, 400], "fingerprint": "9f86d08188..."},
+     "train":      {"source": "folder:PATH/train", "images": 800, "counts": [400, 400], "fingerprint": "9f86d08188...",
+                    "sample": "60303ae22b..."},
      "validation": {...},
      "before":     [what stood here until --accept-data put this in its place, ...]}
 
 A fingerprint is SHA-256 of names and sizes (and labels) in their order, not of pixels: of a million files it takes the time of
-listing them. Where a set lies is no part of it.
+listing them. Where a set lies is no part of it. A sample is SHA-256 of the content of SAMPLED files, evenly spaced: so a set whose
+files have the names and sizes of others, as those of pictures without compression have, is known from them. One file that is
+replaced by another of its name and size is not, where it is none of these.
 """
 
 import hashlib
 import types
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from train.data.select import by_names
-from train.data.source import DataError, Source, contents, some
+from train.data.source import BadImage, DataError, Source, contents, some
 
 KEY = "data_seen"  # of config.json
+SAMPLED = 64  # files whose content is looked at; of a source in which that is dear, what it has as `sampled`
 
 
 def fingerprint(source: Source) -> str:
@@ -30,11 +35,29 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()[:32]
 
 
+def sample(source: Any) -> str | None:
+    """32 hexadecimal digits of the content of some files; None where that is part of the fingerprint."""
+    inner = source
+    while hasattr(inner, "source"):  # of which this is a part
+        inner = inner.source
+    if source.decoded or not hasattr(source, "encoded") or not (most := getattr(inner, "sampled", SAMPLED)):
+        return None
+    digest = hashlib.sha256()
+    for index in sorted({round(k * (len(source) - 1) / max(1, most - 1)) for k in range(most)}):
+        try:
+            data = source.encoded(index).data
+        except BadImage:  # which another process or run cannot read either
+            data = b""
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:32]
+
+
 def describe(source: Source) -> dict:
     """What is kept of one set, but for its classes. counts: images of each class; None where to count is to read them all."""
     slow = getattr(source, "slow_labels", False)
     counts = None if slow else np.bincount(source.labels(), minlength=len(source.classes)).tolist()
-    return {"source": source.name, "images": len(source), "counts": counts, "fingerprint": fingerprint(source)}
+    return {"source": source.name, "images": len(source), "counts": counts, "fingerprint": fingerprint(source),
+            "sample": sample(source)}  # fmt: skip
 
 
 def seen(train: Source, validation: Source) -> dict:
@@ -78,6 +101,8 @@ def continued(
 
 def _differences(part: str, held: dict, now: dict, classes: list[str]) -> Iterable[str]:
     if held["fingerprint"] == now["fingerprint"]:
+        if held.get("sample") not in (None, now["sample"]):  # runs of before there was one have none
+            yield f"{part} has files of the same names and sizes with another content"
         return
     if held["images"] != now["images"]:
         yield f"{part} had {held['images']:,} images, now {now['images']:,}"

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +21,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from train.data.source import DataError, some
+from train.files import atomically, make_directory, open_regular
 
 log = logging.getLogger("train.data")
 
-FORMAT = 2  # of kept indices; another number makes them all anew
+FORMAT = 3  # of kept indices; another number makes them all anew
 Arrays = dict[str, np.ndarray]
 
 
@@ -65,29 +65,35 @@ def kept(what: str, made_from: Any, build: Callable[[], Arrays]) -> Arrays:
     path = cache_folder() / "indices" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.npz"
     stamp = hashlib.sha256(json.dumps([FORMAT, what, made_from]).encode()).digest()
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_regular(str(path)) as raw, np.load(raw, allow_pickle=False) as file:
             if file["stamp"].tobytes() == stamp:
-                return {key: file[key] for key in file.files if key != "stamp"}
+                arrays = {key: file[key] for key in file.files if key not in ("stamp", "sum")}
+                if file["sum"].tobytes() != _sum(arrays):
+                    raise ValueError("it is not what was kept")
+                return arrays
     except FileNotFoundError:
         pass
     except Exception as error:  # damaged: numpy and zipfile raise nearly anything
         log.warning("the kept index %s is damaged (%s): building it anew", path, type(error).__name__)
     arrays = build()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            try:
-                np.savez(file, allow_pickle=False, stamp=np.frombuffer(stamp, np.uint8), **arrays)
-                file.close()
-                os.replace(file.name, path)  # whole or not at all, also where several processes build it
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        make_directory(path.parent)
+        with atomically(path, at_once=True) as file:  # several processes may build it
+            said = {"stamp": np.frombuffer(stamp, np.uint8), "sum": np.frombuffer(_sum(arrays), np.uint8)}
+            np.savez(file, allow_pickle=False, **said, **arrays)
     except OSError as error:
         log.warning(
             "cannot keep the index of %s in %s (%s): set VITCORE_CACHE to a writable folder", what, path.parent, error.strerror
         )
     return arrays
+
+
+def _sum(arrays: Arrays) -> bytes:
+    """SHA-256 of an index's arrays."""
+    digest = hashlib.sha256()
+    for key, array in sorted(arrays.items()):
+        digest.update(f"{key} {array.dtype.str} {array.shape} ".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.digest()
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------------

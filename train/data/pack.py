@@ -39,7 +39,7 @@ from train.data.files import read_text
 from train.data.job import check_timeout, run_job
 from train.data.rows import BAD_FLOOR
 from train.data.source import BadImage, DataError, Source
-from train.files import parse_json, write_atomically
+from train.files import make_directory, parse_json, write_atomically
 from train.signals import Watchdog, beat
 
 _ANY_NAME: dict = {"unicode_errors": "surrogateescape"}  # a file's name need not be UTF-8
@@ -97,7 +97,7 @@ def run(args: Pack) -> None:
         named.append((what, name))
     if len({name for _, name in named}) < len(named):
         raise ValueError(f"--splits {' '.join(args.splits)}: two would have the same name; write SPLIT=NAME")
-    Path(args.dst).mkdir(parents=True, exist_ok=True)
+    make_directory(Path(args.dst))
     for what, name in named:
         print(pack(open_source(absolute(args.src), what), args.dst, name, args), flush=True)
 

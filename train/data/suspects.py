@@ -33,7 +33,7 @@ from typing import Any
 
 from train import distributed
 from train.data.source import BadImage, Source, said
-from train.files import make_directory, read_object, write_atomically
+from train.files import make_directory, open_regular, read_object, write_atomically
 from train.signals import asked, beat, of_this_process
 
 LISTED = "stopped_by.json"
@@ -189,7 +189,11 @@ class Reading:
 
 
 def _indexes(path: Path) -> list[int]:
-    data = path.read_bytes()
+    try:
+        with open_regular(str(path)) as file:
+            data = file.read(_SLOTS * _WORD.size)
+    except OSError:  # what no reader made
+        return []
     return [word - 1 for (word,) in _WORD.iter_unpack(data[: len(data) // _WORD.size * _WORD.size]) if word > 0]
 
 

@@ -31,6 +31,7 @@ class Tfds(EncodedSource):
     readers: Opened = field(repr=False)
 
     shuffled = True  # ranges are TFDS's own
+    sampled = 8
     slow_labels = True  # they lie in the records
 
     def __len__(self) -> int:
