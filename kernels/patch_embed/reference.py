@@ -5,13 +5,20 @@ import jax.numpy as jnp
 from kernels import dropout as drop
 
 
-def patch_embed(images, kernel, bias, cls, position, *, dropout=None):
+def to_unit(images):
+    """uint8 0..255 to float32 in [-1, 1]: what the host would make of them, to 1.2e-7 (a device may fuse the two roundings)."""
+    return jnp.clip(images.astype(jnp.float32) * jnp.float32(2 / 255) - 1, -1, 1)
+
+
+def patch_embed(images, kernel, bias, cls, position, *, dropout=None, dtype=None):
     """dropout([cls; patches @ kernel + bias] + position): images to tokens.
 
-    images [B, Y, X, C]; kernel [P, P, C, D]; bias [D]; cls [D], or None for a model without class token; position [T, D] or
-    None, T = (Y/P) * (X/P) + (0 or 1), patches in row-major order. float32 or bfloat16, as `images`; accumulates in float32.
-    Returns [B, T, D] in the dtype of `images`.
+    images [B, Y, X, C], floats, or uint8 0..255 that stand for [-1, 1], of which tokens of `dtype` are made; kernel [P, P, C, D];
+    bias [D]; cls [D], or None for a model without class token; position [T, D] or None, T = (Y/P) * (X/P) + (0 or 1), patches in
+    row-major order. float32 or bfloat16, as `images`; accumulates in float32. Returns [B, T, D] in the dtype of `images`, or in
+    `dtype` where those are bytes.
     """
+    images = to_unit(images).astype(dtype) if images.dtype == jnp.uint8 else images
     p, _, c, d = kernel.shape
     b, y, x, _ = images.shape
     acc_dtype = jnp.promote_types(images.dtype, jnp.float32)
