@@ -64,7 +64,8 @@ class Ops(NamedTuple):
     (`kernels/mlp/gated.py`).
     attention_statistics: `kernels/attention/statistics/reference.py` of a block. No logits need it, and by default XLA
     does it.
-    bytes: whether patch_embed takes uint8 images and, with them, `dtype=` of the tokens.
+    bytes: whether patch_embed takes uint8 images and, with them, `dtype=` of the tokens and `rows=`, to which
+    they are padded.
     keeping: what a training step may keep where memory is plentiful, the first to be kept first (`vitcore/keep.py`). device: () ->
     whose memory that is; None where nothing is known of it.
     """

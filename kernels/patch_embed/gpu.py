@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from kernels import dropout as drop
 from kernels.attention.gpu import product
 from kernels.patch_embed.hopper_plan import Shape, refuses
-from kernels.patch_embed.reference import to_unit
+from kernels.patch_embed.reference import padded, to_unit
 
 
-def patch_embed(images, kernel, bias, cls, position, *, dropout=None, dtype=None):
+def patch_embed(images, kernel, bias, cls, position, *, dropout=None, dtype=None, rows=None):
     """As `reference.patch_embed`: the same arguments, the same result to rounding."""
     p, _, c, d = kernel.shape
     b, y, x, _ = images.shape
     if images.dtype == jnp.uint8:
-        rows, columns = y // p, x // p
-        tokens = rows * columns + (cls is not None)
-        shape = Shape(batch=b, channels=c, rows=rows, columns=columns, patch=p, width=d, tokens=tokens)
+        first, patches = int(cls is not None), (y // p) * (x // p)
+        t = rows or first + patches
+        shape = Shape(batch=b, channels=c, rows=y // p, columns=x // p, patch=p, width=d, tokens=t, first=first)
         if refuses(shape, dtype) is None:
             from kernels.patch_embed import hopper  # Mosaic GPU takes a third of a second to import
 
@@ -31,4 +31,5 @@ def patch_embed(images, kernel, bias, cls, position, *, dropout=None, dtype=None
         tokens = jnp.concatenate([jnp.broadcast_to(cls.astype(acc_dtype), (b, 1, d)), tokens], axis=1)
     if position is not None:
         tokens = tokens + position
-    return drop.apply(tokens, dropout, drop.EMBEDDING).astype(images.dtype)
+    tokens = drop.apply(tokens, dropout, drop.EMBEDDING).astype(images.dtype)
+    return tokens if rows is None else padded(tokens, rows)

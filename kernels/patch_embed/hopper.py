@@ -12,7 +12,7 @@ epilogue, the tensor cores work for the other. (Within one of them they cannot: 
 are written.) A slice is some rows of pixels of all rows of patches that a tile's tokens lie in; each thread takes the bytes of its
 tokens out of it, four at a time, and makes bfloat16 of them, which wgmma takes from registers. The rows of V are in the order of
 that. A patch's row of pixels of 42 bytes is taken as 48, the last of which are the next patch's, and meet rows of zeros in V. A
-class token's bytes are 128.
+class token's bytes are 128, and so are a row of padding's.
 """
 
 from dataclasses import dataclass
@@ -56,12 +56,13 @@ class Form:
 
 
 def places(s: Shape, p: Plan) -> np.ndarray:
-    """int32 [B * T, padded to whole tiles]: where in a slice the first byte of each token's patch is; ABSENT for class tokens."""
+    """int32 [B * T, padded to whole tiles]: where in a slice the first byte of each row's patch is; ABSENT where it has none."""
     count = -(-s.batch * s.tokens // (ROWS * p.cluster)) * ROWS * p.cluster
     band, column, token = _bands(np.arange(count), s)
     first, _, _ = _bands(np.arange(0, count, ROWS), s)
     found = (band - np.repeat(first, ROWS)) * (p.lines * s.line) + column * s.run
-    return np.where((token < s.first) | (np.arange(count) >= s.batch * s.tokens), ABSENT, found).astype(np.int32)
+    absent = (token < s.first) | (token >= s.end) | (np.arange(count) >= s.batch * s.tokens)
+    return np.where(absent, ABSENT, found).astype(np.int32)
 
 
 def _bands(rows, s: Shape):
@@ -268,7 +269,8 @@ def _embed(f: Form, images, kernel, added, place):
     s = f.shape
     v = weights(kernel, s, f.plan)
     half = 0.5 * v.astype(jnp.float32).sum(0)
-    added = added + jnp.where(jnp.arange(s.tokens)[:, None] < s.first, 0.0, half)
+    row = jnp.arange(s.tokens)[:, None]
+    added = added + jnp.where((row >= s.first) & (row < s.end), half, 0.0)
     mask, _ = masked(f.drops, place, (s.batch * s.tokens, s.width), drop.EMBEDDING)
     if mask is not None:  # rows are read as whole tiles, behind the last one, too
         hashed, columns = mask
@@ -288,7 +290,7 @@ def _backward(f: Form, kept, g):
     g = dropped(f.drops, place, g.reshape(-1, s.width), drop.EMBEDDING)
     x = images.reshape(s.batch, s.rows, s.patch, s.columns, s.run).swapaxes(2, 3).reshape(s.batch, -1, s.patch * s.run)
     x = (2 * x.astype(jnp.int32) - 255).astype(g.dtype)  # exactly
-    x = jnp.pad(x, ((0, 0), (s.first, 0), (0, 0))).reshape(g.shape[0], -1)  # so that g need not be cut
+    x = jnp.pad(x, ((0, 0), (s.first, s.tokens - s.end), (0, 0))).reshape(g.shape[0], -1)  # so that g need not be cut
     dw = jnp.einsum("mk,md->kd", x, g, preferred_element_type=jnp.float32) * jnp.float32(1 / 255)
     da = g.reshape(s.batch, s.tokens, -1).astype(jnp.float32).sum(0)
     return None, dw.reshape(kernel.shape).astype(kernel.dtype), da.astype(added.dtype), None
@@ -301,11 +303,12 @@ def patch_embed(images, kernel, bias, cls, position, *, dropout=None, shape: Sha
     """As `kernels.patch_embed.reference.patch_embed`, for uint8 images that `hopper_plan.refuses` does not refuse, to bfloat16."""
     s, chosen = shape, plan(shape)
     assert chosen is not None
-    drops, place = split(dropout, s.tokens, None)
+    drops, place = split(dropout, s.tokens, s.end)
     added = jnp.broadcast_to(bias.astype(jnp.float32), (s.rows * s.columns, s.width))
     if cls is not None:
         added = jnp.concatenate([cls.astype(jnp.float32)[None], added])
     if position is not None:
         added = added + position.astype(jnp.float32)
+    added = jnp.pad(added, ((0, s.tokens - s.end), (0, 0)))
     images, kernel, added, *place = vary_alike(images, kernel, added, *place)
     return _embed(Form(s, chosen, drops), images, kernel, added, tuple(place))

@@ -17,7 +17,8 @@ STAGES = 2  # slices of the image and of the weights in shared memory at a time,
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What an image and its weights measure; hashable. rows, columns: of patches. tokens: of an image, with a class token."""
+    """What an image and its weights measure; hashable. rows, columns: of patches. tokens: rows of the result for an image; first: 1
+    behind a class token, else 0. Behind the patches the rest of the rows is padding."""
 
     batch: int
     channels: int
@@ -26,11 +27,12 @@ class Shape:
     patch: int
     width: int
     tokens: int
+    first: int
 
     @property
-    def first(self) -> int:
-        """Token of the first patch: 1 behind a class token, else 0."""
-        return self.tokens - self.rows * self.columns
+    def end(self) -> int:
+        """Row behind the last patch."""
+        return self.first + self.rows * self.columns
 
     @property
     def line(self) -> int:

@@ -18,12 +18,13 @@ from kernels.patch_embed import gpu, hopper, hopper_plan, reference
 from kernels.patch_embed.hopper_plan import BOX, COLUMNS, MADE, ROWS, UNIT, Shape, plan, refuses
 
 SIZES = [(224, 16), (224, 14), (224, 32), (384, 16), (64, 8), (256, 16)]  # pixels, patch
-SMALL = Shape(batch=3, channels=3, rows=5, columns=4, patch=8, width=128, tokens=21)
+SMALL = Shape(batch=3, channels=3, rows=5, columns=4, patch=8, width=128, tokens=22, first=1)
 
 
-def shape(side, patch, *, batch=2, width=128, cls=1, channels=3):
+def shape(side, patch, *, batch=2, width=128, cls=1, channels=3, extra=0):
     q = side // patch
-    return Shape(batch=batch, channels=channels, rows=q, columns=q, patch=patch, width=width, tokens=q * q + cls)
+    t = q * q + cls + extra
+    return Shape(batch=batch, channels=channels, rows=q, columns=q, patch=patch, width=width, tokens=t, first=cls)
 
 
 def arrays(s: Shape, seed=0):
@@ -31,7 +32,7 @@ def arrays(s: Shape, seed=0):
     r = np.random.default_rng(seed)
     images = jnp.asarray(r.integers(0, 256, (s.batch, s.rows * s.patch, s.columns * s.patch, s.channels)), jnp.uint8)
     k = s.patch * s.run
-    sizes = ((s.patch, s.patch, s.channels, s.width), (s.width,), *([(s.width,)] * s.first), (s.tokens, s.width))
+    sizes = ((s.patch, s.patch, s.channels, s.width), (s.width,), *([(s.width,)] * s.first), (s.end, s.width))
     kernel, *rest = (jnp.asarray(r.standard_normal(size), jnp.float32) for size in sizes)
     return images, [kernel * k**-0.5, *rest] if s.first else [kernel * k**-0.5, rest[0], None, rest[1]]
 
@@ -77,18 +78,19 @@ def test_bytes_meet_their_weights(s):
     p = plan(s)
     v = np.asarray(hopper.weights(kernel, s, p), np.float32)
     found = (gathered(s, images) @ v).reshape(s.batch, s.tokens, s.width)
-    found[:, s.first :] += 0.5 * v.sum(0)
+    found[:, s.first : s.end] += 0.5 * v.sum(0)
     none = jnp.zeros_like(bias)
     true = np.asarray(reference.patch_embed(images, kernel, none, cls, None, dtype=jnp.float32))
-    np.testing.assert_allclose(found[:, s.first :], true[:, s.first :], atol=2**-8 * 4)
+    np.testing.assert_allclose(found[:, s.first : s.end], true[:, s.first :], atol=2**-8 * 4)
     assert not found[:, : s.first].any()
+    assert not found[:, s.end :].any()
 
 
 @pytest.mark.parametrize("dropout", [None, Dropout(0.25, jnp.int32(3), 40)], ids=str)
 @pytest.mark.parametrize("cls", [0, 1])
 def test_gradients(cls, dropout):
     """The backward pass is XLA's on every device: of the same bytes, against the reference's in float32."""
-    s = shape(32, 8, batch=3, width=128, cls=cls)
+    s = shape(32, 8, batch=3, width=128, cls=cls, extra=cls)
     images, given = arrays(s)
     g = jnp.asarray(np.random.default_rng(1).standard_normal((s.batch, s.tokens, s.width)), jnp.float32)
     names = [n for n, a in enumerate(given) if a is not None]
@@ -100,7 +102,7 @@ def test_gradients(cls, dropout):
         return op(images, *full, dropout=dropout)
 
     args = [given[n] for n in names]
-    true = jax.vjp(partial(whole, partial(reference.patch_embed, dtype=jnp.float32)), *args)[1](g)
+    true = jax.vjp(partial(whole, partial(reference.patch_embed, dtype=jnp.float32, rows=s.tokens)), *args)[1](g)
     replaced = pytest.MonkeyPatch()
     with replaced.context() as m:  # no card: zeros forward
         m.setattr(hopper, "_tokens", lambda f, images, v, added, *mask: jnp.zeros((s.batch * s.tokens, s.width), jnp.float32))
@@ -117,7 +119,7 @@ def lowered(f, *args) -> str:
 def test_the_kernel_lowers_and_is_taken_where_a_hopper_card_is(monkeypatch, options):
     monkeypatch.setattr(hopper_plan, "not_hopper", lambda: None)
     images, given = arrays(SMALL)
-    run = partial(gpu.patch_embed, dtype=jnp.bfloat16, **options)
+    run = partial(gpu.patch_embed, dtype=jnp.bfloat16, rows=SMALL.tokens, **options)
     assert "mosaic_gpu" in lowered(run, images, *given)
     assert "patch_embed_hopper" not in str(jax.make_jaxpr(partial(run, dtype=jnp.float32))(images, *given))
     mesh = jax.make_mesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:3])
@@ -151,6 +153,8 @@ def test_which_images_are_refused_and_why(monkeypatch, changes, because):
 def test_elsewhere_bytes_are_made_floats():
     images, given = arrays(SMALL)
     for dtype in (jnp.float32, jnp.bfloat16):
-        found = gpu.patch_embed(images, *given, dtype=dtype)
+        found = gpu.patch_embed(images, *given, dtype=dtype, rows=SMALL.tokens)
+        assert not np.asarray(found[:, SMALL.end :]).any()
+        found = found[:, : SMALL.end]
         true = gpu.patch_embed(reference.to_unit(images).astype(dtype), *given)
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(true, np.float32))

@@ -125,7 +125,7 @@ def test_evaluation_weighs_every_image_once():
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "ops"), [pytest.param(1, None, marks=pytest.mark.slow), (2, None), (2, REFERENCE._replace(bytes=True))]
+    ("accumulate", "ops"), [pytest.param(1, None, marks=pytest.mark.slow), (2, None), (2, GPU._replace(bytes=True))]
 )
 def test_bytes_become_floats_inside_the_step(accumulate, ops):
     """The same loss, update and sums for bytes as for the floats that they stand for; also where the op is given bytes."""
