@@ -133,6 +133,7 @@ def operand(slice_ref, where, count: int, s: Shape):
                     word = arith.ori(low, arith.shli(high, _i32(16)))
                 word = arith.select(absent, _i32(ZEROS), word)
                 own[tile, 2 * i, half], own[tile, 2 * i + 1, half] = _floats(word, 0), _floats(word, 16)
+        mgpu.utils.warpgroup_barrier()  # one thread says for all that the slice is read: all have read it
         return mgpu.FragmentedArray(_registers=registers, _layout=mlir_layout, _is_signed=None)
 
     return run(slice_ref, where)  # pyright: ignore[reportCallIssue]  (the decorator gives the context)
