@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from kernels.attention.hopper.plan import not_hopper
 from kernels.patch_embed import gpu
+from kernels.patch_embed.hopper_plan import Shape, refuses
 from kernels.patch_embed.reference import to_unit
 
 TURNS = 4
@@ -116,7 +117,7 @@ def _images(config, batch: int):
 def main(argv: list[str] | None = None) -> int:
     from vitcore import variant
 
-    parser = argparse.ArgumentParser(prog="bench.bytes_in", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="bench.bytes_in", description="Patch embedding from bytes on the GPU that is present")
     parser.add_argument("--models", nargs="+", default=["ViT-B/16", "ViT-L/16"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=1.0)
@@ -127,7 +128,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(jax.devices()[0].device_kind, flush=True)
     for model in args.models:
-        config = variant(model, num_classes=1000)
+        try:
+            config = variant(model, num_classes=1000)
+        except ValueError as error:
+            parser.error(str(error))
+        rows, columns = config.grid
+        shape = Shape(
+            batch=args.batch, channels=3, rows=rows, columns=columns, patch=config.patch_size, width=config.width,
+            tokens=config.tokens, first=config.class_tokens,
+        )  # fmt: skip
+        if (why := refuses(shape, jnp.bfloat16)) is not None:
+            print(f"{model}: {why}", flush=True)
+            continue
         for part in args.parts:
             programs = op(config, args.batch) if part == "op" else whole(config, args.batch, part)
             for name, seconds in by_turns(programs, args.seconds).items():

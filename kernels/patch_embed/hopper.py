@@ -17,6 +17,7 @@ class token's bytes are 128, and so are a row of padding's.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,8 @@ def _kernel(*refs, f: Form):
     s, p, rate = f.shape, f.plan, 0.0 if f.drops is None else f.drops.rate
     refs = list(refs)
     images_ref, v_ref, added_ref, places_ref = refs[:4]
-    hashed_ref, columns_ref = refs[4:6] if rate else (None, None)
+    hashed_ref: Any = refs[4] if rate else None
+    columns_ref: Any = refs[5] if rate else None
     out_ref, image_s, v_s, (made_flat, made), ready, free = refs[6 if rate else 4 :]
     m, n = out_ref.shape
     steps, deep, across = s.patch // p.lines, p.lines * s.padded, n // COLUMNS
@@ -205,7 +207,7 @@ def _kernel(*refs, f: Form):
         @pl.loop(0, turns)
         def _tile(turn):
             row, column = place(mine + turn * COMPUTE)
-            sums = pl.run_scoped(partial(run, turn, row), plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+            sums = pl.run_scoped(partial(run, turn, row), plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32))
             if len(pieces) % MADE:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for i, (r, c) in enumerate(pieces):
