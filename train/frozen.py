@@ -30,7 +30,7 @@ from vitcore.context import Context
 from vitcore.model import encode, forward, representation
 from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops
-from vitcore.pixels import to_unit
+from vitcore.pixels import for_model, to_unit
 from vitcore.sharding import MeshShape, partition_specs
 
 _wanted = jax.jit(to_unit, static_argnums=1)  # of a model with pixels of its own; what reads [-1, 1] takes bytes into its program
@@ -128,7 +128,7 @@ def make_features(
     upto = dataclasses.replace(config, depth=block or config.depth) if isinstance(config, ViTConfig) else config
 
     def local(params, images):
-        images = to_unit(images)
+        images = for_model(images)
         if read == "tokens":
             some = {**params, "blocks": jax.tree.map(lambda a: a[: upto.depth], params["blocks"])}
             x = encode(some, images, upto, context)
@@ -147,7 +147,7 @@ def make_predict(config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype
     context = Context(ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
 
     def local(params, images):
-        logits = forward(params, to_unit(images), config, context)
+        logits = forward(params, for_model(images), config, context)
         values, classes = jax.lax.top_k(logits, min(best, config.num_classes))
         return (classes, jnp.exp(values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))) if scored else classes
 

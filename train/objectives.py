@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vitcore import masked
 from vitcore.model import forward, masked_predictions
-from vitcore.pixels import to_unit
+from vitcore.pixels import for_model, to_unit
 
 CORRUPTION = 0x3A5C  # folded into a step's key: the corruption's draws are no others'
 
@@ -34,11 +34,11 @@ def objective_of(config) -> Objective:
 
 
 def _class_losses(params, images, labels, config, context, options, key):
-    return options.losses(forward(params, to_unit(images, options.pixels), config, context), labels)
+    return options.losses(forward(params, for_model(images, options.pixels), config, context), labels)
 
 
 def _class_sums(params, images, labels, config, context, options, key):
-    logits = forward(params, to_unit(images, options.pixels), config, context)
+    logits = forward(params, for_model(images, options.pixels), config, context)
     best = logits.argmax(-1)
     correct = best == labels if labels.ndim == 1 else jnp.take_along_axis(labels, best[:, None], 1)[:, 0] > 0
     losses = options.losses(logits, labels)
@@ -54,7 +54,7 @@ CLASSES = Objective(_class_losses, _class_sums)
 def predicted(params, images, config, context, options, key):
     """(predictions [B, K, outputs], the corrupted patches' targets [B, K, ...], the Corruption) of images, bytes or floats."""
     key = jax.random.fold_in(key, CORRUPTION)
-    found, chosen = masked_predictions(params, to_unit(images, options.pixels), config, context, key)
+    found, chosen = masked_predictions(params, for_model(images, options.pixels), config, context, key)
     targets = masked.TARGETS[config.masked.target].of(
         to_unit(images), config
     )  # of the image's own pixels, whatever the model wants

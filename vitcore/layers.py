@@ -32,7 +32,7 @@ _again = partial(jax.checkpoint, policy=_nothing, prevent_cse=False)  # inside a
 
 
 def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
-    """Tokens [B, T, D] through all the blocks: (tokens, what `context.capture` asks for).
+    """Tokens [B, T, D], already padded or not, through all the blocks: (tokens, what `context.capture` asks for).
 
     blocks: their parameters, stacked and split as they lie. p: params["patch_embed"] ready for use. row: the global index of the
     first token. keys: a tree with a leading L, of random keys and rates, or None. chances: (a layer's part of it, row) -> Dropout
@@ -45,9 +45,9 @@ def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
     if capture and remat:
         raise ValueError(f"remat is {remat} and results of blocks are asked for: they are kept with remat=0 only")
 
-    extra, tokens = ops.padding(x.shape[1]), None
+    extra, tokens = ops.padding(config.tokens), None
     if extra:  # padding, to which no token attends
-        x, tokens = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), config.tokens
+        x, tokens = jnp.pad(x, ((0, 0), (0, extra + config.tokens - x.shape[1]), (0, 0))), config.tokens
     at_block = config.entries.position.at_block
 
     def one(x, row, w, key, stacks=None):

@@ -64,6 +64,8 @@ class Ops(NamedTuple):
     (`kernels/mlp/gated.py`).
     attention_statistics: `kernels/attention/statistics/reference.py` of a block. No logits need it, and by default XLA
     does it.
+    bytes: whether patch_embed takes uint8 images and, with them, `dtype=` of the tokens and `rows=`, to which
+    they are padded.
     keeping: what a training step may keep where memory is plentiful, the first to be kept first (`vitcore/keep.py`). device: () ->
     whose memory that is; None where nothing is known of it.
     """
@@ -84,6 +86,7 @@ class Ops(NamedTuple):
     rotary_by_xla: Callable = lambda shape: "these ops have no kernel for them"
     gated_half: Callable = mlp.gated_half
     attention_statistics: Callable = attention_statistics.attention_statistics
+    bytes: bool = False
     keeping: tuple[Keeping, ...] = ()
     device: Callable[[], Device] | None = None
 
@@ -170,7 +173,8 @@ def _on_the_tpu(kernel):
 
 # Plain einsum, compiled by XLA: the specification, and the path of every platform without kernels.
 REFERENCE = Ops(patch_embed.patch_embed, attention.attention_half, mlp.mlp_half, layer_norm.layer_norm)
-# Our kernels on Hopper; elsewhere cuDNN's attention, and products that read and write the activations' dtype.
+# Our kernels on Hopper; elsewhere cuDNN's attention, and products that read and write the activations' dtype. With `bytes=True`,
+# which is not the default until a card has run it, Hopper's patch embedding reads bytes (`kernels/patch_embed/hopper.py`).
 GPU = Ops(
     patch_embed_gpu.patch_embed,
     attention_gpu.attention_half,

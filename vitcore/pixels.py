@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.patch_embed import reference
 from vitcore.normalisation import HALF, Pixels, normalise
 
 
@@ -12,5 +13,11 @@ def to_unit(images: jax.Array, wanted: Pixels = HALF) -> jax.Array:
     Floats are in [-1, 1] already. wanted: what a model wants of either, where it is not that.
     """
     if images.dtype == jnp.uint8:
-        images = jnp.clip(images.astype(jnp.float32) * jnp.float32(2 / 255) - 1, -1, 1)
+        images = reference.to_unit(images)
     return normalise(images, wanted)
+
+
+def for_model(images: jax.Array, wanted: Pixels = HALF) -> jax.Array:
+    """Images as a model's own functions (`vitcore.model.forward`) take them: `to_unit`, but that bytes which a model wants in
+    [-1, 1] stay bytes, since some stems read those."""
+    return images if images.dtype == jnp.uint8 and wanted == HALF else to_unit(images, wanted)

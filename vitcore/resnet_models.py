@@ -15,6 +15,7 @@ from vitcore.context import Context
 from vitcore.heads import head_leaves
 from vitcore.hybrid import check_image, run_stem
 from vitcore.parameters import Leaf, Name
+from vitcore.pixels import to_unit
 from vitcore.posemb import fit_line
 from vitcore.resnet import DEPTHS, ResNetStem
 from vitcore.resnet_leaves import leaves as stem_leaves
@@ -103,7 +104,7 @@ def represent(params, images, config: ResNetConfig, context: Context):
     """Images to (the mean of the feature map [B, D] in context.dtype, nothing captured)."""
     if context.capture or context.edit:
         raise ValueError("a ResNet has neither blocks nor patches to look into: features of blocks, maps and edits are a ViT's")
-    x = run_stem(params, images.astype(context.dtype), config, context)
+    x = run_stem(params, to_unit(images).astype(context.dtype), config, context)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)).astype(x.dtype), {}
 
 

@@ -22,7 +22,8 @@ class Stem(NamedTuple):
     leaves: (config) -> its leaves. project: (params, p, images [B, Y, X, C] in context.dtype, config, context) -> patch embeddings
     [B, rows * columns, D]; p is params["patch_embed"] ready for use. embed: the same with `cls=` [D] or None, `position=` [T, D] or
     None and `dropout=` -> tokens [B, T, D], where one op does all of it (paper Eq. 1); None: the encoder adds the rest itself.
-    options: the frozen dataclass of the stem's own fields, which has a field `kind`; None where its name says all. finish: (params,
+    bytes: whether both take images as bytes, too, where the ops do (`Ops.bytes`). options: the frozen dataclass of the stem's own
+    fields, which has a field `kind`; None where its name says all. finish: (params,
     tokens [B, T, D], config, context) -> the same, in front of the blocks; None: nothing is done there.
     """
 
@@ -33,6 +34,7 @@ class Stem(NamedTuple):
     embed: Callable | None = None
     options: type | None = None
     finish: Callable | None = None
+    bytes: bool = False
 
 
 def _check(config) -> None:
@@ -86,12 +88,22 @@ def _leaves(config):
     return projection(config, config.channels, config.patch_size, rows * columns)
 
 
-def _embed(params, p, images, config, context, *, cls, position, dropout):
-    return context.ops.patch_embed(images, p["kernel"], p["bias"], cls, position, dropout=dropout)
+def _embed(params, p, images, config, context, *, cls, position, dropout, rows=None):
+    options = {"dtype": context.dtype, "rows": rows} if images.dtype == jnp.uint8 else {}
+    return context.ops.patch_embed(images, p["kernel"], p["bias"], cls, position, dropout=dropout, **options)
 
 
-def _without_bias(params, p, images, config, context, **rest):
-    return _embed(params, {**p, "bias": jnp.zeros((config.width,), p["kernel"].dtype)}, images, config, context, **rest)
+def _whole(params, p, images, config, context, **rest):
+    """All of Eq. 1. Of bytes with the padding of the blocks: behind a kernel it would be one more pass over all tokens."""
+    return _embed(params, p, images, config, context, rows=config.tokens + context.ops.padding(config.tokens), **rest)
+
+
+def _no_bias(params, p, images, config, context):
+    return params, {**p, "bias": jnp.zeros((config.width,), p["kernel"].dtype)}, images, config, context
+
+
+def _without_bias(*given, **rest):
+    return _whole(*_no_bias(*given), **rest)
 
 
 def _normalise(params, tokens, config, context):
@@ -115,15 +127,16 @@ def _hybrid(config):
 
 
 STEMS: dict[str, Stem] = {
-    "patches": Stem(check=_check, grid=_grid, leaves=_leaves, project=_project, embed=_embed),
+    "patches": Stem(check=_check, grid=_grid, leaves=_leaves, project=_project, embed=_whole, bytes=True),
     # CLIP's (arXiv:2103.00020, section 2.4): a projection without bias, and a layer norm of the tokens before the blocks
     "clip": Stem(
         check=_check,
         grid=_grid,
         leaves=_clip_leaves,
-        project=lambda *given: _without_bias(*given, cls=None, position=None, dropout=None),
+        project=lambda *given: _project(*_no_bias(*given)),
         embed=_without_bias,
         finish=_normalise,
+        bytes=True,
     ),
     "resnet": Stem(check=hybrid.check, grid=hybrid.grid, leaves=_hybrid, project=hybrid.project, options=ResNetStem),
 }

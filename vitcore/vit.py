@@ -23,6 +23,7 @@ from vitcore.drop_path import DropPath, rates
 from vitcore.heads import linear, registers
 from vitcore.ops import Ops
 from vitcore.parameters import Leaf, norm, stacked
+from vitcore.pixels import to_unit
 
 _FINAL = {"release": "Transformer/encoder_norm", "timm": "norm", "transformers": "{final}"}
 
@@ -57,7 +58,8 @@ def pooled(params, x, config: ViTConfig, context: Context):
 
 
 def encode(params, images, config: ViTConfig, context: Context):
-    """Images [B, Y, X, C] to (the last block's tokens [B, T, D] without registers, what was captured): Eq. 1 to 3."""
+    """Images [B, Y, X, C], floats in [-1, 1] or bytes that stand for them, to (the last block's tokens [B, T, D] without registers,
+    what was captured): Eq. 1 to 3."""
     keys = None
     if context.dropout_key is not None and (config.dropout > 0 or config.drop_path > 0):
         bits = jax.random.bits(context.dropout_key, (config.depth + 1,), jnp.uint32)
@@ -75,7 +77,9 @@ def encode(params, images, config: ViTConfig, context: Context):
 
     row = context.first_example * config.tokens
     p = context.take(params, "patch_embed")
-    x = embed(params, p, images.astype(context.dtype), config, context, dropout(None if keys is None else keys[0], row))
+    if not (images.dtype == jnp.uint8 and context.ops.bytes and config.entries.stem.bytes):
+        images = to_unit(images).astype(context.dtype)
+    x = embed(params, p, images, config, context, dropout(None if keys is None else keys[0], row))
     if finish := config.entries.stem.finish:
         x = finish(params, x, config, context)
     of_blocks = None if keys is None else (keys[1:], jnp.asarray(rates(config))) if config.drop_path else keys[1:]
@@ -98,7 +102,8 @@ def predict_masked(params, images, config: ViTConfig, context: Context, key):
 
 
 def embed(params, p, images, config: ViTConfig, context: Context, dropout: Dropout | None):
-    """Images in context.dtype to tokens [B, T, D]: Eq. 1, in one op where the stem has one and nobody edits in between."""
+    """Images in context.dtype, or bytes where stem and ops take them, to tokens [B, T, D]: Eq. 1, in one op where the stem has one
+    and nobody edits in between."""
     stem, position, _, pool = config.entries
     cls, table = p["cls"] if pool.class_token else None, position.table(p, config)
     if stem.embed and context.edit is None and not config.registers:

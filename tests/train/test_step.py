@@ -128,12 +128,14 @@ def test_evaluation_weighs_every_image_once():
     np.testing.assert_allclose(sums["loss"], softmax_cross_entropy(logits, np.asarray(labels)[:19]).sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_bytes_become_floats_inside_the_step(accumulate):
-    """The same loss, update and sums for bytes as for the floats that they stand for."""
+@pytest.mark.parametrize(
+    ("accumulate", "ops"), [pytest.param(1, None, marks=pytest.mark.slow), (2, None), (2, GPU._replace(bytes=True))]
+)
+def test_bytes_become_floats_inside_the_step(accumulate, ops):
+    """The same loss, update and sums for bytes as for the floats that they stand for; also where the op is given bytes."""
     mesh = mesh_of(2, 2)
     tx = optimizer(schedule(base_lr=1e-2, total_steps=100), base_lr=1e-2)
-    options = StepOptions(accumulate=accumulate)
+    options = StepOptions(accumulate=accumulate, ops=ops)
     start = make_init(CONFIG, mesh, tx, options)
     step, evaluate = make_train_step(CONFIG, mesh, tx, options), make_eval_step(CONFIG, mesh, options)
     place = NamedSharding(mesh, P("data"))
