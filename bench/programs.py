@@ -322,7 +322,10 @@ def axial_lines(devices, *, length, channels, images, dtype="bfloat16", kernels=
     if whole:
         norm = partial(resnet._norm, form=resnet.FORMS["axial"])
         fn: Any = partial(axial.along, axis=1, heads=heads, norm=norm, lines=lines)
-        vectors = {name: {part: S((n,), jnp.float32) for part in ("scale", "bias")} for name, n in (("gn_qkv", 2 * channels), ("gn_out", channels))}
+        vectors = {
+            name: {part: S((n,), jnp.float32) for part in ("scale", "bias")}
+            for name, n in (("gn_qkv", 2 * channels), ("gn_out", channels))
+        }
         weights = {"qkv": S((channels, 2 * channels), jnp.float32), "relative": tables, **vectors}
         arguments: Any = (S((images, length, length, channels), jnp.dtype(dtype)), weights)
     else:

@@ -21,7 +21,7 @@ Kernels are split over "data" along their output channels, for which standardisa
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -132,6 +132,18 @@ def units(c: ResNetStem) -> Iterator[Unit]:
             into = 4 * middle
 
 
+def axial_lines(c: ResNetStem, image_shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """(places, channels a head) of the lines that axial attention takes, each once. A unit attends before its stride."""
+    found, first = [], replace(c, depths=())
+    for u in units(c):
+        before = max(0, u.stage - 2 if u.number == 1 else u.stage - 1)
+        rows, columns = first.grid(image_shape)
+        for _ in range(before):
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        found += [(length, u.middle // AXIAL_HEADS) for length in (rows, columns)]
+    return list(dict.fromkeys(found))
+
+
 # --- arithmetic -------------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +199,17 @@ def max_pool(x, form: Form):
 # --- the network ------------------------------------------------------------------------------------------------------------
 
 
-def feature_map(params, images, c: ResNetStem, *, specs=None, mesh: MeshShape | None = None, remat: bool = False, unrolled=False, lines=attention):
+def feature_map(
+    params,
+    images,
+    c: ResNetStem,
+    *,
+    specs=None,
+    mesh: MeshShape | None = None,
+    remat: bool = False,
+    unrolled=False,
+    lines=attention,
+):
     """Images [B, Y, X, C] to the last stage's output [B, *c.grid((Y, X)), c.channels], in the images' dtype.
 
     params: as `leaves` lists them; on a mesh this device's shards, with their specs, inside a `shard_map` whose axes are manual.

@@ -2,15 +2,12 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.attention.lines import reference, tpu
-from kernels.attention.lines.plan import LineShape
 from kernels.device import DEVICES
 from kernels.launch import Launch
 from tests import oracle

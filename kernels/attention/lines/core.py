@@ -8,7 +8,7 @@ A line of 7 places and a head of 8 channels fill neither a register nor a systol
 happens the same: a register holds one number of 1,024 of them (8 rows of heads by 128 lines), places and channels are axes in front
 of it, and all sums are those of whole registers. The tables, which lines and heads share, are scalars in SMEM.
 
-A grid step has one query (backward also one key) of 1,024 lines, whose other places lie in VMEM while the grid goes over it. Backward
+A grid step has one query, or backward one key, of 1,024 lines, whose other places lie in VMEM while the grid goes over it. Backward
 is two kernels, for queries and for keys, the second of which makes the logits again, with the first's log sums and sum_p P dP. The
 tables' gradients are sums over lanes too, so those are products on the MXU, of all heads with all, of which equal heads count; what
 stands at a pair of places is summed by XLA, over blocks and along diagonals. All lines are float32 in VMEM and HBM.

@@ -13,7 +13,7 @@ from kernels.vmem import round_up
 
 REGISTER = 4 * SUBLANES * LANES  # bytes
 SHARE = 0.9  # of VMEM, by the count below
-TABLES = 14 * 1024  # most bytes of SMEM for the tables: v2 and v3 have 16 KiB, of which XLA takes one
+SMEM_OF_OTHERS = 2 * 1024  # bytes of it that are not the tables'
 TERMS = 32  # channels of one turn of a loop over places: short turns wait for themselves
 SUMS = 32  # registers that are summed up over a loop
 
@@ -63,8 +63,11 @@ def plan(s: LineShape, device: Device) -> LinesPlan | Refused:
             reason=f"attention along lines: {s.length} places of {s.d} channels a head need {needs >> 20} MiB of the "
             f"{device.vmem_bytes >> 20} MiB of VMEM of a {device.name}"
         )
-    if (tables := 4 * (2 * s.length - 1) * 2 * s.d) > TABLES:
-        return Refused(reason=f"attention along lines: tables of {tables} bytes, more than the {TABLES} that SMEM holds")
+    if (tables := 4 * (2 * s.length - 1) * 2 * s.d) > device.smem_bytes - SMEM_OF_OTHERS:
+        return Refused(
+            reason=f"attention along lines: tables of {tables} bytes do not fit the {device.smem_bytes} bytes of SMEM of a "
+            f"{device.name}"
+        )
     return LinesPlan(
         rows=lines_of(s) // LANES * s.heads,
         turn=_divisor(s.length, TERMS // (half + s.d)),

@@ -55,8 +55,8 @@ def attention(qkv, relative, *, heads: int, launch: Launch) -> Any:
     d = k // (2 * heads)
     if k % (4 * heads) or relative.shape != (2 * d, 2 * length - 1):
         raise ValueError(
-            f"attention along lines: qkv has shape {qkv.shape} and the tables {relative.shape}; required [M, L, 2 N d] with an even d "
-            f"and N = heads = {heads}, and [2d, 2L-1]"
+            f"attention along lines: qkv has shape {qkv.shape} and the tables {relative.shape}; required [M, L, 2 N d] with an "
+            f"even d and N = heads = {heads}, and [2d, 2L-1]"
         )
     shape = LineShape(m, length, heads, d, jnp.dtype(qkv.dtype))
     chosen = choose(shape, launch.device)
