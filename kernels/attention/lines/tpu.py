@@ -69,5 +69,6 @@ def attention(qkv, relative, *, heads: int, launch: Launch) -> Any:
     # lines of zeros beside them are of no gradient
     lines = jnp.pad(qkv.astype(jnp.float32), ((0, more), (0, 0), (0, 0))).reshape(-1, LANES, length, heads, 2 * d)
     lines = lines.transpose(2, 4, 0, 3, 1).reshape(length, 2 * d, -1, LANES)
-    y = _core(static, lines, relative).reshape(length, d, -1, heads, LANES)
+    y: Any = _core(static, lines, relative)
+    y = y.reshape(length, d, -1, heads, LANES)
     return y.transpose(2, 4, 0, 3, 1).reshape(m + more, length, heads * d)[:m].astype(qkv.dtype)
