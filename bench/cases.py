@@ -86,7 +86,7 @@ def cases(
     **same: Any,
 ) -> list[Case]:
     """Every combination, models outermost. ValueError for an unknown model, a size that its patch does not divide, or a peer that
-    has no such model. A ResNet compiled for a TPU is XLA's whatever the ops are, and one case."""
+    has no such model. A ResNet compiled for a TPU is XLA's whatever the ops are, and one case, but for an axial one."""
     found: list[Case] = []
     for model in models:
         patch, plain, resnet = _about(model)
@@ -108,14 +108,16 @@ def cases(
 
 
 def _about(model: str) -> tuple[int, bool, bool]:
-    """(what a size must be a multiple of, whether it is a plain ViT, whether a ResNet) of a named model. ValueError for an unknown
-    one. A ResNet, also as the stem under patches of one place of its map, rounds up and takes any size that it does not shrink to
-    nothing."""
+    """(what a size must be a multiple of, whether it is a plain ViT, whether a ResNet without an op of ours) of a named model.
+
+    ValueError for an unknown one. A ResNet, also as the stem under patches of one place of its map, rounds up and takes any size
+    that it does not shrink to nothing.
+    """
     total = model.rpartition("/")[2]
     side = int(total) if total.isdecimal() and int(total) else 224
     config = variant(model, image_size=math.lcm(side, 32) if "+" in model else side)
     if isinstance(config, ResNetConfig):
-        return 1, False, True
+        return 1, False, config.stem.form != "axial"
     if config.stem is not None:
         return (config.patch_size * config.stem.stride if config.patch_size > 1 else 1), False, False
     return config.patch_size, config.block == "encoder", False

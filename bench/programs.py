@@ -23,7 +23,6 @@ from kernels.attention.reference import AttentionWeights
 from kernels.attention.relative import reference as relative
 from kernels.attention.relative.reference import RelativeWeights
 from kernels.attention.statistics import tpu as statistics_tpu
-from kernels.attention.tpu import attention
 from kernels.device import SUBLANES, from_kind
 from kernels.dropout import Dropout
 from kernels.launch import Launch
@@ -310,22 +309,28 @@ def relative_half(devices, *, shape, batch, dtype="bfloat16", backward=False, ke
     return both, (x, *arguments)
 
 
-def axial_lines(devices, *, length, channels, images, dtype="bfloat16", kernels=False, backward=False):
-    """Attention between projections and norms over the columns of maps [images, length, length, channels] of an AxialResNet, its 8
-    heads: as `vitcore.axial` has it, by XLA; or, with kernels, our core without positions and with q, k as wide as v, about the
-    least that a kernel with both could take."""
-    lines, heads = images * length, resnet.AXIAL_HEADS
+def axial_lines(devices, *, length, channels, images, dtype="bfloat16", kernels=False, backward=False, whole=False):
+    """Attention over the columns of maps [images, length, length, channels] of an AxialResNet, its 8 heads: what lies between
+    projections and norms or, whole, a layer with them."""
+    heads = resnet.AXIAL_HEADS
     if channels % (2 * heads):
         raise ValueError(
             f"channels={channels}: a multiple of {2 * heads} is required, for {heads} heads whose q and k are half as wide as v"
         )
-    if kernels:
-        fn = partial(attention, num_heads=heads, launch=launch_for(devices[0]))
-        arguments: Any = (S((3, lines, length, channels), jnp.dtype(dtype)),)
+    lines = ops_for(devices[0], kernels=kernels).lines
+    tables = S((2 * channels // heads, 2 * length - 1), jnp.float32)
+    if whole:
+        norm = partial(resnet._norm, form=resnet.FORMS["axial"])
+        fn: Any = partial(axial.along, axis=1, heads=heads, norm=norm, lines=lines)
+        vectors = {
+            name: {part: S((n,), jnp.float32) for part in ("scale", "bias")}
+            for name, n in (("gn_qkv", 2 * channels), ("gn_out", channels))
+        }
+        weights = {"qkv": S((channels, 2 * channels), jnp.float32), "relative": tables, **vectors}
+        arguments: Any = (S((images, length, length, channels), jnp.dtype(dtype)), weights)
     else:
-        width = channels // heads
-        fn = partial(axial.between, heads=heads)
-        arguments = (S((lines, length, 2 * channels), jnp.dtype(dtype)), S((2 * width, 2 * length - 1), jnp.float32))
+        fn = partial(lines, heads=heads)
+        arguments = (S((images * length, length, 2 * channels), jnp.dtype(dtype)), tables)
     if not backward:
         return fn, arguments
     return (lambda dy, *arrays: jax.vjp(fn, *arrays)[1](dy)), (jax.eval_shape(fn, *arguments), *arguments)

@@ -9,6 +9,7 @@ leave their tiles to XLA and cuDNN, so there is nothing else to know.
 
 from dataclasses import dataclass
 
+KiB = 2**10
 MiB = 2**20
 GiB = 2**30
 
@@ -37,6 +38,11 @@ class Device:
     def peak_flops(self) -> float:
         """bfloat16 FLOP/s of the core."""
         return self.flops_per_cycle * self.clock_hz
+
+    @property
+    def smem_bytes(self) -> int:
+        """Memory of scalars: small in the generations, v2 and v3, that take no bfloat16 products either."""
+        return (1024 if self.bf16_matmul else 16) * KiB
 
     @property
     def hbm_bytes_per_cycle(self) -> float:

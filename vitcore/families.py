@@ -59,7 +59,7 @@ FAMILIES: dict[type, Family] = {
         parse=resnet_models.parse,
         names=resnet_models.NAMES,
         fit=resnet_models.fit,
-        by_xla=lambda config, *_: ("convolutions", "axial attention") if config.stem.form == "axial" else ("convolutions",),
+        by_xla=resnet_models.by_xla,
         head=resnet_models.head,
         spelling="R{50,101,152,200}xW, with -post for the hybrids' form, AxialResNet-50",
     ),

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vitcore.context import Context
+from vitcore.ops import REFERENCE
 from vitcore.resnet import DEPTHS, ResNetStem, feature_map
 
 
@@ -25,10 +26,10 @@ def check_image(config) -> None:
 
 
 def run_stem(params, images, config, context: Context):
-    ops = context.ops
+    ops = context.ops or REFERENCE
     return feature_map(
         params["stem"], images, config.stem, specs=context.specs and context.specs["stem"], mesh=context.mesh,
-        remat=bool(context.remat), unrolled=ops is not None and "forward" in ops.unrolled,
+        remat=bool(context.remat), unrolled="forward" in ops.unrolled, lines=ops.lines,
     )  # fmt: skip
 
 

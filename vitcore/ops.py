@@ -9,6 +9,8 @@ import jax
 from kernels.attention import gpu as attention_gpu
 from kernels.attention import reference as attention
 from kernels.attention import tpu as attention_tpu
+from kernels.attention.lines import reference as attention_lines
+from kernels.attention.lines import tpu as attention_lines_tpu
 from kernels.attention.relative import reference as attention_relative
 from kernels.attention.relative import tpu as attention_relative_tpu
 from kernels.attention.rotary import reference as attention_rotary
@@ -60,6 +62,7 @@ class Ops(NamedTuple):
     relative_half: the half with relative positions, by default `kernels/attention/relative/reference.py`. relative_by_xla:
     why XLA does it for a `tiling.Shape`, "" where a kernel does.
     rotary_half, rotary_by_xla: likewise the half with rotary positions, by default `kernels/attention/rotary/reference.py`.
+    lines, lines_by_xla: likewise attention along lines, of an AxialResNet; why, for a `lines.plan.LineShape`.
     gated_half: a gated MLP half, for which nobody has a kernel: `kernels/mlp/reference.py`, or what keeps less of it
     (`kernels/mlp/gated.py`).
     attention_statistics: `kernels/attention/statistics/reference.py` of a block. No logits need it, and by default XLA
@@ -84,6 +87,8 @@ class Ops(NamedTuple):
     relative_by_xla: Callable = lambda shape: "these ops have no kernel for them"
     rotary_half: Callable = attention_rotary.attention_half
     rotary_by_xla: Callable = lambda shape: "these ops have no kernel for them"
+    lines: Callable = attention_lines.attention
+    lines_by_xla: Callable = lambda shape: "these ops have no kernel for them"
     gated_half: Callable = mlp.gated_half
     attention_statistics: Callable = attention_statistics.attention_statistics
     bytes: bool = False
@@ -102,6 +107,8 @@ OTHERS = (
     "relative_by_xla",
     "rotary_half",
     "rotary_by_xla",
+    "lines",
+    "lines_by_xla",
     "attention_statistics",
 )  # that have the reference where nothing is said
 
@@ -114,6 +121,8 @@ _KERNELS = (
     attention_relative_tpu.by_xla,
     attention_rotary_tpu.attention_half,
     attention_rotary_tpu.by_xla,
+    attention_lines_tpu.attention,
+    attention_lines_tpu.by_xla,
     attention_statistics_tpu.attention_statistics,
 )
 

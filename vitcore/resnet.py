@@ -21,7 +21,7 @@ Kernels are split over "data" along their output channels, for which standardisa
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from kernels.attention.lines.reference import attention
 from vitcore import axial
 from vitcore.collectives import MeshShape, gather, lies_on, recompute_gathers, sum_over_model
 
@@ -131,6 +132,18 @@ def units(c: ResNetStem) -> Iterator[Unit]:
             into = 4 * middle
 
 
+def axial_lines(c: ResNetStem, image_shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """(places, channels a head) of the lines that axial attention takes, each once. A unit attends before its stride."""
+    found, first = [], replace(c, depths=())
+    for u in units(c):
+        before = max(0, u.stage - 2 if u.number == 1 else u.stage - 1)
+        rows, columns = first.grid(image_shape)
+        for _ in range(before):
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        found += [(length, u.middle // AXIAL_HEADS) for length in (rows, columns)]
+    return list(dict.fromkeys(found))
+
+
 # --- arithmetic -------------------------------------------------------------------------------------------------------------
 
 
@@ -186,11 +199,22 @@ def max_pool(x, form: Form):
 # --- the network ------------------------------------------------------------------------------------------------------------
 
 
-def feature_map(params, images, c: ResNetStem, *, specs=None, mesh: MeshShape | None = None, remat: bool = False, unrolled=False):
+def feature_map(
+    params,
+    images,
+    c: ResNetStem,
+    *,
+    specs=None,
+    mesh: MeshShape | None = None,
+    remat: bool = False,
+    unrolled=False,
+    lines=attention,
+):
     """Images [B, Y, X, C] to the last stage's output [B, *c.grid((Y, X)), c.channels], in the images' dtype.
 
     params: as `leaves` lists them; on a mesh this device's shards, with their specs, inside a `shard_map` whose axes are manual.
-    remat: keep the input of every unit alone for the backward pass. unrolled: no loop over the units of a stage.
+    remat: keep the input of every unit alone for the backward pass. unrolled: no loop over the units of a stage. lines: attention
+    along lines, of `vitcore.ops`.
     """
     form = FORMS[c.form]
     ready = partial(_ready, form=form, mesh=mesh, dtype=images.dtype)
@@ -205,19 +229,19 @@ def feature_map(params, images, c: ResNetStem, *, specs=None, mesh: MeshShape | 
         for part in stage:  # "first", then "rest"
             spec = specs and specs[f"stage{s + 1}"][part]
             if part == "first":
-                x = _unit(ready, spec, c.form, 2 if s else 1, mesh, remat)(x, stage[part])
+                x = _unit(ready, spec, c.form, 2 if s else 1, mesh, remat, lines)(x, stage[part])
                 continue
             layer = spec and jax.tree.map(lambda p: P(*p[1:]), spec)
-            run = _unit(ready, layer, c.form, 1, mesh, remat)
+            run = _unit(ready, layer, c.form, 1, mesh, remat, lines)
             x, _ = scan(lambda x, w, run=run: (run(x, w), None), x, _vary(stage[part], spec, mesh))
     if c.form == "pre":
         x = _relu(_norm(x, ready(params["norm"], specs and specs["norm"]), form))
     return x
 
 
-def _unit(ready, specs, name: str, stride: int, mesh, remat: bool):
+def _unit(ready, specs, name: str, stride: int, mesh, remat: bool, lines):
     """(x, its weights) -> x."""
-    run = {"post": _post, "pre": _pre, "axial": _axial}[name]
+    run = {"post": _post, "pre": _pre, "axial": partial(_axial, lines=lines)}[name]
 
     def unit(x, w):
         return run(x, ready(w, specs), stride, FORMS[name], mesh)
@@ -249,16 +273,16 @@ def _pre(x, w, stride, form, mesh):
     return residual + _sum(convolve(y, w["conv3"]["kernel"], 1, form), mesh)
 
 
-def _axial(x, w, stride, form, mesh):
+def _axial(x, w, stride, form, mesh, *, lines):
     residual = x
     if "conv_proj" in w:
         residual = _norm(convolve(x, w["conv_proj"]["kernel"], stride, form), w["gn_proj"], form)
     y = _relu(_norm(convolve(x, w["conv1"]["kernel"], 1, form), w["gn1"], form))
     heads = AXIAL_HEADS // (mesh.model if mesh else 1)
-    y = axial.along(y, w["height"], 1, heads, lambda z, n: _norm(z, n, form, mesh))
+    y = axial.along(y, w["height"], 1, heads, lambda z, n: _norm(z, n, form, mesh), lines)
     if mesh and mesh.over_model:  # the other heads' channels, of which each head reads all
         y = lax.all_gather(y, mesh.over_model, axis=y.ndim - 1, tiled=True)
-    y = axial.along(y, w["width"], 2, heads, lambda z, n: _norm(z, n, form, mesh))
+    y = axial.along(y, w["width"], 2, heads, lambda z, n: _norm(z, n, form, mesh), lines)
     if stride > 1:
         y = _halved(y)
     y = _norm(_sum(convolve(_relu(y), w["conv3"]["kernel"], 1, form), mesh), w["gn3"], form)

@@ -11,13 +11,15 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.attention.lines.plan import LineShape
 from vitcore.context import Context
 from vitcore.heads import head_leaves
 from vitcore.hybrid import check_image, run_stem
+from vitcore.ops import Ops
 from vitcore.parameters import Leaf, Name
 from vitcore.pixels import to_unit
 from vitcore.posemb import fit_line
-from vitcore.resnet import DEPTHS, ResNetStem
+from vitcore.resnet import AXIAL_HEADS, DEPTHS, ResNetStem, axial_lines
 from vitcore.resnet_leaves import leaves as stem_leaves
 
 
@@ -114,6 +116,17 @@ def fit(path, array, config: ResNetConfig, new: ResNetConfig, method: Literal["c
         return array
     want = next(leaf.shape for leaf in leaves(new) if leaf.path == path)
     return np.swapaxes(fit_line(np.swapaxes(array, -1, -2), want[-1], method), -1, -2)
+
+
+def by_xla(config: ResNetConfig, ops: Ops, dtype, heads: int) -> tuple[str, ...]:
+    """The parts of a model that are no ops, or ops that XLA does for these `ops`; heads do not matter."""
+    if config.stem.form != "axial":
+        return ("convolutions",)
+    shapes = [LineShape(1, length, AXIAL_HEADS, d, jnp.dtype(dtype)) for length, d in axial_lines(config.stem, config.image_shape)]
+    left = [s for s in shapes if ops.lines_by_xla(s)]
+    if len(left) < len(shapes):
+        return "convolutions", *(f"axial attention of {s.length} places and {s.d} channels a head" for s in left)
+    return "convolutions", "axial attention"
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------

@@ -79,10 +79,12 @@ class Model(NamedTuple):
         ]
 
     def kernels(self, target: str) -> tuple[set[str], set[str]]:
-        """Parts of the names of kernels that the forward pass and the training step hold: none of a ResNet, and none of passes of
-        a half block that few tokens leave to XLA."""
+        """Parts of the names of kernels that the forward pass and the training step hold: none of a ResNet but an axial one,
+        and none of passes of a half block that few tokens leave to XLA."""
         if not isinstance(self.config, ViTConfig):
-            return set(), set()
+            if self.config.stem.form != "axial":
+                return set(), set()
+            return {"attention_lines_forward"}, {f"attention_lines_{kernel}" for kernel in ("forward", "queries", "keys")}
         forward, backward = few_tokens(length(self.config))
         attention = "attention_relative_core" if self.position == "relative" else "attention_"
         ours = {attention, "mlp_half"}
