@@ -7,6 +7,7 @@ import re
 
 import jax
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from vitcore.sharding import AXES, MeshShape
 
@@ -96,9 +97,33 @@ def laid(shape: MeshShape, devices) -> Mesh:
     return mesh
 
 
+def parted(mesh: Mesh, rest: int) -> Mesh:
+    """The mesh with its data axis in two, "data" and "rest", the second of so many neighbours; with rest=1 the mesh itself.
+
+    The data axis is both, in that order, so every device keeps its images. A matrix whose rows do not divide over all of it has
+    rows split over "data" and columns over "rest".
+    """
+    if rest == 1:
+        return mesh
+    data, model = mesh.devices.shape
+    return Mesh(mesh.devices.reshape(data // rest, rest, model), ("data", "rest", "model"), axis_types=(AxisType.Auto,) * 3)
+
+
+def shape_of(mesh: Mesh) -> MeshShape:
+    """What the model must know of a mesh that `make` or `parted` made."""
+    return MeshShape.of(mesh, (("data", "rest"), "model") if "rest" in mesh.axis_names else AXES)
+
+
+def rows(mesh: Mesh) -> P:
+    """Where batches lie: split over the data axis."""
+    over = shape_of(mesh).over_data
+    return P(over if len(over) > 1 else over[0])
+
+
 def whole_rows(images: int, mesh: Mesh) -> int:
     """`images`, rounded up to a number that divides over the data axis."""
-    return -(-images // mesh.shape["data"]) * mesh.shape["data"]
+    data = shape_of(mesh).data
+    return -(-images // data) * data
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
@@ -107,8 +132,8 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     Processes that share a block (the model axis crosses them) read the same rows. Raises ValueError where the devices of a
     process are no block.
     """
-    data = mesh.shape["data"]
-    mine = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
+    data = shape_of(mesh).data
+    mine = [i for i, row in enumerate(mesh.devices.reshape(data, -1)) if any(d.process_index == jax.process_index() for d in row)]
     if not mine or mine != list(range(mine[0], mine[0] + len(mine))) or data % len(mine) or mine[0] % len(mine):
         raise ValueError(
             f"process {jax.process_index()} holds the rows {mine} of the mesh's {data}: they must be one of equal blocks of "
