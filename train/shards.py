@@ -95,7 +95,7 @@ def _left_whole(config, shape: MeshShape) -> str:
                     better = f"; --mesh {data}x{count // data} leaves less"
                     break
     widths = " and ".join(map(str, lengths))
-    return f", but for {share:.0%} of the parameters, which each holds because {shape.data} does not divide {widths}{better}"
+    return f"; each device holds {share:.0%} of the parameters beyond its share, for {shape.data} does not divide {widths}{better}"
 
 
 def better(config, mesh: Mesh | MeshShape, images: int, *, asked: str, dtype) -> str:
