@@ -106,7 +106,7 @@ ENTRY %main (a: bf16[96,768], x: f32[8,8]) -> bf16[3072,768] {
   %async-collective-start.2 = (bf16[96,768]{1,0}, bf16[3072,768]{1,0}, u32[]) fusion(%a), kind=kCustom, calls=%start_of
   %g0 = bf16[96,768]{1,0} get-tuple-element(%async-collective-start.2), index=0
   %g1 = bf16[3072,768]{1,0} get-tuple-element(%async-collective-start.2), index=1
-  %fusion.64 = (f32[8,8]{1,0}, bf16[96,768]{1,0}, bf16[3072,768]{1,0}) fusion(%g0, %g1, %x), kind=kOutput, calls=%async_collective_fusion.64
+  %fusion.64 = (f32[8,8]{1,0}, bf16[96,768]{1,0}, bf16[3072,768]{1,0}) fusion(%g0, %g1, %x), calls=%async_collective_fusion.64
   %g2 = bf16[96,768]{1,0} get-tuple-element(%fusion.64), index=1
   %g3 = bf16[3072,768]{1,0} get-tuple-element(%fusion.64), index=2
   ROOT %async-collective-done.2 = bf16[3072,768]{1,0} fusion(%g2, %g3), kind=kCustom, calls=%done_of
