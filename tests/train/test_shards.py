@@ -165,7 +165,7 @@ def test_parameters_that_a_data_axis_does_not_divide_are_never_silent():
     assert "each device holds 2% of the parameters beyond its share, for 96 does not divide 1280 and 5120" in line
     parts, line = line_of(257)
     assert parts == ()
-    assert "each device holds 99% of the parameters beyond its share, for 257 does not divide 1280 and 5120" in line
+    assert "each device holds 100% of the parameters beyond its share, for 257 does not divide 1280 and 5120" in line
 
 
 WIDE = dataclasses.replace(CONFIG, width=12, num_heads=2, mlp_dim=36)  # that 4 divides, and 8 does not
