@@ -4,9 +4,10 @@ import contextlib
 import glob
 import os
 import re
+from functools import cache
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from vitcore.sharding import AXES, MeshShape
@@ -107,6 +108,32 @@ def parted(mesh: Mesh, rest: int) -> Mesh:
         return mesh
     data, model = mesh.devices.shape
     return Mesh(mesh.devices.reshape(data // rest, rest, model), ("data", "rest", "model"), axis_types=(AxisType.Auto,) * 3)
+
+
+def cores_apart(mesh: Mesh) -> bool:
+    """Whether neighbours along the data axis are the two cores of a chip each, as on v2 and v3."""
+    line = mesh.devices.reshape(-1)
+    chips = [getattr(device, "coords", None) for device in line]
+    return mesh.devices.shape[-1] == 1 and len(line) % 2 == 0 and None not in chips and chips[::2] == chips[1::2]
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What XLA is told of a training step on the mesh. On v2 and v3 all-gathers run beside kernels if it is, and only then; the
+    generations behind take no notice of it."""
+    device = mesh.devices.flat[0]
+    asked = {"xla_enable_async_all_gather": "true"}
+    return asked if shape_of(mesh).data > 1 and device.device_kind in ("TPU v2", "TPU v3") and _known(device) else {}
+
+
+@cache
+def _known(device) -> bool:
+    """Whether the compiler of a device knows that option: one that does not refuses it."""
+    one = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x).lower(one).compile(compiler_options={"xla_enable_async_all_gather": "true"})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def shape_of(mesh: Mesh) -> MeshShape:

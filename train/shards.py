@@ -61,9 +61,23 @@ def parted(shard: Shard, mesh: MeshShape, config) -> MeshShape:
 
 
 def laid_for(shard: Shard, mesh: Mesh, config) -> Mesh:
-    """`parted` of the devices of a mesh that `train.mesh.make` made."""
-    parts = parted(shard, meshes.shape_of(mesh), config).parts
+    """`parted` of the devices of a mesh that `train.mesh.make` made; on v2 and v3 besides in chips and their cores.
+
+    Over all cores of a slice libtpu sums gradients whole on every core, twice the bytes of a reduce-scatter. Over the two cores of
+    each chip and then over the chips it scatters them, where a chip's rows are whole tiles.
+    """
+    shape = meshes.shape_of(mesh)
+    parts = parted(shard, shape, config).parts
+    if not parts and shard != "none" and meshes.cores_apart(mesh) and _whole_tiles(config, shape.data // 2):
+        parts = (shape.data // 2, 2)
     return meshes.parted(mesh, parts[1] if parts else 1)
+
+
+def _whole_tiles(config, chips: int) -> bool:
+    """Whether the rows of nearly all parameters divide over so many chips in tiles of eight."""
+    leaves = families.leaves(config)
+    rows = [(leaf.size, n) for leaf in leaves for n, s in zip(leaf.shape, leaf.split, strict=bool(leaf.split)) if s and s.data]
+    return sum(size for size, n in rows if n % (8 * chips) == 0) > (1 - LITTLE) * parameters.count(leaves)
 
 
 def said(shard: Shard, mesh: Mesh | MeshShape, config=None) -> str:
@@ -73,7 +87,7 @@ def said(shard: Shard, mesh: Mesh | MeshShape, config=None) -> str:
     if shape.data == 1:
         return ""
     how = _WORDS[shard]
-    if shape.parts and shard != "none":
+    if shape.parts and shard != "none" and (config is None or parted(shard, MeshShape(shape.data, shape.model), config).parts):
         how += f", rows over {shape.parts[0]} and columns over {shape.parts[1]} of its {shape.data}"
     return f"; {how} (--shard {shard}){_left_whole(config, shape) if config is not None and shard != 'none' else ''}"
 

@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
+from train.mesh import compiler_options, shape_of
 from train.mesh import rows as rows_of
-from train.mesh import shape_of
 from train.objectives import objective_of
 from vitcore import keep
 from vitcore.config import ViTConfig
@@ -122,19 +122,21 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
     """
     specs = state_specs(config, mesh, tx, polyak=bool(options.polyak), shard=options.shard)
     gradients, rows = _gradients(config, shape_of(mesh), options), (rows_of(mesh),) * 2
+    told = compiler_options(mesh)
     if options.whole:
         mapped = jax.shard_map(gradients, mesh=mesh, in_specs=(specs.params, P(), *rows), out_specs=(specs.params, P(), P()))
 
         def step(state, images, labels):
             return _updated(state, *mapped(state.params, state.step, images, labels), tx, options)
 
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, specs), NamedSharding(mesh, P())))
+        placed = shardings(mesh, specs), NamedSharding(mesh, P())
+        return jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=told)
 
     def step_here(state, images, labels):
         return _updated(state, *gradients(state.params, state.step, images, labels), tx, options)
 
     mapped = jax.shard_map(step_here, mesh=mesh, in_specs=(specs, *rows), out_specs=(specs, P()))
-    return jax.jit(mapped, donate_argnums=0)
+    return jax.jit(mapped, donate_argnums=0, compiler_options=told)
 
 
 def _gradients(config: ViTConfig, shape: MeshShape, options: StepOptions):

@@ -94,11 +94,11 @@ Places = tuple[tuple[int, tuple[str, ...]], ...]  # where the data axis splits a
 
 
 def places(spec: P, mesh: MeshShape) -> Places:
-    """Where a data axis splits an array, in the order in which it is brought together: along its longest part first, while there is
-    least of it. () for an array that is whole, or where there is one device."""
-    named = [(dim, tuple(axis for axis in _axes(entry) if axis in mesh.over_data)) for dim, entry in enumerate(spec)]
-    split = [(dim, axes) for dim, axes in named if axes and mesh.data > 1]
-    return tuple(sorted(split, key=lambda place: -mesh.length(place[1])))
+    """Where a data axis splits an array, in the order in which it is brought together: along the name that stands first in the
+    axis, then along the second what that brought, and gradients are summed the other way round. So what the first name joins, say
+    the chips of a slice or its hosts, sees a part of the bytes alone. () for an array that is whole, or of one device."""
+    found = [(dim, name) for name in mesh.over_data for dim, entry in enumerate(spec) if name in _axes(entry)]
+    return tuple((dim, (name,)) for dim, name in found if mesh.length((name,)) > 1)
 
 
 def gather(params, specs, mesh: MeshShape | None, dtype):

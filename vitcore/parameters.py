@@ -252,7 +252,8 @@ def _spec(leaf: Leaf, mesh: MeshShape) -> P:
                 left = tuple(name for name in left if name not in data[dim])
 
     def entry(dim: int, split: Split | None):
-        names = (mesh.over_model if split and split.model else ()) + data.get(dim, ())
+        # the name that is gathered first lies innermost, so that what it brings together is one block
+        names = (mesh.over_model if split and split.model else ()) + data.get(dim, ())[::-1]
         return names[0] if len(names) == 1 else names or None
 
     return P(*(entry(dim, split) for dim, split in enumerate(leaf.split)))

@@ -223,7 +223,7 @@ def test_a_data_axis_of_two_names_splits_rows_over_what_divides_them_and_columns
         return parameters.specs((leaf,), shape)["w"], parameters.whole_over_data((leaf,), shape)
 
     assert spec(3, 2, 4) == (P(("model", "rest"), "data"), (0, ()))  # 4 rows are left of a third
-    assert spec(3, 2, 2) == (P(("model", "data", "rest"), None), (0, ()))
+    assert spec(3, 2, 2) == (P(("model", "rest", "data"), None), (0, ()))
     assert spec(1, 4, 5) == (P(("model", "data"), None), (18 * 4 // 5, (12,)))  # of a quarter four fifths are not its own
     assert spec(1, 5, 1) == (P("model", None), (72 * 4 // 5, (12,)))
 
