@@ -20,6 +20,9 @@ _COLLECTIVE_FLAGS = (
 )
 
 
+_TWO_CORES = ("TPU v2", "TPU v3")  # generations whose cores are devices of their own
+
+
 def parse(text: str) -> MeshShape:
     """ "8x4" -> MeshShape(data=8, model=4). Raises ValueError for anything else, zero and negative sizes included."""
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
@@ -111,10 +114,11 @@ def parted(mesh: Mesh, rest: int) -> Mesh:
 
 
 def cores_apart(mesh: Mesh) -> bool:
-    """Whether neighbours along the data axis are the two cores of a chip each, as on v2 and v3."""
+    """Whether neighbours along the data axis are the two cores of a chip of v2 or v3, and the mesh has no model axis."""
     line = mesh.devices.reshape(-1)
-    chips = [getattr(device, "coords", None) for device in line]
-    return mesh.devices.shape[-1] == 1 and len(line) % 2 == 0 and None not in chips and chips[::2] == chips[1::2]
+    if line[0].device_kind not in _TWO_CORES or mesh.devices.shape[-1] > 1 or len(line) % 2:
+        return False
+    return [device.coords for device in line[::2]] == [device.coords for device in line[1::2]]
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
@@ -122,7 +126,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     generations behind take no notice of it."""
     device = mesh.devices.flat[0]
     asked = {"xla_enable_async_all_gather": "true"}
-    return asked if shape_of(mesh).data > 1 and device.device_kind in ("TPU v2", "TPU v3") and _known(device) else {}
+    return asked if shape_of(mesh).data > 1 and device.device_kind in _TWO_CORES and _known(device) else {}
 
 
 @cache

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from tests.train.interruption import interrupt_before
 from tests.train.small import batch, mesh_of, with_a_head
 from train import pretrain
-from train.mesh import rows
+from train.mesh import parted as parted_mesh
+from train.mesh import rows, shape_of
 from train.shards import better, choose, laid_for, parted, said
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
 from vitcore import GPU, REFERENCE, families, parameters, partition_specs, variant
@@ -214,6 +215,18 @@ def test_every_way_to_lie_on_a_data_axis_in_two_is_the_same_training(data, model
     images = 12 if data == 6 else 16
     expected = trained(1, 1, "parameters", images=images)[0]
     np.testing.assert_allclose(trained(data, model, shard, ops, images)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ops", [REFERENCE, GPU])
+def test_rows_over_both_parts_of_a_data_axis_are_summed_over_one_after_the_other(ops, monkeypatch):
+    """As over the cores of a v3 chip and then over chips: the same training, and each gradient is scattered twice."""
+    monkeypatch.setitem(globals(), "WIDE", CONFIG)
+    expected = trained(1, 1, "parameters")[0]
+    monkeypatch.setitem(globals(), "laid_for", lambda shard, mesh, config: parted_mesh(mesh, 2))
+    np.testing.assert_allclose(trained(8, 1, "parameters", ops)[0], expected, rtol=1e-5)
+    specs = partition_specs(CONFIG, shape_of(parted_mesh(mesh_of(8, 1), 2)))
+    assert specs["blocks"]["mlp_in"]["kernel"] == P(None, ("rest", "data"), "model")
 
 
 @pytest.mark.slow
