@@ -232,7 +232,7 @@ def test_rows_over_both_parts_of_a_data_axis_are_summed_over_one_after_the_other
 @pytest.mark.slow
 @pytest.mark.ci
 def test_a_run_goes_on_with_its_data_axis_in_two_on_other_meshes(tmp_path, monkeypatch, capsys):
-    """From 8x1, in two, onto 4x2, in two as well, and back: what an unbroken run on 8x1 ends with; without a change bit for bit."""
+    """From 8x1, in two, onto 4x2, which is one, and back: what an unbroken run on 8x1 ends with; without a change bit for bit."""
     monkeypatch.chdir(tmp_path)
     of = pretrain.model_of
     monkeypatch.setattr(pretrain, "model_of", lambda *a, **k: dataclasses.replace(of(*a, **k), width=12, num_heads=2, mlp_dim=36))
@@ -249,8 +249,8 @@ def test_a_run_goes_on_with_its_data_axis_in_two_on_other_meshes(tmp_path, monke
     assert go("same", "8x1") == 0
     assert go("other", "8x1", 2) == 130
     assert go("other", "4x2", 2) == 130
-    assert "rows over 2 and columns over 2 of its 4" in (said_so := capsys.readouterr().out)
-    assert "resuming at step 2" in said_so
+    assert "mesh 4x2: 8 devices" in (line := capsys.readouterr().out)
+    assert "resuming at step 2" in line
     assert go("other", "8x1") == 0
     assert "resuming at step 4" in capsys.readouterr().out
     last = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("whole", "same", "other")]
