@@ -29,10 +29,11 @@ def check_mesh(config, mesh: MeshShape) -> None:
 def partition_specs(config, mesh: Mesh | AbstractMesh | MeshShape | None, *, shard: Shard = "parameters", axes: Axes = AXES):
     """The PartitionSpec of every parameter: a tree like that of `init`. With mesh None: nothing is split.
 
-    axes: what a `Mesh` calls its data and model axis, as in `apply_on`. Where the data axis does not
-    divide a matrix's rows, columns are split over it in their place, and where it does not divide these the matrix stays whole. Of
-    several names, as in axes=(("data", "rest"), "model"), rows are split over those that divide them, columns over the others. With shard="none" nothing is split over it. Raises ValueError where the model axis does not divide, and for names that
-    the mesh has not.
+    axes: what a `Mesh` calls its data and model axis, as in `apply_on`. Where the data axis does not divide a matrix's rows, its
+    columns are split in their place, and where it does not divide these the matrix stays whole. Of several names, as in
+    axes=(("data", "rest"), "model"), rows are split over those that divide them and columns over the others. With shard="none"
+    nothing is split over the data axis. Raises ValueError where the model axis does not divide, and for names that the mesh has
+    not.
     """
     shape = mesh if isinstance(mesh, MeshShape) else MeshShape(1, 1) if mesh is None else MeshShape.of(mesh, axes)
     return jax.tree.map(lambda spec: spec, _specs(config, shape, shard == "none"))  # a tree of the caller's own
