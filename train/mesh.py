@@ -124,7 +124,8 @@ def cores_apart(mesh: Mesh) -> bool:
 def compiler_options(mesh: Mesh) -> dict[str, str]:
     """What XLA is told of a training step on the mesh. On v2 and v3 all-gathers run beside kernels if it is, and only then; the
     generations behind take no notice of it."""
-    device = mesh.devices.flat[0]
+    # one of this process's own: another's could not be compiled for here, and all must come to the same program
+    device = next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), mesh.devices.flat[0])
     asked = {"xla_enable_async_all_gather": "true"}
     return asked if shape_of(mesh).data > 1 and device.device_kind in _TWO_CORES and _known(device) else {}
 

@@ -68,7 +68,7 @@ def laid_for(shard: Shard, mesh: Mesh, config) -> Mesh:
     """
     shape = meshes.shape_of(mesh)
     parts = parted(shard, shape, config).parts
-    if not parts and shard != "none" and meshes.cores_apart(mesh) and _whole_tiles(config, shape.data // 2):
+    if not parts and shard != "none" and shape.data > 2 and meshes.cores_apart(mesh) and _whole_tiles(config, shape.data // 2):
         parts = (shape.data // 2, 2)
     return meshes.parted(mesh, parts[1] if parts else 1)
 
