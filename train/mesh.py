@@ -149,7 +149,7 @@ def shape_of(mesh: Mesh) -> MeshShape:
 def rows(mesh: Mesh) -> P:
     """Where batches lie: split over the data axis."""
     over = shape_of(mesh).over_data
-    return P(over if len(over) > 1 else over[0])
+    return P(over) if len(over) > 1 else P(*over)
 
 
 def whole_rows(images: int, mesh: Mesh) -> int:
