@@ -1,6 +1,7 @@
 """What the data axis splits (--shard): the same numbers whatever it is, on any ops; a run goes on under another setting."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from train.mesh import rows, shape_of
 from train.shards import better, choose, laid_for, parted, said
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
 from vitcore import GPU, REFERENCE, families, parameters, partition_specs, variant
-from vitcore.sharding import MeshShape, Shard
+from vitcore.sharding import MeshShape
 
 CONFIG = variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10, depth=2, dropout=0.1, drop_path=0.3)
 
@@ -143,7 +144,7 @@ def test_a_model_axis_with_a_reason_is_left_alone(name, mesh, images, asked):
     assert faster(name, mesh, images, asked) == ""
 
 
-def line_of(data, shard: Shard = "parameters", name="ViT-H/14"):
+def line_of(data, shard: Any = "parameters", name="ViT-H/14"):
     config = variant(name, num_classes=1000)
     shape = parted(shard, MeshShape(data, 1), config)
     return shape.parts, said(shard, shape, config)
