@@ -249,6 +249,11 @@ def _key(line: _Line, lines: dict[str, _Line], called: dict[str, _Line] | None) 
 _GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
 
 
+# libtpu's asynchronous collectives of v5e and later: a fusion that starts one, products that send its pieces as they go, and one
+# that waits for the rest.
+_FUSED_START, _FUSED_BESIDE, _FUSED_DONE = "async-collective-start", "async_collective_fusion", "async-collective-done"
+
+
 def _sends(line: _Line, lines: dict[str, _Line], called: dict[str, _Line] | None) -> tuple[str, _Line | None]:
     """(kind, the collective itself) of an operation that sends, also one wrapped by XLA: a reduce-scatter whose slices are padded
     is a fusion around an all-reduce, an asynchronous one a computation that is started. ("", None) for what sends nothing."""
@@ -261,10 +266,12 @@ def _sends(line: _Line, lines: dict[str, _Line], called: dict[str, _Line] | None
         while start is not None and start.opcode == "async-update":
             start = lines.get((start.operands() or [""])[0])
         return ("async-done", None) if start is not None and start.opcode == "async-start" else ("", None)
+    if line.name.startswith(_FUSED_DONE):
+        return "async-done", None
     inner = next((x for x in (called or {}).values() if collective(x.opcode)), None)
-    if inner is None:
+    if inner is None or (line.attribute("calls") or "").startswith(_FUSED_BESIDE):
         return "", None
-    if line.opcode == "async-start":
+    if line.opcode == "async-start" or line.name.startswith(_FUSED_START):
         return f"{inner.opcode}-start", inner
     scatters = inner.opcode == "all-reduce" and _bytes(line.shape) < _bytes(inner.shape)
     return ("reduce-scatter" if scatters else inner.opcode), inner
@@ -278,9 +285,11 @@ def _kernel_in(computation: dict[str, _Line]) -> _Line | None:
 def _sent(line: _Line, lines: dict[str, _Line], kind: str, inner: _Line | None) -> dict:
     """The fields of an `Operation` that sends, or waits for one."""
     if inner is None:
-        return {"kind": kind, "cycles": 0, "waits": (line.operands() or [""])[0]}
+        fused = line.name.replace(_FUSED_DONE, _FUSED_START)  # of the same number
+        return {"kind": kind, "cycles": 0, "waits": fused if fused != line.name else (line.operands() or [""])[0]}
     groups = _GROUPS.search(inner.text)
-    return {"kind": kind, "cycles": 0, "bytes": _collective_bytes(line, lines), "groups": groups[1] if groups else ""}
+    moved = _collective_bytes(replace(line, shape=inner.shape) if line.name.startswith(_FUSED_START) else line, lines)
+    return {"kind": kind, "cycles": 0, "bytes": moved, "groups": groups[1] if groups else ""}
 
 
 def _is_kernel(line: _Line) -> bool:

@@ -28,8 +28,8 @@ from kernels.dropout import Dropout
 from kernels.launch import Launch
 from kernels.mlp.reference import MLPWeights
 from kernels.vmem import round_up
-from train.mesh import laid
-from train.shards import choose
+from train.mesh import laid, rows, shape_of
+from train.shards import choose, laid_for
 from train.step import StepOptions, make_eval_step, make_train_step, state_specs
 from train.step import shardings as shardings_of
 from vitcore import ViTConfig, apply_on, axial, partition_specs, resnet, variant
@@ -259,15 +259,16 @@ def train_step(
     mesh = laid(MeshShape(data, axis), devices[: data * axis])
     tx = optax.adam(1e-3)
     how, ops = choose(shard, whole, mesh, jnp.dtype(dtype)), ops_for(devices[0], kernels=kernels)
+    mesh = laid_for(how, mesh, whole)
     if whole_plan:
         images = batch // data // accumulate
-        ops = choose_kept(for_training(ops), whole, images, dtype, MeshShape(data, axis), remat=remat)[0]._replace(keeping=())
+        ops = choose_kept(for_training(ops), whole, images, dtype, shape_of(mesh), remat=remat)[0]._replace(keeping=())
     options = StepOptions(ops=ops, dtype=jnp.dtype(dtype), remat=remat, accumulate=accumulate, shard=how)
     specs = state_specs(config, mesh, tx, polyak=False, shard=how)
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     state: Any = specs._replace(step=S((), jnp.int32), params=params, opt_state=jax.eval_shape(tx.init, params), average=None)
     state = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), state, shardings_of(mesh, specs))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    split = jax.sharding.NamedSharding(mesh, rows(mesh))
     images = _bytes(config, batch, split)
     labels = S((batch,), jnp.int32, sharding=split)
     return make_train_step(config, mesh, tx, options), (state, images, labels)
@@ -280,11 +281,12 @@ def eval_step(
     batch. shard: as of `train_step`, of the whole model."""
     config, mesh = _config(model, image_size, depth), laid(MeshShape(data, axis), devices[: data * axis])
     how = choose(shard, _config(model, image_size), mesh, jnp.dtype(dtype))
+    mesh = laid_for(how, mesh, _config(model, image_size))
     options = StepOptions(ops=ops_for(devices[0], kernels=kernels), dtype=jnp.dtype(dtype), shard=how)
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
-    specs = shardings_of(mesh, partition_specs(config, mesh, shard=how))
+    specs = shardings_of(mesh, partition_specs(config, shape_of(mesh), shard=how))
     params = jax.tree.map(lambda a, s: S(a.shape, a.dtype, sharding=s), params, specs)
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    split = jax.sharding.NamedSharding(mesh, rows(mesh))
     labels, weights = S((batch,), jnp.int32, sharding=split), S((batch,), jnp.float32, sharding=split)
     return make_eval_step(config, mesh, options), (params, _bytes(config, batch, split), labels, weights)
 

@@ -61,9 +61,10 @@ def _vitcore(request: dict[str, Any]) -> Callable[[int], Stepper]:
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding
 
-    from train.shards import choose
+    from train.mesh import rows
+    from train.shards import choose, laid_for
     from train.step import StepOptions, make_init, make_train_step
     from vitcore import apply_on, init, partition_specs, variant
     from vitcore.ops import BY_NAME, resolve
@@ -73,7 +74,10 @@ def _vitcore(request: dict[str, Any]) -> Callable[[int], Stepper]:
     config = variant(request["model"], image_size=request["size"], num_classes=1000, **dropout)
     dtype = jnp.dtype(request["dtype"])
     ops = resolve(None if request["ops"] == "auto" else BY_NAME[request["ops"]])
-    split = NamedSharding(mesh, PartitionSpec("data"))
+    shard = choose(request.get("shard", "auto"), config, mesh, dtype)
+    if request["mode"] != "forward":  # which `apply_on` runs, on the two axes
+        mesh = laid_for(shard, mesh, config)
+    split = NamedSharding(mesh, rows(mesh))
     key = jax.random.key(0)
 
     def compiled(fn, *arguments):
@@ -116,7 +120,6 @@ def _vitcore(request: dict[str, Any]) -> Callable[[int], Stepper]:
         return forward
 
     tx = optax.adam(1e-3)
-    shard = choose(request.get("shard", "auto"), config, mesh, dtype)
     options = StepOptions(ops=ops, dtype=dtype, remat=request["remat"], shard=shard)
     state = [make_init(config, mesh, tx, options)(key)]
     step_of = make_train_step(config, mesh, tx, options)

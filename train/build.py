@@ -25,18 +25,18 @@ from train.step import StepOptions, TrainState, shardings, state_specs
 from vitcore import families, keep
 from vitcore.config import ViTConfig
 from vitcore.ops import BY_NAME, GPU, Ops
-from vitcore.sharding import MeshShape, Shard, check_mesh
+from vitcore.sharding import Shard, check_mesh
 
 
 def check_fit(full, config: ViTConfig, mesh: Mesh, name: str) -> None:
     """Raises ValueError where the model, the batch and the mesh of resolved options do not fit. name: of the model, for people."""
-    check_mesh(config, MeshShape.of(mesh))
+    check_mesh(config, meshes.shape_of(mesh))
     if getattr(config, "pool", "") == "none":
         raise ValueError(f"{name} has pool 'none', a representation for each token: classes of images want one, e.g. --pool gap")
-    parts = mesh.shape["data"] * full.accumulate
+    parts = meshes.shape_of(mesh).data * full.accumulate
     if full.batch_size % parts:
         raise ValueError(
-            f"--batch-size {full.batch_size} is not divisible by the data axis of {mesh.shape['data']} "
+            f"--batch-size {full.batch_size} is not divisible by the data axis of {parts // full.accumulate} "
             f"times --accumulate {full.accumulate}: use a multiple of {parts}"
         )
     if full.remat and full.remat_every > 1 and not isinstance(config, ViTConfig):
@@ -65,8 +65,8 @@ def name_of_ops(ops: Ops, config, full, mesh) -> str:
         rows = config.tokens + ops.padding(config.tokens)
         if why := refuses(jnp.dtype(dtype), config.width // config.num_heads, rows):
             name += f" (attention without our kernel: {why})"
-    images = full.batch_size // full.accumulate // mesh.shape["data"]
-    kept = keep.choose(ops, config, images, dtype, MeshShape.of(mesh), remat=full.remat, average=bool(full.polyak))[1]
+    images = full.batch_size // full.accumulate // meshes.shape_of(mesh).data
+    kept = keep.choose(ops, config, images, dtype, meshes.shape_of(mesh), remat=full.remat, average=bool(full.polyak))[1]
     return ", ".join(filter(None, (name, keep.described(kept))))
 
 

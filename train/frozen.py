@@ -31,7 +31,7 @@ from vitcore.model import encode, forward, representation
 from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops
 from vitcore.pixels import for_model, to_unit
-from vitcore.sharding import MeshShape, partition_specs
+from vitcore.sharding import partition_specs
 
 _wanted = jax.jit(to_unit, static_argnums=1)  # of a model with pixels of its own; what reads [-1, 1] takes bytes into its program
 
@@ -101,7 +101,7 @@ class Reader:
 
 def put_params(params, config: ViTConfig, mesh: Mesh):
     """A host tree laid out on the mesh as `partition_specs` says. Every process holds the same tree."""
-    where = shardings(mesh, partition_specs(config, mesh))
+    where = shardings(mesh, partition_specs(config, meshes.shape_of(mesh)))
 
     def put(leaf, sharding):
         leaf = np.asarray(leaf)
@@ -120,7 +120,7 @@ def make_features(
     block, counted from 1 (0: the last), side by side: the first blocks' transfer to what is unlike the pre-training better than
     the last's. Raises ValueError for a block that there is not.
     """
-    context = Context(ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
+    context = Context(ops=ops, dtype=dtype, mesh=meshes.shape_of(mesh))
     if read == "tokens" and not isinstance(config, ViTConfig):
         raise ValueError("tokens behind a block are asked for, and the model is a ResNet, which has none: read its representation")
     if not 0 <= block <= config.depth:
@@ -136,20 +136,20 @@ def make_features(
         y, _ = representation(params, images, config, context, behind_hidden=read == "pre-logits")
         return y.astype(jnp.float32)
 
-    specs = partition_specs(config, mesh)
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")))
+    specs, rows = partition_specs(config, meshes.shape_of(mesh)), meshes.rows(mesh)
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, rows), out_specs=rows))
 
 
 def make_predict(config: ViTConfig, mesh: Mesh, *, ops: Ops | None = None, dtype=jnp.float32, best: int = 5, scored=False):
     """A compiled function (params, images as in `make_features`) -> int32 [B, best]: the classes of the largest logits, largest
     first, split over "data". Of equal logits the lower class comes first. best is cut to the number of classes. scored: their
     probabilities too, a pair (classes, float32 [B, best] by softmax)."""
-    context = Context(ops=ops, dtype=dtype, mesh=MeshShape.of(mesh))
+    context = Context(ops=ops, dtype=dtype, mesh=meshes.shape_of(mesh))
 
     def local(params, images):
         logits = forward(params, for_model(images), config, context)
         values, classes = jax.lax.top_k(logits, min(best, config.num_classes))
         return (classes, jnp.exp(values - jax.nn.logsumexp(logits, axis=-1, keepdims=True))) if scored else classes
 
-    specs = partition_specs(config, mesh)
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")))
+    specs, rows = partition_specs(config, meshes.shape_of(mesh)), meshes.rows(mesh)
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, rows), out_specs=rows))

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from train import distributed, memory
+from train import mesh as meshes
 from train.checkpoint import Checkpoints, abstract
 from train.data.device import on_mesh
 from train.feed import Feed
@@ -178,7 +179,7 @@ class _Loop:
         memory.check(
             compiled.memory_analysis(), bytes_here(batch["image"]), limit=limit, kept=bytes_here(self.state),
             batch_size=run.batch_size,
-            parts=run.mesh.shape["data"] * run.options.accumulate, device=here.device_kind,
+            parts=meshes.shape_of(run.mesh).data * run.options.accumulate, device=here.device_kind,
         )  # fmt: skip
         self.step_fn = compiled
 

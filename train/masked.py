@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from train import distributed, recipes
+from train import mesh as meshes
 from train.files import write_picture
 from train.job import say
 from vitcore import families, masked
@@ -147,19 +147,21 @@ def _make_look(config, mesh, how):
     from train.objectives import predicted
     from vitcore.context import Context
     from vitcore.pixels import to_unit
-    from vitcore.sharding import MeshShape, partition_specs
+    from vitcore.sharding import partition_specs
+
+    shape, rows = meshes.shape_of(mesh), meshes.rows(mesh)
 
     def local(params, images):
-        first = jax.lax.axis_index("data") * images.shape[0]
-        context = Context(ops=how.ops, dtype=how.dtype, mesh=MeshShape.of(mesh), first_example=first)
+        first = jax.lax.axis_index(shape.over_data) * images.shape[0]
+        context = Context(ops=how.ops, dtype=how.dtype, mesh=shape, first_example=first)
         found, targets, chosen = predicted(params, images, config, context, how, jax.random.key(how.seed))
         target = masked.TARGETS[config.masked.target]
         colours = {"predicted": target.best(found, config), "true": targets}
         colours = {name: target.shown(values, config) for name, values in colours.items()}
         return {"images": (to_unit(images) + 1) / 2, **chosen._asdict(), **colours}
 
-    specs = partition_specs(config, mesh)
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")))
+    specs = partition_specs(config, shape)
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, rows), out_specs=rows))
 
 
 def draw(found: dict[str, np.ndarray], config, path, title: str) -> None:

@@ -4,9 +4,11 @@ import contextlib
 import glob
 import os
 import re
+from functools import cache
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from vitcore.sharding import AXES, MeshShape
 
@@ -16,6 +18,9 @@ MOST_SIMULATED = 1024  # more take minutes to start and teach nothing
 _COLLECTIVE_FLAGS = (
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
 )
+
+
+_TWO_CORES = ("TPU v2", "TPU v3")  # generations whose cores are devices of their own
 
 
 def parse(text: str) -> MeshShape:
@@ -96,9 +101,61 @@ def laid(shape: MeshShape, devices) -> Mesh:
     return mesh
 
 
+def parted(mesh: Mesh, rest: int) -> Mesh:
+    """The mesh with its data axis in two, "data" and "rest", the second of so many neighbours; with rest=1 the mesh itself.
+
+    The data axis is both, in that order, so every device keeps its images. A matrix whose rows do not divide over all of it has
+    rows split over "data" and columns over "rest".
+    """
+    if rest == 1:
+        return mesh
+    data, model = mesh.devices.shape
+    return Mesh(mesh.devices.reshape(data // rest, rest, model), ("data", "rest", "model"), axis_types=(AxisType.Auto,) * 3)
+
+
+def cores_apart(mesh: Mesh) -> bool:
+    """Whether neighbours along the data axis are the two cores of a chip of v2 or v3, and the mesh has no model axis."""
+    line = mesh.devices.reshape(-1)
+    if line[0].device_kind not in _TWO_CORES or mesh.devices.shape[-1] > 1 or len(line) % 2:
+        return False
+    return [device.coords for device in line[::2]] == [device.coords for device in line[1::2]]
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What XLA is told of a training step on the mesh. On v2 and v3 all-gathers run beside kernels if it is, and only then; the
+    generations behind take no notice of it."""
+    # one of this process's own: another's could not be compiled for here, and all must come to the same program
+    device = next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), mesh.devices.flat[0])
+    asked = {"xla_enable_async_all_gather": "true"}
+    return asked if shape_of(mesh).data > 1 and device.device_kind in _TWO_CORES and _known(device) else {}
+
+
+@cache
+def _known(device) -> bool:
+    """Whether the compiler of a device knows that option: one that does not refuses it."""
+    one = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x).lower(one).compile(compiler_options={"xla_enable_async_all_gather": "true"})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def shape_of(mesh: Mesh) -> MeshShape:
+    """What the model must know of a mesh that `make` or `parted` made."""
+    return MeshShape.of(mesh, (("data", "rest"), "model") if "rest" in mesh.axis_names else AXES)
+
+
+def rows(mesh: Mesh) -> P:
+    """Where batches lie: split over the data axis."""
+    over = shape_of(mesh).over_data
+    return P(over) if len(over) > 1 else P(*over)
+
+
 def whole_rows(images: int, mesh: Mesh) -> int:
     """`images`, rounded up to a number that divides over the data axis."""
-    return -(-images // mesh.shape["data"]) * mesh.shape["data"]
+    data = shape_of(mesh).data
+    return -(-images // data) * data
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
@@ -107,8 +164,8 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     Processes that share a block (the model axis crosses them) read the same rows. Raises ValueError where the devices of a
     process are no block.
     """
-    data = mesh.shape["data"]
-    mine = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
+    data = shape_of(mesh).data
+    mine = [i for i, row in enumerate(mesh.devices.reshape(data, -1)) if any(d.process_index == jax.process_index() for d in row)]
     if not mine or mine != list(range(mine[0], mine[0] + len(mine))) or data % len(mine) or mine[0] % len(mine):
         raise ValueError(
             f"process {jax.process_index()} holds the rows {mine} of the mesh's {data}: they must be one of equal blocks of "

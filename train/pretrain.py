@@ -159,7 +159,7 @@ def run(args: Pretrain, stop: Stop | None = None):
     from train.data import check_classes, open_source
     from train.data.identity import seen
     from train.loop import train
-    from train.shards import better, choose, said
+    from train.shards import better, choose, laid_for, said
 
     source, held_out = open_source(args.data, args.train_split), open_source(args.data, args.val_split)
     check_classes(source, held_out)
@@ -174,6 +174,7 @@ def run(args: Pretrain, stop: Stop | None = None):
     check_fit(full, config, mesh, full.model)
     rate, tx = _optimizer(full, config)
     shard = choose(full.shard, config, mesh, full.dtype)
+    mesh = laid_for(shard, mesh, config)
     start, pixels, found = _start(full, config, mesh, tx, shard)
     model = None if found is None else found.model
     if found is not None and full.objective == "classes":

@@ -11,6 +11,7 @@ import contextlib
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from train import mesh as meshes
 from vitcore import families, parameters
 from vitcore.collectives import MeshShape, Shard
 from vitcore.config import ViTConfig
@@ -40,17 +41,60 @@ def choose(asked: str, config, mesh: Mesh | MeshShape, dtype) -> Shard:
     return "optimizer" if here * jnp.dtype(dtype).itemsize <= COPY else "parameters"
 
 
+def parted(shard: Shard, mesh: MeshShape, config) -> MeshShape:
+    """The mesh as a model's parameters want it: the data axis in two, "data" and "rest", where it splits them better than as one.
+
+    A matrix's rows are split over "data" and its columns over "rest": 512 devices do not divide a width of 1,280, but 256 do, and
+    2 its columns. Of all such pairs the one that leaves the least on a device, of equals the shortest "rest"; the mesh as it is
+    where nothing is to be split, or where all but a little already is. Every process of a job comes to the same.
+    """
+    if shard == "none" or mesh.data == 1:
+        return mesh
+    leaves = families.leaves(config)
+    held = parameters.whole_over_data(leaves, mesh)[0]
+    if held < LITTLE * parameters.count(leaves):
+        return mesh
+    pairs = [(mesh.data // rest, rest) for rest in range(2, mesh.data) if mesh.data % rest == 0]
+    shapes = [mesh._replace(over_data=("data", "rest"), parts=pair) for pair in pairs]
+    best = min(shapes, key=lambda shape: parameters.whole_over_data(leaves, shape)[0], default=mesh)
+    return best if parameters.whole_over_data(leaves, best)[0] < held else mesh
+
+
+def laid_for(shard: Shard, mesh: Mesh, config) -> Mesh:
+    """`parted` of the devices of a mesh that `train.mesh.make` made; on v2 and v3 besides in chips and their cores.
+
+    Over all cores of a slice libtpu sums gradients whole on every core, twice the bytes of a reduce-scatter. Over the two cores of
+    each chip and then over the chips it scatters them, where a chip's rows are whole tiles.
+    """
+    shape = meshes.shape_of(mesh)
+    parts = parted(shard, shape, config).parts
+    if not parts and shard != "none" and shape.data > 2 and meshes.cores_apart(mesh) and _whole_tiles(config, shape.data // 2):
+        parts = (shape.data // 2, 2)
+    return meshes.parted(mesh, parts[1] if parts else 1)
+
+
+def _whole_tiles(config, chips: int) -> bool:
+    """Whether the rows of nearly all parameters divide over so many chips in tiles of eight."""
+    leaves = families.leaves(config)
+    rows = [(leaf.size, n) for leaf in leaves for n, s in zip(leaf.shape, leaf.split, strict=bool(leaf.split)) if s and s.data]
+    return sum(size for size, n in rows if n % (8 * chips) == 0) > (1 - LITTLE) * parameters.count(leaves)
+
+
 def said(shard: Shard, mesh: Mesh | MeshShape, config=None) -> str:
     """For the line that says what a mesh lies on; "" where there is nothing to split over. config: of the model, so that parameters
-    which the data axis does not divide, and which stay whole on every device, are named."""
+    which the data axis does not divide, and what becomes of them, are named."""
     shape = _shape(mesh)
     if shape.data == 1:
         return ""
-    return f"; {_WORDS[shard]} (--shard {shard}){_left_whole(config, shape) if config is not None and shard != 'none' else ''}"
+    how = _WORDS[shard]
+    if shape.parts and shard != "none" and (config is None or parted(shard, MeshShape(shape.data, shape.model), config).parts):
+        how += f", rows over {shape.parts[0]} and columns over {shape.parts[1]} of its {shape.data}"
+    return f"; {how} (--shard {shard}){_left_whole(config, shape) if config is not None and shard != 'none' else ''}"
 
 
 def _left_whole(config, shape: MeshShape) -> str:
-    """What stays whole though it should be split, and the longest data axis of as many devices that splits all; "" for a little."""
+    """What a device holds beyond its share because the data axis does not divide it, and the longest data axis of as many devices
+    that leaves less than half of it; "" for a little."""
     leaves = families.leaves(config)
     whole, lengths = parameters.whole_over_data(leaves, shape)
     share, count = whole / parameters.count(leaves), shape.data * shape.model
@@ -60,11 +104,12 @@ def _left_whole(config, shape: MeshShape) -> str:
     for data in range(shape.data - 1, 1, -1):
         if count % data == 0:
             with contextlib.suppress(ValueError):  # the heads do not divide over such a model axis
-                if parameters.whole_over_data(leaves, MeshShape(data, count // data))[0] < whole / 2:
-                    better = f"; --mesh {data}x{count // data} splits them"
+                other = parted("parameters", MeshShape(data, count // data), config)
+                if parameters.whole_over_data(leaves, other)[0] < whole / 2:
+                    better = f"; --mesh {data}x{count // data} leaves less"
                     break
     widths = " and ".join(map(str, lengths))
-    return f", but for {share:.0%} of the parameters, whole on each because {shape.data} does not divide {widths}{better}"
+    return f"; each device holds {share:.0%} of the parameters beyond its share, for {shape.data} does not divide {widths}{better}"
 
 
 def better(config, mesh: Mesh | MeshShape, images: int, *, asked: str, dtype) -> str:
@@ -79,7 +124,7 @@ def better(config, mesh: Mesh | MeshShape, images: int, *, asked: str, dtype) ->
     devices = shape.data * shape.model
     if shape.model == 1 or images % devices:
         return ""
-    other = MeshShape(devices, 1)
+    other = parted("parameters", MeshShape(devices, 1), config)
     count, size = parameters.count(families.leaves(config)), jnp.dtype(dtype).itemsize
     how = choose(asked, config, other, dtype)
     whole = parameters.whole_over_data(families.leaves(config), other)[0]
@@ -102,4 +147,4 @@ def better(config, mesh: Mesh | MeshShape, images: int, *, asked: str, dtype) ->
 
 
 def _shape(mesh: Mesh | MeshShape) -> MeshShape:
-    return mesh if isinstance(mesh, MeshShape) else MeshShape.of(mesh)
+    return mesh if isinstance(mesh, MeshShape) else meshes.shape_of(mesh)

@@ -20,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.losses import sigmoid_cross_entropy, softmax_cross_entropy
+from train.mesh import compiler_options, shape_of
+from train.mesh import rows as rows_of
 from train.objectives import objective_of
 from vitcore import keep
 from vitcore.config import ViTConfig
@@ -27,7 +29,7 @@ from vitcore.context import Context
 from vitcore.model import init
 from vitcore.normalisation import HALF, Pixels
 from vitcore.ops import Ops, for_training
-from vitcore.sharding import AXES, MeshShape, Shard, partition_specs
+from vitcore.sharding import MeshShape, Shard, partition_specs
 
 
 class TrainState(NamedTuple):
@@ -77,7 +79,7 @@ def state_specs(
 ) -> TrainState:
     """PartitionSpecs of a TrainState: what mirrors a parameter, by its name and shape, lies where the parameter lies; all else,
     such as counters and Adafactor's sums over rows and columns, everywhere."""
-    specs = partition_specs(config, mesh, shard=shard)
+    specs = partition_specs(config, shape_of(mesh), shard=shard)
     params = jax.eval_shape(partial(init, config=config), jax.random.key(0))
     shapes = [(path, leaf.shape) for path, leaf in jax.tree.leaves_with_path(params)]
     flat = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
@@ -119,20 +121,22 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
     alone moves on: parameters, optimizer and average stay as they were.
     """
     specs = state_specs(config, mesh, tx, polyak=bool(options.polyak), shard=options.shard)
-    gradients, rows = _gradients(config, MeshShape.of(mesh), options), (P("data"), P("data"))
+    gradients, rows = _gradients(config, shape_of(mesh), options), (rows_of(mesh),) * 2
+    told = compiler_options(mesh)
     if options.whole:
         mapped = jax.shard_map(gradients, mesh=mesh, in_specs=(specs.params, P(), *rows), out_specs=(specs.params, P(), P()))
 
         def step(state, images, labels):
             return _updated(state, *mapped(state.params, state.step, images, labels), tx, options)
 
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, specs), NamedSharding(mesh, P())))
+        placed = shardings(mesh, specs), NamedSharding(mesh, P())
+        return jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=told)
 
     def step_here(state, images, labels):
         return _updated(state, *gradients(state.params, state.step, images, labels), tx, options)
 
     mapped = jax.shard_map(step_here, mesh=mesh, in_specs=(specs, *rows), out_specs=(specs, P()))
-    return jax.jit(mapped, donate_argnums=0)
+    return jax.jit(mapped, donate_argnums=0, compiler_options=told)
 
 
 def _gradients(config: ViTConfig, shape: MeshShape, options: StepOptions):
@@ -160,12 +164,12 @@ def _gradients(config: ViTConfig, shape: MeshShape, options: StepOptions):
         )
         losses = objective_of(config).losses(params, images, labels, config, context, options, key)
         scale = 1.0 / (images.shape[0] * options.accumulate * shape.data)
-        return lax.psum(losses.sum() * scale, "data")
+        return lax.psum(losses.sum() * scale, shape.over_data)
 
     def gradient(params, images, labels, key):
         """(loss, gradients) of the global batch, of which this device has so many images."""
         here = images.shape[0]
-        part, first = here // options.accumulate, lax.axis_index("data") * here
+        part, first = here // options.accumulate, lax.axis_index(shape.over_data) * here
         of_part = jax.value_and_grad(loss_of)
         if options.accumulate == 1:
             return of_part(params, images, labels, first, key)
@@ -213,17 +217,17 @@ def make_eval_step(config: ViTConfig, mesh: Mesh, options: StepOptions):
     images: as in `make_train_step`. first: the index of images[0] in the set, by which masked patch prediction, whose count is of
     colours, corrupts the same patches of an image on any mesh and in any batch.
     """
-    shape = MeshShape.of(mesh)
+    shape, rows = shape_of(mesh), rows_of(mesh)
 
     def step(params, images, labels, weights, first):
-        first = first + lax.axis_index("data") * images.shape[0]
+        first = first + lax.axis_index(shape.over_data) * images.shape[0]
         context = Context(ops=options.ops, dtype=options.dtype, mesh=shape, shard=options.shard, first_example=first)
         key = jax.random.key(options.seed)
         found = objective_of(config).sums(params, images, labels, config, context, options, key)
-        return lax.psum({name: (weights * values).sum() for name, values in found.items()}, "data")
+        return lax.psum({name: (weights * values).sum() for name, values in found.items()}, shape.over_data)
 
-    specs = partition_specs(config, mesh, shard=options.shard)
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("data"), P("data"), P("data"), P()), out_specs=P())
+    specs = partition_specs(config, shape, shard=options.shard)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs, rows, rows, rows, P()), out_specs=P())
     return jax.jit(lambda params, images, labels, weights, first=0: mapped(params, images, labels, weights, jnp.int32(first)))
 
 
@@ -231,6 +235,6 @@ def global_norm(tree):
     """The Euclidean norm of a tree of shards over the whole mesh, each element counted once: a float32 scalar."""
     sums: dict[tuple[str, ...], Any] = defaultdict(float)
     for leaf in jax.tree.leaves(tree):
-        split = tuple(axis for axis in AXES if axis in jax.typeof(leaf).manual_axis_type.varying)
+        split = tuple(sorted(jax.typeof(leaf).manual_axis_type.varying))
         sums[split] += jnp.square(leaf.astype(jnp.float32)).sum()
     return jnp.sqrt(sum(lax.psum(s, split) if split else s for split, s in sums.items()))

@@ -215,7 +215,7 @@ def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tup
     from train.build import check_fit
     from train.data import open_source
     from train.pretrained import open_pretrained, store
-    from train.shards import choose, said
+    from train.shards import choose, laid_for, said
     from vitcore import families
 
     args.join()
@@ -237,7 +237,9 @@ def prepare(args: Finetune, stop: Stop | None = None, stored: Any = None) -> tup
     if opened.pixels != HALF:  # what the run wants of its pixels, kept with it
         full = dataclasses.replace(full, mean=opened.pixels.mean, std=opened.pixels.std)
     check_fit(full, opened.config, mesh, opened.about)
-    where += said(choose(full.shard, opened.config, mesh, full.dtype), mesh, opened.config)
+    shard = choose(full.shard, opened.config, mesh, full.dtype)
+    mesh = laid_for(shard, mesh, opened.config)
+    where += said(shard, mesh, opened.config)
     return full, Session(mesh=mesh, where=where, ops=ops, pretrained=opened, stop=stop, stored=stored)
 
 

@@ -3,7 +3,7 @@
 A list is of one layer, with neither the layer axis nor "blocks" in front (`vitcore/blocks.py`).
 """
 
-from vitcore.parameters import ROWS, Leaf, Name, Split, dense, norm, normal, xavier, zeros
+from vitcore.parameters import COLUMNS, ROWS, Leaf, Name, Split, dense, norm, normal, xavier, zeros
 
 # Which of q, k and v have a bias, by `ViTConfig.qkv_bias`
 QKV_BIASES = {"qkv": ("query", "key", "value"), "qv": ("query", "value"), "none": ()}
@@ -24,7 +24,7 @@ def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
             path=("qkv", "kernel"),
             shape=(3, d, d),
             initial=xavier,
-            split=(None, ROWS, heads),
+            split=(None, ROWS, heads._replace(rest=True)),
             key=2,
             names={
                 "release": _qkv("{{block}}/{{attention}}/{0}/kernel", ("query", "key", "value"), shape=(d, n, h)),
@@ -38,7 +38,7 @@ def attention_leaves(config, tokens: int | None = None) -> tuple[Leaf, ...]:
             path=("out", "kernel"),
             shape=(d, d),
             initial=xavier,
-            split=(heads._replace(data=True), None),
+            split=(heads._replace(data=True), COLUMNS),
             key=3,
             names={
                 "release": (Name("{block}/{attention}/out/kernel", shape=(n, h, d)),),
@@ -99,7 +99,7 @@ def mlp_leaves(config) -> tuple[Leaf, ...]:
             (d, f),
             xavier,
             bias=normal(1e-6),
-            split=(ROWS, columns),
+            split=(ROWS, columns._replace(rest=True)),
             key=4,
             bias_split=(columns,),
             bias_key=5,
@@ -126,7 +126,7 @@ def _mlp_out(config, names) -> tuple[Leaf, Leaf]:
         (f, d),
         xavier,
         bias=normal(1e-6),
-        split=(Split(data=True, model=("mlp_dim", f)), None),
+        split=(Split(data=True, model=("mlp_dim", f)), COLUMNS),
         key=6,
         bias_key=7,
         names=names,
@@ -158,7 +158,7 @@ def gated_leaves(config) -> tuple[Leaf, ...]:
             path=("mlp_gated", "kernel"),
             shape=(2, d, f),
             initial=xavier,
-            split=(None, ROWS, columns),
+            split=(None, ROWS, columns._replace(rest=True)),
             names=names("weight", (0, 2, 1), (1, 0)),
             multiply_adds={"mlp": 2 * t * d * f},
         ),

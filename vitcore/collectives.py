@@ -33,12 +33,13 @@ def _axes(entry) -> tuple[str, ...]:
 
 class MeshShape(NamedTuple):
     """What the model must know of a mesh. Static. data, model: devices along the two axes. over_data, over_model: their names on
-    the mesh, none for an axis that there is not."""
+    the mesh, none for an axis that there is not. parts: devices along each name of the data axis where it has several."""
 
     data: int
     model: int
     over_data: tuple[str, ...] = ("data",)
     over_model: tuple[str, ...] = ("model",)
+    parts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh, axes: Axes = AXES) -> "MeshShape":
@@ -54,12 +55,23 @@ class MeshShape(NamedTuple):
                 "each a name, several or None, e.g. jax.make_mesh((8, 4), ('fsdp', 'tp')) with axes=('fsdp', 'tp')"
             )
         data, model = (math.prod(mesh.shape[name] for name in names) for names in over)
-        return cls(data, model, *over)
+        parts = tuple(mesh.shape[name] for name in over[0]) if len(over[0]) > 1 else ()
+        return cls(data, model, *over, parts)
 
     @property
     def over(self) -> tuple[str, ...]:
         """The names of both."""
         return self.over_data + self.over_model
+
+    def length(self, names: tuple[str, ...]) -> int:
+        """Devices along these of the data axis's names."""
+        sizes = self.parts or (self.data,)
+        return math.prod(size for name, size in zip(self.over_data, sizes, strict=False) if name in names)
+
+    def shards(self, spec: P) -> int:
+        """In how many parts a spec splits an array."""
+        names = [name for entry in spec for name in _axes(entry)]
+        return self.length(tuple(names)) * (self.model if any(name in self.over_model for name in names) else 1)
 
 
 def layer_specs(specs):
@@ -78,6 +90,17 @@ def without_data(spec: P, mesh: MeshShape) -> P:
     return P(*(axes[0] if len(axes) == 1 else axes or None for axes in kept)) if any(kept) else P()
 
 
+Places = tuple[tuple[int, tuple[str, ...]], ...]  # where the data axis splits an array: a dimension, and the mesh's axes along it
+
+
+def places(spec: P, mesh: MeshShape) -> Places:
+    """Where a data axis splits an array, in the order in which it is brought together: along the name that stands first in the
+    axis, then along the second what that brought, and gradients are summed the other way round. So what the first name joins, say
+    the chips of a slice or its hosts, sees a part of the bytes alone. () for an array that is whole, or of one device."""
+    found = [(dim, name) for name in mesh.over_data for dim, entry in enumerate(spec) if name in _axes(entry)]
+    return tuple((dim, (name,)) for dim, name in found if mesh.length((name,)) > 1)
+
+
 def gather(params, specs, mesh: MeshShape | None, dtype):
     """Parameters ready for use: matrices whole over "data" and in `dtype`, vectors float32 and varying over "data".
 
@@ -88,25 +111,35 @@ def gather(params, specs, mesh: MeshShape | None, dtype):
         return params
 
     def one(w, spec):
-        dims = [i for i, entry in enumerate(spec) if lies_on(entry, mesh.over_data)] if mesh.data > 1 else []
-        return _gather(w, dims[0], dtype, mesh.over_data) if dims else _vary_axes(w, mesh.over_data)
+        w = _vary_axes(w, mesh.over_data)
+        return _gather(w, dtype, where) if (where := places(spec, mesh)) else w
 
     return jax.tree.map(one, params, specs)
 
 
 # Gathered in the compute dtype, half the bytes in bfloat16; the gradients are summed in float32.
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(w, dim, dtype, over):
-    return lax.all_gather(w.astype(dtype), over, axis=dim, tiled=True)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(w, dtype, where: Places):
+    return _together(w, dtype, where)
 
 
-def _gather_forward(w, dim, dtype, over):
-    # the all_gather itself, not `_gather`: `recompute_gathers` must see the primitive in the forward pass of the derivative
-    return lax.all_gather(w.astype(dtype), over, axis=dim, tiled=True), None
+def _together(w, dtype, where: Places):
+    w = w.astype(dtype)
+    for dim, axes in where:
+        w = lax.all_gather(w, axes, axis=dim, tiled=True)
+    return w
 
 
-def _gather_backward(dim, dtype, over, _, g):
-    return (lax.psum_scatter(g.astype(jnp.promote_types(g.dtype, jnp.float32)), over, scatter_dimension=dim, tiled=True),)
+def _gather_forward(w, dtype, where):
+    # the all_gathers themselves, not `_gather`: `recompute_gathers` must see the primitive in the forward pass of the derivative
+    return _together(w, dtype, where), None
+
+
+def _gather_backward(dtype, where, _, g):
+    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    for dim, axes in reversed(where):
+        g = lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
+    return (g,)
 
 
 _gather.defvjp(own(_gather_forward), own(_gather_backward))
@@ -119,29 +152,30 @@ def gather_in_turn(params, specs, mesh: MeshShape, dtype, turn):
     """(`gather` of a layer's parameters, turn). Backward, the sums of its gradients begin when those that `turn` stands for are
     done, and the turn handed on stands for these."""
     leaves, tree = jax.tree.flatten(params)
-    dims = tuple(next((i for i, entry in enumerate(s) if lies_on(entry, mesh.over_data)), None) for s in tree.flatten_up_to(specs))
-    split = [w for w, dim in zip(leaves, dims, strict=True) if dim is not None]
-    if not split or mesh.data == 1:
+    all_places = tuple(places(spec, mesh) for spec in tree.flatten_up_to(specs))
+    leaves = [_vary_axes(w, mesh.over_data) for w in leaves]
+    split = [w for w, where in zip(leaves, all_places, strict=True) if where]
+    if not split:
         return gather(params, specs, mesh, dtype), turn
-    both: Any = _gather_in_turn(split, turn, tuple(dim for dim in dims if dim is not None), dtype, mesh)
+    both: Any = _gather_in_turn(split, turn, tuple(filter(None, all_places)), dtype, mesh)
     whole, turn = both
     rest = iter(whole)
-    leaves = [_vary_axes(w, mesh.over_data) if dim is None else next(rest) for w, dim in zip(leaves, dims, strict=True)]
+    leaves = [next(rest) if where else w for w, where in zip(leaves, all_places, strict=True)]
     return jax.tree.unflatten(tree, leaves), turn
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _gather_in_turn(split, turn, dims, dtype, mesh):
-    return [_gather(w, dim, dtype, mesh.over_data) for w, dim in zip(split, dims, strict=True)], turn
+def _gather_in_turn(split, turn, of_each: tuple[Places, ...], dtype, mesh):
+    return [_gather(w, dtype, where) for w, where in zip(split, of_each, strict=True)], turn
 
 
-def _gather_in_turn_forward(split, turn, dims, dtype, mesh):
-    return ([_gather_forward(w, dim, dtype, mesh.over_data)[0] for w, dim in zip(split, dims, strict=True)], turn), None
+def _gather_in_turn_forward(split, turn, of_each, dtype, mesh):
+    return ([_gather_forward(w, dtype, where)[0] for w, where in zip(split, of_each, strict=True)], turn), None
 
 
-def _gather_in_turn_backward(dims, dtype, mesh, _, gradients):
+def _gather_in_turn_backward(of_each, dtype, mesh, _, gradients):
     whole, turn = lax.optimization_barrier(gradients)
-    summed = [_gather_backward(dim, dtype, mesh.over_data, None, g)[0] for g, dim in zip(whole, dims, strict=True)]
+    summed = [_gather_backward(dtype, where, None, g)[0] for g, where in zip(whole, of_each, strict=True)]
     return summed, turn + sum(_vary_axes(g.reshape(-1)[0], mesh.over) for g in summed)
 
 

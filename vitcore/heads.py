@@ -9,7 +9,7 @@ from jax import lax
 
 from kernels.layer_norm import reference
 from kernels.mlp.reference import GELUS
-from vitcore.parameters import ROWS, Leaf, Name, constant, dense, lecun, named, norm, normal, xavier, zeros
+from vitcore.parameters import COLUMNS, ROWS, Leaf, Name, constant, dense, lecun, named, norm, normal, xavier, zeros
 
 
 class Pool(NamedTuple):
@@ -91,7 +91,7 @@ def _map_leaves(config) -> tuple[Leaf, ...]:
             path=("map", "qkv", "kernel"),
             shape=(3, d, d),
             initial=xavier,
-            split=(None, ROWS, None),
+            split=(None, ROWS, COLUMNS),
             names={
                 "release": tuple(Name(f"{mha}/{part}/kernel", part=(i,), shape=(d, n, h)) for i, part in enumerate(parts)),
                 "timm": (
@@ -120,7 +120,7 @@ def _map_leaves(config) -> tuple[Leaf, ...]:
             path=("map", "out", "kernel"),
             shape=(d, d),
             initial=xavier,
-            split=(ROWS, None),
+            split=(ROWS, COLUMNS),
             names={**named(out, "kernel", (1, 0)), "release": (Name(f"{mha}/out/kernel", shape=(n, h, d)),)},
             multiply_adds={"pool": d * d},
         ),
@@ -138,7 +138,7 @@ def _map_leaves(config) -> tuple[Leaf, ...]:
                 shape,
                 xavier,
                 bias=normal(1e-6),
-                split=(ROWS, None),
+                split=(ROWS, COLUMNS),
                 names={
                     "release": f"{_MAP}/MlpBlock_0/Dense_{i}",
                     "timm": f"attn_pool.mlp.fc{i + 1}",
@@ -199,7 +199,7 @@ def head_leaves(config) -> tuple[Leaf, ...]:
             ("pre_logits",),
             shape,
             lecun,
-            split=(ROWS, None),
+            split=(ROWS, COLUMNS),
             key=8,
             names={"release": "pre_logits", "timm": "pre_logits.fc", "transformers": "pooler.dense"},
             multiply_adds={"head": shape[0] * shape[1]},
@@ -212,7 +212,7 @@ def head_leaves(config) -> tuple[Leaf, ...]:
             shape,
             zeros,
             bias=constant(config.head_bias or 0.0),
-            split=(ROWS, None),
+            split=(ROWS, COLUMNS),
             names={"release": "head", "timm": "head", "transformers": classifier},
             multiply_adds={"head": shape[0] * shape[1]},
         )

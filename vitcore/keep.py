@@ -66,9 +66,7 @@ def _parameters(config: ViTConfig, mesh: MeshShape) -> int:
     specs = partition_specs(config, mesh)
 
     def parts(path) -> int:
-        spec = reduce(lambda tree, key: tree[key], path, specs)
-        axes = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
-        return math.prod(getattr(mesh, axis) for axis in axes)
+        return mesh.shards(reduce(lambda tree, key: tree[key], path, specs))
 
     return sum(math.prod(leaf.shape) // parts(leaf.path) for leaf in families.leaves(config))
 

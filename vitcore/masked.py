@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from kernels import dropout as drop
-from vitcore.parameters import ROWS, Leaf, dense, normal, zeros
+from vitcore.parameters import COLUMNS, ROWS, Leaf, dense, normal, zeros
 
 MASK, OTHER = 0.8, 0.1  # shares of the corrupted patches; the rest stays as it is
 _ORDER, _KIND, _WHICH = 0x165667B1, 0x27D4EB2F, 0x5BD1E995  # what a draw is for: no site of `kernels.dropout` is any of them
@@ -72,7 +72,7 @@ def leaves(config) -> tuple[Leaf, ...]:
     return (
         Leaf(path=("masked", "embedding"), shape=(config.width,), initial=normal(0.02)),
         *dense(
-            ("masked", "head"), (config.width, outputs), zeros, split=(ROWS, None), names={},
+            ("masked", "head"), (config.width, outputs), zeros, split=(ROWS, COLUMNS), names={},
             multiply_adds={"head": used * config.width * outputs},
         ),
     )  # fmt: skip

@@ -10,6 +10,7 @@ A block lists the leaves of one layer, with neither the layer axis nor "blocks" 
 """
 
 import dataclasses
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,14 +66,17 @@ class Split(NamedTuple):
 
     model: over the model axis, in units of which there are so many: ("num_heads", 12) splits whole heads, and a model axis that
     does not divide 12 is refused by that name; None: not. data: over the data axis too, where that divides what is left of the
-    axis; where it does not, the axis stays whole over "data".
+    axis; of a data axis of several names over those that do, and where none does the axis stays whole over "data". rest: over the
+    names that are left then.
     """
 
     data: bool = False
     model: tuple[str, int] | None = None
+    rest: bool = False
 
 
 ROWS = Split(data=True)
+COLUMNS = Split(rest=True)
 
 
 class Name(NamedTuple):
@@ -219,28 +223,49 @@ def check_mesh(leaves: Iterable[Leaf], mesh: MeshShape) -> None:
 
 
 def whole_over_data(leaves: Iterable[Leaf], mesh: MeshShape) -> tuple[int, tuple[int, ...]]:
-    """(how many parameters of matrices that are split over a data axis stay whole over this one, the lengths that it does not
-    divide). Raises ValueError as `check_mesh`."""
+    """(how many parameters of matrices that a data axis is to split a device holds beyond its share, the lengths that the axis does
+    not divide). Raises ValueError as `check_mesh`."""
     leaves = tuple(leaves)
     check_mesh(leaves, mesh)
-    whole = [leaf for leaf in leaves if any(s and s.data for s in leaf.split) and "data" not in str(_spec(leaf, mesh))]
-    lengths = {n for leaf in whole for n, split in zip(leaf.shape, leaf.split, strict=True) if split and split.data}
-    return sum(leaf.size for leaf in whole), tuple(sorted(lengths))
+    extra, lengths = 0, set()
+    for leaf in leaves:
+        if any(s and s.data for s in leaf.split) and (over := mesh.data // mesh.length(_data_of(spec := _spec(leaf, mesh)))) > 1:
+            extra += leaf.size // mesh.shards(spec) * (over - 1) // over
+            lengths |= {n for n, split in zip(leaf.shape, leaf.split, strict=True) if split and split.data}
+    return extra, tuple(sorted(lengths))
+
+
+def _data_of(spec: P) -> tuple[str, ...]:
+    """The names of the axes that a spec splits over."""
+    return tuple(name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry))
 
 
 def _spec(leaf: Leaf, mesh: MeshShape) -> P:
     if not any(leaf.split):
         return P()
+    data: dict[int, tuple[str, ...]] = {}
+    left = mesh.over_data
+    for first in (True, False):
+        for dim, (n, split) in enumerate(zip(leaf.shape, leaf.split, strict=True)):
+            if split and (split.data if first else split.rest and not split.data):
+                data[dim] = _dividing(left, n // (mesh.model if split.model else 1), mesh)
+                left = tuple(name for name in left if name not in data[dim])
 
-    def axis(n: int, split: Split | None):
-        if split is None:
-            return None
-        over = mesh.model if split.model else 1
-        data = split.data and n % (over * mesh.data) == 0
-        names = (mesh.over_model if split.model else ()) + (mesh.over_data if data else ())
+    def entry(dim: int, split: Split | None):
+        # the name that is gathered first lies innermost, so that what it brings together is one block
+        names = (mesh.over_model if split and split.model else ()) + data.get(dim, ())[::-1]
         return names[0] if len(names) == 1 else names or None
 
-    return P(*map(axis, leaf.shape, leaf.split))
+    return P(*(entry(dim, split) for dim, split in enumerate(leaf.split)))
+
+
+def _dividing(names: tuple[str, ...], n: int, mesh: MeshShape) -> tuple[str, ...]:
+    """Those of the names along which most devices split n evenly; of equals the first."""
+    if n % mesh.length(names) == 0:
+        return names
+    names = tuple(name for name in names if mesh.length((name,)) > 1)
+    some = (tuple(c) for k in range(len(names), -1, -1) for c in itertools.combinations(names, k))
+    return max((c for c in some if n % mesh.length(c) == 0), key=mesh.length)
 
 
 def check(params, leaves: Iterable[Leaf]) -> None:

@@ -1,9 +1,10 @@
 """Where each parameter lives on a mesh ("data", "model").
 
 The columns of q, k, v (whole heads) and the hidden columns of the MLP are split over "model", so a half block needs one sum
-at its end. Every matrix is split over "data" besides, along an axis of rows where it has one, and brought together layer by
-layer when it is used; vectors are too small to be worth a collective each and stay whole. Optimizer state follows the
-parameters. Batches are split over "data" and replicated over "model". Each leaf's own record says how it is split.
+at its end. Every matrix is split over "data" besides, along an axis of rows where it has one (where a data axis has parts, along
+its columns over those that do not divide the rows), and brought together layer by layer when it is used; vectors are too small to
+be worth a collective each and stay whole. Optimizer state follows the parameters. Batches are split over "data" and replicated over
+"model". Each leaf's own record says how it is split.
 """
 
 from functools import cache, partial
@@ -28,8 +29,11 @@ def check_mesh(config, mesh: MeshShape) -> None:
 def partition_specs(config, mesh: Mesh | AbstractMesh | MeshShape | None, *, shard: Shard = "parameters", axes: Axes = AXES):
     """The PartitionSpec of every parameter: a tree like that of `init`. With mesh None: nothing is split.
 
-    axes: what a `Mesh` calls its data and model axis, as in `apply_on`. An axis that the data axis does not divide stays whole, and
-    with shard="none" every axis does. Raises ValueError where the model axis does not divide, and for names that the mesh has not.
+    axes: what a `Mesh` calls its data and model axis, as in `apply_on`. Where the data axis does not divide a matrix's rows, its
+    columns are split in their place, and where it does not divide these the matrix stays whole. Of several names, as in
+    axes=(("data", "rest"), "model"), rows are split over those that divide them and columns over the others. With shard="none"
+    nothing is split over the data axis. Raises ValueError where the model axis does not divide, and for names that the mesh has
+    not.
     """
     shape = mesh if isinstance(mesh, MeshShape) else MeshShape(1, 1) if mesh is None else MeshShape.of(mesh, axes)
     return jax.tree.map(lambda spec: spec, _specs(config, shape, shard == "none"))  # a tree of the caller's own

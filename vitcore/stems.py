@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from vitcore import hybrid
-from vitcore.parameters import ROWS, Leaf, Name, lecun, norm, zeros
+from vitcore.parameters import COLUMNS, ROWS, Leaf, Name, lecun, norm, zeros
 from vitcore.resnet import ResNetStem
 from vitcore.resnet_leaves import leaves as resnet_leaves
 
@@ -61,7 +61,7 @@ def projection(config, channels: int, patch: int, positions: int) -> tuple[Leaf,
             path=("patch_embed", "kernel"),
             shape=kernel,
             initial=lecun,
-            split=(None, None, None, ROWS),
+            split=(COLUMNS, None, None, ROWS),
             key=0,
             names={
                 "release": (Name(f"{release}/kernel"),),

@@ -1,6 +1,6 @@
 """Reading compiled programs: instructions that hold line breaks, bytes of collectives."""
 
-from bench.hlo import operations
+from bench.hlo import operations, schedule
 
 BROKEN = """HloModule m
 
@@ -74,3 +74,51 @@ def test_bytes_of_a_collective_are_those_of_its_larger_side():
         "scattered": 16 * 128 * 4,
         "both": 16 * 128 * 4 + 8 * 128 * 2,
     }
+
+
+FUSED = """HloModule m
+
+%start_of (p: bf16[96,768]) -> (bf16[96,768], bf16[3072,768], u32[]) {
+  %p = bf16[96,768]{1,0} parameter(0)
+  %all-gather.85 = bf16[3072,768]{1,0} all-gather(%p), replica_groups={{0,1}}, dimensions={0}
+  ROOT %custom-call.3 = (bf16[96,768]{1,0}, bf16[3072,768]{1,0}, u32[]) custom-call(%all-gather.85), custom_call_target="AsyncStart"
+}
+
+%async_collective_fusion.64 (p: bf16[96,768], q: bf16[3072,768], x: f32[8,8]) -> (f32[8,8], bf16[96,768], bf16[3072,768]) {
+  %p = bf16[96,768]{1,0} parameter(0)
+  %q = bf16[3072,768]{1,0} parameter(1)
+  %x = f32[8,8]{1,0} parameter(2)
+  %all-gather.86 = bf16[3072,768]{1,0} all-gather(%p), replica_groups={{0,1}}, dimensions={0}
+  %dot = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (f32[8,8]{1,0}, bf16[96,768]{1,0}, bf16[3072,768]{1,0}) tuple(%dot, %p, %all-gather.86)
+}
+
+%done_of (p: bf16[96,768], q: bf16[3072,768]) -> bf16[3072,768] {
+  %p = bf16[96,768]{1,0} parameter(0)
+  %q = bf16[3072,768]{1,0} parameter(1)
+  %all-gather.87 = bf16[3072,768]{1,0} all-gather(%p), replica_groups={{0,1}}, dimensions={0}
+  ROOT %custom-call.5 = bf16[3072,768]{1,0} custom-call(%q, %all-gather.87), custom_call_target="AsyncDone"
+}
+
+ENTRY %main (a: bf16[96,768], x: f32[8,8]) -> bf16[3072,768] {
+  %a = bf16[96,768]{1,0} parameter(0)
+  %x = f32[8,8]{1,0} parameter(1)
+  %async-collective-start.2 = (bf16[96,768]{1,0}, bf16[3072,768]{1,0}, u32[]) fusion(%a), kind=kCustom, calls=%start_of
+  %g0 = bf16[96,768]{1,0} get-tuple-element(%async-collective-start.2), index=0
+  %g1 = bf16[3072,768]{1,0} get-tuple-element(%async-collective-start.2), index=1
+  %fusion.64 = (f32[8,8]{1,0}, bf16[96,768]{1,0}, bf16[3072,768]{1,0}) fusion(%g0, %g1, %x), calls=%async_collective_fusion.64
+  %g2 = bf16[96,768]{1,0} get-tuple-element(%fusion.64), index=1
+  %g3 = bf16[3072,768]{1,0} get-tuple-element(%fusion.64), index=2
+  ROOT %async-collective-done.2 = bf16[3072,768]{1,0} fusion(%g2, %g3), kind=kCustom, calls=%done_of
+}
+"""
+
+
+def test_a_gather_that_runs_beside_a_product_is_one_and_the_product_is_work():
+    """libtpu's form on v5e: three fusions hold the collective, of which the first starts it and the last waits."""
+    found = [(op.kind, op.name, op.bytes, op.waits) for op in schedule(FUSED)]
+    assert found == [
+        ("all-gather-start", "async-collective-start.2", 3072 * 768 * 2, ""),
+        ("fusion", "fusion.64", 0, ""),
+        ("async-done", "async-collective-done.2", 0, "async-collective-start.2"),
+    ]

@@ -15,8 +15,9 @@ from bench import links, mesh_picture, mesh_study, plots, slice_job, slices
 from bench.cases import Case
 from bench.hlo import operations, schedule
 from bench.links import Event, Reach, groups_of, played, reach_of, seconds
-from bench.reports import Report, from_json
+from bench.reports import Program, Report, from_json
 from bench.throughput import Throughput, run
+from bench.tpu_compiler import Compiler
 from bench.yardstick import Line
 from vitcore import variant
 
@@ -272,6 +273,25 @@ def test_a_real_step_on_four_cores_is_placed_and_played(tmp_path):
         assert 0 < row["exposed_seconds"] <= row["communication_seconds"] * 1.001
         assert row["fits"]
     assert rows[1]["collectives"]["all-reduce"] > rows[0]["collectives"].get("all-reduce", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_step_of_v3_gathers_beside_its_kernels_and_scatters_its_gradients():
+    """Over the cores of each chip and then over the chips; over all of them at once libtpu sums them whole."""
+    arguments = dict(model="ViT-B/16", batch=512, data=32, depth=1, shard="optimizer", whole_plan=True)
+    with Compiler("v3", topology="v3:4x4", text=True) as compiler:
+        report = compiler.compile(Program(build="bench.programs:train_step", arguments=arguments))
+    assert not report.error
+    assert report.collectives["reduce-scatter"] >= 8
+    assert report.collective_bytes["all-reduce"] < report.collective_bytes["reduce-scatter"] / 8  # of vectors alone
+    running, beside = set(), 0
+    for op in schedule(report.text):
+        if op.kind == "all-gather-start":
+            running.add(op.name)
+        running.discard(op.waits)
+        beside += bool(running) and op.kind == "kernel"
+    assert beside >= 3  # of the patch embedding and the two halves of the block
 
 
 def test_cases_take_the_shard_of_the_whole_model():

@@ -1,20 +1,24 @@
 """What the data axis splits (--shard): the same numbers whatever it is, on any ops; a run goes on under another setting."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.train.interruption import interrupt_before
 from tests.train.small import batch, mesh_of, with_a_head
 from train import pretrain
-from train.shards import better, choose, said
+from train.mesh import parted as parted_mesh
+from train.mesh import rows, shape_of
+from train.shards import better, choose, laid_for, parted, said
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
-from vitcore import GPU, REFERENCE, partition_specs, variant
+from vitcore import GPU, REFERENCE, families, parameters, partition_specs, variant
 from vitcore.sharding import MeshShape
 
 CONFIG = variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10, depth=2, dropout=0.1, drop_path=0.3)
@@ -133,24 +137,127 @@ def test_a_model_axis_that_nothing_asks_for_is_said(name, mesh, images):
         ("ViT-B/16", (8, 4), 16, "auto"),  # not an image for each device
         ("ViT-B/16", (16, 2), 64, "auto"),  # sums of gradients would be more bytes than sums of tokens
         ("ViT-H/14", (8, 4), 4096, "none"),  # ten GiB on every device
-        ("ViT-H/14", (256, 2), 4096, "auto"),  # 512 does not divide its width: the longer axis would leave most of it whole
+        ("ViT-H/14", (257, 2), 257 * 8, "auto"),  # 514 does not divide its width: the longer axis would leave most of it whole
     ],
 )
 def test_a_model_axis_with_a_reason_is_left_alone(name, mesh, images, asked):
     assert faster(name, mesh, images, asked) == ""
 
 
+def line_of(data, shard: Any = "parameters", name="ViT-H/14"):
+    config = variant(name, num_classes=1000)
+    shape = parted(shard, MeshShape(data, 1), config)
+    return shape.parts, said(shard, shape, config)
+
+
+def test_a_data_axis_is_in_two_where_and_only_where_that_leaves_less_on_a_device():
+    parts, line = line_of(512)
+    assert parts == (256, 2)
+    assert "rows over 256 and columns over 2 of its 512" in line
+    assert "beyond its share" not in line
+    for data, shard, name in ((32, "parameters", "ViT-H/14"), (512, "none", "ViT-H/14"), (512, "optimizer", "ViT-L/16")):
+        assert line_of(data, shard, name)[0] == ()
+    assert line_of(512, "optimizer", "ViT-B/16")[0] == (256, 2)
+
+
 def test_parameters_that_a_data_axis_does_not_divide_are_never_silent():
-    huge = variant("ViT-H/14", num_classes=1000)
-    line = said("parameters", MeshShape(512, 1), huge)
-    assert "but for 67% of the parameters, whole on each because 512 does not divide 1280; --mesh 256x2 splits them" in line
-    assert "but for" not in said("parameters", MeshShape(32, 1), huge)
-    assert "but for" not in said("none", MeshShape(512, 1), huge)
-    specs = jax.tree.leaves(partition_specs(huge, MeshShape(512, 1)), is_leaf=lambda x: isinstance(x, P))
-    assert sum("data" in str(spec) for spec in specs) < sum(
-        "data" in str(spec)
-        for spec in jax.tree.leaves(partition_specs(huge, MeshShape(256, 2)), is_leaf=lambda x: isinstance(x, P))
-    )
+    """Of 96 devices, 32 split the rows and 3 no columns; of 257, which is a prime, nothing splits anything."""
+    parts, line = line_of(96)
+    assert parts == (32, 3)
+    assert "each device holds 2% of the parameters beyond its share, for 96 does not divide 1280 and 5120" in line
+    parts, line = line_of(257)
+    assert parts == ()
+    assert "each device holds 100% of the parameters beyond its share, for 257 does not divide 1280 and 5120" in line
+
+
+WIDE = dataclasses.replace(CONFIG, width=12, num_heads=2, mlp_dim=36)  # that 4 divides, and 8 does not
+
+
+def trained(data, model, shard, ops=REFERENCE, images=16):
+    """(losses of three steps with Adam on WIDE, elements of the state that the first device holds)."""
+    mesh, tx = laid_for(shard, mesh_of(data, model), WIDE), optax.adam(1e-2)
+    options = StepOptions(ops=ops, shard=shard, clip_norm=1.0)
+    state = make_init(WIDE, mesh, tx, options)(jax.random.key(0))
+    state = state._replace(params=with_a_head(state.params))
+    held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state))
+    pixels, labels = jax.device_put(batch(mesh_of(data, model), images), NamedSharding(mesh, rows(mesh)))
+    step, losses = make_train_step(WIDE, mesh, tx, options), []
+    for _ in range(3):
+        state, metrics = step(state, pixels, labels)
+        losses.append(float(metrics["loss"]))
+    return losses, held
+
+
+def test_a_data_axis_in_two_is_the_same_training_and_splits_what_one_does_not():
+    """On 8x1 the matrices lie in eighths, which 8 does not divide: as (4, 2)."""
+    expected, whole = trained(1, 1, "parameters")
+    losses, held = trained(8, 1, "parameters")
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    leaves = families.leaves(WIDE)
+    matrices = sum(leaf.size for leaf in leaves if any(s and s.rest for s in leaf.split))
+    table = next(leaf.size for leaf in leaves if leaf.path == ("patch_embed", "position"))  # over 4 of the 8
+    once = parameters.count(leaves)
+    assert whole == 3 * once + 2  # parameters and moments, and two counters
+    assert held == 3 * (once - matrices - table + matrices // 8 + table // 4) + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("data", "model", "shard", "ops"),
+    [
+        (8, 1, "optimizer", REFERENCE),
+        (8, 1, "none", REFERENCE),
+        (4, 2, "parameters", REFERENCE),
+        (8, 1, "parameters", GPU),
+        (6, 1, "parameters", REFERENCE),  # columns of 12 and 36 over 3, rows over 2
+    ],
+)
+def test_every_way_to_lie_on_a_data_axis_in_two_is_the_same_training(data, model, shard, ops):
+    images = 12 if data == 6 else 16
+    expected = trained(1, 1, "parameters", images=images)[0]
+    np.testing.assert_allclose(trained(data, model, shard, ops, images)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ops", [REFERENCE, GPU])
+def test_rows_over_both_parts_of_a_data_axis_are_summed_over_one_after_the_other(ops, monkeypatch):
+    """As over the cores of a v3 chip and then over chips: the same training, and each gradient is scattered twice."""
+    monkeypatch.setitem(globals(), "WIDE", CONFIG)
+    expected = trained(1, 1, "parameters")[0]
+    monkeypatch.setitem(globals(), "laid_for", lambda shard, mesh, config: parted_mesh(mesh, 2))
+    np.testing.assert_allclose(trained(8, 1, "parameters", ops)[0], expected, rtol=1e-5)
+    specs = partition_specs(CONFIG, shape_of(parted_mesh(mesh_of(8, 1), 2)))
+    assert specs["blocks"]["mlp_in"]["kernel"] == P(None, ("rest", "data"), "model")
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_run_goes_on_with_its_data_axis_in_two_on_other_meshes(tmp_path, monkeypatch, capsys):
+    """From 8x1, in two, onto 4x2, which is one, and back: what an unbroken run on 8x1 ends with; without a change bit for bit."""
+    monkeypatch.chdir(tmp_path)
+    of = pretrain.model_of
+    monkeypatch.setattr(pretrain, "model_of", lambda *a, **k: dataclasses.replace(of(*a, **k), width=12, num_heads=2, mlp_dim=36))
+    words = ["--model", "ViT-Nano/4", "--steps", "6", "--checkpoint-every", "2", "--eval-every", "6", "--batch-size", "16"]
+    words += ["--log-every", "1", "--checkpoint-wait", "--shard", "parameters"]
+
+    def go(out, mesh, upto=None):
+        interrupt_before(monkeypatch, upto)
+        return pretrain.main([*words, "--out", out, "--mesh", mesh])
+
+    assert go("whole", "8x1") == 0
+    assert "rows over 4 and columns over 2 of its 8" in capsys.readouterr().out
+    assert go("same", "8x1", 2) == 130
+    assert go("same", "8x1") == 0
+    assert go("other", "8x1", 2) == 130
+    assert go("other", "4x2", 2) == 130
+    assert "mesh 4x2: 8 devices" in (line := capsys.readouterr().out)
+    assert "resuming at step 2" in line
+    assert go("other", "8x1") == 0
+    assert "resuming at step 4" in capsys.readouterr().out
+    last = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("whole", "same", "other")]
+    losses = [line.split('"loss": ')[1].split(",")[0] for line in last]
+    assert losses[1] == losses[0]
+    np.testing.assert_allclose(float(losses[2]), float(losses[0]), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("mesh", "faster"), [("1x3", True), ("2x1", False)])

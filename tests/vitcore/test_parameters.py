@@ -14,7 +14,7 @@ from vitcore import blocks, families, parameters
 from vitcore.collectives import MeshShape
 from vitcore.config import NAMES
 from vitcore.flops import multiply_adds
-from vitcore.parameters import Leaf, Name, Split
+from vitcore.parameters import COLUMNS, Leaf, Name, Split
 from vitcore.sharding import partition_specs
 from vitcore.weight_names import Style, entries, written
 
@@ -213,6 +213,19 @@ def test_what_a_model_axis_must_divide_is_said_by_its_name():
     assert parameters.specs((leaf,), MeshShape(5, 3)) == {"w": P("model", None)}
     with pytest.raises(ValueError, match=r"channels=12 is not divisible by the model axis of the 2x5 mesh: use .* divides 12"):
         parameters.specs((leaf,), MeshShape(2, 5))
+
+
+def test_a_data_axis_of_two_names_splits_rows_over_what_divides_them_and_columns_over_the_rest():
+    leaf = Leaf(path=("w",), shape=(12, 6), initial=parameters.zeros, split=(Split(model=("channels", 12), data=True), COLUMNS))
+
+    def spec(model, *parts):
+        shape = MeshShape(math.prod(parts), model, over_data=("data", "rest"), parts=parts)
+        return parameters.specs((leaf,), shape)["w"], parameters.whole_over_data((leaf,), shape)
+
+    assert spec(3, 2, 4) == (P(("model", "rest"), "data"), (0, ()))  # 4 rows are left of a third
+    assert spec(3, 2, 2) == (P(("model", "rest", "data"), None), (0, ()))
+    assert spec(1, 4, 5) == (P(("model", "data"), None), (18 * 4 // 5, (12,)))  # of a quarter four fifths are not its own
+    assert spec(1, 5, 1) == (P("model", None), (72 * 4 // 5, (12,)))
 
 
 def test_unknown_entries_are_refused_with_those_that_there_are():

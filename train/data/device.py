@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from train import mesh as meshes
 from train.data.rows import Batch
@@ -25,7 +24,7 @@ def on_mesh(mesh: Mesh) -> Callable[[Batch], dict[str, Any]]:
     other label, share). Transfers are begun, not waited for, and no program is launched (several processes must launch theirs in
     one order): any thread may call it.
     """
-    where = NamedSharding(mesh, P("data"))
+    where = NamedSharding(mesh, meshes.rows(mesh))
     _, blocks = meshes.data_shard(mesh)
 
     def place(batch: Batch) -> dict[str, Any]:
