@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -51,6 +51,8 @@ def test_the_eps_of_the_norm_reaches_it(device):
         np.testing.assert_allclose(found, by_hand(x, weights, 2, eps=3.0).mean(1), atol=1e-5)
 
 
+# Rows of bfloat16 on v3 are put in order by the kernel: whole sixteens, a rest, a width that is no multiple of 128.
+@example(shape=(37, 160, 2, 80), b=1, dtype=jnp.bfloat16, device="v3", asked=(True, True, True), seed=0)
 @examples(3)
 @given(
     shape=SHAPES,

@@ -55,13 +55,17 @@ class Job:
     def stdout(self) -> str:
         return self.log.with_suffix(".out").read_text()
 
-    def reach(self, text: str) -> None:
-        """Waits until the job has printed `text`."""
-        deadline = time.monotonic() + PATIENCE
-        while text not in self.stderr + self.stdout:
-            assert self.process.poll() is None, f"ended before {text!r}: {self.stdout}{self.stderr}"
-            assert time.monotonic() < deadline, f"never came to {text!r}: {self.stdout}{self.stderr}"
-            time.sleep(0.02)
+    def reach(self, text: str, seconds: float = PATIENCE) -> None:
+        """Waits until the job has printed `text`; kills it if it does not, or the test is ended meanwhile."""
+        deadline = time.monotonic() + seconds
+        try:
+            while text not in self.stderr + self.stdout:
+                assert self.process.poll() is None, f"ended before {text!r}: {self.stdout}{self.stderr}"
+                assert time.monotonic() < deadline, f"never came to {text!r}: {self.stdout}{self.stderr}"
+                time.sleep(0.02)
+        except BaseException:
+            self.process.kill()
+            raise
 
     def term(self) -> None:
         self.process.send_signal(signal.SIGTERM)

@@ -8,8 +8,9 @@ image for the distances and as much for the class rows, where maps are 1.9 MB. K
 a distance are additions of whole registers, and only their last step goes across one. The logits' factor is in q. The first
 tokens' rows of all heads are one more product: a matrix that has a head's q_0 in the head's own lanes of a row, times k'.
 
-The grid is groups of heads, images, tiles of queries; the first tile of an image makes its q and k. On v2 and v3 rows are float32
-and lie in the order of `float32_forward.unpacked`, which is undone outside, where it matters. Statistics have no gradient here.
+The grid is groups of heads, images, tiles of queries; the first tile of an image makes its q and k. On v2 and v3 rows come in the
+order of `float32.forward.unpacked`, and are put in that of the tokens when LN's result is stored: undone by XLA, behind the kernel,
+it takes ten times the cycles. Statistics have no gradient here.
 """
 
 import itertools
@@ -99,21 +100,37 @@ class Static:
         return self.dtype == jnp.bfloat16 and not self.launch.device.bf16_matmul
 
 
+def _write_rows(z, first: int, rows, unpacked: bool) -> None:
+    """rows [n, D], float32, into z's rows from `first` on, in the order of the tokens. unpacked: they come in that of `unpacked`.
+
+    A store with a stride puts the even and the odd rows in their places. It wants arrays a register wide: z is [D/128, S, 128].
+    """
+    n, d = rows.shape
+    for c, at in enumerate(column_slices(d, LANES)):
+        if not unpacked:
+            z[c, first : first + n, : at.stop - at.start] = rows[:, at]
+            continue
+        for r in range(0, n, SUBLANES):
+            start = first + r // PACKED_ROWS * PACKED_ROWS + r // SUBLANES % 2
+            z[c, pl.ds(start, SUBLANES, stride=2), : at.stop - at.start] = rows[r : r + SUBLANES, at]
+
+
 def _make_qk(x, scale, bias, w, b, z, q, k, static: Static) -> None:
     """q, with the factor of the logits in it, and k of one image into scratch; zeros behind the rows of q."""
-    t, rows, device = static.tokens, z.shape[0], static.launch.device
+    t, d, rows, device = static.tokens, x.shape[2], z.shape[1], static.launch.device
     for a, n in pieces(t, PIECE):
         values = x[0, a : a + n]
         normal, _ = normalise(unpacked(values) if static.unpacks else values.astype(F32), static.eps)
-        z[a : a + n] = normal * scale[...] + bias[...]
+        _write_rows(z, a, normal * scale[...] + bias[...], static.unpacks and n % PACKED_ROWS == 0)
     if rows > t:
-        z[t:] = jnp.zeros((rows - t, z.shape[1]), F32)
+        z[:, t:] = jnp.zeros((z.shape[0], rows - t, LANES), F32)
     if q.shape[0] > rows:
         q[rows:] = jnp.zeros((q.shape[0] - rows, q.shape[1]), F32)
     factor = static.width**-0.5 * math.log2(math.e)
     keep = min(rows, q.shape[0])
     for at in column_slices(w.shape[2]):
-        one, two = (dot(operand(z[...], static.dtype, device), w[c, :, at], static.dtype) + b[c, :, at] for c in range(2))
+        whole = jnp.concatenate([z[c, :, : a.stop - a.start] for c, a in enumerate(column_slices(d, LANES))], axis=1)
+        one, two = (dot(operand(whole, static.dtype, device), w[c, :, at], static.dtype) + b[c, :, at] for c in range(2))
         q[:keep, at] = one[:keep] * factor
         k[:, at] = two
 
@@ -203,26 +220,8 @@ def _padded_heads(w, static: Static):
     return jnp.pad(heads, [*((0, 0) for _ in w.shape), (0, lanes - h)]).reshape(*w.shape[:-1], -1)
 
 
-def _unpack_order(a, axis: int, t: int):
-    """Rows 0 .. t-1 along an axis in the order that they have in VMEM: of each whole 16 the even ones first."""
-    return _sixteens(a, axis, t, (SUBLANES, 2))
-
-
-def _token_order(a, axis: int, t: int):
-    """The inverse of `_unpack_order`."""
-    return _sixteens(a, axis, t, (2, SUBLANES))
-
-
-def _sixteens(a, axis: int, t: int, parts: tuple[int, int]):
-    whole = t // PACKED_ROWS * PACKED_ROWS
-    done, left = lax.slice_in_dim(a, 0, whole, axis=axis), lax.slice_in_dim(a, whole, a.shape[axis], axis=axis)
-    split = done.reshape(*a.shape[:axis], whole // PACKED_ROWS, *parts, *a.shape[axis + 1 :])
-    done = split.swapaxes(axis + 1, axis + 2).reshape(done.shape)
-    return jnp.concatenate([done, left], axis=axis)
-
-
 def _launch(x, norm, w, b, distances, static: Static):
-    """What the kernel writes, as a dict: mean [G, B, S, Q], row [G, B, N/G, S], distance [G, B, N/G, Q], rows as in VMEM."""
+    """What the kernel writes, as a dict: mean [G, B, S, Q], row [G, B, N/G, S], distance [G, B, N/G, Q]."""
     tiles, (images, t, d) = static.tiles, x.shape
     groups, lanes = static.num_heads // tiles.heads, tiles.heads * tiles.head_lanes
     padded, rows = round_up(t, tiles.queries), tiles.rows
@@ -258,7 +257,7 @@ def _launch(x, norm, w, b, distances, static: Static):
             transcendentals=images * maps,
             bytes_accessed=images * groups * t * d * x.dtype.itemsize + 2 * d * w.shape[2] * w.dtype.itemsize,
         ),
-        scratch=[pltpu.VMEM((rows, d), F32), pltpu.VMEM((max(padded, rows), lanes), F32), pltpu.VMEM((rows, lanes), F32)],
+        scratch=[pltpu.VMEM(shape, F32) for shape in ((pl.cdiv(d, LANES), rows, LANES), (max(padded, rows), lanes), (rows, lanes))],
     )(x, *norm, w, b, *([distances] if static.distance else []))
     return dict(zip(asked, found, strict=True))
 
@@ -286,8 +285,6 @@ def attention_statistics(
     norm = weights.norm_scale[None].astype(F32), weights.norm_bias[None].astype(F32)
     if distances is not None:
         distances = jnp.asarray(distances, F32).T
-        if static.unpacks:
-            distances = _unpack_order(_unpack_order(distances, 0, t), 1, t)
         distances = jnp.pad(distances, ((0, chosen.rows - t), (0, round_up(t, chosen.queries) - t)))
     arrays = vary_alike(x, *norm, w, bias, *([] if distances is None else [distances]))
     x, *rest = map(lax.stop_gradient, arrays)
@@ -298,13 +295,12 @@ def attention_statistics(
 def _results(found: dict, static: Static) -> Statistics:
     """The kernel's arrays in the order of the tokens, groups of heads together."""
     t, out = static.tokens, {}
-    order = _token_order if static.unpacks else lambda a, axis, t: a
     if static.mean:
         means = found["mean"].sum(0) if found["mean"].shape[0] > 1 else found["mean"][0]
-        out["mean"] = order(order(means[:, :t, :t].swapaxes(1, 2), 1, t), 2, t)
+        out["mean"] = means[:, :t, :t].swapaxes(1, 2)
     if static.row:
         rows = found["row"].swapaxes(0, 1)
-        out["row"] = order(rows.reshape(rows.shape[0], static.num_heads, -1)[..., :t], 2, t)
+        out["row"] = rows.reshape(rows.shape[0], static.num_heads, -1)[..., :t]
     if static.distance:
         sums = found["distance"][..., :t].sum(-1) / t
         out["distance"] = sums.swapaxes(0, 1).reshape(-1, static.num_heads)
