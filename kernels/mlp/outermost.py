@@ -215,14 +215,13 @@ def _global_rows(spec, shape: Shape, padded: int, i, dtype):
 def backward(spec, t: Outermost, scalars, x, dy, scale, bias, w_in, b_in, w_out, *, into):
     """(dx, the gradients of the parameters in float32, in their order) of x and dy [B, T, D]; weights float32. into: where
     dW1 and dW2 belong, or None; the whole array is returned then."""
-    shape = Shape(*x.shape, w_in.shape[1], x.dtype.itemsize)
+    b, tokens, d = x.shape
+    shape = Shape(b, tokens, d, w_in.shape[1], x.dtype.itemsize)
     of_rows = jnp.stack([scalars[1], scalars[2], jnp.int32(0)])
     norm = scale.reshape(1, -1).astype(F32), bias.reshape(1, -1).astype(F32)
-    z, g = prepare(of_rows, x, dy, norm, shape.b, spec, "mlp_half_prepare_backward")
+    z, g = prepare(of_rows, x, dy, norm, b, spec, "mlp_half_prepare_backward")
     dz, dw_in, dw_out, db_in, db_out = _products(spec, t, shape, scalars, z, g, w_in, b_in, w_out, into)
-    dx, dscale, dbias = finish(
-        of_rows, x, dy, dz[: shape.b * z.shape[1]].reshape(z.shape), norm[0], spec, "mlp_half_finish_backward"
-    )
+    dx, dscale, dbias = finish(of_rows, x, dy, dz[: b * z.shape[1]].reshape(z.shape), norm[0], spec, "mlp_half_finish_backward")
     return dx, (dscale, dbias, dw_in, db_in.sum(1), dw_out, db_out.sum(0))
 
 

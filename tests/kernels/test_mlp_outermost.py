@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,8 @@ def judge(b, t, d, f, hidden, dtype, *, launch=WIDE, seed=0, images=None, **opti
 @example(bt=(9, 16), dfh=(128, 256, 128), dtype=jnp.bfloat16, gelu="erf", rate=0.0, residual_scale=1.0, seed=1)
 def test_value_and_gradients_agree_with_the_reference(bt, dfh, dtype, gelu, rate, residual_scale, seed):
     dropout = Dropout(rate, jnp.int32(seed), 1000, 77) if rate else None
-    judge(*bt, *dfh, dtype, gelu=gelu, dropout=dropout, residual_scale=residual_scale, seed=seed)
+    (b, t), (d, f, hidden) = bt, dfh
+    judge(b, t, d, f, hidden, dtype, gelu=gelu, dropout=dropout, residual_scale=residual_scale, seed=seed)
 
 
 def test_rows_behind_the_tokens_change_nothing():
@@ -87,11 +89,12 @@ def test_gradients_of_stacked_weights_are_written_in_their_places():
 
     def stacked(x, stacks):
         given = {name: Stacked(array, jnp.asarray([1]), array[1]) for name, array in stacks.items()}
-        y, taken = tpu.mlp_half(x, own._replace(**given), launch=WIDE, plan=chosen)
-        return (close(y, taken) ** 2).sum()
+        found: Any = tpu.mlp_half(x, own._replace(**given), launch=WIDE, plan=chosen)
+        return (close(*found) ** 2).sum()
 
     def alone(x, kernels):
-        return (tpu.mlp_half(x, own._replace(**kernels), launch=WIDE, plan=chosen) ** 2).sum()
+        found: Any = tpu.mlp_half(x, own._replace(**kernels), launch=WIDE, plan=chosen)
+        return (found**2).sum()
 
     found = jax.grad(stacked, argnums=1)(x, stacks)
     expected = jax.grad(alone, argnums=1)(x, {name: getattr(own, name) for name in stacks})
@@ -108,9 +111,9 @@ def test_gradients_of_stacked_weights_are_written_in_their_places():
     ],
 )
 def test_where_it_is_chosen(device, shape, kind):
-    chosen = choose(Shape(*shape), DEVICES[device])
+    chosen: Any = choose(Shape(*shape), DEVICES[device])
     assert isinstance(chosen.backward, kind)
-    many = choose(Shape(12 * shape[0], *shape[1:]), DEVICES[device])  # 15 kB a row in HBM between the three kernels
+    many: Any = choose(Shape(12 * shape[0], *shape[1:]), DEVICES[device])  # 15 kB a row in HBM between the three kernels
     assert kind is ByXLA or many.backward_images == 64 < 12 * chosen.backward_images
 
 

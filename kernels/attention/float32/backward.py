@@ -221,9 +221,9 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
     dw_qkv, db_qkv = _projection_gradients(partial(gradient, plan.projection_weights, flat(z)), dqkv, into[2])
     summed = partial(multiply, plan.input_gradient, name="attention_input_gradient", by_rows=True)
     if plan.input_gradient.apart:
-        dz = None
-        for c, gradient_of in enumerate(dqkv):
-            dz = summed([gradient_of], section(w_qkv, c), onto=dz)
+        dz = summed(dqkv[:1], section(w_qkv, 0))
+        for c in (1, 2):
+            dz = summed(dqkv[c : c + 1], section(w_qkv, c), onto=dz)
     else:
         dz = summed(dqkv, w_qkv)
     dx, dscale, dbias = finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, static)

@@ -150,7 +150,8 @@ def _shared_core(tiles: Float32Core, qkv, do, t: int, dtype, static: Static, *, 
 
     def kernel(*refs):
         given = [*(refs[0].at[c] for c in range(3)), refs[1]] if one else refs[:4]
-        slots = _Slots(given, refs[len(inputs) : len(inputs) + results], *refs[-2:], lanes)
+        *outputs, slots, semaphores = refs[len(inputs) :]
+        slots = _Slots(given, outputs[:results], slots, semaphores, lanes)
         arrays = slots.fetch()
         _differentiate(
             lanes, k // static.num_heads, tiles.lags, arrays, arrays[:results], t=t, tokens=static.tokens or t,
