@@ -108,7 +108,7 @@ def flat_sum_tiles(m: int, sections: int, i: int, j: int, device: Device) -> Fla
     they take: the weights of one fit whole, and the sum passes through the HBM."""
     together = flat_product_tiles(m, sections, i, j, device)
     moved = 4 * m * (sections * i * (j // together.columns) + j) / device.hbm_bytes_per_cycle
-    if moved <= 2 * m * sections * i * j / device.flops_per_cycle:
+    if together.columns == j or moved <= 2 * m * sections * i * j / device.flops_per_cycle:
         return together
     for rows in _flat_rows(m):
         if 4 * (i * j + 2 * rows * (i + 2 * j)) + SUM_SPILLS <= device.vmem_bytes:
