@@ -333,10 +333,12 @@ def test_nothing_waits_in_the_store_any_more_when_a_process_has_left(monkeypatch
 # --- which rows a process reads ---------------------------------------------------------------------------------------------
 
 
-def laid_out(grid) -> Any:
-    """A mesh whose devices say which process holds them."""
+def laid_out(grid, rest: int = 1) -> Any:
+    """A mesh whose devices say which process holds them, its data axis in two where `rest` says so."""
     devices = np.array([[types.SimpleNamespace(process_index=p) for p in row] for row in grid], dtype=object)
-    return types.SimpleNamespace(devices=devices, shape={"data": devices.shape[0], "model": devices.shape[1]})
+    names = ("data", "model") if rest == 1 else ("data", "rest", "model")
+    devices = devices if rest == 1 else devices.reshape(-1, rest, devices.shape[1])
+    return types.SimpleNamespace(devices=devices, axis_names=names, shape=dict(zip(names, devices.shape, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -357,3 +359,4 @@ def test_a_process_reads_the_rows_of_its_devices(monkeypatch, grid, shards):
                 meshes.data_shard(laid_out(grid))
         else:
             assert meshes.data_shard(laid_out(grid)) == shards[process]
+            assert meshes.data_shard(laid_out(grid, rest=2)) == shards[process]
