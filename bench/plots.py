@@ -3,7 +3,7 @@
     python -m bench.plots runs/throughput/throughput.json        draws the PNG beside it again
 
 Log axes, one colour a model, one line style for each code (ours fused, ours on the references, a peer), one row of panels for each
-kind of pass. Figures from the TPU compiler are called that in the picture's title.
+kind of pass; of one size bars, with their numbers. Figures from the TPU compiler are called that in the picture's title.
 """
 
 import json
@@ -53,10 +53,21 @@ def _panel(axes, rows, value: str, colours: dict[str, Any]) -> None:
     axes.set_xticks(sizes, [str(s) for s in sizes])
     axes.minorticks_off()
     _ticks(axes, [r[value] for r in rows if r.get(value)])
-    if len(sizes) == 1:
-        axes.set_xlim(sizes[0] / 1.5, sizes[0] * 1.5)
     axes.grid(True, alpha=0.3)
     axes.set_xlabel("input size [px]")
+
+
+def _bars(axes, rows, value: str, colours: dict[str, Any]) -> None:
+    """One panel of one input size: a bar for each model and code, the first on top."""
+    found = [r for model in colours for r in rows if r["model"] == model and r.get(value)][::-1]
+    several = len({_code(r) for r in rows}) > 1
+    names = [r["model"] + (f", {_name(code) if (code := _code(r)) != 'xla' else 'XLA'}" if several else "") for r in found]
+    places = range(len(found))
+    drawn = axes.barh(places, [r[value] for r in found], color=[colours[r["model"]] for r in found], height=0.7)
+    axes.bar_label(drawn, [f"{r[value]:,.0f}" for r in found], padding=3, fontsize=9)
+    axes.set_yticks(places, names)
+    axes.margins(x=0.15)  # room for the numbers
+    axes.grid(True, axis="x", alpha=0.3)
 
 
 def _ticks(axes, values: list[float]) -> None:
@@ -87,18 +98,24 @@ def picture(rows: Sequence[dict[str, Any]], *, title: str):
     figure = Figure(figsize=(1.5 + 4.75 * columns, 0.9 + 4.2 * len(kinds)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(kinds), columns, squeeze=False)
+    sizes = {row["asked"] for row in rows}
+    panel = _panel if len(sizes) > 1 else _bars
     for (left, *rest), ((mode, mesh), some) in zip(grid, kinds.items(), strict=True):
         estimate = some[0]["compiler_estimate"]
         what = {"forward": "inference", "train": "training"}[mode] + (f", mesh {mesh}" if mesh else "")
-        _panel(left, some, "images_per_second", colours)
-        left.set_ylabel("images/s" + (", compiler estimate" if estimate else ""))
+        panel(left, some, "images_per_second", colours)
+        (left.set_ylabel if len(sizes) > 1 else left.set_xlabel)("images/s" + (", compiler estimate" if estimate else ""))
+        what += f", {sizes.copy().pop()} px" if len(sizes) == 1 else ""
         left.set_title(f"{what}: peak images/s")
         for right in rest:
-            _panel(right, some, "largest_batch", colours)
-            right.set_ylabel("images" + (", by the compiler" if estimate else ""))
+            panel(right, some, "largest_batch", colours)
+            (right.set_ylabel if len(sizes) > 1 else right.set_xlabel)("images" + (", by the compiler" if estimate else ""))
             right.set_title(f"{what}: largest batch" + (" a core" if estimate and not mesh else ""))
             if not any(r.get("largest_batch") for r in some):
                 right.text(0.5, 0.5, "not found", transform=right.transAxes, ha="center", va="center", color="grey")
+    if len(sizes) == 1:  # each bar has its name beside it
+        figure.suptitle(title, fontsize=12)
+        return figure
     handles = [Line2D([], [], color=c, linewidth=2.5, label=m) for m, c in colours.items()]
     if len(codes) > 1:
         style: dict[str, Any] = {c: dict(linestyle=_STYLES.get(c, "-"), marker=_MARKERS.get(c, "o"), markersize=5) for c in codes}

@@ -198,7 +198,18 @@ def test_estimates_are_called_estimates_in_table_and_picture():
     assert "compiler estimate" in left.get_ylabel()
     assert [np.size(line.get_xdata()) for line in left.lines] == [2, 1]
     measured = [row(compiler_estimate=False, device="cpu", spread=0.01, flops_per_second=1e12, share_of_matmul=0.5)]
-    assert "estimate" not in tables.header(measured) + plots.picture(measured, title="t").axes[0].get_ylabel()
+    assert "estimate" not in tables.header(measured) + plots.picture(measured, title="t").axes[0].get_xlabel()
+
+
+def test_one_size_is_drawn_as_bars_with_names_and_numbers():
+    rows = [row(largest_batch=None), row(model="R50x1", ops="xla", images_per_second=2500.0, largest_batch=None)]
+    (axes,) = plots.picture(rows, title="t").axes  # no empty panel of largest batches
+    bars: Any = axes.patches
+    assert [bar.get_width() for bar in bars] == [2500.0, 1000.0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["R50x1, XLA", "ViT-B/16, our kernels"]
+    assert [text.get_text() for text in axes.texts] == ["2,500", "1,000"]
+    assert axes.get_xlabel() == "images/s, compiler estimate"
+    assert axes.get_title() == "inference, 224 px: peak images/s"
 
 
 def test_a_picture_holds_its_labels(tmp_path):
