@@ -18,7 +18,7 @@ def _hook(kind, error, trace) -> None:
     name = " ".join(word for word in os.environ if word.startswith("JAX_"))
     print(f"error: JAX refuses a setting of the environment ({name}): {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if not hasattr(sys, "ps1"):  # nobody types to this process
-        os._exit(2)
+        sys.exit(2)  # from here it is the exit code, and what is registered for the end still runs
 
 
 def no_more() -> None:
