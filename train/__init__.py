@@ -1,6 +1,6 @@
 """Everything that makes a run: one job per module, started with `python -m train.<job>`."""
 
-from train import refused as refused  # before jax: it says in one line what jax refuses in the environment
+from kernels import refused as refused  # before jax: it says in one line what jax refuses in the environment
 from train.signals import end_with_parent, standard_streams
 
 standard_streams()  # before anything opens a file

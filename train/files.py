@@ -13,7 +13,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from etils import epath
 
@@ -21,7 +21,9 @@ MOST_TEXT = 2**26  # bytes of a list, a manifest, a configuration or class names
 
 
 def open_regular(path: str) -> BinaryIO:
-    """A regular file, open for reading. Raises OSError for whatever is none, without waiting for it."""
+    """A regular file, open for reading, local or on gs://. Raises OSError for whatever is none, without waiting for it."""
+    if "://" in path:
+        return cast(BinaryIO, epath.Path(path).open("rb"))
     # Through open, which also closes what it refuses (a directory); a descriptor of our own stayed open.
     file = open(  # noqa: SIM115
         path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)

@@ -90,7 +90,7 @@ def _files(directory, below: str = "") -> list[str]:
 def _measure(path, most: int | None = None) -> tuple[int, int]:
     """(bytes, crc32) of a file. most: stop reading beyond so many bytes."""
     size = crc = 0
-    with path.open("rb") if "://" in str(path) else open_regular(str(path)) as file:
+    with open_regular(str(path)) as file:
         while chunk := file.read(_CHUNK):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
             if most is not None and size > most:

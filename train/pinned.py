@@ -53,7 +53,7 @@ def _write(file, params, about: dict) -> None:
 
 def _read(path: epath.Path, init: str, model: dict) -> Stored:
     try:
-        with path.open("rb") if "://" in str(path) else open_regular(str(path)) as file, zipfile.ZipFile(file) as archive:
+        with open_regular(str(path)) as file, zipfile.ZipFile(file) as archive:
             about = parse_json(archive.read(_ABOUT))
             if about["model"] != model:
                 raise ValueError("it is of other weights than the results beside it")

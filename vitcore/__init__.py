@@ -1,7 +1,7 @@
 """A Vision Transformer backend: pure functions over a nested dict, on kernels written by hand."""
 
 # isort: off
-from vitcore import refused  # before jax is imported
+from kernels import refused  # before jax is imported
 # isort: on
 
 from vitcore.config import ViTConfig as ViTConfig

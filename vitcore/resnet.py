@@ -21,7 +21,7 @@ Kernels are split over "data" along their output channels, for which standardisa
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -130,18 +130,6 @@ def units(c: ResNetStem) -> Iterator[Unit]:
         for number in range(1, count + 1):
             yield Unit(s + 1, number, into, middle, 4 * middle, 2 if s and number == 1 else 1)
             into = 4 * middle
-
-
-def axial_lines(c: ResNetStem, image_shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """(places, channels a head) of the lines that axial attention takes, each once. A unit attends before its stride."""
-    found, first = [], replace(c, depths=())
-    for u in units(c):
-        before = max(0, u.stage - 2 if u.number == 1 else u.stage - 1)
-        rows, columns = first.grid(image_shape)
-        for _ in range(before):
-            rows, columns = -(-rows // 2), -(-columns // 2)
-        found += [(length, u.middle // AXIAL_HEADS) for length in (rows, columns)]
-    return list(dict.fromkeys(found))
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------------

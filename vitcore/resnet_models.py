@@ -19,7 +19,7 @@ from vitcore.ops import Ops
 from vitcore.parameters import Leaf, Name
 from vitcore.pixels import to_unit
 from vitcore.posemb import fit_line
-from vitcore.resnet import AXIAL_HEADS, DEPTHS, ResNetStem, axial_lines
+from vitcore.resnet import AXIAL_HEADS, DEPTHS, ResNetStem, units
 from vitcore.resnet_leaves import leaves as stem_leaves
 
 
@@ -116,6 +116,18 @@ def fit(path, array, config: ResNetConfig, new: ResNetConfig, method: Literal["c
         return array
     want = next(leaf.shape for leaf in leaves(new) if leaf.path == path)
     return np.swapaxes(fit_line(np.swapaxes(array, -1, -2), want[-1], method), -1, -2)
+
+
+def axial_lines(c: ResNetStem, image_shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """(places, channels a head) of the lines that axial attention takes, each once. A unit attends before its stride."""
+    found, first = [], dataclasses.replace(c, depths=())
+    for u in units(c):
+        before = max(0, u.stage - 2 if u.number == 1 else u.stage - 1)
+        rows, columns = first.grid(image_shape)
+        for _ in range(before):
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        found += [(length, u.middle // AXIAL_HEADS) for length in (rows, columns)]
+    return list(dict.fromkeys(found))
 
 
 def by_xla(config: ResNetConfig, ops: Ops, dtype, heads: int) -> tuple[str, ...]:

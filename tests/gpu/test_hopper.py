@@ -10,18 +10,9 @@ import pytest
 
 from kernels.attention import gpu as attention_gpu
 from kernels.attention.hopper import forward as hopper
-from kernels.attention.hopper.plan import CAPABILITY
 from tests import oracle
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def on_hopper():
-    if (found := getattr(jax.devices()[0], "compute_capability", "none")) != CAPABILITY:
-        pytest.skip(f"compute capability {found}: these kernels run on {CAPABILITY}")
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 
 
 def plain(q, k, v, tokens):

@@ -8,21 +8,12 @@ import numpy as np
 import pytest
 
 from kernels import dropout as drop
-from kernels.attention.hopper.plan import CAPABILITY
 from kernels.patch_embed import gpu, hopper, reference
 from kernels.patch_embed.hopper_plan import refuses
 from tests import oracle
 from tests.kernels.test_patch_embed_hopper import arrays, shape
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def on_hopper():
-    if (found := getattr(jax.devices()[0], "compute_capability", "none")) != CAPABILITY:
-        pytest.skip(f"compute capability {found}: this kernel runs on {CAPABILITY}")
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 
 
 CASES = [

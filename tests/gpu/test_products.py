@@ -10,7 +10,6 @@ import pytest
 from kernels import dropout as drop
 from kernels.attention import gpu as attention_gpu
 from kernels.attention import reference as attention
-from kernels.attention.hopper.plan import CAPABILITY
 from kernels.hopper.epilogue import Epilogue
 from kernels.hopper.plan import READS, Tiles, refuses, tiles
 from kernels.hopper.product import product
@@ -21,7 +20,7 @@ from kernels.mlp import reference as mlp
 from tests import oracle
 from tests.kernels import test_gpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 
 EPILOGUES = [
     Epilogue(),
@@ -43,14 +42,6 @@ OTHERS = [
     Tiles(columns=256, stages=3, alternate=False),
     Tiles(rows=256, stages=4, alternate=False, given=1, made=1),
 ]
-
-
-@pytest.fixture(autouse=True)
-def on_hopper():
-    if (found := getattr(jax.devices()[0], "compute_capability", "none")) != CAPABILITY:
-        pytest.skip(f"compute capability {found}: these kernels run on {CAPABILITY}")
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def array(r, *shape, scale=1.0, dtype=jnp.bfloat16):

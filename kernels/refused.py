@@ -1,7 +1,8 @@
 """What JAX refuses in the environment, as one line: it reads its variables as it is imported, before any command could say more.
 
 Imported before jax, until `no_more` is called behind that: an uncaught error in between, of a value that JAX does not know
-(JAX_DEFAULT_DEVICE=cpu:7, JAX_NUM_CPU_DEVICES=two), ends the process with that line and code 2.
+(JAX_DEFAULT_DEVICE=cpu:7, JAX_NUM_CPU_DEVICES=two), ends the process with that line and code 2. It stands in the lowest package, so
+that a job in its first moments has it without the model.
 """
 
 import os
