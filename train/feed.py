@@ -98,6 +98,12 @@ class Feed:
         batch, self.state = drawn
         return batch
 
+    def end(self) -> None:
+        """No more batches are wanted: the iterator is closed beside whatever the caller does until it leaves. Worker processes end
+        one after another, each in some tenths of a second."""
+        if self._ahead is None and hasattr(self._batches, "close"):
+            self._pool.submit(self._batches.close)  # pyright: ignore
+
     def __enter__(self):
         return self
 

@@ -266,6 +266,8 @@ class _Loop:
             if self.asked():
                 break
             self.loader = self.feed.state  # a batch that came but is not taken is drawn again by the continuation
+            if not more:
+                self.feed.end()
             metrics = self.step(batch)
             last = now.step == run.total_steps
             log = now.step % run.log_every == 0
@@ -289,7 +291,7 @@ class _Loop:
                 with self.shares.of("saves"):
                     self.save()
             if due and now.due is None:
-                self.recorder.draw()
+                self.recorder.draw_beside()
         self.say_times(whole, waited)
         return self.result(whole.rate * run.batch_size)
 

@@ -7,7 +7,8 @@ committed has its manifests, there is no moment in between, and a part without o
 
 The checksum is zlib's CRC-32: against accidents, not against malice. It finds every burst of up to 32 bits and misses any other
 damage with a chance of 2**-32; it needs no package, lets go of the interpreter's lock, and reads 2.3 GB/s on one core, where
-blake2b reads 0.9 and SHA-256 1.4. Paths are etils' epath: local or gs://.
+blake2b reads 0.9 and SHA-256 1.4. It also is linear: that of a large file, and nearly all of a step is one, is made of those of its
+pieces, which threads read side by side. Paths are etils' epath: local or gs://.
 """
 
 import asyncio
@@ -26,6 +27,8 @@ from train.files import open_regular, parse_json, text_of
 
 MANIFEST = "MANIFEST.json"
 _CHUNK = 2**23  # bytes read at a time, by each thread
+_PIECE = 2**26  # bytes of a local file that one thread measures
+_POLYNOMIAL = 0xEDB88320  # of CRC-32, as zlib has it: x**0 is the highest bit
 # What a disk or a file system has lost; 0: of `open_regular`, for what is no file.
 _DAMAGE = {errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, 0}
 _THREADS = 8  # a bucket answers many readers faster than one
@@ -35,8 +38,8 @@ def write(directory) -> None:
     """Writes the manifest of a directory, over all files below it; whole or not at all. OSError where that fails."""
     directory = epath.Path(directory)
     names = sorted(name for name in _files(directory) if name != MANIFEST)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        entries = dict(zip(names, pool.map(lambda name: _measure(directory / name), names), strict=True))
+    with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(_THREADS) as pieces:
+        entries = dict(zip(names, pool.map(lambda name: _measure(directory / name, pieces), names), strict=True))
     (directory / MANIFEST).write_text(json.dumps({"files": entries}, indent=0))
 
 
@@ -63,7 +66,7 @@ def faults(directory) -> list[str]:
 
     def fault(name):
         try:
-            size, crc = _measure(directory / name, most=expected[name][0])
+            size, crc = _measure(directory / name, pieces, most=expected[name][0])
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -74,7 +77,7 @@ def faults(directory) -> list[str]:
             return f"{name} has {'more' if size > expected[name][0] else size} bytes, {expected[name][0]} were written"
         return None if crc == expected[name][1] else f"{name} is not what was written (checksum)"
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(_THREADS) as pieces:
         return [text for text in pool.map(fault, sorted(expected)) if text]
 
 
@@ -87,15 +90,48 @@ def _files(directory, below: str = "") -> list[str]:
     return found
 
 
-def _measure(path, most: int | None = None) -> tuple[int, int]:
-    """(bytes, crc32) of a file. most: stop reading beyond so many bytes."""
+def _measure(path, pool: ThreadPoolExecutor, most: int | None = None) -> tuple[int, int]:
+    """(bytes, crc32) of a file. pool: reads the pieces of a large local one. most: stop reading beyond so many bytes."""
+    path = str(path)
+    if "://" not in path and os.path.isfile(path) and (size := os.path.getsize(path)) > _PIECE and most in (None, size):
+        starts = range(0, size, _PIECE)
+        total = crc = 0
+        for read, of_piece in pool.map(lambda start: _read(path, start, _PIECE), starts):
+            total, crc = total + read, _behind(crc, of_piece, read)
+        return total, crc
+    return _read(path, most=most)
+
+
+def _read(path: str, start: int = 0, length: int | None = None, *, most: int | None = None) -> tuple[int, int]:
+    """(bytes, crc32) of a file, or of `length` bytes of a local one from `start` on."""
     size = crc = 0
-    with open_regular(str(path)) as file:
-        while chunk := file.read(_CHUNK):
+    with open_regular(path) as file:
+        if start:
+            file.seek(start)
+        while chunk := file.read(_CHUNK if length is None else min(_CHUNK, length - size)):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
             if most is not None and size > most:
                 break
     return size, crc
+
+
+def _behind(first: int, second: int, length: int) -> int:
+    """The CRC-32 of two pieces, the second of which has `length` bytes: first * x**(8 * length) + second, as polynomials over the
+    field of two elements, modulo CRC-32's own."""
+    power, square = 1 << 31, 1 << 23  # x**0, and x**8 for a byte
+    while length:
+        if length & 1:
+            power = _product(power, square)
+        square, length = _product(square, square), length >> 1
+    return _product(power, first) ^ second
+
+
+def _product(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        product ^= b if a >> bit & 1 else 0
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
 
 
 class _Measured(ocp.handlers.CheckpointableHandler):

@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import SupportsFloat
 
@@ -54,6 +55,8 @@ class Recorder:
                 os.unlink(os.path.join(self.directory, name))
         _drop_after(self.path, step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._drawer = ThreadPoolExecutor(1, thread_name_prefix="curves")
+        self._drawing: Future | None = None
         stream = sys.stderr if stream is None else stream
         self._bar = None
         if stream is not None and not stream.closed and stream.isatty():
@@ -88,12 +91,31 @@ class Recorder:
 
     def draw(self) -> None:
         """Writes curves.png from the records so far."""
+        self._drawn()
+        self._draw()
+
+    def draw_beside(self) -> None:
+        """Begins to `draw`, in a thread: matplotlib takes a second, the first time several, in which steps can be taken. What that
+        raises is raised by the next call of this, `draw`, `publish` or `close`, which wait for it."""
+        self._drawn()
+        self._drawing = self._drawer.submit(self._draw)
+
+    def _drawn(self) -> None:
+        drawing, self._drawing = self._drawing, None
+        if drawing is not None:
+            drawing.result()
+
+    def _draw(self) -> None:
         draw(read(self.path), os.path.join(self.directory, CURVES))
-        self.publish()
+        self._publish()
 
     def publish(self) -> None:
         """What there is onto the disk, or to the bucket where the run lives in one: before a checkpoint is written, whose step the
-        records then reach."""
+        records then reach. It waits for a drawing, which would put older records into the bucket behind it."""
+        self._drawn()
+        self._publish()
+
+    def _publish(self) -> None:
         if self._bucket is None:
             if not self._file.closed:
                 os.fsync(self._file.fileno())
@@ -103,7 +125,11 @@ class Recorder:
                 epath.Path(self.directory, name).copy(self._bucket / name, overwrite=True)
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._drawn()
+        finally:
+            self._drawer.shutdown()
+            self._file.close()
         if self.events is not None:
             self.events.close()
         self.publish()
@@ -130,7 +156,7 @@ class Silence:
     def progress(self, step: int, **values) -> None:
         pass
 
-    def draw(self) -> None:
+    def draw_beside(self) -> None:
         pass
 
     def publish(self) -> None:

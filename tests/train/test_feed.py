@@ -55,6 +55,28 @@ def test_order_and_the_state_of_what_was_given_out(kind):
     assert not feed.stuck
 
 
+def test_an_iterator_that_is_wanted_no_more_is_closed_beside_the_caller():
+    numbers = Numbers()
+    with Feed(numbers) as feed:
+        assert feed.next(more=False) == 0
+        feed.end()
+        deadline = time.monotonic() + 20
+        while not numbers.closed and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert numbers.closed
+        assert feed.state == {"next": 1}
+    assert not feed.stuck
+
+
+def test_an_iterator_of_which_a_batch_is_ahead_is_not_closed_before_the_caller_leaves():
+    numbers = Numbers()
+    with Feed(numbers) as feed:
+        assert feed.next() == 0
+        feed.end()
+        assert feed.next() == 1
+    assert numbers.closed
+
+
 def test_one_is_drawn_ahead_unless_there_is_no_need():
     for more, drawn in ((True, 2), (False, 1)):
         numbers = Numbers()

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -54,6 +56,39 @@ def test_a_resume_drops_the_steps_that_are_done_again_and_appends(tmp_path):
     with Recorder(tmp_path, total_steps=10):
         assert lines(tmp_path) == []
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_curves_are_drawn_beside_the_caller_and_waited_for_before_records_are_published(tmp_path, monkeypatch):
+    go, done = threading.Event(), []
+
+    def slowly(records, path):
+        assert go.wait(20)
+        time.sleep(0.05)
+        done.append(len(records))
+
+    monkeypatch.setattr(metrics, "draw", slowly)
+    with Recorder(tmp_path, total_steps=10) as recorder:
+        recorder.write(1, loss=0.5)
+        recorder.draw_beside()
+        recorder.write(2, loss=0.5)
+        assert done == []
+        go.set()
+        recorder.publish()
+        assert len(done) == 1
+        recorder.draw_beside()
+    assert done[1:] == [2]
+
+
+def test_curves_that_cannot_be_drawn_are_an_error_of_the_caller(tmp_path, monkeypatch):
+    def full(records, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics, "draw", full)
+    recorder = Recorder(tmp_path, total_steps=10)
+    for wait in (recorder.draw_beside, recorder.publish, recorder.close):
+        recorder.draw_beside()
+        with pytest.raises(OSError, match="No space"):
+            wait()
 
 
 @pytest.mark.parametrize("cut", [1, 5, 13])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import train.loop
 import vitcore
 from tests.train.interruption import interrupt_before
 from train import mesh as meshes
-from train import pretrain
+from train import metrics, pretrain
+from train.checkpoint import Checkpoints
 from train.data import DataError, TrainBatches
 from train.job import BEFORE, differing, locked, place
 
@@ -116,6 +118,35 @@ def test_the_next_batch_is_on_its_way_while_a_step_is_taken(tmp_path, monkeypatc
     monkeypatch.setattr(train.loop, "make_train_step", looking)
     run(*TINY, "--out", tmp_path / "run")
     assert len(taken) == len(placed) == 12
+
+
+def test_curves_are_drawn_while_steps_are_taken_and_readers_end_while_the_last_checkpoint_is_written(tmp_path, monkeypatch):
+    """Each takes seconds in which the devices had nothing to do."""
+    step, close, wait = train.loop._Loop.step, TrainBatches.close, Checkpoints.wait
+    begun, closed, saving = threading.Event(), threading.Event(), [0]
+
+    def stepping(loop, batch):
+        begun.set() if loop.now.step == 6 else None
+        return step(loop, batch)
+
+    def drawing(records, path):
+        assert begun.wait(20)
+
+    def closing(batches):
+        close(batches)
+        closed.set()
+
+    def waiting(checkpoints):
+        if checkpoints._saving and checkpoints._saving[0] == 12:
+            saving[0] += closed.wait(20)
+        wait(checkpoints)
+
+    monkeypatch.setattr(train.loop._Loop, "step", stepping)
+    monkeypatch.setattr(metrics, "draw", drawing)
+    monkeypatch.setattr(TrainBatches, "close", closing)
+    monkeypatch.setattr(Checkpoints, "wait", waiting)
+    run(*TINY, "--out", tmp_path / "run")
+    assert saving == [1]
 
 
 @pytest.mark.slow
