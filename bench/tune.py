@@ -71,7 +71,8 @@ def candidates(kind: str, n: int) -> list[Tiles]:
     forms = [(128, 128, True), (128, 192, True), (128, 256, False)]
     found = []
     for rows, columns, alternate in forms:
-        for given, made in slots if n % columns == 0 else ():
+        through_ring = [(0, 2)] if kind in READS and not alternate else []
+        for given, made in slots + through_ring if n % columns == 0 else ():
             for cluster in (1, 2):
                 rings = (Tiles(rows, columns, stages, cluster, alternate, given, made) for stages in (6, 5, 4, 3))
                 found += [t for t in rings if memory(t, kind) <= SHARED][:1]

@@ -28,7 +28,8 @@ class Tiles:
     rows, columns: of a tile of the result. stages: slices of x and w in shared memory at a time. cluster: blocks, below each
     other, that share slices of w. alternate: the two warpgroups take whole tiles in turn, and each has its epilogue while the
     other multiplies; else they take the halves of one tile. given, made: pieces of 64 x 64 in shared memory, of each warpgroup,
-    on their way in and out.
+    on their way in and out. given may be 0: what an epilogue reads then comes through the ring behind a tile's last slices, in
+    the place of x, so that it is there when the products are done, and takes no memory of its own.
     """
 
     rows: int = 128

@@ -54,6 +54,8 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
     count = (pl.cdiv(m, t.rows * t.cluster) * across - cluster + clusters - 1) // clusters  # tiles of this block
     mine = t.rows if t.alternate else t.rows // COMPUTE  # rows of a tile that a warpgroup multiplies
     pieces = [(r, c) for c in range(0, t.columns, DEEP) for r in range(0, mine, ROWS)]  # of a tile, one after the other
+    by_ring = e.beside and not t.given
+    each = steps + (t.columns // DEEP if by_ring else 0)  # slots of the ring that a tile takes
 
     def place(i):
         tile = cluster + i * clusters
@@ -63,6 +65,11 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
     def _load():
         plgpu.set_max_registers(LOADER, action="decrease")
 
+        def taken(step, who):
+            slot = lax.rem(step, t.stages)
+            pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            return slot, ready.at[who + slot]
+
         @pl.loop(0, count)
         def _tile(i):
             row, column = place(i)
@@ -71,10 +78,8 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
 
             @pl.loop(0, steps)
             def _step(k):
-                step = i * steps + k
-                slot = lax.rem(step, t.stages)
-                pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                deep, there = pl.ds(k * DEEP, DEEP), ready.at[who + slot]
+                slot, there = taken(i * each + k, who)
+                deep = pl.ds(k * DEEP, DEEP)
                 plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, t.rows), deep], x_flat.at[slot], there)
                 if turned:  # what is summed over runs on from one matrix of w to the next, or the columns do
                     group, deep = k * DEEP // w_ref.shape[2], pl.ds(lax.rem(k * DEEP, w_ref.shape[2]), DEEP)
@@ -83,9 +88,15 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
                     part = w_ref.at[column // w_ref.shape[2], deep, pl.ds(lax.rem(column, w_ref.shape[2]), t.columns)]
                 plgpu.copy_gmem_to_smem(part, w_s.at[slot], there, collective_axes="half" if t.cluster > 1 else None)
 
+            for k in range(steps, each):  # in the place of x what stands beside the tile, in two copies, as the barrier counts
+                slot, there = taken(i * each + k, who)
+                for r in (0, t.rows // 2):
+                    part = beside_ref.at[pl.ds(row + r, t.rows // 2), pl.ds(column + (k - steps) * DEEP, DEEP)]
+                    plgpu.copy_gmem_to_smem(part, x_flat.at[slot, pl.ds(r, t.rows // 2)], there)
+
         # the neighbour arrives at the barriers here: not gone before it is done
         for back in range(t.stages, 0, -1):
-            step = count * steps - back
+            step = count * each - back
             pl.when(step >= 0)(lambda step=step: plgpu.barrier_wait(free.at[lax.rem(step, t.stages)]))
 
     @pl.when(warpgroup < COMPUTE)
@@ -96,16 +107,16 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
         def run(tile, sums):
             @pl.loop(0, steps)
             def _step(k):
-                slot = lax.rem(tile * steps + k, t.stages)
+                slot = lax.rem(tile * each + k, t.stages)
                 plgpu.barrier_wait(ready.at[who + slot])
                 x = x_tiled.at[slot] if t.alternate else x_tiled.at[slot, pl.ds(warpgroup * mine, mine)]
                 w = w_s.at[slot]
                 plgpu.wgmma(sums, x, transposed(w) if turned else w)
                 plgpu.wgmma_wait(1)
-                pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(tile * steps + k - 1, t.stages)]))
+                pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(tile * each + k - 1, t.stages)]))
 
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(free.at[lax.rem(tile * steps + steps - 1, t.stages)])
+            plgpu.barrier_arrive(free.at[lax.rem(tile * each + steps - 1, t.stages)])
             return sums[...]
 
         @pl.loop(warpgroup if t.alternate else 0, count, step=COMPUTE if t.alternate else 1)
@@ -139,7 +150,13 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
                 y = sums[r : r + ROWS, c : c + DEEP]
                 if e.bias and r == 0:
                     bias = along(of_columns(bias_ref, c), y, 1)
-                if e.beside:
+                slot = lax.rem(tile * each + steps + c // DEEP, t.stages) if by_ring else None
+                if by_ring:
+                    if r == 0:
+                        plgpu.barrier_wait(ready.at[who + slot])
+                    there = x_tiled.at[slot, pl.ds(r if t.alternate else warpgroup * mine + r, ROWS)]
+                    beside = load(there, plgpu.Layout.WGMMA).astype(jnp.float32)
+                elif e.beside:
                     plgpu.barrier_wait(arrived.at[warpgroup * t.given + i % t.given])
                     beside = load(given.at[warpgroup, i % t.given], plgpu.Layout.WGMMA).astype(jnp.float32)
                 if e.dropout:
@@ -152,13 +169,15 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
                     if r + ROWS == mine:
                         sums_ref[row // mine, (column + c) // DEEP] = total
                 for ref, value in zip(out_refs, values, strict=True):
-                    slot = written % t.made
+                    own = written % t.made
                     plgpu.wait_smem_to_gmem(t.made - 1, wait_read_only=True)
-                    made.at[warpgroup, slot][...] = value.astype(ref.dtype)
+                    made.at[warpgroup, own][...] = value.astype(ref.dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(made_flat.at[warpgroup, slot], ref.at[where((r, c))])
+                    if by_ring and ref is out_refs[0] and r + ROWS == mine:  # all threads have met, and so have read it
+                        plgpu.barrier_arrive(free.at[slot])
+                    plgpu.copy_smem_to_gmem(made_flat.at[warpgroup, own], ref.at[where((r, c))])
                     written += 1
-                if e.beside and i + t.given < len(pieces):
+                if e.beside and not by_ring and i + t.given < len(pieces):
                     fetch(i + t.given)
 
         plgpu.wait_smem_to_gmem(0)
@@ -197,11 +216,11 @@ def _product(x, w, *rest, e: Epilogue, t: Tiles, turned: bool):
         scratch_types=[
             _pair((t.stages, t.rows, DEEP), x.dtype),
             plgpu.SMEM(w_shape, x.dtype, transforms=(_TILED, _SWIZZLE)),
-            _pair((COMPUTE, t.given if e.beside else 1, ROWS if e.beside else 8, DEEP), x.dtype),
+            _pair((COMPUTE, t.given, ROWS, DEEP) if e.beside and t.given else (COMPUTE, 1, 8, DEEP), x.dtype),
             _pair((COMPUTE, t.made, ROWS, DEEP), x.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=t.stages * (COMPUTE if t.alternate else 1)),
             plgpu.ClusterBarrier(collective_axes=("half",), **free) if t.cluster > 1 else plgpu.Barrier(**free),
-            plgpu.Barrier(num_barriers=COMPUTE * t.given),
+            plgpu.Barrier(num_barriers=COMPUTE * max(t.given, 1)),
         ],
         grid=(PROCESSORS // t.cluster,),
         grid_names=("cluster",),

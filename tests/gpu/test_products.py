@@ -41,6 +41,8 @@ OTHERS = [
     Tiles(rows=64, columns=256, stages=4),
     Tiles(columns=256, stages=3, alternate=False),
     Tiles(rows=256, stages=4, alternate=False, given=1, made=1),
+    Tiles(columns=256, stages=4, alternate=False, given=0, made=2),
+    Tiles(stages=5, cluster=1, given=0, made=2),
 ]
 
 

@@ -53,26 +53,33 @@ def dropout(column=5):
     return drop.Dropout(RATE, jnp.int32(11), 3, column)
 
 
+IN_TURN = Tiles(stages=2, cluster=1, given=1, made=1)
+# halves of a tile, more slices than slots, and what the epilogue reads through the ring
+BY_RING = Tiles(stages=3, cluster=1, alternate=False, given=0, made=2)
+
+
 @pytest.mark.parametrize(
-    "e",
+    ("e", "t"),
     [
-        Epilogue(bias=True, residual=0.5, dropout=RATE),
-        pytest.param(Epilogue(slope="tanh", dropout=RATE, sums=True), marks=pytest.mark.slow),
-        pytest.param(Epilogue(bias=True, gelu="tanh", keep=True, dropout=RATE), marks=pytest.mark.slow),
+        (Epilogue(bias=True, residual=0.5, dropout=RATE), IN_TURN),
+        pytest.param(Epilogue(slope="tanh", dropout=RATE, sums=True), IN_TURN, marks=pytest.mark.slow),
+        pytest.param(Epilogue(bias=True, gelu="tanh", keep=True, dropout=RATE), IN_TURN, marks=pytest.mark.slow),
+        (Epilogue(bias=True, residual=0.5, dropout=RATE), BY_RING),
+        pytest.param(Epilogue(slope="tanh", dropout=RATE, sums=True), BY_RING, marks=pytest.mark.slow),
     ],
-    ids=lambda e: e.kind,
+    ids=lambda a: a.kind if isinstance(a, Epilogue) else "ring" if a is BY_RING else "in-turn",
 )
-def test_the_kernel_drops_what_every_implementation_does(interpreted, e):
+def test_the_kernel_drops_what_every_implementation_does(interpreted, e, t):
     """Bit by bit the mask of `drop.apply_rows`, with rows of padding and a first column; and the epilogue's values."""
-    m, k, n, t, tokens = 256, 64, 128, 16, 15
+    m, k, n, rows, tokens = 256, 64, 128, 16, 15
     r = np.random.default_rng(0)
     x, w, beside = (jnp.asarray(r.standard_normal(s) * c, jnp.bfloat16) for s, c in (((m, k), 1), ((k, n), k**-0.5), ((m, n), 1)))
     bias = jnp.asarray(r.standard_normal(n), jnp.float32)
-    mask = drop.vectors((m, n), t, dropout(), drop.MLP_HIDDEN, 5, tokens=tokens)
+    mask = drop.vectors((m, n), rows, dropout(), drop.MLP_HIDDEN, 5, tokens=tokens)
     given = (bias if e.bias else None, beside if e.beside else None)
-    found = kernel.product(x, w, *given, mask, e=e, t=Tiles(stages=2, cluster=1, given=1, made=1))
+    found = kernel.product(x, w, *given, mask, e=e, t=t)
     y = x.astype(jnp.float32) @ w.astype(jnp.float32)
-    kept = drop.apply_rows(jnp.ones((m, n)), t, dropout(), drop.MLP_HIDDEN, 5, tokens=tokens) > 0
+    kept = drop.apply_rows(jnp.ones((m, n)), rows, dropout(), drop.MLP_HIDDEN, 5, tokens=tokens) > 0
     expected = e(y, *(None if a is None else a.astype(jnp.float32) for a in given), kept)
     expected = *expected, *[expected[0].sum(0)] * e.sums
     for a, b in zip(found, expected, strict=True):
