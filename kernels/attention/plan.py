@@ -28,6 +28,7 @@ from kernels.attention.tiling import (
     FlatTiles,
     Float32Core,
     ProductTiles,
+    RelativeTiles,
     Shape,
     core_tiles,
     float32_core,
@@ -51,7 +52,7 @@ class GeneralForward:
 
     images: int
     project: ProductTiles
-    core: CoreTiles | Float32Core
+    core: CoreTiles | RelativeTiles | Float32Core
     output: ProductTiles
 
 
@@ -79,7 +80,7 @@ class GeneralBackward:
     images: int
     project: ProductTiles
     output_gradient: ProductTiles
-    core: CoreTiles
+    core: CoreTiles | RelativeTiles
     output_weights: ProductTiles
     projection_weights: ProductTiles
     input_gradient: ProductTiles
@@ -228,27 +229,36 @@ def _forward(s: Shape, device: Device, rows: int, core: Float32Core | None) -> F
         return FusedForward(needs=needs)
     if core and (found := _float32_forward(s, device, rows)):  # whose rows the backward pass has, too
         return found
-    part = s._replace(b=s.b // parts.count(s.b, s.t, rows))
-    return GeneralForward(
-        images=part.b,
-        project=product_tiles("project", part, device),
-        core=core if core and not core.shared else core_tiles(part, device, backward=False),
-        output=product_tiles("output", part, device),
-    )
+    own = core if core and not core.shared else None
+    return general_forward(s, device, rows, core=(lambda part: own) if own else None)
 
 
 def _backward(s: Shape, device: Device, rows: int, core: Float32Core | None) -> Float32Backward | GeneralBackward:
-    part = s._replace(b=s.b // parts.count(s.b, s.t, rows // 2 if core else rows))
-    if core:
-        m = part.b * round_up(s.t, SUBLANES)
-        return Float32Backward(
-            images=part.b,
-            project=flat_product_tiles(m, 1, s.d, s.k, device),
-            output_gradient=flat_product_tiles(m, 1, s.d, s.k, device),
-            core=core,
-            output_weights=flat_gradient_tiles(m, s.k, s.d, device),
-            projection_weights=flat_gradient_tiles(m, s.d, s.k, device),
-            input_gradient=flat_sum_tiles(m, 3, s.k, s.d, device),
-        )
-    tiles = {step: product_tiles(step, part, device) for step in STEPS if step != "output"}
-    return GeneralBackward(images=part.b, core=core_tiles(part, device, backward=True), **tiles)
+    if not core:
+        return general_backward(s, device, rows)
+    images = s.b // parts.count(s.b, s.t, rows // 2)
+    m = images * round_up(s.t, SUBLANES)
+    return Float32Backward(
+        images=images,
+        project=flat_product_tiles(m, 1, s.d, s.k, device),
+        output_gradient=flat_product_tiles(m, 1, s.d, s.k, device),
+        core=core,
+        output_weights=flat_gradient_tiles(m, s.k, s.d, device),
+        projection_weights=flat_gradient_tiles(m, s.d, s.k, device),
+        input_gradient=flat_sum_tiles(m, 3, s.k, s.d, device),
+    )
+
+
+def general_forward(s: Shape, device: Device, rows: int = FORWARD_ROWS, *, core=None, product=product_tiles) -> GeneralForward:
+    """The forward pass of the general form, on at most `rows` tokens at a time. core: (shape of a part) -> the tiles of its core,
+    None for those of `core_tiles`. product: (step, shape, device) -> those of a product. NotImplementedError where nothing fits."""
+    part = s._replace(b=s.b // parts.count(s.b, s.t, rows))
+    tiles = {step: product(step, part, device) for step in ("project", "output")}
+    return GeneralForward(images=part.b, core=core(part) if core else core_tiles(part, device, backward=False), **tiles)
+
+
+def general_backward(s: Shape, device: Device, rows: int = BACKWARD_ROWS, *, core=None, product=product_tiles) -> GeneralBackward:
+    """The backward pass of the general form; arguments as of `general_forward`."""
+    part = s._replace(b=s.b // parts.count(s.b, s.t, rows))
+    tiles = {step: product(step, part, device) for step in STEPS if step != "output"}
+    return GeneralBackward(images=part.b, core=core(part) if core else core_tiles(part, device, backward=True), **tiles)

@@ -62,6 +62,17 @@ class CoreTiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelativeTiles:
+    """Of softmax attention with relative positions: images and lanes (whole heads) a grid step, queries a tile (T, or a multiple of
+    128). needs: bytes of VMEM."""
+
+    images: int
+    lanes: int
+    queries: int
+    needs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Float32Core:
     """Of softmax attention on float32 rows: whole rows of keys, and `lanes` lanes, all their heads unrolled, a grid step. lags: of
     the backward pass, as of `CoreTiles`. shared: its results are written over what they are made of, and go to HBM from there."""

@@ -48,7 +48,7 @@ from kernels.attention.plan import (
 )
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.reference import attention_half as reference
-from kernels.attention.tiling import CoreTiles, Float32Core, Shape
+from kernels.attention.tiling import CoreTiles, Float32Core, RelativeTiles, Shape
 from kernels.body import operand_dtype
 from kernels.by_xla import ByXLA
 from kernels.launch import Launch, vary_alike
@@ -72,7 +72,8 @@ def operands(x, weights: AttentionWeights, static: Static) -> AttentionWeights:
     return weights._replace(qkv_kernel=cast(weights.qkv_kernel, dtype), out_kernel=cast(weights.out_kernel, dtype))
 
 
-def _core_forward(tiles: CoreTiles | Float32Core, qkv, **options):
+def _core_forward(tiles: CoreTiles | RelativeTiles | Float32Core, qkv, **options):
+    assert not isinstance(tiles, RelativeTiles), "a plan of relative positions"
     if isinstance(tiles, Float32Core):
         return float32_forward.core(tiles, qkv, **options)
     return general_core.core(tiles, qkv, **options)
@@ -94,6 +95,7 @@ def _forward_part(chosen: GeneralForward | Float32Forward, scalars, x, weights: 
 
 def _core_backward(chosen: GeneralBackward, static: Static, o, qkv, do):
     options = {"num_heads": static.num_heads, "width": static.width, "launch": static.launch}
+    assert not isinstance(chosen.core, RelativeTiles), "a plan of relative positions"
     dqkv, *made = general_core_backward.core(chosen.core, qkv, do, with_o=o is None, tokens=static.tokens, **options)
     return dqkv, (made[0] if o is None else o), None
 

@@ -4,11 +4,11 @@ There each row tile streams both weights and their float32 sums through HBM, 157
 products. Here a hidden tile's weights and sums stay in VMEM while all rows stream by, 128 a step, and what is summed over hidden
 tiles in HBM is dz: F/hidden times the rows instead of rows/128 times the weights. Three kernels; the equations stand in `tpu.py`:
 
-    z = LN(x),  g = drop(dy)                                                  prepare, of the attention half
+    z = LN(x),  g = drop(dy)                                                  prepare, of float32_rows.py
     dz, dW1, dW2, db1, db2                                                    this file's
-    dx = share dy + LN_back(dz),  and the sums for norm_scale and norm_bias   finish, of the attention half
+    dx = share dy + LN_back(dz),  and the sums for norm_scale and norm_bias   finish, likewise
 
-z, g and dz are float32 rows, each image padded to whole registers, in the order of `unpacked` (attention/float32/forward.py). The
+z, g and dz are float32 rows, each image padded to whole registers, in the order of `float32_rows.unpacked`. The
 products stand so that nothing of [rows, D] is transposed: hidden values lie along the rows, tokens along the lanes,
 
     a' = W1' z',  dh' = W2 g',  dW1' += da' z,  dW2 += h' g,  dz += da W1'
@@ -23,10 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.float32.backward import finish, prepare
-from kernels.attention.float32.forward import token_at
 from kernels.body import F32, dot, dropout, iota
 from kernels.device import LANES, SUBLANES
+from kernels.float32_rows import finish, prepare, token_at
 from kernels.launch import call
 from kernels.mlp.body import gelu, gelu_slope, keep, sum_by_tile
 from kernels.mlp.plan import Outermost, Shape, half_of

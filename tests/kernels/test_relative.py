@@ -23,9 +23,8 @@ from kernels.attention.relative import core as relative_core
 from kernels.attention.relative import plan as relative_plan
 from kernels.attention.relative import reference as relative
 from kernels.attention.relative import tpu as relative_tpu
-from kernels.attention.relative.plan import RelativeTiles
 from kernels.attention.relative.reference import RelativeWeights
-from kernels.attention.tiling import Shape
+from kernels.attention.tiling import RelativeTiles, Shape
 from kernels.device import DEVICES
 from kernels.dropout import Dropout
 from kernels.launch import Launch

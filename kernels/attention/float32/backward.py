@@ -1,15 +1,15 @@
 """The backward pass of the attention half on float32 rows, for v2 and v3, where float32 feeds the MXU without a pause.
 
-Between the kernels every image has R rows, T rounded up to 8, in the order of `float32_forward.unpacked`; so [B, R, .] is [B R, .]
+Between the kernels every image has R rows, T rounded up to 8, in the order of `float32_rows.unpacked`; so [B, R, .] is [B R, .]
 without a copy, and a product over all rows of the batch pads nothing. Rows behind T hold zeros in z and g, and nothing reads the
 others. From x and dy alone, with s = residual_scale:
 
-    z = LN(x),  g = dropout(dy)                                               prepare
+    z = LN(x),  g = dropout(dy)                                               prepare, of float32_rows.py
     q, k, v = z qkv_kernel + qkv_bias;  do = g out_kernel^T                   product
     dq, dk, dv, o                                                             core
     d out_kernel = o^T g,  d qkv_kernel = z^T dqkv,  sums of g and of dqkv    weight_gradient
     dz = dqkv qkv_kernel^T                                                    product
-    dx = s dy + LN'(dz), with the sums for norm_scale and norm_bias           finish
+    dx = s dy + LN'(dz), with the sums for norm_scale and norm_bias           finish, likewise
 
 The forward kernel may have kept q, k, v and o (`Plan.keep`); then they are not made again.
 What the MXU rounds, it rounds to bfloat16, as the reference does; nothing is rounded in between. The core: `core_backward.py`.
@@ -24,86 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.float32.core_backward import half_core
-from kernels.attention.float32.forward import (
-    PIECE,
-    column_slices,
-    drop,
-    packed,
-    pieces,
-    token,
-    unpacked,
-)
 from kernels.attention.general.forward import Static
 from kernels.attention.plan import Float32Backward
 from kernels.attention.tiling import FlatTiles
 from kernels.body import F32, dot
-from kernels.device import SUBLANES
+from kernels.float32_rows import column_slices, finish, prepare
 from kernels.launch import Launch, call
-from kernels.layer_norm.tpu import normalise, normalise_back
 from kernels.stacked import Stacked, section
-from kernels.vmem import round_up
-
-
-def _images(b: int, t: int, d: int, static: Static):
-    """`call` for a kernel that takes b images one by one, and block specs of one image of [B, T, D], from image scalars[2] on, of
-    [b, R, D] and of a vector [1, D]."""
-    cost = pl.CostEstimate(flops=8 * b * t * d, transcendentals=b * t, bytes_accessed=12 * b * t * d)
-    return (
-        partial(call, launch=static.launch, grid=(b,), semantics=("parallel",), cost=cost, prefetch=1),
-        pl.BlockSpec((1, t, d), lambda i, scalars: (scalars[2] + i, 0, 0)),
-        pl.BlockSpec((1, round_up(t, SUBLANES), d), lambda i, _: (i, 0, 0)),
-        pl.BlockSpec((1, d), lambda i, _: (0, 0)),
-    )
-
-
-def prepare(scalars, x, dy, norm, b: int, static: Static, name: str = "attention_prepare_backward"):
-    """z = LN(x) and g = dropout(dy) of b images, both [b, R, D] float32 with zeros behind row T."""
-    _, t, d = x.shape
-    padded = round_up(t, SUBLANES)
-    launch, image, rows, vector = _images(b, t, d, static)
-
-    def kernel(scalars, x, dy, scale, bias, z, g):
-        for a, n in pieces(t, PIECE):
-            normal, _ = normalise(unpacked(x[0, a : a + n]), static.eps)
-            z[0, a : a + n] = normal * scale[...] + bias[...]
-            row = pl.program_id(0) * (static.tokens or t) + token(a, n, x.dtype)
-            g[0, a : a + n] = drop(unpacked(dy[0, a : a + n]), scalars, row, static.rate)
-        if padded > t:
-            z[0, t:] = g[0, t:] = jnp.zeros((padded - t, d), F32)
-
-    return launch(
-        kernel,
-        name=name,
-        in_specs=[image, image, vector, vector],
-        out_specs=[rows, rows],
-        out_shapes=[((b, padded, d), F32)] * 2,
-    )(scalars, x, dy, *norm)
-
-
-def finish(scalars, x, dy, dz, norm_scale, static, name: str = "attention_finish_backward"):
-    """dx in the place of dy [B, T, D], for the images of dz [b, R, D], and those of norm_scale and norm_bias [D] float32."""
-    b, (_, t, d) = dz.shape[0], x.shape
-    launch, image, rows, vector = _images(b, t, d, static)
-
-    def kernel(_, x, dy, dz, scale, dx, sums):
-        of_scale, of_bias = jnp.zeros((1, d), F32), jnp.zeros((1, d), F32)
-        for a, n in pieces(t, PIECE):
-            normal, inverse = normalise(unpacked(x[0, a : a + n]), static.eps)
-            u = dz[0, a : a + n]
-            of_scale, of_bias = of_scale + (u * normal).sum(0, keepdims=True), of_bias + u.sum(0, keepdims=True)
-            back = normalise_back(u * scale[...], normal, inverse)
-            dx[0, a : a + n] = packed(static.residual_scale * unpacked(dy[0, a : a + n]) + back, x.dtype)
-        sums[0] = jnp.concatenate([of_scale, of_bias])
-
-    dx, sums = launch(
-        kernel,
-        name=name,
-        in_specs=[image, image, rows, vector],
-        out_specs=[image, pl.BlockSpec((1, 2, d), lambda i, _: (i, 0, 0))],
-        out_shapes=[(x.shape, x.dtype), ((b, 2, d), F32)],
-        aliases={2: 0},
-    )(scalars, x, dy, dz, norm_scale)
-    return dx, *sums.sum(0)
 
 
 def product(t: FlatTiles, arrays, w, bias=None, *, dtype, name: str, launch: Launch, by_rows: bool = False, onto=None):
@@ -201,7 +128,7 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
     """
     norm_scale, norm_bias, w_qkv, b_qkv, w_out, _ = weights
     b, (_, t, d) = plan.images, x.shape
-    z, g = prepare(scalars, x, dy, (norm_scale, norm_bias), b, static)
+    z, g = prepare(scalars, x, dy, (norm_scale, norm_bias), b, static, "attention_prepare_backward")
     padded, k = z.shape[1], w_out.shape[0]
 
     def flat(value) -> Any:
@@ -226,7 +153,8 @@ def backward(plan: Float32Backward, scalars, x, weights, dy, static: Static, int
             dz = summed(dqkv[c : c + 1], section(w_qkv, c), onto=dz)
     else:
         dz = summed(dqkv, w_qkv)
-    dx, dscale, dbias = finish(scalars, x, dy, dz.reshape(b, padded, d), norm_scale, static)
+    dz = dz.reshape(b, padded, d)
+    dx, dscale, dbias = finish(scalars, x, dy, dz, norm_scale, static, "attention_finish_backward")
     return dx, (dscale[None], dbias[None], dw_qkv, jnp.stack(db_qkv), dw_out, static.residual_scale * db_out)
 
 

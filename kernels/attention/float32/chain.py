@@ -4,7 +4,7 @@
     core        o = softmax(q k^T / sqrt(H)) v, head by head
     output      out = s x + dropout(o out_kernel + s out_bias)
 
-with s = residual_scale. Between them every image has R rows, T rounded up to 8, in the order of `forward.unpacked`, as in the
+with s = residual_scale. Between them every image has R rows, T rounded up to 8, in the order of `float32_rows.unpacked`, as in the
 backward pass, which takes them as they are if they are kept. Float32 costs twice the HBM's bytes of bfloat16, beside products that
 take longer, and saves what stops the MXU: packing what is stored, unpacking what is loaded.
 """
@@ -16,13 +16,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.float32.forward import PIECE, attend, column_slices, drop, packed, pieces, token, unpacked
+from kernels.attention.float32.forward import attend
 from kernels.attention.float32.tiles import RowTiles
 from kernels.attention.general.core import core_cost
 from kernels.attention.general.forward import Static
 from kernels.attention.tiling import Float32Core, heads_of
 from kernels.body import F32, dot
 from kernels.device import LANES, SUBLANES
+from kernels.float32_rows import PIECE, column_slices, drop, packed, pieces, token, unpacked
 from kernels.launch import call
 from kernels.layer_norm.tpu import normalise
 from kernels.vmem import round_up

@@ -11,12 +11,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.float32.forward import ByColumns, gather, pack_into, pad_rows, token_at, unpack_into
+from kernels.attention.float32.forward import ByColumns, gather, pack_into, pad_rows, unpack_into
 from kernels.attention.general.core import core_cost
 from kernels.attention.general.forward import Static
 from kernels.attention.tiling import Float32Core, heads_of
 from kernels.body import F32, PACKED_ROWS, dot, staggered
 from kernels.device import LANES, SUBLANES
+from kernels.float32_rows import token_at
 from kernels.launch import Launch, call
 from kernels.vmem import round_up
 

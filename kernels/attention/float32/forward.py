@@ -6,8 +6,9 @@ with s = residual_scale. It is for cores whose VMEM holds the weights and one im
 code, so that the compiler may fill the latencies of one product with another. What makes it fast:
 - Everything in VMEM is float32. A store that packs bfloat16 halts the MXU between products: projecting 200 rows takes 13.8k cycles
   into bfloat16 and 11.1k into float32, of 10.8k that the MXU needs. x and out change their dtype by integer arithmetic (body.py).
-- An image is R rows, T rounded up to 8, in the order of `unpacked`: products, LN and softmax do not depend on it. Keys are padded
-  once more to whole columns of lanes. With everything in whole registers there is one mask: the logits of keys that do not exist.
+- An image is R rows, T rounded up to 8, in the order of `float32_rows.unpacked`: products, LN and softmax do not depend on it.
+  Keys are padded once more to whole columns of lanes. With everything in whole registers there is one mask: the logits of keys that
+  do not exist.
 - A head is multiplied in the whole 128-lane columns that it touches, and what it contributes is masked to its own lanes. The keys
   are transposed once for the heads that share their columns. Rows of keys are whole, and every head of a step is unrolled.
 
@@ -16,7 +17,6 @@ code, so that the compiler may fill the latencies of one product with another. W
 
 import math
 from functools import reduce
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,63 +26,12 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.attention.general.core import core_cost
 from kernels.attention.general.forward import Static
 from kernels.attention.tiling import Float32Core, Head, heads_of
-from kernels.body import F32, PACKED_ROWS, dot, dropout, from_float32, iota, kept, to_float32, unpacked_row
+from kernels.body import F32, dot
 from kernels.device import LANES, SUBLANES
+from kernels.float32_rows import PIECE, column_slices, drop, packed, pieces, token, token_at, unpacked
 from kernels.launch import Launch, call
 from kernels.layer_norm.tpu import normalise
 from kernels.vmem import round_up
-
-PIECE = 64  # rows normalised at a time
-COLUMNS = 256  # of a weight in one product
-
-
-# ---- rows and columns
-
-
-def pieces(total: int, size: int) -> list[tuple[int, int]]:
-    """(first, count) of consecutive pieces of `size` rows, a multiple of 16, and of the shorter rest, cut again at whole 16."""
-    whole = total // PACKED_ROWS * PACKED_ROWS
-    found = [(a, min(size, whole - a)) for a in range(0, whole, size)]
-    return found + [(whole, total - whole)] * (total > whole)
-
-
-def _is_packed(count: int, dtype) -> bool:
-    """Whether rows of an array are unpacked by integer arithmetic: whole 16 of bfloat16. The rest stays in order."""
-    return dtype == jnp.bfloat16 and count % PACKED_ROWS == 0
-
-
-def unpacked(value):
-    """[rows, columns] in float32, each whole 16 rows of bfloat16 as 8 even and 8 odd ones."""
-    return to_float32(value, _is_packed(value.shape[0], value.dtype))
-
-
-def packed(value, dtype):
-    """The inverse of `unpacked`: float32 [rows, columns] in `dtype`, in the order of the array."""
-    return from_float32(value, dtype, _is_packed(value.shape[0], dtype))
-
-
-def token(first: int, count: int, dtype):
-    """int32 [count, 1]: the tokens in rows first ... of what `unpacked` made of an array of `dtype`."""
-    return first + unpacked_row(iota(count, 0), _is_packed(count, dtype))
-
-
-def token_at(place, t: int, dtype):
-    """int32: the tokens at `place` in what `unpacked` made of an image's t rows of `dtype`; behind them the rows themselves."""
-    whole = t // PACKED_ROWS * PACKED_ROWS if dtype == jnp.bfloat16 else 0
-    return jnp.where(place < whole, unpacked_row(place, True), place)
-
-
-def column_slices(total: int, size: int = COLUMNS) -> list[slice]:
-    """0 .. total in slices of `size` and a shorter last one."""
-    return [slice(c, min(c + size, total)) for c in range(0, total, size)]
-
-
-def drop(value, scalars, row, rate: float, first_column: Any = 0):
-    """Dropout of [rows, columns] float32 whose int32 [rows, 1] global rows, less the first, are `row`; its own transpose."""
-    if not rate:
-        return value
-    columns = first_column + iota(value.shape[1], 1)
-    return dropout(value, kept(scalars[0], scalars[1] + row, columns, rate), rate)
 
 
 def pad_rows(value, size: int):

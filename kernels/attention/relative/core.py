@@ -30,8 +30,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.general.core import Sums
-from kernels.attention.relative.plan import RelativeTiles, Window, window
-from kernels.attention.tiling import Head, heads_of
+from kernels.attention.relative.plan import Window, window
+from kernels.attention.tiling import Head, RelativeTiles, heads_of
 from kernels.body import F32, cast_dot, iota, operand, sweep
 from kernels.device import LANES, SUBLANES, Device
 from kernels.launch import Launch, call

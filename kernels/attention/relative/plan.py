@@ -4,27 +4,15 @@ Rows of keys are whole. A tile of queries, all of them or a multiple of 128, nee
 which. `plan` chooses, and says where XLA does it.
 """
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
-from kernels import parts
-from kernels.attention.plan import BACKWARD_ROWS, FORWARD_ROWS, Refused
-from kernels.attention.tiling import ROWS, UNROLLED, ProductTiles, Shape, group_lanes, heads_of, product_tiles
+from kernels.attention.plan import Plan, Refused, general_backward, general_forward
+from kernels.attention.tiling import ROWS, UNROLLED, ProductTiles, RelativeTiles, Shape, group_lanes, heads_of, product_tiles
 from kernels.device import LANES, SUBLANES, Device
 from kernels.parts import divisor
 from kernels.vmem import padded_bytes, round_up
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelativeTiles:
-    """Of softmax attention with relative positions: images and lanes (whole heads) a grid step, queries a tile (T, or a multiple of
-    128). needs: bytes of VMEM."""
-
-    images: int
-    lanes: int
-    queries: int
-    needs: int = 0
 
 
 class Window(NamedTuple):
@@ -98,64 +86,19 @@ def core_tiles(s: Shape, device: Device, *, backward: bool) -> RelativeTiles:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class RelativeForward:
-    """project, core and output on `images` images at a time."""
-
-    images: int
-    project: ProductTiles
-    core: RelativeTiles
-    output: ProductTiles
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelativeBackward:
-    """The forward products again, the gradient of the core, and four products, on `images` images at a time."""
-
-    images: int
-    project: ProductTiles
-    output_gradient: ProductTiles
-    core: RelativeTiles
-    output_weights: ProductTiles
-    projection_weights: ProductTiles
-    input_gradient: ProductTiles
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelativePlan:
-    """Of the attention half with relative positions."""
-
-    forward: RelativeForward
-    backward: RelativeBackward
-
-
 @cache
-def plan(s: Shape, device: Device) -> RelativePlan | Refused:
+def plan(s: Shape, device: Device) -> Plan | Refused:
     """The plan of the half, or why XLA does it: both passes are kernels or neither is."""
     if s.t < SHORT:
         return Refused(reason=f"relative positions: images of {s.t} tokens are shorter than the {SHORT} from which kernels gain")
     try:
-        return RelativePlan(forward=_forward(s, device), backward=_backward(s, device))
+        forward = general_forward(s, device, core=partial(core_tiles, device=device, backward=False), product=_product)
+        backward = general_backward(s, device, core=partial(core_tiles, device=device, backward=True), product=_product)
+        return Plan(head_lanes=s.h, forward=forward, backward=backward)
     except NotImplementedError as error:
         return Refused(reason=str(error))
 
 
-def _together(s: Shape) -> Shape:
-    """Of as many images as a grid step of the products may take, each padded to whole registers: 64 of five tokens spill on v3."""
-    return s._replace(b=divisor(s.b, ROWS // round_up(s.t, 2 * SUBLANES)))
-
-
-def _forward(s: Shape, device: Device) -> RelativeForward:
-    part = s._replace(b=s.b // parts.count(s.b, s.t, FORWARD_ROWS))
-    return RelativeForward(
-        images=part.b,
-        core=core_tiles(part, device, backward=False),
-        **{step: product_tiles(step, _together(part), device) for step in ("project", "output")},
-    )
-
-
-def _backward(s: Shape, device: Device) -> RelativeBackward:
-    part = s._replace(b=s.b // parts.count(s.b, s.t, BACKWARD_ROWS))
-    steps = ("project", "output_gradient", "output_weights", "projection_weights", "input_gradient")
-    tiles = {step: product_tiles(step, _together(part), device) for step in steps}
-    return RelativeBackward(images=part.b, core=core_tiles(part, device, backward=True), **tiles)
+def _product(step: str, s: Shape, device: Device) -> ProductTiles:
+    """`product_tiles` of as many images as a grid step may take, each padded to whole registers: 64 of five tokens spill on v3."""
+    return product_tiles(step, s._replace(b=divisor(s.b, ROWS // round_up(s.t, 2 * SUBLANES))), device)

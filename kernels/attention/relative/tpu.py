@@ -6,24 +6,19 @@ The products around the core are those of the half without positions (`general/`
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from kernels import parts
-from kernels.attention import tpu
-from kernels.attention.general import forward as general_forward
+from kernels.attention import positional, tpu
 from kernels.attention.general.forward import Static
-from kernels.attention.plan import Refused
-from kernels.attention.reference import AttentionWeights
+from kernels.attention.plan import Plan, Refused
 from kernels.attention.relative import core as relative_core
 from kernels.attention.relative import plan as relative_plan
 from kernels.attention.relative import reference as relative
-from kernels.attention.relative.plan import RelativePlan, RelativeTiles
 from kernels.attention.relative.reference import RelativeWeights
-from kernels.attention.tiling import Shape
+from kernels.attention.tiling import RelativeTiles, Shape
 from kernels.body import operand_dtype
 from kernels.launch import Launch, vary_alike
 from kernels.layer_norm.reference import EPS
@@ -71,51 +66,22 @@ def _core_backward(tiles: RelativeTiles, qkv, positions, do, *, class_token: boo
 # ---- the half
 
 
-def _options(static: Static, class_token: bool) -> Any:
-    return {"num_heads": static.num_heads, "launch": static.launch, "class_token": class_token}
+class _Offsets(NamedTuple):
+    """The `positional.Core` of relative positions, whose table is learned."""
 
+    class_token: bool
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _half(scalars, x, weights: RelativeWeights, static: Static, class_token: bool):
-    """scalars: dropout key, first row and first image. Vectors of `weights` are rows [1, D] and [3, 1, K]."""
-    chosen: Any = static.plan.forward  # a RelativeForward
-    norm = weights.half[:2]
-    w = tpu.operands(x, weights.half, static)
+    def tables(self, tokens: int, width: int):
+        return None
 
-    def part(scalars, into=None):
-        qkv = general_forward.project(chosen.project, scalars, x, norm, w.qkv_kernel, w.qkv_bias, chosen.images, static)
-        o = _core_forward(chosen.core, qkv, weights.positions, **_options(static, class_token))
-        return general_forward.output(chosen.output, scalars, o, x, w.out_kernel, w.out_bias, static, into)
+    def forward(self, tiles, qkv, table, static: Static):
+        return _core_forward(tiles, qkv, table, **self._options(static))
 
-    n = x.shape[0] // chosen.images
-    if n == 1:
-        return part(scalars)
-    return parts.forward(lambda first, y: part(tpu.part_scalars(scalars, first, x), y), n, x)
+    def backward(self, tiles, qkv, do, table, static: Static):
+        return _core_backward(tiles, qkv, table, do, with_o=True, **self._options(static))
 
-
-def _half_forward(scalars, x, weights, static, class_token):
-    y = checkpoint_name(_half(scalars, x, weights, static, class_token), "attention_half")
-    return y, (scalars, x, weights)
-
-
-def _half_backward(static: Static, class_token: bool, residuals, dy):
-    scalars, x, weights = residuals
-    chosen: Any = static.plan.backward  # a RelativeBackward
-
-    def core(qkv, do):
-        options = _options(static, class_token)
-        return _core_backward(chosen.core, qkv, weights.positions, do, with_o=True, **options)
-
-    def step(first, dy):
-        at = tpu.part_scalars(scalars, first, x)
-        dx, of_half, of_positions = tpu.backward_chain(chosen, at, x, weights.half, dy, static, core)
-        return dx, RelativeWeights(of_half, of_positions)
-
-    dx, gradients = parts.backward(step, x.shape[0] // chosen.images, x, dy)
-    return None, dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)
-
-
-_half.defvjp(own(_half_forward), own(_half_backward))
+    def _options(self, static: Static) -> Any:
+        return {"num_heads": static.num_heads, "launch": static.launch, "class_token": self.class_token}
 
 
 def attention_half(
@@ -129,7 +95,7 @@ def attention_half(
     tokens=None,
     eps=EPS,
     launch: Launch,
-    plan: RelativePlan | None = None,
+    plan: Plan | None = None,
 ) -> Any:
     """The attention half with relative positions -> [B, T, D], as `relative.attention_half` (arguments and meaning there).
 
@@ -145,18 +111,10 @@ def attention_half(
     relative.check(weights.positions, x.shape[1], class_token=class_token)
     shape = tpu.shape_of(x, weights.half, num_heads)
     chosen: Any = plan or relative_plan.plan(shape, launch.device)
-    options = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "eps": eps}
+    options: Any = {"num_heads": num_heads, "dropout": dropout, "residual_scale": residual_scale, "eps": eps}
     if isinstance(chosen, Refused):
         return relative.attention_half(x, weights, class_token=class_token, **options)
-    scalars, rate = tpu.scalars_of(dropout)
-    scale, bias, w_qkv, b_qkv, w_out, b_out = weights.half
-    half = scale[None], bias[None], w_qkv, b_qkv[:, None], w_out, b_out[None]
-    static = Static(
-        num_heads=num_heads, width=shape.h, rate=rate, residual_scale=float(residual_scale), eps=float(eps), launch=launch,
-        plan=chosen,
-    )  # fmt: skip
-    scalars, x, positions, *half = vary_alike(scalars, x, weights.positions, *half)
-    return _half(scalars, x, RelativeWeights(AttentionWeights(*half), positions), static, bool(class_token))
+    return positional.half(x, weights.half, weights.positions, _Offsets(bool(class_token)), chosen, launch=launch, **options)
 
 
 # ---- attention by itself

@@ -9,7 +9,7 @@ a distance are additions of whole registers, and only their last step goes acros
 tokens' rows of all heads are one more product: a matrix that has a head's q_0 in the head's own lanes of a row, times k'.
 
 The grid is groups of heads, images, tiles of queries; the first tile of an image makes its q and k. On v2 and v3 rows come in the
-order of `float32.forward.unpacked`, and are put in that of the tokens when LN's result is stored: undone by XLA, behind the kernel,
+order of `float32_rows.unpacked`, and are put in that of the tokens when LN's result is stored: undone by XLA, behind the kernel,
 it takes ten times the cycles. Statistics have no gradient here.
 """
 
@@ -23,12 +23,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.float32.forward import PIECE, ByColumns, column_slices, pieces, unpacked
+from kernels.attention.float32.forward import ByColumns
 from kernels.attention.reference import AttentionWeights
 from kernels.attention.statistics.reference import Statistics, check
 from kernels.attention.tiling import Shape, heads_of
 from kernels.body import F32, PACKED_ROWS, dot, iota, operand, operand_dtype
 from kernels.device import LANES, SUBLANES, Device
+from kernels.float32_rows import PIECE, column_slices, pieces, unpacked
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
 from kernels.layer_norm.tpu import normalise
