@@ -167,9 +167,11 @@ def split(found: Sequence[Line]) -> dict[str, int]:
     return {**shares, "uncounted": sum(line.total for line in found if line.source != "schedule")}
 
 
-def table(found: Sequence[Line], *, images: int = 1, most: int = 20) -> str:
-    """The costliest operations as text, cycles an image: kernels and XLA's in one list; below, the split by what bounds them."""
-    whole = max(1, total(found))
+def table(found: Sequence[Line], *, images: int | None = None, most: int = 20) -> str:
+    """The costliest operations as text: kernels and XLA's in one list; below, the split by what bounds them. images: that the
+    program works on, by which cycles are divided; None: cycles are the whole program's."""
+    whole, what_of = max(1, total(found)), "in all" if images is None else "an image"
+    images = images or 1
     head = f"  {'cycles':>12}{'share':>7}  {'operation':<34}{'cycles x runs':>20}  {'bound':<6}{'MXU':>5}"
     rows = [f"{head}{'fullest unit':>15}{'cost model':>13}"]
     for line in found[:most]:
@@ -185,5 +187,5 @@ def table(found: Sequence[Line], *, images: int = 1, most: int = 20) -> str:
     parts = split(found)
     shares = ", ".join(f"{parts[name] / whole:.0%} {name}" for name in ("MXU", "HBM", "other"))
     without = f"; {parts['uncounted'] / whole:.1%} without a schedule" if parts["uncounted"] else ""
-    rows.append(f"  {whole / images:>12,.0f} cycles an image (compiler estimate): {shares}{without}")
+    rows.append(f"  {whole / images:>12,.0f} cycles {what_of} (compiler estimate): {shares}{without}")
     return "\n".join(rows)

@@ -74,13 +74,12 @@ class Pretrain(AblationOptions, SamOptions, ImageOptions):
     """Images of one update, over all devices."""
 
     image_size: int | None = None
-    pool: Literal["token", "gap", "map", "first"] | None = None
-    """How tokens become one vector: class token, mean, attention pooling, or the first patch. Default: the recipe's or the
-    model's own."""
-    position: Literal[
-        "1d", "1d-patches", "1d-layers", "1d-shared", "2d", "2d-layers", "2d-shared", "relative", "rope", "sincos2d", "none"
-    ] | None = None  # fmt: skip
-    """Position embedding (paper Table 8): at the stem, in each layer, or one table for all layers. Default: the recipe's or 1d."""
+    pool: str | None = None
+    """How tokens become one vector: token (class token), gap (mean), map (attention pooling) or first (the first patch). Default:
+    the recipe's or the model's own."""
+    position: str | None = None
+    """Position embedding (paper Table 8): none, 1d, 2d, relative, rope, sincos2d or 1d-patches; 1d and 2d with -layers have a
+    table in each layer, with -shared one for all layers. Default: the recipe's or 1d."""
     representation_size: int | None = None
     """Width of the tanh layer before the head; 0 for none. Default: the model's width, as in the paper; of a ResNet none."""
     dropout: float | None = None

@@ -3,11 +3,17 @@ pre-training (D.1, D.2), and the families that followed (docs/families.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from vitcore import families
 from vitcore.blocks import BLOCKS
+from vitcore.heads import POOLS
+from vitcore.positions import POSITIONS
+from vitcore.stems import STEMS
 
+TABLES: dict[str, Mapping[str, Any]] = {"stem": STEMS, "position": POSITIONS, "block": BLOCKS, "pool": POOLS}
+# Entries that are no choice: patches are what a model has without --stem, and without a pool there is no one vector for a head.
+UNASKED = {("stem", "patches"), ("pool", "none")}
 SHAPE = ("width", "depth", "mlp_dim", "num_heads", "block", "stem", "registers")
 
 
@@ -24,7 +30,7 @@ class AblationOptions:
     """A divisor of the width."""
     block: str | None = None
     """Of the encoder: encoder, or layerscale, whose halves are multiplied by learned scales (DeiT-III, DINOv2)."""
-    stem: Literal["clip"] | None = None
+    stem: str | None = None
     """clip: patches without bias and a layer norm before the blocks, as CLIP has it."""
     registers: int | None = None
     """Learned tokens that the blocks see besides and nobody reads: 4 in DINOv2 with registers."""
@@ -35,12 +41,12 @@ class AblationOptions:
     def check_ablation(self, model: str) -> None:
         """Raises ValueError for what does not fit the model, and for SGD with open values."""
         args: Any = self
+        for table in TABLES:
+            _check_entry(table, getattr(args, table))
         for name, value in shape_of(vars(self)).items():
             option = f"--{name.replace('_', '-')} {value}"
             if name not in families.fields_of(model):
                 raise ValueError(f"{option}: {model} is a ResNet, whose shape its name says: leave it out")
-            if name == "block" and value not in BLOCKS:
-                raise ValueError(f"{option}: one of {', '.join(BLOCKS)} is required")
             if isinstance(value, int) and value < (name != "registers"):
                 raise ValueError(f"{option}: a positive number is required{', or 0 for none' * (name == 'registers')}")
         if args.optimizer is not None:
@@ -64,6 +70,15 @@ class AblationOptions:
             )
         if args.optimizer == "lion" and (args.learning_rate is None or args.weight_decay is None):
             raise ValueError("--optimizer lion: --learning-rate and --weight-decay are required, for the recipe's are Adam's")
+
+
+def _check_entry(table: str, name: str | None) -> None:
+    """Raises ValueError for what is no entry of a table, or one whose fields no option can say."""
+    choices = [
+        one for one, entry in TABLES[table].items() if (table, one) not in UNASKED and getattr(entry, "options", None) is None
+    ]
+    if name is not None and name not in choices:
+        raise ValueError(f"--{table} {name}: one of {', '.join(choices)} is required")
 
 
 def shape_of(held: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,8 +76,13 @@ def family_of(config) -> Family:
 
 @cache
 def leaves(config) -> tuple[Leaf, ...]:
-    """Every parameter of a model: the list that init, partition_specs, checks, counts and weight files read."""
-    return (*family_of(config).leaves(config), *family_of(config).head(config))
+    """Every parameter of a model: the list that init, partition_specs, checks, counts and weight files read. ValueError where two
+    have one path."""
+    found = (*family_of(config).leaves(config), *family_of(config).head(config))
+    paths = [leaf.path for leaf in found]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise ValueError(f"two leaves of this model have the path {'/'.join(twice)}: give each entry's leaves names of their own")
+    return found
 
 
 def variant(name: str, **changes):

@@ -31,7 +31,6 @@ from vitcore.weight_files import appearing
 from vitcore.weight_names import OPEN_POOLS, OPEN_POSITIONS
 from vitcore.weight_tree import about, describe, load
 
-TABLES = ("1d", "1d-shared", "2d", "2d-shared", "sincos2d")  # position embeddings that are one table
 MOST_IMAGES = 64  # whose mean maps of all blocks are in memory together
 
 
@@ -55,19 +54,15 @@ def read_images(paths: list[str], config) -> np.ndarray:
 
 def positions_of(params, config) -> tuple[np.ndarray | None, str]:
     """(similarities [rows, columns, rows, columns] or None, why there are none)."""
-    if config.position not in TABLES:
+    position, p = config.entries.position, params["patch_embed"]
+    table = position.table(p, config)
+    if table is None and position.at_block and not position.block_leaves(config):  # one table for all blocks
+        table = position.at_block(p, None, config)
+    if table is None:
         return None, f"position={config.position!r} has no one table of embeddings"
     if min(config.grid) < 2:
         return None, f"a grid of {config.grid[0]} x {config.grid[1]} patches has no similarities worth drawing"
-    table = np.asarray(params["patch_embed"]["position"] if config.position.startswith("1d") else _made(params, config))
-    return look.position_similarity(table, config.grid, config.class_tokens), ""
-
-
-def _made(params, config):
-    from vitcore.positions import POSITIONS
-
-    position, p = POSITIONS[config.position], params["patch_embed"]
-    return position.at_block(p, None, config) if position.at_block else position.table(p, config)
+    return look.position_similarity(np.asarray(table), config.grid, config.class_tokens), ""
 
 
 def filters_of(params, config) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:

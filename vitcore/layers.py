@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vitcore import halves, stacks
+from vitcore import halves, positions, stacks
 from vitcore.collectives import (
     gather,
     gather_in_turn,
@@ -53,14 +53,15 @@ def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
     def one(x, row, w, key, stacks=None):
         """One block; its position embedding, where each block has one, first."""
         if at_block:
-            table = at_block(p, w, config)
+            table = positions.checked(at_block(p, w, config), config)
             x = (x + jnp.pad(table, ((0, extra + config.registers), (0, 0)))).astype(x.dtype)
         dropout, path = chances(key, row)
         y = config.entries.block.apply(x, w, config, Layer(context, dropout, tokens, stacks, path))
+        _check_shape(x, y, config)
         if mesh and any(varies_over_model(part, mesh) for part in jax.tree.leaves(y)):
             raise ValueError(
                 f"block={config.block!r} returns tokens that differ along the model axis: it must end in `sum_over_model`, and "
-                "name the leaves that it uses behind that in `Block.outside`"
+                'name the leaves that it uses behind that in `Block.outside`, e.g. outside=(("scale1",),)'
             )
         return y, x
 
@@ -108,6 +109,13 @@ def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
     x = x[0] if paced else x
     x = halves.join(x) if halved else x
     return (x[:, : config.tokens] if extra else x), {}
+
+
+def _check_shape(x, y, config) -> None:
+    """ValueError where a block returns tokens of another shape or dtype than it was given."""
+    have, want = ([f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(tokens)] for tokens in (y, x))
+    if have != want:
+        raise ValueError(f"block={config.block!r} returns {', '.join(have)} for {', '.join(want)}: it must keep shape and dtype")
 
 
 def _split(layers) -> list:

@@ -48,6 +48,15 @@ class Position(NamedTuple):
     unnamed: bool = False
 
 
+def checked(table, config):
+    """A table that a position embedding adds, or None. ValueError for another shape than [T, D]."""
+    wanted = config.seen_tokens, config.width
+    if table is not None and table.shape != wanted:
+        what = "class token and patches" if config.class_tokens else "patches"
+        raise ValueError(f"position={config.position!r} adds {list(table.shape)}: [{what}, width] = {list(wanted)} is required")
+    return table
+
+
 def _learned(config) -> tuple[Leaf, ...]:
     rows, columns = config.grid
     whole, patches = (1, config.seen_tokens, config.width), (1, rows * columns, config.width)

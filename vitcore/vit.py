@@ -15,7 +15,7 @@ from jax import lax
 from kernels import dropout as drop
 from kernels.attention.tiling import Shape
 from kernels.dropout import Dropout
-from vitcore import layers, masked
+from vitcore import layers, masked, positions
 from vitcore.collectives import first_column
 from vitcore.config import ViTConfig
 from vitcore.context import Context
@@ -105,10 +105,15 @@ def embed(params, p, images, config: ViTConfig, context: Context, dropout: Dropo
     """Images in context.dtype, or bytes where stem and ops take them, to tokens [B, T, D]: Eq. 1, in one op where the stem has one
     and nobody edits in between."""
     stem, position, _, pool = config.entries
-    cls, table = p["cls"] if pool.class_token else None, position.table(p, config)
+    cls, table = p["cls"] if pool.class_token else None, positions.checked(position.table(p, config), config)
     if stem.embed and context.edit is None and not config.registers:
         return stem.embed(params, p, images, config, context, cls=cls, position=table, dropout=dropout)
     patches = stem.project(params, p, images, config, context)
+    wanted = images.shape[0], config.grid[0] * config.grid[1], config.width
+    if patches.shape != wanted:
+        raise ValueError(
+            f"stem={config.stem!r} returns {list(patches.shape)}: [images, patches, width] = {list(wanted)} is required"
+        )
     if context.edit is not None:
         patches = edited(context, patches)
     tokens = patches.astype(jnp.promote_types(patches.dtype, jnp.float32))

@@ -160,7 +160,9 @@ def save(
         raise ValueError(f"the parameters are not this config's: {names} differ: give the config they were made with")
     style = written(config, naming)
     if lost := nameless(config, style):
-        raise ValueError(f"files of {naming} naming have no name for this config's {', '.join(lost)}: keep the run's checkpoint")
+        better = naming_of(config)
+        instead = "keep the run's checkpoint" if nameless(config, written(config, better)) else f"{better}'s .safetensors has them"
+        raise ValueError(f"files of {naming} naming have no name for this config's {', '.join(lost)}: {instead}")
     kept = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
     arrays = {e.name: e.to_file(arrays_of[e.path]).astype(kept) for e in entries(config, style)}
     about = {"format": "pt", weight_about.KEY: weight_about.text_of(config, classes=classes, wanted=pixels, data=data)}

@@ -78,6 +78,9 @@ def test_totals_and_shares(dumps):
     assert parts["MXU"] + parts["HBM"] + parts["other"] == yardstick.total(found) == sum(x.cycles * x.trips for x in found)
     assert parts["uncounted"] == lines(dumps)["apart"].total
     assert "without a schedule" in yardstick.table(found)
+    last = [yardstick.table(found, **images).splitlines()[-1] for images in ({}, {"images": 4})]
+    assert f"{yardstick.total(found):,} cycles in all (compiler estimate)" in last[0]
+    assert f"{yardstick.total(found) / 4:,.0f} cycles an image (compiler estimate)" in last[1]
 
 
 def test_different_code_is_not_taken_for_the_same(dumps):

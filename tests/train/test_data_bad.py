@@ -208,6 +208,19 @@ def test_the_fast_path_gives_the_same_pixels(tmp_path):
         np.testing.assert_array_equal(np.asarray(decode_fast(data, "x")), np.asarray(decode_pillow(data, "x")))
 
 
+@pytest.mark.parametrize("decode", [decode_fast, decode_pillow])
+def test_the_parts_of_a_file_are_counted_once(decode, monkeypatch):
+    """Also of what one decoder leaves to the other: a turned photograph, CMYK, no JPEG, a damaged one."""
+    counted = []
+    monkeypatch.setattr(decoders, "check_parts", counted.append)
+    files = (photograph(), rotated(), jpeg(RGB.convert("CMYK")), png(RGB))
+    for data in files:
+        decode(data, "x")
+    with pytest.raises(BadImage):
+        decode(photograph()[:600], "x")
+    assert counted == [*files, photograph()[:600]]
+
+
 def test_the_fast_path_refuses_what_pillow_refuses():
     data, refused, passed = photograph(), 0, 0
     for seed in range(150):

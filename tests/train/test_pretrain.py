@@ -23,6 +23,9 @@ from train import metrics, pretrain
 from train.checkpoint import Checkpoints
 from train.data import DataError, TrainBatches
 from train.job import BEFORE, differing, locked, place
+from vitcore.blocks import BLOCKS
+from vitcore.positions import POSITIONS
+from vitcore.stems import STEMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,6 +178,9 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     assert given("--gelu", "erf").config.gelu == "erf"
     assert given("--block", "layerscale").config.block == "layerscale"
     assert given("--stem", "clip").config.stem == "clip"
+    for table, entries, like in (("stem", STEMS, "clip"), ("position", POSITIONS, "2d"), ("block", BLOCKS, "layerscale")):
+        monkeypatch.setitem(entries, "mine", entries[like])  # an entry that was added to its table, and nowhere else
+        assert getattr(given(f"--{table}", "mine").config, table) == "mine"
     assert given("--registers", 4).config.registers == 4
     assert given("--representation-size", 0).config.representation_size is None
     assert given("--image-size", 16).config.image_size == 16
@@ -305,7 +311,11 @@ MISTAKES = {
     "huge seed": (["--seed", str(2**63)], "seeds below 2**63 are required"),
     "word for a number": (["--steps", "abc"], "Error parsing --steps"),
     "unknown option": (["--stepz", "3"], "--stepz"),
-    "not a choice": (["--pool", "max"], "invalid choice 'max' for argument '--pool'"),
+    "not a choice": (["--decay", "max"], "invalid choice 'max' for argument '--decay'"),
+    "a pool": (["--pool", "max"], "--pool max: one of token, gap, map, first is required"),
+    "no pool": (["--pool", "none"], "--pool none: one of token, gap, map, first is required"),
+    "a position": (["--position", "3d"], "--position 3d: one of 1d, 1d-patches, 1d-layers, 1d-shared, 2d"),
+    "a stem": (["--stem", "resnet"], "--stem resnet: one of clip is required"),
     "heartbeat": (["--heartbeat-timeout", "0"], "--heartbeat-timeout 0: at least 1 is required"),
     "watchdog": (["--step-timeout=-1"], "--step-timeout -1: at least 0 is required"),
     "bad steps": (["--bad-steps", "0"], "--bad-steps 0: at least 1 is required"),

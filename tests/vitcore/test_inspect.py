@@ -15,7 +15,8 @@ from PIL import Image
 import vitcore
 from tests.oracle import kernels_in
 from tests.vitcore.test_model import SMALL, small_inputs
-from vitcore.inspect import main
+from vitcore.inspect import main, positions_of
+from vitcore.positions import POSITIONS
 
 # ---- the functions
 
@@ -56,6 +57,19 @@ def test_similarity_is_the_cosine_pair_by_pair():
     assert np.isfinite(vitcore.position_similarity(np.zeros((6, 5)), (2, 3))).all()
     with pytest.raises(ValueError, match=r"position \[7, 5\]: \[0 \+ 2 x 3, D\] is required"):
         vitcore.position_similarity(table, (2, 3))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_every_position_embedding_of_one_table_is_drawn(position):
+    """Also of an entry that nobody here has heard of: what it adds says whether there is a table."""
+    pool = "gap" if position == "1d-patches" else "token"
+    config = vitcore.ViTConfig(
+        image_size=16, patch_size=4, width=16, depth=2, mlp_dim=8, num_heads=2, num_classes=3, position=position, pool=pool
+    )
+    similar, why = positions_of(vitcore.init(jax.random.key(0), config), config)
+    has = position not in ("1d-layers", "2d-layers", "relative", "rope", "none")
+    assert (similar is not None) == has, why
+    assert similar is None or similar.shape == (4, 4, 4, 4)
 
 
 @pytest.mark.parametrize("class_tokens", [0, 1])

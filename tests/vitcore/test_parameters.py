@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import vitcore
-from vitcore import blocks, families, parameters
+from vitcore import blocks, families, parameters, positions, stems
 from vitcore.collectives import MeshShape
 from vitcore.config import NAMES
 from vitcore.flops import multiply_adds
@@ -199,6 +199,73 @@ def test_a_leaf_outside_the_sums_is_the_same_on_a_mesh(monkeypatch, width):
     if width == 62:
         with pytest.raises(ValueError, match=r"block='silent' returns tokens that differ along the model axis: .* `Block.outside`"):
             vitcore.apply_on(mesh, dataclasses.replace(config, block="silent"))(params, images)
+
+
+def _table(rows: int, *rest: int):
+    return positions.Position(leaves=lambda config: (), table=lambda p, config: jnp.zeros((rows, *rest)))
+
+
+def _stem(change):
+    patches = stems.STEMS["patches"]
+    return patches._replace(embed=None, project=lambda *given: change(patches.project(*given)))
+
+
+def _block(change):
+    return blocks.BLOCKS["encoder"]._replace(apply=lambda x, w, config, layer: change(x))
+
+
+TWICE = Leaf(path=("qkv", "kernel"), shape=(2,), initial=parameters.zeros)
+WRONG = {
+    "a row for each patch alone": (
+        "position",
+        _table(16, 64),
+        r"adds \[16, 64\]: \[class token and patches, width\] = \[17, 64\] is",
+    ),
+    "a vector": ("position", _table(64), r"adds \[64\]: \[class token and patches, width\] = \[17, 64\] is required"),
+    "a vector at each block": (
+        "position",
+        positions.Position(leaves=lambda c: (), table=lambda p, c: None, at_block=lambda p, w, c: jnp.zeros(64)),
+        r"adds \[64\]: \[class token and patches, width\] = \[17, 64\] is required",
+    ),
+    "patches as they lie": (
+        "stem",
+        _stem(lambda x: x.reshape(1, 4, 4, 64)),
+        r"returns \[1, 4, 4, 64\]: \[images, patches, width\] = \[1, 16, 64\] is",
+    ),
+    "fewer tokens": ("block", _block(lambda x: x[:, 1:]), r"returns float32\[1, 16, 64\] for float32\[1, 17, 64\]: it must keep"),
+    "another dtype": ("block", _block(lambda x: x.astype(jnp.bfloat16)), r"returns bfloat16\[1, 17, 64\] for float32\[1, 17, 64\]"),
+    "a name twice": (
+        "block",
+        blocks.BLOCKS["encoder"]._replace(leaves=lambda config: (*blocks.BLOCKS["encoder"].leaves(config), TWICE)),
+        r"two leaves of this model have the path blocks/qkv/kernel",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_new_entry_that_does_not_fit_is_told_by_its_name(what, monkeypatch):
+    table, entry, words = WRONG[what]
+    name = what.replace(" ", "-")  # the lists of leaves are remembered by configuration
+    monkeypatch.setitem({"position": positions.POSITIONS, "stem": stems.STEMS, "block": blocks.BLOCKS}[table], name, entry)
+    config = dataclasses.replace(small("token"), **{table: name})
+    with pytest.raises(ValueError, match=words) as caught:
+        vitcore.apply(vitcore.init(jax.random.key(0), config), jnp.zeros((1, 8, 8, 1)), config)
+    assert "\n" not in str(caught.value)
+    assert "twice" in what or f"{table}='{name}'" in str(caught.value)
+
+
+def test_a_leaf_that_one_layout_has_no_name_for_is_saved_in_the_other(monkeypatch, tmp_path):
+    own = Leaf(path=("own",), shape=(64,), initial=parameters.ones, names={"timm": (Name("{block}.own"),)})
+    entry = blocks.BLOCKS["encoder"]
+    monkeypatch.setitem(blocks.BLOCKS, "own", entry._replace(leaves=lambda config: (*entry.leaves(config), own)))
+    config = dataclasses.replace(small("token"), block="own")
+    params = vitcore.init(jax.random.key(0), config)
+    with pytest.raises(ValueError, match=r"release naming have no name for .* blocks/own: timm's \.safetensors has them"):
+        vitcore.save(tmp_path / "x.npz", params, config)
+    vitcore.save(tmp_path / "x.safetensors", params, config)
+    again, same = vitcore.load(tmp_path / "x.safetensors")
+    assert same == config
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_a_block_without_maps_says_so(scaled):

@@ -68,8 +68,20 @@ def decode_bytes(data: bytes, name: str) -> np.ndarray:
 
 def decode_pillow(data: bytes, name: str) -> Image.Image:
     """`decode_bytes` without a last copy: Pillow's own image, of mode RGB. Raises BadImage."""
+    _check_parts(data, name)
+    return _by_pillow(data, name)
+
+
+def _check_parts(data: bytes, name: str) -> None:
     try:
         check_parts(data)
+    except Exception as error:
+        raise _refusal(name, error, size=len(data)) from error
+
+
+def _by_pillow(data: bytes, name: str) -> Image.Image:
+    """`decode_pillow` of a file whose parts were counted."""
+    try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if data[:2] == b"\xff\xd8":
                 _check_work(data, image.width * image.height)
@@ -88,8 +100,8 @@ def decode_fast(data: bytes, name: str) -> Picture:
     """
     import simplejpeg
 
+    _check_parts(data, name)
     try:
-        check_parts(data)
         if _plain_jpeg(data):
             y, x, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours in ("YCbCr", "Gray") and int(y) * int(x) <= (Image.MAX_IMAGE_PIXELS or 0):
@@ -97,7 +109,7 @@ def decode_fast(data: bytes, name: str) -> Picture:
                 return simplejpeg.decode_jpeg(data)
     except ValueError:
         pass  # damaged, or as unusual as that: Pillow decides
-    return decode_pillow(data, name)
+    return _by_pillow(data, name)
 
 
 def _plain_jpeg(data: bytes) -> bool:

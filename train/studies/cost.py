@@ -11,10 +11,10 @@ from train.tuning import resolve as resolve_finetune
 from vitcore import families
 from vitcore.flops import JFT_CLASSES, flops
 
-# FLOP/s of one TPUv3 core in training: ViT-B/16's step takes 2,457 thousand cycles an image at 940 MHz by the TPU compiler's
+# FLOP/s of one TPUv3 core in training: ViT-B/16's step takes 2,443 thousand cycles an image at 940 MHz by the TPU compiler's
 # schedules (docs/yardstick.md; 32 images, what is kept included), 105.5 GFLOP. What a run does on the chip is not measured; the
 # paper's own ViT-L/16 (Table 2) came to 26.6e12, its ViT-H/14 to 19.7e12.
-V3_FLOPS = 3 * 2 * 17.58e9 * 940e6 / 2.457e6
+V3_FLOPS = 3 * 2 * 17.58e9 * 940e6 / 2.443e6
 IMAGENET_CLASSES, DIGITS_CLASSES = 1000, 5
 
 
