@@ -91,19 +91,13 @@ def call(
 
     out_shapes: (shape, dtype) pairs. semantics: "parallel" or "arbitrary" for each grid dimension. prefetch: how many leading
     arrays are int32 scalars, in SMEM and known to the index maps. aliases: {array: output} that share their memory.
-
     An array may be `Stacked`: the kernel, its specs and index maps see the weight alone. An out_shape may be, too: that output is
     written in its place, and returned is the whole array, which must not be used otherwise.
     """
     stacked = any(isinstance(o, Stacked) for o in out_shapes)
     wanted = [tuple(o.array.shape if isinstance(o, Stacked) else o[0]) for o in out_shapes]
     padded = bool(aliases) and launch.interpret is not False and not stacked
-    shapes: Any = out_shapes
-    if padded:  # the interpreter returns such an output as it pads it: to whole blocks
-        shapes = list(shapes)
-        for a, k in (aliases or {}).items():
-            (shape, dtype), given = shapes[k], in_specs[a - prefetch].block_shape
-            shapes[k] = _in_blocks(_in_blocks(shape, given), out_specs[k].block_shape), dtype
+    shapes: Any = _padded(out_shapes, in_specs, out_specs, prefetch, aliases or {}) if padded else out_shapes
 
     def run(*arrays):
         if stacked or any(isinstance(a, Stacked) for a in arrays):
@@ -129,12 +123,7 @@ def call(
             interpret=interpret,
             name=name,
             cost_estimate=cost,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=tuple(semantics),
-                vmem_limit_bytes=launch.device.vmem_bytes
-                if WHOLE_VMEM or launch.needs is None
-                else limit(launch.device, launch.needs),
-            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=_vmem(launch)),
         )(*arrays)
 
     def traced(*arrays):
@@ -143,6 +132,21 @@ def call(
         return tuple(a[tuple(map(slice, shape))] for a, shape in zip(found, wanted, strict=True)) if padded else tuple(found)
 
     return traced
+
+
+def _vmem(launch: Launch) -> int:
+    """The bytes of VMEM that a kernel may take."""
+    whole = WHOLE_VMEM or launch.needs is None
+    return launch.device.vmem_bytes if whole else limit(launch.device, launch.needs or 0)
+
+
+def _padded(out_shapes, in_specs, out_specs, prefetch: int, aliases: dict[int, int]) -> list:
+    """The shapes of outputs as the interpreter returns them: those that share an array's memory padded to whole blocks."""
+    shapes = list(out_shapes)
+    for a, k in aliases.items():
+        (shape, dtype), given = shapes[k], in_specs[a - prefetch].block_shape
+        shapes[k] = _in_blocks(_in_blocks(shape, given), out_specs[k].block_shape), dtype
+    return shapes
 
 
 def _in_blocks(shape, block) -> tuple[int, ...]:

@@ -136,6 +136,37 @@ def test_module_says_what_it_is(path):
     assert docstring or not path.read_text().strip(), f"{relative(path)} has no docstring"
 
 
+MOST_LINES, MOST_ARGUMENTS = 60, 12  # of a function of the kernels, and of a call in them
+
+
+def sprawling(source: str) -> list[str]:
+    """The functions and the calls of a module that are larger than that; of `*some` or `**some` a call has one argument."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if (lines := (node.end_lineno or 0) - node.lineno + 1) > MOST_LINES:
+                found.append(f"line {node.lineno}: {node.name} has {lines} lines, more than {MOST_LINES}")
+        elif isinstance(node, ast.Call) and (count := len(node.args) + len(node.keywords)) > MOST_ARGUMENTS:
+            found.append(
+                f"line {node.lineno}: a call of {ast.unparse(node.func)} has {count} arguments, more than {MOST_ARGUMENTS}"
+            )
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.is_relative_to(ROOT / "kernels")], ids=relative)
+def test_a_kernel_is_read_in_pieces(path):
+    assert not sprawling(path.read_text())
+
+
+def test_the_rule_on_pieces_counts_lines_and_arguments():
+    function, call = "def f():\n" + "    x = 1\n" * MOST_LINES, "f(*a, " + ", ".join(f"k{i}=1" for i in range(MOST_ARGUMENTS)) + ")"
+    assert sprawling(f"{function}{call}\n") == [
+        "line 1: f has 61 lines, more than 60",
+        "line 62: a call of f has 13 arguments, more than 12",
+    ]
+    assert not sprawling(function.removesuffix("    x = 1\n") + call.replace(", k1=1", "") + "\n")
+
+
 # In two halves each, so that this file does not hold what it looks for.
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.}$])/(wo" + r"rk|ro" + r"ot|tm" + r"p/v|ho" + r"me/\w+)/",

@@ -36,151 +36,171 @@ def _pair(shape, dtype):
     return plgpu.RefUnion(flat, plgpu.SMEM(shape, dtype, transforms=(_TILED, _SWIZZLE)))
 
 
-def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
-    refs = list(refs)
-    x_ref, w_ref = refs[:2]
-    del refs[:2]
-    bias_ref: Any = refs.pop(0) if e.bias else None
-    beside_ref: Any = refs.pop(0) if e.beside else None
-    hashed_ref: Any = refs.pop(0) if e.dropout else None
-    columns_ref: Any = refs.pop(0) if e.dropout else None
-    out_refs = [refs.pop(0) for _ in range(e.outputs)]
-    sums_ref: Any = refs.pop(0) if e.sums else None
-    (x_flat, x_tiled), w_s, (given_flat, given), (made_flat, made), ready, free, arrived = refs
-    (m, _), n = x_ref.shape, out_refs[0].shape[1]
-    steps, across = x_ref.shape[1] // DEEP, n // t.columns
-    cluster, half, warpgroup = lax.axis_index("cluster"), lax.axis_index("half"), lax.axis_index("warpgroup")
-    clusters = PROCESSORS // t.cluster
-    count = (pl.cdiv(m, t.rows * t.cluster) * across - cluster + clusters - 1) // clusters  # tiles of this block
-    mine = t.rows if t.alternate else t.rows // COMPUTE  # rows of a tile that a warpgroup multiplies
-    pieces = [(r, c) for c in range(0, t.columns, DEEP) for r in range(0, mine, ROWS)]  # of a tile, one after the other
-    by_ring = e.beside and not t.given
-    each = steps + (t.columns // DEEP if by_ring else 0)  # slots of the ring that a tile takes
+class _Block:
+    """A block of threads and its tiles of the result: what its warpgroups share, `load` of one of them and `multiply` of two."""
 
-    def place(i):
-        tile = cluster + i * clusters
-        return (tile // across * t.cluster + half) * t.rows, lax.rem(tile, across) * t.columns
+    def __init__(self, refs, e: Epilogue, t: Tiles, turned: bool):
+        self.e, self.t, self.turned, refs = e, t, turned, list(refs)
 
-    @pl.when(warpgroup == COMPUTE)
-    def _load():
+        def following(there: bool) -> Any:
+            return refs.pop(0) if there else None
+
+        self.x, self.w = refs.pop(0), refs.pop(0)
+        self.bias, self.beside = following(e.bias), following(e.beside)
+        self.hashed, self.columns = following(bool(e.dropout)), following(bool(e.dropout))
+        self.outputs = [refs.pop(0) for _ in range(e.outputs)]
+        self.sums = following(e.sums)
+        x_s, self.w_s, given, made, self.ready, self.free, self.arrived = refs
+        (self.x_flat, self.x_tiled), (self.given_flat, self.given), (self.made_flat, self.made) = x_s, given, made
+        (m, _), n = self.x.shape, self.outputs[0].shape[1]
+        self.steps, self.across = self.x.shape[1] // DEEP, n // t.columns
+        self.cluster, self.half, self.warpgroup = (lax.axis_index(name) for name in ("cluster", "half", "warpgroup"))
+        self.clusters = PROCESSORS // t.cluster
+        tiles = pl.cdiv(m, t.rows * t.cluster) * self.across
+        self.count = (tiles - self.cluster + self.clusters - 1) // self.clusters  # tiles of this block
+        self.mine = t.rows if t.alternate else t.rows // COMPUTE  # rows of a tile that a warpgroup multiplies
+        # of a tile, one after the other
+        self.pieces = [(r, c) for c in range(0, t.columns, DEEP) for r in range(0, self.mine, ROWS)]
+        self.by_ring = e.beside and not t.given
+        self.each = self.steps + (t.columns // DEEP if self.by_ring else 0)  # slots of the ring that a tile takes
+
+    def place(self, i):
+        """(first row, first column) of the block's i-th tile."""
+        tile = self.cluster + i * self.clusters
+        return (tile // self.across * self.t.cluster + self.half) * self.t.rows, lax.rem(tile, self.across) * self.t.columns
+
+    def load(self):
+        t, steps, each = self.t, self.steps, self.each
         plgpu.set_max_registers(LOADER, action="decrease")
 
-        def taken(step, who):
-            slot = lax.rem(step, t.stages)
-            pl.when(step >= t.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            return slot, ready.at[who + slot]
-
-        @pl.loop(0, count)
+        @pl.loop(0, self.count)
         def _tile(i):
-            row, column = place(i)
+            row, column = self.place(i)
             columns = pl.ds(column, t.columns)
             who = lax.rem(i, COMPUTE) * t.stages if t.alternate else 0
 
             @pl.loop(0, steps)
             def _step(k):
-                slot, there = taken(i * each + k, who)
+                slot, there = self.taken(i * each + k, who)
                 deep = pl.ds(k * DEEP, DEEP)
-                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, t.rows), deep], x_flat.at[slot], there)
-                if turned:  # what is summed over runs on from one matrix of w to the next, or the columns do
-                    group, deep = k * DEEP // w_ref.shape[2], pl.ds(lax.rem(k * DEEP, w_ref.shape[2]), DEEP)
-                    part = w_ref.at[group, columns, deep]
+                plgpu.copy_gmem_to_smem(self.x.at[pl.ds(row, t.rows), deep], self.x_flat.at[slot], there)
+                if self.turned:  # what is summed over runs on from one matrix of w to the next, or the columns do
+                    group, deep = k * DEEP // self.w.shape[2], pl.ds(lax.rem(k * DEEP, self.w.shape[2]), DEEP)
+                    part = self.w.at[group, columns, deep]
                 else:
-                    part = w_ref.at[column // w_ref.shape[2], deep, pl.ds(lax.rem(column, w_ref.shape[2]), t.columns)]
-                plgpu.copy_gmem_to_smem(part, w_s.at[slot], there, collective_axes="half" if t.cluster > 1 else None)
+                    part = self.w.at[column // self.w.shape[2], deep, pl.ds(lax.rem(column, self.w.shape[2]), t.columns)]
+                plgpu.copy_gmem_to_smem(part, self.w_s.at[slot], there, collective_axes="half" if t.cluster > 1 else None)
 
             for k in range(steps, each):  # in the place of x what stands beside the tile, in two copies, as the barrier counts
-                slot, there = taken(i * each + k, who)
+                slot, there = self.taken(i * each + k, who)
                 for r in (0, t.rows // 2):
-                    part = beside_ref.at[pl.ds(row + r, t.rows // 2), pl.ds(column + (k - steps) * DEEP, DEEP)]
-                    plgpu.copy_gmem_to_smem(part, x_flat.at[slot, pl.ds(r, t.rows // 2)], there)
+                    part = self.beside.at[pl.ds(row + r, t.rows // 2), pl.ds(column + (k - steps) * DEEP, DEEP)]
+                    plgpu.copy_gmem_to_smem(part, self.x_flat.at[slot, pl.ds(r, t.rows // 2)], there)
 
         # the neighbour arrives at the barriers here: not gone before it is done
         for back in range(t.stages, 0, -1):
-            step = count * each - back
-            pl.when(step >= 0)(lambda step=step: plgpu.barrier_wait(free.at[lax.rem(step, t.stages)]))
+            step = self.count * each - back
+            pl.when(step >= 0)(lambda step=step: plgpu.barrier_wait(self.free.at[lax.rem(step, t.stages)]))
 
-    @pl.when(warpgroup < COMPUTE)
-    def _multiply():
+    def taken(self, step, who):
+        """(the slot of the ring that a step takes, once it is free, its barrier)."""
+        slot = lax.rem(step, self.t.stages)
+        pl.when(step >= self.t.stages)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+        return slot, self.ready.at[who + slot]
+
+    def multiply(self):
+        t = self.t
         plgpu.set_max_registers(MULTIPLIER, action="increase")
-        who = warpgroup * t.stages if t.alternate else 0
+        who = self.warpgroup * t.stages if t.alternate else 0
 
-        def run(tile, sums):
-            @pl.loop(0, steps)
-            def _step(k):
-                slot = lax.rem(tile * each + k, t.stages)
-                plgpu.barrier_wait(ready.at[who + slot])
-                x = x_tiled.at[slot] if t.alternate else x_tiled.at[slot, pl.ds(warpgroup * mine, mine)]
-                w = w_s.at[slot]
-                plgpu.wgmma(sums, x, transposed(w) if turned else w)
-                plgpu.wgmma_wait(1)
-                pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(tile * each + k - 1, t.stages)]))
-
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(free.at[lax.rem(tile * each + steps - 1, t.stages)])
-            return sums[...]
-
-        @pl.loop(warpgroup if t.alternate else 0, count, step=COMPUTE if t.alternate else 1)
+        @pl.loop(self.warpgroup if t.alternate else 0, self.count, step=COMPUTE if t.alternate else 1)
         def _tile(tile):
-            row, column = place(tile)
-            row = row if t.alternate else row + warpgroup * mine
-
-            def where(piece):
-                return pl.ds(row + piece[0], ROWS), pl.ds(column + piece[1], DEEP)
-
-            def fetch(i):
-                there = arrived.at[warpgroup * t.given + i % t.given]
-                plgpu.copy_gmem_to_smem(beside_ref.at[where(pieces[i])], given_flat.at[warpgroup, i % t.given], there)
-
-            for i in range(min(t.given, len(pieces))) if e.beside else ():
-                fetch(i)
-
-            sums = pl.run_scoped(partial(run, tile), plgpu.WGMMAAccumulatorRef((mine, t.columns), jnp.float32))
-            if len(pieces) * e.outputs % t.made:
+            row, column = self.place(tile)
+            row = row if t.alternate else row + self.warpgroup * self.mine
+            for i in range(min(t.given, len(self.pieces))) if self.e.beside else ():
+                self.fetch(i, row, column)
+            sums = pl.run_scoped(partial(self.run, tile, who), plgpu.WGMMAAccumulatorRef((self.mine, t.columns), jnp.float32))
+            if len(self.pieces) * self.e.outputs % t.made:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            written, bias, beside, mask, numbers = 0, None, None, None, None
-            total: Any = None  # sums over rows of the first output
-
-            def of_columns(ref, c):
-                return load(ref.at[where((0, c))[1]], COLUMNS, optimized=False)
-
-            hashed = {
-                r: load(hashed_ref.at[where((r, 0))[0]], parts.ROWS, optimized=False) for r in range(0, mine, ROWS) if e.dropout
-            }
-            for i, (r, c) in enumerate(pieces):
-                y = sums[r : r + ROWS, c : c + DEEP]
-                if e.bias and r == 0:
-                    bias = along(of_columns(bias_ref, c), y, 1)
-                slot = lax.rem(tile * each + steps + c // DEEP, t.stages) if by_ring else None
-                if by_ring:
-                    if r == 0:
-                        plgpu.barrier_wait(ready.at[who + slot])
-                    there = x_tiled.at[slot, pl.ds(r if t.alternate else warpgroup * mine + r, ROWS)]
-                    beside = load(there, plgpu.Layout.WGMMA).astype(jnp.float32)
-                elif e.beside:
-                    plgpu.barrier_wait(arrived.at[warpgroup * t.given + i % t.given])
-                    beside = load(given.at[warpgroup, i % t.given], plgpu.Layout.WGMMA).astype(jnp.float32)
-                if e.dropout:
-                    numbers = of_columns(columns_ref, c) if r == 0 else numbers
-                    mask = drop.keep(along(hashed[r], y, 0), along(numbers, y, 1), e.dropout)
-                values = e(y, bias, beside, mask)
-                if e.sums:
-                    more = parts.column_sums(values[0])
-                    total = more if r == 0 else total + more
-                    if r + ROWS == mine:
-                        sums_ref[row // mine, (column + c) // DEEP] = total
-                for ref, value in zip(out_refs, values, strict=True):
-                    own = written % t.made
-                    plgpu.wait_smem_to_gmem(t.made - 1, wait_read_only=True)
-                    made.at[warpgroup, own][...] = value.astype(ref.dtype)
-                    plgpu.commit_smem()
-                    if by_ring and ref is out_refs[0] and r + ROWS == mine:  # all threads have met, and so have read it
-                        plgpu.barrier_arrive(free.at[slot])
-                    plgpu.copy_smem_to_gmem(made_flat.at[warpgroup, own], ref.at[where((r, c))])
-                    written += 1
-                if e.beside and not by_ring and i + t.given < len(pieces):
-                    fetch(i + t.given)
+            self.finish(sums, row, column, tile, who)
 
         plgpu.wait_smem_to_gmem(0)
+
+    def run(self, tile, who, sums):
+        """The product of a tile."""
+        t, steps, each, free = self.t, self.steps, self.each, self.free
+
+        @pl.loop(0, steps)
+        def _step(k):
+            slot = lax.rem(tile * each + k, t.stages)
+            plgpu.barrier_wait(self.ready.at[who + slot])
+            x = self.x_tiled.at[slot] if t.alternate else self.x_tiled.at[slot, pl.ds(self.warpgroup * self.mine, self.mine)]
+            w = self.w_s.at[slot]
+            plgpu.wgmma(sums, x, transposed(w) if self.turned else w)
+            plgpu.wgmma_wait(1)
+            pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(tile * each + k - 1, t.stages)]))
+
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(free.at[lax.rem(tile * each + steps - 1, t.stages)])
+        return sums[...]
+
+    def fetch(self, i: int, row, column):
+        """A piece of what stands beside the tile from `row` and `column` on."""
+        slot, (r, c) = i % self.t.given, self.pieces[i]
+        there = self.arrived.at[self.warpgroup * self.t.given + slot]
+        source = self.beside.at[pl.ds(row + r, ROWS), pl.ds(column + c, DEEP)]
+        plgpu.copy_gmem_to_smem(source, self.given_flat.at[self.warpgroup, slot], there)
+
+    def finish(self, sums, row, column, tile, who):
+        """The epilogue of a tile, piece by piece, and what it makes on its way out."""
+        e, t, warpgroup, by_ring = self.e, self.t, self.warpgroup, self.by_ring
+        written, bias, beside, mask, numbers = 0, None, None, None, None
+        total: Any = None  # sums over rows of the first output
+
+        def of_columns(ref, c):
+            return load(ref.at[pl.ds(column + c, DEEP)], COLUMNS, optimized=False)
+
+        of_rows = range(0, self.mine, ROWS) if e.dropout else ()
+        hashed = {r: load(self.hashed.at[pl.ds(row + r, ROWS)], parts.ROWS, optimized=False) for r in of_rows}
+        for i, (r, c) in enumerate(self.pieces):
+            y = sums[r : r + ROWS, c : c + DEEP]
+            if e.bias and r == 0:
+                bias = along(of_columns(self.bias, c), y, 1)
+            slot = lax.rem(tile * self.each + self.steps + c // DEEP, t.stages) if by_ring else None
+            if by_ring:
+                if r == 0:
+                    plgpu.barrier_wait(self.ready.at[who + slot])
+                there = self.x_tiled.at[slot, pl.ds(r if t.alternate else warpgroup * self.mine + r, ROWS)]
+                beside = load(there, plgpu.Layout.WGMMA).astype(jnp.float32)
+            elif e.beside:
+                plgpu.barrier_wait(self.arrived.at[warpgroup * t.given + i % t.given])
+                beside = load(self.given.at[warpgroup, i % t.given], plgpu.Layout.WGMMA).astype(jnp.float32)
+            if e.dropout:
+                numbers = of_columns(self.columns, c) if r == 0 else numbers
+                mask = drop.keep(along(hashed[r], y, 0), along(numbers, y, 1), e.dropout)
+            values = e(y, bias, beside, mask)
+            if e.sums:
+                more = parts.column_sums(values[0])
+                total = more if r == 0 else total + more
+                if r + ROWS == self.mine:
+                    self.sums[row // self.mine, (column + c) // DEEP] = total
+            for ref, value in zip(self.outputs, values, strict=True):
+                own = written % t.made
+                plgpu.wait_smem_to_gmem(t.made - 1, wait_read_only=True)
+                self.made.at[warpgroup, own][...] = value.astype(ref.dtype)
+                plgpu.commit_smem()
+                if by_ring and ref is self.outputs[0] and r + ROWS == self.mine:  # all threads have met, and so have read it
+                    plgpu.barrier_arrive(self.free.at[slot])
+                plgpu.copy_smem_to_gmem(self.made_flat.at[warpgroup, own], ref.at[pl.ds(row + r, ROWS), pl.ds(column + c, DEEP)])
+                written += 1
+            if e.beside and not by_ring and i + t.given < len(self.pieces):
+                self.fetch(i + t.given, row, column)
+
+
+def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
+    block = _Block(refs, e, t, turned)
+    pl.when(block.warpgroup == COMPUTE)(block.load)
+    pl.when(block.warpgroup < COMPUTE)(block.multiply)
 
 
 def product(x, w, bias=None, beside=None, mask=None, *, e: Epilogue, turned: bool = False, t: Tiles | None = None) -> tuple:

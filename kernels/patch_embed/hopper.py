@@ -140,92 +140,107 @@ def operand(slice_ref, where, count: int, s: Shape):
     return run(slice_ref, where)  # pyright: ignore[reportCallIssue]  (the decorator gives the context)
 
 
-def _kernel(*refs, f: Form):
-    s, p, rate = f.shape, f.plan, 0.0 if f.drops is None else f.drops.rate
-    refs = list(refs)
-    images_ref, v_ref, added_ref, places_ref = refs[:4]
-    hashed_ref: Any = refs[4] if rate else None
-    columns_ref: Any = refs[5] if rate else None
-    out_ref, image_s, v_s, (made_flat, made), ready, free = refs[6 if rate else 4 :]
-    m, n = out_ref.shape
-    steps, deep, across = s.patch // p.lines, p.lines * s.padded, n // COLUMNS
-    cluster, half, warpgroup = lax.axis_index("cluster"), lax.axis_index("half"), lax.axis_index("warpgroup")
-    clusters = PROCESSORS // p.cluster
-    count = (pl.cdiv(m, ROWS * p.cluster) * across - cluster + clusters - 1) // clusters  # tiles of this block
-    pieces = [(r, c) for c in range(0, COLUMNS, PIECE) for r in range(0, ROWS, PIECE)]
+class _Block:
+    """A block of threads and its tiles of the result: what its warpgroups share, `load` of two of them and `multiply` of two, which
+    have slices of their own and take turns."""
 
-    def place(i):
-        tile = cluster + i * clusters
-        return (tile // across * p.cluster + half) * ROWS, lax.rem(tile, across) * COLUMNS
+    def __init__(self, refs, f: Form):
+        self.shape, self.plan, self.rate = s, p, rate = f.shape, f.plan, 0.0 if f.drops is None else f.drops.rate
+        refs = list(refs)
+        self.images, self.v, self.added, self.places = refs[:4]
+        self.hashed: Any = refs[4] if rate else None
+        self.columns: Any = refs[5] if rate else None
+        self.out, self.image_s, self.v_s, (self.made_flat, self.made), self.ready, self.free = refs[6 if rate else 4 :]
+        m, n = self.out.shape
+        self.steps, self.deep, self.across = s.patch // p.lines, p.lines * s.padded, n // COLUMNS
+        self.cluster, self.half, self.warpgroup = (lax.axis_index(name) for name in ("cluster", "half", "warpgroup"))
+        self.clusters = PROCESSORS // p.cluster
+        # tiles of this block
+        count = (pl.cdiv(m, ROWS * p.cluster) * self.across - self.cluster + self.clusters - 1) // self.clusters
+        self.mine = lax.rem(self.warpgroup, COMPUTE)  # a warpgroup that multiplies, and its loader
+        self.own = self.mine * p.stages
+        self.turns = (count - self.mine + COMPUTE - 1) // COMPUTE
 
-    mine = lax.rem(warpgroup, COMPUTE)  # a warpgroup that multiplies, and its loader, with slices of their own
-    own = mine * p.stages
-    turns = (count - mine + COMPUTE - 1) // COMPUTE
+    def place(self, i):
+        """(first row, first column) of the block's i-th tile."""
+        tile = self.cluster + i * self.clusters
+        return (tile // self.across * self.plan.cluster + self.half) * ROWS, lax.rem(tile, self.across) * COLUMNS
 
-    @pl.when(warpgroup >= COMPUTE)
-    def _load():
+    def load(self):
+        s, p, steps, free = self.shape, self.plan, self.steps, self.free
         plgpu.set_max_registers(LOADER, action="decrease")
 
-        @pl.loop(0, turns)
+        @pl.loop(0, self.turns)
         def _tile(i):
-            row, column = place(mine + i * COMPUTE)
+            row, column = self.place(self.mine + i * COMPUTE)
             token = lax.rem(row, s.tokens)
             band = row // s.tokens * s.rows + jnp.maximum(token - s.first, 0) // s.columns
 
             @pl.loop(0, steps)
             def _step(k):
                 step = i * steps + k
-                slot = own + lax.rem(step, p.stages)
+                slot = self.own + lax.rem(step, p.stages)
                 pl.when(step >= p.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                there = ready.at[slot]
-                plgpu.copy_gmem_to_smem(images_ref.at[pl.ds(band, p.bands), k], image_s.at[slot], there)
-                part = v_ref.at[pl.ds(k * deep, deep), pl.ds(column, COLUMNS)]
-                plgpu.copy_gmem_to_smem(part, v_s.at[slot], there, collective_axes="half" if p.cluster > 1 else None)
+                there = self.ready.at[slot]
+                plgpu.copy_gmem_to_smem(self.images.at[pl.ds(band, p.bands), k], self.image_s.at[slot], there)
+                part = self.v.at[pl.ds(k * self.deep, self.deep), pl.ds(column, COLUMNS)]
+                plgpu.copy_gmem_to_smem(part, self.v_s.at[slot], there, collective_axes="half" if p.cluster > 1 else None)
 
         # the neighbour arrives at the barriers here: not gone before it is done
         for back in range(p.stages, 0, -1):
-            step = turns * steps - back
-            pl.when(step >= 0)(lambda step=step: plgpu.barrier_wait(free.at[own + lax.rem(step, p.stages)]))
+            step = self.turns * steps - back
+            pl.when(step >= 0)(lambda step=step: plgpu.barrier_wait(free.at[self.own + lax.rem(step, p.stages)]))
 
-    @pl.when(warpgroup < COMPUTE)
-    def _multiply():
+    def multiply(self):
         plgpu.set_max_registers(MULTIPLIER, action="increase")
 
-        def run(turn, row, sums):
-            where = load(places_ref.at[pl.ds(row, ROWS)], parts.ROWS, optimized=False)
-
-            @pl.loop(0, steps)
-            def _step(k):
-                slot = own + lax.rem(turn * steps + k, p.stages)
-                plgpu.barrier_wait(ready.at[slot])
-                plgpu.wgmma(sums, operand(image_s.at[slot], where, deep // UNIT, s), v_s.at[slot])
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(free.at[slot])
-
-            return sums[...]
-
-        @pl.loop(0, turns)
+        @pl.loop(0, self.turns)
         def _tile(turn):
-            row, column = place(mine + turn * COMPUTE)
-            sums = pl.run_scoped(partial(run, turn, row), plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32))
-            if len(pieces) % MADE:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for i, (r, c) in enumerate(pieces):
-                rows, columns = pl.ds(row + r, PIECE), pl.ds(column + c, PIECE)
-                y = sums[r : r + PIECE, c : c + PIECE]
-                added = added_ref.at[pl.ds(lax.rem(row + r, s.tokens), PIECE), columns]
-                y = y + load(added, plgpu.Layout.WGMMA, optimized=False)
-                if rate:
-                    hashed = load(hashed_ref.at[rows], parts.ROWS, optimized=False)
-                    numbers = load(columns_ref.at[columns], OF_COLUMNS, optimized=False)
-                    mask = drop.keep(along(hashed, y, 0), along(numbers, y, 1), rate)
-                    y = jnp.where(mask, y * (1.0 / (1.0 - rate)), 0.0)
-                plgpu.wait_smem_to_gmem(MADE - 1, wait_read_only=True)
-                made.at[mine, i % MADE][...] = y.astype(out_ref.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(made_flat.at[mine, i % MADE], out_ref.at[rows, columns])
+            row, column = self.place(self.mine + turn * COMPUTE)
+            sums = pl.run_scoped(partial(self.run, turn, row), plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32))
+            self.finish(sums, row, column)
 
         plgpu.wait_smem_to_gmem(0)
+
+    def run(self, turn, row, sums):
+        """The product of a tile."""
+        where = load(self.places.at[pl.ds(row, ROWS)], parts.ROWS, optimized=False)
+
+        @pl.loop(0, self.steps)
+        def _step(k):
+            slot = self.own + lax.rem(turn * self.steps + k, self.plan.stages)
+            plgpu.barrier_wait(self.ready.at[slot])
+            plgpu.wgmma(sums, operand(self.image_s.at[slot], where, self.deep // UNIT, self.shape), self.v_s.at[slot])
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(self.free.at[slot])
+
+        return sums[...]
+
+    def finish(self, sums, row, column):
+        """What is added to a tile, its dropout, and its way out."""
+        pieces, rate = [(r, c) for c in range(0, COLUMNS, PIECE) for r in range(0, ROWS, PIECE)], self.rate
+        if len(pieces) % MADE:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for i, (r, c) in enumerate(pieces):
+            rows, columns = pl.ds(row + r, PIECE), pl.ds(column + c, PIECE)
+            y = sums[r : r + PIECE, c : c + PIECE]
+            added = self.added.at[pl.ds(lax.rem(row + r, self.shape.tokens), PIECE), columns]
+            y = y + load(added, plgpu.Layout.WGMMA, optimized=False)
+            if rate:
+                hashed = load(self.hashed.at[rows], parts.ROWS, optimized=False)
+                numbers = load(self.columns.at[columns], OF_COLUMNS, optimized=False)
+                mask = drop.keep(along(hashed, y, 0), along(numbers, y, 1), rate)
+                y = jnp.where(mask, y * (1.0 / (1.0 - rate)), 0.0)
+            plgpu.wait_smem_to_gmem(MADE - 1, wait_read_only=True)
+            self.made.at[self.mine, i % MADE][...] = y.astype(self.out.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(self.made_flat.at[self.mine, i % MADE], self.out.at[rows, columns])
+
+
+def _kernel(*refs, f: Form):
+    block = _Block(refs, f)
+    pl.when(block.warpgroup >= COMPUTE)(block.load)
+    pl.when(block.warpgroup < COMPUTE)(block.multiply)
 
 
 @partial(jax.jit, static_argnames="f")

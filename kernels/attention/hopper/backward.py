@@ -126,6 +126,18 @@ def _of_keys(d, tile, tokens: int):
     return jnp.where(row < tokens, d, 0.0)
 
 
+def _load(heads, place, arrays, loaded, free, p: Plan):
+    """What the warpgroup does that loads: of each head of `arrays`, (array, its first head, the buffers it goes into) each."""
+    plgpu.set_max_registers(LOADER, action="decrease")
+
+    @pl.loop(0, heads)
+    def _head(i):
+        pl.when(i >= 1)(lambda: plgpu.barrier_wait(free))
+        image, head = place(i)
+        for ref, first, buffers in arrays:
+            fetch(ref, (image, head + first), buffers, 0, i * 0, p, loaded)
+
+
 def _kernel(*refs, tokens: int, p: Plan):
     inputs, outputs, buffers, (out, lse_s, delta_s, loaded, both, free) = refs[:4], refs[4:-10], refs[-10:-6], refs[-6:]
     b, t, n, h = inputs[3].shape
@@ -133,23 +145,15 @@ def _kernel(*refs, tokens: int, p: Plan):
     dq_ref, dk_ref, dv_ref = outputs * 3 if together else outputs
     k_first, v_first = (n, 2 * n) if together else (0, 0)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    heads = (b * n - block + PROCESSORS - 1) // PROCESSORS
     scale = h**-0.5 * LOG2E
+    heads = (b * n - block + PROCESSORS - 1) // PROCESSORS
 
     def place(i):
         head = from_behind(block + i * PROCESSORS, b * n)  # the product before wrote the last images last: L2 has them
         return head // n, lax.rem(head, n)
 
-    @pl.when(warpgroup == COMPUTE)
-    def _load():
-        plgpu.set_max_registers(LOADER, action="decrease")
-
-        @pl.loop(0, heads)
-        def _head(i):
-            pl.when(i >= 1)(lambda: plgpu.barrier_wait(free))
-            image, head = place(i)
-            for ref, first, buffers_of in zip(inputs, (0, k_first, v_first, 0), buffers, strict=True):
-                fetch(ref, (image, head + first), buffers_of, 0, i * 0, p, loaded)
+    arrays = [*zip(inputs, (0, k_first, v_first, 0), buffers, strict=True)]
+    pl.when(warpgroup == COMPUTE)(lambda: _load(heads, place, arrays, loaded, free, p))
 
     @pl.when(warpgroup < COMPUTE)
     def _multiply():
@@ -182,9 +186,8 @@ def _kernel(*refs, tokens: int, p: Plan):
                 dk, dv = _over_keys(rows, *here(tile), scale, queries=-(-t // 8) * 8, p=p)
                 if tokens < t:  # rows behind T are not stored, those between are no keys
                     dk, dv = ([_of_keys(a, tile, tokens) for a in d] for d in (dk, dv))
-                _, k_s, v_s, _ = buffers
-                store(dv, v_s, (0, rows), dv_ref, (image, head + v_first), rows, p)
-                store([a * h**-0.5 for a in dk], k_s, (0, rows), dk_ref, (image, head + k_first), rows, p)
+                store(dv, buffers[2], (0, rows), dv_ref, (image, head + v_first), rows, p)
+                store([a * h**-0.5 for a in dk], buffers[1], (0, rows), dk_ref, (image, head + k_first), rows, p)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(free)
