@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcore import ResNetConfig, variant
-from vitcore.command_line import Parser
+from vitcore.command_line import Parser, attempt
 from vitcore.families import leaves
 from vitcore.flops import JFT_CLASSES, multiply_adds, pretraining_exaflops
 from vitcore.parameters import count
@@ -111,17 +111,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=1000, help="of the head, 0 for none; not for Table 6")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
-    try:
+
+    def work():
         if args.size and not args.model:
             raise ValueError("--size without --model: Table 6 is at 224 pixels; say which models")
         rows = [one(m, s, args.classes) for m in args.model for s in args.size or (None,)] if args.model else table_6()
         print(printed(rows))
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"bench.flops: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    return 0
+
+    return attempt("bench.flops", work)
 
 
 if __name__ == "__main__":

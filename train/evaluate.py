@@ -14,7 +14,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +22,8 @@ import numpy as np
 
 from train import distributed, scores
 from train.files import make_directory, write_atomically
-from train.job import agree, end, guard, say
-from train.options import InitOptions, MeshOptions, check_init, check_numbers, parse
-from train.signals import Watchdog
+from train.job import agree, end, say
+from train.options import InitOptions, MeshOptions, check_init, check_numbers, measuring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +83,7 @@ class Trimmed:
 
 def main(argv: list[str] | None = None) -> int:
     """The job. Returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
-
-    def work(stop):
-        args = parse(Evaluate, "train.evaluate", words)
-        with Watchdog(args.step_timeout):
-            run(args)
-
-    return guard("train.evaluate", work, saves=False)
+    return measuring(Evaluate, "train.evaluate", run, argv)
 
 
 def run(args: Evaluate) -> dict:

@@ -16,7 +16,6 @@ the mean of three draws.
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +25,8 @@ from typing import Any, Literal
 import numpy as np
 
 from train.files import write_atomically
-from train.job import agree, end, guard, say
-from train.options import InitOptions, MeshOptions, check_numbers, parse
-from train.signals import Watchdog
+from train.job import agree, end, say
+from train.options import InitOptions, MeshOptions, check_numbers, measuring
 
 BIAS = 100.0
 L2 = 2.0**10
@@ -249,14 +247,7 @@ class Fewshot(InitOptions, MeshOptions):
 
 def main(argv: list[str] | None = None) -> int:
     """The job. Returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
-
-    def work(stop):
-        args = parse(Fewshot, "train.fewshot", words)
-        with Watchdog(args.step_timeout):
-            run(args)
-
-    return guard("train.fewshot", work, saves=False)
+    return measuring(Fewshot, "train.fewshot", run, argv)
 
 
 def run(args: Fewshot) -> dict[int, list[float]]:

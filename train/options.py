@@ -5,16 +5,19 @@ What jobs share of it: JobOptions (train/job.py) <- MeshOptions, a model on a me
 
 import dataclasses
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from jax.sharding import Mesh
 
 from train import distributed
 from train import mesh as meshes
 from train.files import parse_json, text_of
-from train.job import BEFORE, BEGAN_FROM, JobOptions
+from train.job import BEFORE, BEGAN_FROM, JobOptions, guard
 from train.metrics import need_tensorboard
+from train.signals import Watchdog
 from vitcore import command_line
 from vitcore.normalisation import pixels
 from vitcore.ops import BY_NAME, Ops
@@ -244,6 +247,18 @@ def check_init(init: str | None) -> None:
 
 
 # --- the command line -------------------------------------------------------------------------------------------------------
+
+
+def measuring(cls: type[Options], program: str, run: Callable[[Options], object], argv: list[str] | None) -> int:
+    """A job that measures and saves nothing on its way: its options, `run` under its watchdog, its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+
+    def work(stop):
+        args: Any = parse(cls, program, words)
+        with Watchdog(args.step_timeout):
+            run(args)
+
+    return guard(program, work, saves=False)
 
 
 def parse(cls: type[Options], program: str, argv: list[str]) -> Options:

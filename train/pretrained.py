@@ -232,9 +232,8 @@ def _from_run(path: str, step: int | None = None) -> Stored:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m train.pretrained RUN FILE`: a run's parameters as .npz or .safetensors. Returns the exit code."""
-    import sys
 
-    from vitcore.command_line import Parser
+    from vitcore.command_line import Parser, attempt
 
     parser = Parser(prog="python -m train.pretrained", description="A run's parameters as a file of weights.")
     parser.add_argument("run", help="a run's directory, or directory/STEP")
@@ -243,16 +242,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or infinities")
     args = parser.parse_args(argv)
     meshes.prepare(None)
-    try:
+
+    def work():
         found = open_pretrained(args.run, allow_nonfinite=args.allow_nonfinite)
         weight_tree.save(
             args.file, found.params, found.config, naming=args.naming, classes=found.classes, pixels=found.pixels, data=found.data
         )  # fmt: skip
         print(f"{args.file}: {found.about}")
-    except (ValueError, OSError) as error:
-        print(f"train.pretrained: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    return 0
+
+    return attempt("train.pretrained", work)
 
 
 if __name__ == "__main__":

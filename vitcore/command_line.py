@@ -57,6 +57,16 @@ def parsed(cls: type[Options], program: str, words: Sequence[str]) -> Options:
         raise ValueError(f"{said.lstrip(' .').rstrip(' .-')}: {help_}") from None
 
 
+def attempt(program: str, work: Callable[[], object]) -> int:
+    """The exit code of a command's work: 0, or 2 with one line on stderr where it raises ValueError or OSError."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"{program}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def end(program: str, main: Callable[[], int]) -> NoReturn:
     """Ends a command with the exit code of its `main`; with one line and 130 where it is interrupted."""
     for descriptor in range(3):  # closed ones would be taken by the next file, and what C++ code prints goes into it

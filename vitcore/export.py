@@ -20,7 +20,6 @@ device. Whoever loads it needs jax and flatbuffers, and nothing of ours:
 import dataclasses
 import math
 import os
-import sys
 import time
 from typing import Any
 
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcore import weight_about
-from vitcore.command_line import Parser, end
+from vitcore.command_line import Parser, attempt, end
 from vitcore.config import ViTConfig
 from vitcore.families import changed
 from vitcore.model import apply
@@ -117,17 +116,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or infinities")
     parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)
     args = parser.parse_args(argv)
-    try:
+
+    def work():
         if args.attempt:
             print(_attempt(args.attempt, args.batch))
         elif args.source and args.target:
             print(_write(args))
         else:
             raise ValueError("SOURCE and TARGET are required, or --try FILE")
-    except (ValueError, OSError) as error:
-        print(f"vitcore.export: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    return 0
+
+    return attempt("vitcore.export", work)
 
 
 def _write(args) -> str:

@@ -12,7 +12,6 @@ line. Images are whatever Pillow reads: of each the middle, of the model's own a
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 
 from vitcore import look, look_pictures, weight_about
-from vitcore.command_line import Parser, end
+from vitcore.command_line import Parser, attempt, end
 from vitcore.config import ViTConfig
 from vitcore.model import attention_statistics
 from vitcore.normalisation import Pixels
@@ -178,12 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--std", type=float, nargs="+", help="deviation of the pixels, likewise")
     parser.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or infinities")
     args = parser.parse_args(argv)
-    try:
-        _run(args)
-    except (ValueError, OSError) as error:
-        print(f"vitcore.inspect: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    return 0
+    return attempt("vitcore.inspect", lambda: _run(args))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ FROM and TO are .npz (the release's layouts) or .safetensors (timm's or transfor
 
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping
 
 import jax
 
 from vitcore import families, parameters
-from vitcore.command_line import Parser, end
+from vitcore.command_line import Parser, attempt, end
 from vitcore.config import ViTConfig
 from vitcore.runs import as_file
 from vitcore.weight_about import pixels_of
@@ -47,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--pool", choices=OPEN_POOLS, help="of a file without class token, which does not say it")
         command.add_argument("--position", choices=OPEN_POSITIONS, help="of a file without position embedding, likewise")
     args = parser.parse_args(argv)
-    try:
+
+    def work():
         if args.grid and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", args.grid):
             raise ValueError(f"--grid {args.grid}: ROWSxCOLUMNS is required, e.g. --grid 14x28")
         rows, _, columns = (args.grid or "").partition("x")
@@ -67,10 +67,8 @@ def main(argv: list[str] | None = None) -> int:
                 silent = isinstance(config, ViTConfig) and about(source).config is None
                 if silent and (".npz" in args.target) != (".npz" in source):
                     print("note: the release computes GELU by tanh, timm and transformers exactly; the weights say nothing of it")
-    except (ValueError, OSError) as error:
-        print(f"vitcore.weights: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    return 0
+
+    return attempt("vitcore.weights", work)
 
 
 def _show(path: str, style: Style, config, arrays: Mapping[str, Stored]) -> None:

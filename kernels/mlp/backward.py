@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.body import dot, dropout, from_float32, iota, staggered, sweep, to_float32
+from kernels.body import dot, dropout, from_float32, iota, sweep, to_float32
 from kernels.device import LANES
 from kernels.layer_norm.tpu import normalise, normalise_back
 from kernels.mlp.body import (
@@ -30,6 +30,7 @@ from kernels.mlp.body import (
     gelu_slope,
     hidden_columns,
     hidden_rows,
+    in_spans,
     keep,
     sum_by_tile,
 )
@@ -192,11 +193,7 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
         into_out[rows] = jnp.where(i == 0, 0.0, into_out[rows]) + dot(ht[rows], gt[...], dtype, (1, 1))
 
     into_in, into_out = sums.ready()
-    if t.spans == 1:
-        sweep(t.hidden, span, lambda k, _: hidden(k))
-        products(0)
-    else:
-        staggered(t.spans, (lambda n: hidden(n * span), products), (1,))
+    in_spans(t, span, hidden, products)
     sums.send()
 
     @pl.when(j == pl.num_programs(1) - 1)

@@ -1,14 +1,15 @@
 """What the bodies of the forward and the backward kernel share: GELU, masks, and the walk over a block's images."""
 
 import math
+from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels.body import iota, kept, sweep, unpacked_row
+from kernels.body import iota, kept, staggered, sweep, unpacked_row
 from kernels.device import LANES, SUBLANES
-from kernels.mlp.plan import Tiling
+from kernels.mlp.plan import Shape, Tiling
 from kernels.mlp.reference import LOGISTIC
 
 PIECE = 128  # rows normalised or transposed at a time: one square of the transpose unit
@@ -123,6 +124,28 @@ class Block:
 def keep(scalars, site, rows, columns, rate):
     """The dropout mask of rows and columns. scalars: keys of sites 0 (hidden) and 1 (output), first row and hidden column."""
     return kept(scalars[site], scalars[2] + rows, columns, rate)
+
+
+def block_specs(t: Tiling, shape: Shape, rows: int):
+    """Block specs of a row tile, `rows` of each of its images, of a [1, D] vector, w_in and w_out."""
+    d, f, of_image = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
+    tile = pl.BlockSpec((t.images, rows, d), lambda i, j, _: (lax.div(i, of_image), lax.rem(i, of_image), 0))
+    vector = pl.BlockSpec((SUBLANES, d), lambda i, j, _: (0, 0))
+    if t.resident:
+        whole = partial(pl.BlockSpec, index_map=lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
+        return tile, vector, whole((d, f)), whole((f, d))
+    columns = pl.BlockSpec((d, t.hidden), lambda i, j, _: (0, j))
+    return tile, vector, columns, pl.BlockSpec((t.hidden, d), lambda i, j, _: (j, 0))
+
+
+def in_spans(t: Tiling, span: int, hidden, products) -> None:
+    """hidden(first) of every span of a hidden tile and products(n) of what was made: of all spans at once, or of each in its turn
+    while the next is made."""
+    if t.spans == 1:
+        sweep(t.hidden, span, lambda k, _: hidden(k))
+        products(0)
+    else:
+        staggered(t.spans, (lambda n: hidden(n * span), products), (1,))
 
 
 def hidden_columns(ref, first, size):

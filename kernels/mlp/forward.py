@@ -4,7 +4,6 @@ In a row tile that is not tall the last hidden tile has code of its own: there t
 straight to y, beside the product that makes them, instead of to `acc` and back in a pass of their own.
 """
 
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.body import dot, dropout, from_float32, iota, sweep, to_float32
 from kernels.device import SUBLANES
 from kernels.layer_norm.tpu import normalise
-from kernels.mlp.body import Block, by_tile, gelu, hidden_columns, hidden_rows, keep
+from kernels.mlp.body import Block, block_specs, by_tile, gelu, hidden_columns, hidden_rows, keep
 from kernels.mlp.plan import Shape, Tiling
 
 # Twice the code of a taller tile takes minutes to compile (1,664 rows on v5e), and there a pass is a smaller part of the whole.
@@ -106,15 +105,7 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
 
 def specs(t: Tiling, shape: Shape):
     """(input specs, output specs)."""
-    d, f, of_image = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
-    rows = pl.BlockSpec((t.images, t.stride, d), lambda i, j, _: (lax.div(i, of_image), lax.rem(i, of_image), 0))
-    vector = pl.BlockSpec((SUBLANES, d), lambda i, j, _: (0, 0))
-    if t.resident:
-        whole = partial(pl.BlockSpec, index_map=lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
-        w_in, w_out = whole((d, f)), whole((f, d))
-    else:
-        w_in = pl.BlockSpec((d, t.hidden), lambda i, j, _: (0, j))
-        w_out = pl.BlockSpec((t.hidden, d), lambda i, j, _: (j, 0))
+    rows, vector, w_in, w_out = block_specs(t, shape, t.stride)
     b_in = pl.BlockSpec((1, SUBLANES, t.hidden), lambda i, j, _: (j, 0, 0))
     kept = pl.BlockSpec((1, t.height, t.hidden), lambda i, j, _: (i, 0, j))
     return (rows, vector, vector, w_in, b_in, w_out, vector), [rows, kept] if t.keep else [rows]

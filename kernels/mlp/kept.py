@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.body import dot, dropout, iota, staggered, sweep, to_float32
+from kernels.body import dot, dropout, iota, sweep, to_float32
 from kernels.device import LANES
 from kernels.mlp.backward import SLOTS, Sums, finish_rows, gradient_rows, normal_rows, send_rows
 from kernels.mlp.body import (
@@ -26,6 +26,7 @@ from kernels.mlp.body import (
     gelu_slope,
     hidden_columns,
     hidden_rows,
+    in_spans,
     keep,
     sum_by_tile,
 )
@@ -111,11 +112,7 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
         into_out[columns] = jnp.where(i == 0, 0.0, into_out[columns]) + dot(ht[columns], g[...], dtype)
 
     into_in, into_out = sums.ready()
-    if t.spans == 1:
-        sweep(t.hidden, span, lambda k, _: hidden(k))
-        products(0)
-    else:
-        staggered(t.spans, (lambda n: hidden(n * span), products), (1,))
+    in_spans(t, span, hidden, products)
     sums.send()
 
     @pl.when(j == pl.num_programs(1) - 1)

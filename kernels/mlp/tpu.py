@@ -35,6 +35,7 @@ from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
 from kernels.mlp import backward, forward, outermost
 from kernels.mlp import kept as backward_kept
+from kernels.mlp.body import block_specs
 from kernels.mlp.plan import Outermost, Plan, Shape, Tiling, choose, cost
 from kernels.mlp.plan import plan as kernels_of
 from kernels.mlp.reference import GELUS, MLPWeights
@@ -69,22 +70,6 @@ def _rows(v):
     """[..., K] or [..., 1, K] as eight equal rows, float32: what `by_tile` takes."""
     v = v if v.ndim > 1 else v[None]
     return jnp.broadcast_to(v.astype(jnp.float32), (*v.shape[:-2], SUBLANES, v.shape[-1]))
-
-
-def _specs(t: Tiling, shape: Shape):
-    """Block specs of a row tile, a [1, D] vector, w_in and w_out."""
-    d, f, tiles_of_image = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
-    rows = pl.BlockSpec((t.images, t.rows, d), lambda i, j, _: (lax.div(i, tiles_of_image), lax.rem(i, tiles_of_image), 0))
-    vector = pl.BlockSpec((SUBLANES, d), lambda i, j, _: (0, 0))
-    if t.resident:
-        whole = partial(pl.BlockSpec, index_map=lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
-        return rows, vector, whole((d, f)), whole((f, d))
-    return (
-        rows,
-        vector,
-        pl.BlockSpec((d, t.hidden), lambda i, j, _: (0, j)),
-        pl.BlockSpec((t.hidden, d), lambda i, j, _: (j, 0)),
-    )
 
 
 def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out, b_out):
@@ -161,7 +146,7 @@ def _backward_part(spec: _Spec, t, scalars, x, dy, scale, bias, w_in, b_in, w_ou
         return outermost.backward(spec, t, scalars, x, dy, scale, bias, operands[0], b_in, operands[1], into=(into[2], into[4]))
     shape = _shape(x, w_in)
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
-    rows, vector, w_in_spec, w_out_spec = _specs(t, shape)
+    rows, vector, w_in_spec, w_out_spec = block_specs(t, shape, t.rows)
     if not t.resident:  # half the VMEM for a stall of some percent, once a row tile: the rows it makes room for are worth more
         rows = pl.BlockSpec(rows.block_shape, rows.index_map, pipeline_mode=pl.Buffered(1))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)

@@ -5,10 +5,9 @@ Of bytes, on Hopper, one kernel (`hopper.py`), where `hopper_plan.refuses` says 
 
 import jax.numpy as jnp
 
-from kernels import dropout as drop
 from kernels.attention.gpu import product
 from kernels.patch_embed.hopper_plan import Shape, refuses
-from kernels.patch_embed.reference import padded, to_unit
+from kernels.patch_embed.reference import finished, to_unit
 
 
 def patch_embed(images, kernel, bias, cls, position, *, dropout=None, dtype=None, rows=None):
@@ -27,9 +26,4 @@ def patch_embed(images, kernel, bias, cls, position, *, dropout=None, dtype=None
     acc_dtype = jnp.promote_types(images.dtype, jnp.float32)
     patches = images.reshape(b, y // p, p, x // p, p, c).swapaxes(2, 3).reshape(-1, p * p * c)
     tokens = product(patches, kernel.reshape(-1, d)).reshape(b, -1, d).astype(acc_dtype) + bias
-    if cls is not None:
-        tokens = jnp.concatenate([jnp.broadcast_to(cls.astype(acc_dtype), (b, 1, d)), tokens], axis=1)
-    if position is not None:
-        tokens = tokens + position
-    tokens = drop.apply(tokens, dropout, drop.EMBEDDING).astype(images.dtype)
-    return tokens if rows is None else padded(tokens, rows)
+    return finished(tokens, cls, position, dropout, images.dtype, rows)

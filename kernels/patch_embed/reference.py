@@ -15,6 +15,17 @@ def padded(tokens, rows: int):
     return jnp.pad(tokens, ((0, 0), (0, rows - tokens.shape[1]), (0, 0)))
 
 
+def finished(tokens, cls, position, dropout, dtype, rows: int | None):
+    """[B, T, D] in `dtype`, [B, rows, D] with `rows`, of embedded patches [B, N, D] with their bias, in the dtype of sums."""
+    if cls is not None:
+        first = jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2]))
+        tokens = jnp.concatenate([first, tokens], axis=1)
+    if position is not None:
+        tokens = tokens + position
+    tokens = drop.apply(tokens, dropout, drop.EMBEDDING).astype(dtype)
+    return tokens if rows is None else padded(tokens, rows)
+
+
 def patch_embed(images, kernel, bias, cls, position, *, dropout=None, dtype=None, rows=None):
     """dropout([cls; patches @ kernel + bias] + position): images to tokens.
 
@@ -29,10 +40,4 @@ def patch_embed(images, kernel, bias, cls, position, *, dropout=None, dtype=None
     acc_dtype = jnp.promote_types(images.dtype, jnp.float32)
     patches = images.reshape(b, y // p, p, x // p, p, c)
     tokens = jnp.einsum("byixjc,ijcd->byxd", patches, kernel.astype(images.dtype), preferred_element_type=acc_dtype) + bias
-    tokens = tokens.reshape(b, -1, d)
-    if cls is not None:
-        tokens = jnp.concatenate([jnp.broadcast_to(cls.astype(acc_dtype), (b, 1, d)), tokens], axis=1)
-    if position is not None:
-        tokens = tokens + position
-    tokens = drop.apply(tokens, dropout, drop.EMBEDDING).astype(images.dtype)
-    return tokens if rows is None else padded(tokens, rows)
+    return finished(tokens.reshape(b, -1, d), cls, position, dropout, images.dtype, rows)
