@@ -168,7 +168,7 @@ class Checkpoints(SavedSteps):
     def _failed(self, step, error) -> CheckpointError:
         kept = "unknown"
         with contextlib.suppress(CheckpointError):
-            kept = ", ".join(map(str, super().steps())) or "none"  # on the disk: Orbax's own list is of what it has done
+            kept = ", ".join(map(str, super().steps())) or "none"  # as the disk has them: Orbax's list holds what it did itself
         broken, self._open = self._open, None
         if broken is not None:
             # closing waits for, and raises, what has failed already: off to a thread that nobody waits for

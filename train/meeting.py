@@ -146,7 +146,7 @@ class _Host:
         try:
             said = parse_json((before + data).split(b"\n")[0])
             count, rank = int(said["vitcore"]), int(said["rank"])
-        except (ValueError, KeyError, TypeError, OverflowError):  # the last of 1e999
+        except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: of 1e999
             return self.turn_away(guest)
         if count != self.count or not 0 < rank < self.count:
             return self.turn_away(guest, f"process 0 is the first of {self.count}, this one says that it is {rank} of {count}")

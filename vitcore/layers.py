@@ -53,7 +53,7 @@ def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
     def one(x, row, w, key, stacks=None):
         """One block; its position embedding, where each block has one, first."""
         if at_block:
-            table = positions.checked(at_block(p, w, config), config)
+            table: Any = positions.checked(at_block(p, w, config), config)
             x = (x + jnp.pad(table, ((0, extra + config.registers), (0, 0)))).astype(x.dtype)
         dropout, path = chances(key, row)
         y = config.entries.block.apply(x, w, config, Layer(context, dropout, tokens, stacks, path))

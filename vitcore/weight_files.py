@@ -120,7 +120,7 @@ def write(path, arrays: dict[str, np.ndarray], about: dict[str, str] | None = No
             mode = os.fstat(file.fileno()).st_mode & 0o777
             try:
                 save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, partial, metadata=about)
-            except SafetensorError as error:  # a full disk, of which it makes no OSError
+            except SafetensorError as error:  # a full disk: safetensors raises no OSError for it
                 raise OSError(f"cannot write {path}: {_line(error)}") from error
             os.chmod(partial, mode)  # safetensors makes a file of its own
 
@@ -149,7 +149,7 @@ def appearing(path: str | os.PathLike) -> Iterator[tuple[BinaryIO, str]]:
                 file.flush()
             _sync(partial)  # a loss of power leaves what was there before, or this file whole
             os.replace(partial, path)
-            _sync(os.path.dirname(os.path.abspath(path)))  # and from here on this file
+            _sync(os.path.dirname(os.path.abspath(path)))  # from here on, a power cut too, the name is this file's
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)

@@ -97,7 +97,7 @@ class _Block:
                     part = self.beside.at[pl.ds(row + r, t.rows // 2), pl.ds(column + (k - steps) * DEEP, DEEP)]
                     plgpu.copy_gmem_to_smem(part, self.x_flat.at[slot, pl.ds(r, t.rows // 2)], there)
 
-        # the neighbour arrives at the barriers here: not gone before it is done
+        # the neighbouring block signals barriers in this block's memory: this block stays until it has
         for back in range(t.stages, 0, -1):
             step = self.count * each - back
             pl.when(step >= 0)(lambda step=step: plgpu.barrier_wait(self.free.at[lax.rem(step, t.stages)]))

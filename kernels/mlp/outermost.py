@@ -79,7 +79,8 @@ class _Rows:
 
         @pl.when(self.step >= 2)
         def _():
-            self._copy(self.slot, self.i, load=False).wait()  # of two steps before; the size is all that matters
+            # for the copy of two steps before, which used this slot; a wait needs its size alone
+            self._copy(self.slot, self.i, load=False).wait()
 
         @pl.when(jnp.logical_not(first))
         def _():
@@ -114,7 +115,7 @@ def _kernel(*arrays, spec, t: Outermost, shape: Shape, padded: int):
     def _():
         refs.db_out[...] = jnp.zeros_like(refs.db_out)
 
-    if total % LANES:  # rows that do not exist hold anything at all, NaN included
+    if total % LANES:  # rows behind the last one hold anything at all, NaN included
 
         @pl.when(i == steps - 1)
         def _():

@@ -134,7 +134,7 @@ def operand(slice_ref, where, count: int, s: Shape):
                     word = arith.ori(low, arith.shli(high, _i32(16)))
                 word = arith.select(absent, _i32(ZEROS), word)
                 own[tile, 2 * i, half], own[tile, 2 * i + 1, half] = _floats(word, 0), _floats(word, 16)
-        mgpu.utils.warpgroup_barrier()  # one thread says for all that the slice is read: all have read it
+        mgpu.utils.warpgroup_barrier()  # behind it one thread frees the slice for all of them: every thread has read it
         return mgpu.FragmentedArray(_registers=registers, _layout=mlir_layout, _is_signed=None)
 
     return run(slice_ref, where)  # pyright: ignore[reportCallIssue]  (the decorator gives the context)
@@ -186,7 +186,7 @@ class _Block:
                 part = self.v.at[pl.ds(k * self.deep, self.deep), pl.ds(column, COLUMNS)]
                 plgpu.copy_gmem_to_smem(part, self.v_s.at[slot], there, collective_axes="half" if p.cluster > 1 else None)
 
-        # the neighbour arrives at the barriers here: not gone before it is done
+        # the neighbouring block signals barriers in this block's memory: this block stays until it has
         for back in range(p.stages, 0, -1):
             step = self.turns * steps - back
             pl.when(step >= 0)(lambda step=step: plgpu.barrier_wait(free.at[self.own + lax.rem(step, p.stages)]))

@@ -38,7 +38,7 @@ def fingerprint(source: Source) -> str:
 def sample(source: Any) -> str | None:
     """32 hexadecimal digits of the content of some files; None where that is part of the fingerprint."""
     inner = source
-    while hasattr(inner, "source"):  # of which this is a part
+    while hasattr(inner, "source"):  # a selection: down to the source that it is made of
         inner = inner.source
     if source.decoded or not hasattr(source, "encoded") or not (most := getattr(inner, "sampled", SAMPLED)):
         return None
@@ -46,7 +46,7 @@ def sample(source: Any) -> str | None:
     for index in sorted({round(k * (len(source) - 1) / max(1, most - 1)) for k in range(most)}):
         try:
             data = source.encoded(index).data
-        except BadImage:  # which another process or run cannot read either
+        except BadImage:  # no other process or run can read it either: every digest leaves it out
             data = b""
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:32]

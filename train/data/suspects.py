@@ -192,7 +192,7 @@ def _indexes(path: Path) -> list[int]:
     try:
         with open_regular(str(path)) as file:
             data = file.read(_SLOTS * _WORD.size)
-    except OSError:  # what no reader made
+    except OSError:  # nothing that a reader made: it tells of no image
         return []
     return [word - 1 for (word,) in _WORD.iter_unpack(data[: len(data) // _WORD.size * _WORD.size]) if word > 0]
 

@@ -104,8 +104,8 @@ def flat_product_tiles(m: int, sections: int, i: int, j: int, device: Device) ->
 
 
 def flat_sum_tiles(m: int, sections: int, i: int, j: int, device: Device) -> FlatTiles:
-    """The same, or product by product where those together would read their rows, a time for each column tile, for longer than
-    they take: the weights of one fit whole, and the sum passes through the HBM."""
+    """The same; `apart` where the products together would read their rows, once for each column tile, for longer than they
+    multiply: the weights of a single product fit VMEM whole, and the sum passes through HBM instead."""
     together = flat_product_tiles(m, sections, i, j, device)
     moved = 4 * m * (sections * i * (j // together.columns) + j) / device.hbm_bytes_per_cycle
     if together.columns == j or moved <= 2 * m * sections * i * j / device.flops_per_cycle:

@@ -28,7 +28,7 @@ def by_xla(shape: LineShape, *, launch: Launch) -> str:
 def _diagonals(pairs):
     """[C, L, L] of queries and keys, summed for each offset: [C, 2L-1]."""
     c, length, _ = pairs.shape
-    rows = jnp.pad(pairs[:, ::-1], ((0, 0), (0, 0), (0, length)))  # a row of one more than it is read by moves on by one
+    rows = jnp.pad(pairs[:, ::-1], ((0, 0), (0, 0), (0, length)))  # rows of 2L, read as rows of 2L - 1: each moves on by one
     return rows.reshape(c, -1)[:, : length * (2 * length - 1)].reshape(c, length, -1).sum(1)
 
 
@@ -66,7 +66,7 @@ def attention(qkv, relative, *, heads: int, launch: Launch) -> Any:
     qkv, relative = vary_alike(qkv, relative)
     relative = relative.astype(qkv.dtype).astype(jnp.float32)
     more = lines_of(shape) - m
-    # lines of zeros beside them are of no gradient
+    # the lines of zeros that fill up the last registers get no gradient
     lines = jnp.pad(qkv.astype(jnp.float32), ((0, more), (0, 0), (0, 0))).reshape(-1, LANES, length, heads, 2 * d)
     lines = lines.transpose(2, 4, 0, 3, 1).reshape(length, 2 * d, -1, LANES)
     y: Any = _core(static, lines, relative)
