@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,8 @@ def test_sides_of_several_calls_make_one_table(tmp_path, monkeypatch, capsys):
     for k in range(16):
         (tmp_path / "train" / "a" / f"{k}.jpg").touch()
     same: dict = dict(job=True, data=tmp_path, every=2, batch_sizes=(8,), sizes=(32,), models=("ViT-Ti/16",))
-    for name, steps, sides in (("a", 6, ("ours",)), ("b", 6, ("timm",)), ("c", 6, ("tuned",)), ("d", 4, ("timm", "tuned"))):
+    calls: list[Any] = [("a", 6, ("ours",)), ("b", 6, ("timm",)), ("c", 6, ("tuned",)), ("d", 4, ("timm", "tuned"))]
+    for name, steps, sides in calls:
         rows = run(Throughput(**same, steps=steps, only=sides, out=tmp_path / name))
         assert [row["name"] for row in rows] == [{"ours": "vitcore", "tuned": "timm, tuned"}.get(side, side) for side in sides]
     capsys.readouterr()
