@@ -7,6 +7,11 @@ DDP, a process a card. All of them evaluate and save at the same steps; the cloc
 compiled.
 
 "images/s" is of the whole run, evaluations and saves with it; "steps alone" without them.
+
+Where a call of a machine is too short for all of them, each may have one of its own, and this prints their table:
+
+    python -m bench.throughput --job --only tuned --out tuned      and so with ours and timm
+    python -m bench.job ours/job.json timm/job.json tuned/job.json
 """
 
 import contextlib
@@ -20,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench.cases import write_json
 from bench.data_parts import write_photographs
@@ -48,6 +53,9 @@ class JobStudyOptions:
     """With --job: steps of each run. Default: an epoch and a fifth, 30 at least."""
     every: int | None = None
     """With --job: steps between evaluations, and saves. Default: a third of the run."""
+    only: tuple[Literal["ours", "timm", "tuned"], ...] = ()
+    """With --job: run these alone, ours, timm as its script has it or tuned. python -m bench.job FILES prints the table of the
+    job.json of several calls. Default: ours, and with --peer timm all."""
     dropout: float = 0.0
     """Training: rate, of peers too."""
 
@@ -58,7 +66,7 @@ class JobStudyOptions:
         if self.dropout and not self.job and modes != ("train",):
             raise ValueError(f"--dropout {self.dropout} belongs to training: add --mode train")
         if not self.job:
-            for name, default in (("data", None), ("steps", None), ("every", None), ("images", 4096)):
+            for name, default in (("data", None), ("steps", None), ("every", None), ("images", 4096), ("only", ())):
                 if getattr(self, name) != default:
                     raise ValueError(f"--{name} belongs to --job: give that, or leave it out")
             return
@@ -67,8 +75,8 @@ class JobStudyOptions:
                 raise ValueError(f"--{name} {value}: a positive number is required")
         if other := [peer for peer in peers if peer != "timm"]:
             raise ValueError(f"--peer {other[0]} has no training script: --job compares with --peer timm")
-        if peers and find_spec("torchvision") is None:
-            raise ValueError("--job --peer timm needs torchvision, whose transforms timm's loader uses: pip install torchvision")
+        if (peers or {*self.only} - {"ours"}) and find_spec("torchvision") is None:
+            raise ValueError("--job with timm needs torchvision, whose transforms timm's loader uses: pip install torchvision")
         if self.data is not None and (lacking := [s for s in ("train", "val") if not (self.data / s).is_dir()]):
             raise ValueError(f"--data {self.data} has no {lacking[0]}/: a folder with train/CLASS/ and val/CLASS/ is required")
 
@@ -134,10 +142,13 @@ def _plan(options, model: str, size: int, batch: int, cards: int, count: int, dt
 
 def _contenders(options, plan: dict[str, Any], cores: int, work: Path):
     seconds = 60 * (options.minutes or 60)
-    yield "vitcore", lambda: ours(plan, ["--mesh", options.mesh] if options.mesh else [], work, seconds)
-    if "timm" in options.peer:
-        for name, workers, tuned in (("timm", WORKERS, False), ("timm, tuned", max(1, cores // plan["cards"]), True)):
-            yield name, lambda workers=workers, tuned=tuned: theirs({**plan, "workers": workers, "tuned": tuned}, seconds)
+    sides = options.only or (("ours", "timm", "tuned") if "timm" in options.peer else ("ours",))
+    if "ours" in sides:
+        yield "vitcore", lambda: ours(plan, ["--mesh", options.mesh] if options.mesh else [], work, seconds)
+    for side, name, workers in (("timm", "timm", WORKERS), ("tuned", "timm, tuned", max(1, cores // plan["cards"]))):
+        if side in sides:
+            request = {**plan, "workers": workers, "tuned": side == "tuned"}
+            yield name, lambda request=request: theirs(request, seconds)
 
 
 def make(root: Path, count: int) -> Path:
@@ -216,12 +227,33 @@ def line(row: dict[str, Any]) -> str:
     return f"{name:36s} {row['cards']:5d} {row['batch']:6d} {row['whole']:9,.1f} {row['training']:12,.1f} {row['loss']:10.3f}{said}"
 
 
+_ALIKE = ("model", "size", "batch", "cards", "steps")
+
+
 def compared(rows: list[dict[str, Any]]) -> list[str]:
-    """Ours over timm's, model by model."""
+    """Ours over timm's, of the same model, size, batch, cards and steps."""
     found = []
     for row in rows:
-        others = [r for r in rows if r["name"].startswith("timm") and r["model"] == row["model"] and "whole" in r]
+        same = [r for r in rows if all(r.get(key) == row.get(key) for key in _ALIKE)]
+        others = [r for r in same if r["name"].startswith("timm") and "whole" in r]
         if row["name"].startswith("vitcore") and "whole" in row and others:
             ratios = ", ".join(f"{row['whole'] / other['whole']:.2f} x {other['name']}" for other in others)
             found.append(f"{row['model']}@{row['size']}: {row['name']} runs at {ratios}")
     return found
+
+
+def main(paths: list[str]) -> str:
+    """Prints the table of several job.json together. Returns "", or one line that says what is wrong with one of them."""
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            rows += json.loads(Path(path).read_text())["rows"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"bench.job: {path} is no job.json of bench.throughput --job ({type(error).__name__}: {error})"
+    for text in (HEADER, *map(line, rows), *compared(rows)):
+        print(text)
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or ["job.json"]))

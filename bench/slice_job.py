@@ -34,7 +34,7 @@ PIPELINE = 6500  # images/s that the default pipeline reached on 32 cores: the p
 
 def check(options) -> None:
     """Raises ValueError for options that do not go with --job --target."""
-    for name, default in (("data", None), ("steps", None), ("every", None), ("images", 4096), ("peer", ())):
+    for name, default in (("data", None), ("steps", None), ("every", None), ("images", 4096), ("only", ()), ("peer", ())):
         if getattr(options, name) != default:
             raise ValueError(f"--{name} is of a job that runs, and --target compiles only: leave one of them out")
     if options.mesh == "auto":

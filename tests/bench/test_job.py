@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import pytest
 
@@ -44,3 +45,35 @@ def test_a_job_that_fails_says_what_it_said():
         job._lines([sys.executable, "-c", "import sys; sys.exit('no such thing')"], 60)
     with pytest.raises(TrialError, match="the time it was given"):
         job._lines([sys.executable, "-c", "import time; time.sleep(60)"], 1)
+
+
+def test_sides_of_several_calls_make_one_table(tmp_path, monkeypatch, capsys):
+    """Each in a call of its own; those of another batch or count of steps are not compared."""
+    monkeypatch.setattr(job, "ours", lambda *_: {"whole": 3000.0, "training": 4000.0, "loss": 0.5})
+    monkeypatch.setattr(job, "find_spec", lambda name: name)  # torchvision, which the others would need
+    said = {"training": 2500.0, "loss": 0.5}
+    monkeypatch.setattr(job, "theirs", lambda request, _: said | {"whole": 2000.0 if request["tuned"] else 1000.0, "workers": 3})
+    device = {"platform": "gpu", "mesh_devices": 1, "count": 1, "kind": "card", "cores": 3, "dtype": "bfloat16"}
+    monkeypatch.setattr(job, "describe", lambda *_, **__: device)
+    for folder in ("train/a", "val/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    for k in range(16):
+        (tmp_path / "train" / "a" / f"{k}.jpg").touch()
+    same: dict = dict(job=True, data=tmp_path, every=2, batch_sizes=(8,), sizes=(32,), models=("ViT-Ti/16",))
+    calls: list[Any] = [("a", 6, ("ours",)), ("b", 6, ("timm",)), ("c", 6, ("tuned",)), ("d", 4, ("timm", "tuned"))]
+    for name, steps, sides in calls:
+        rows = run(Throughput(**same, steps=steps, only=sides, out=tmp_path / name))
+        assert [row["name"] for row in rows] == [{"ours": "vitcore", "tuned": "timm, tuned"}.get(side, side) for side in sides]
+    capsys.readouterr()
+    assert job.main([str(tmp_path / name / "job.json") for name in "abcd"]) == ""
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 7
+    assert printed[-1] == "ViT-Ti/16@32: vitcore runs at 3.00 x timm, 1.50 x timm, tuned"
+    (tmp_path / "bad.json").write_text("[]")
+    assert "bad.json is no job.json" in job.main([str(tmp_path / "bad.json")])
+    assert "none.json is no job.json" in job.main([str(tmp_path / "none.json")])
+
+
+def test_a_side_belongs_to_a_job():
+    with pytest.raises(ValueError, match="--only belongs to --job"):
+        run(Throughput(only=("ours",)))

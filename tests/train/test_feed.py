@@ -74,6 +74,7 @@ def test_an_iterator_of_which_a_batch_is_ahead_is_not_closed_before_the_caller_l
         assert feed.next() == 0
         feed.end()
         assert feed.next() == 1
+        assert not numbers.closed
     assert numbers.closed
 
 
