@@ -150,7 +150,7 @@ def _kernel(*refs, e: Epilogue, t: Tiles, turned: bool):
                 y = sums[r : r + ROWS, c : c + DEEP]
                 if e.bias and r == 0:
                     bias = along(of_columns(bias_ref, c), y, 1)
-                slot = lax.rem(tile * each + steps + c // DEEP, t.stages) if by_ring else None
+                slot: Any = lax.rem(tile * each + steps + c // DEEP, t.stages) if by_ring else None
                 if by_ring:
                     if r == 0:
                         plgpu.barrier_wait(ready.at[who + slot])
