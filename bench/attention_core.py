@@ -28,14 +28,11 @@ CALLS = 20  # of a turn
 
 def passes(by: str, tokens: int) -> dict[str, Callable]:
     """Functions of (q, k, v, g): the result; the result and the three gradients for that of the result."""
+    core: Callable = partial(attend, tokens=tokens, by="cudnn")
     if by == "ours":
         from kernels.attention.hopper.forward import attention  # Mosaic GPU takes a third of a second to import
 
-        core: Callable = partial(attention, tokens=tokens)
-    else:
-
-        def core(q, k, v):
-            return attend(q, k, v, tokens, "cudnn")
+        core = partial(attention, tokens=tokens)
 
     def both(q, k, v, g):
         o, pull = jax.vjp(core, q, k, v)
