@@ -3,8 +3,8 @@
     python -m bench.attention_core                                          ViT-B/16 at 224 pixels, 128 images
     python -m bench.attention_core --tokens 257 --heads 16 --width 80       ViT-H/14
 
-A line is a pass: microseconds of its kernels by the card's own clock (CUPTI), and of a call among many in a row, by the wall, which
-has what a launch costs. Calls of both take turns, medians count. cuDNN's backward pass takes even numbers of tokens only: it is
+A line is a pass: microseconds of a call among many in a row, by the wall, which has what a launch costs, or of its kernels by the
+card's own clock (CUPTI). Calls of both take turns, medians count. cuDNN's backward pass takes even numbers of tokens only: it is
 given a row more where they are odd, masked, as `kernels/attention/gpu.py` does.
 """
 
@@ -85,12 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         given = arrays(by, args.batch, args.tokens, args.heads, args.width)
         for what, f in passes(by, args.tokens).items():
             runs[what, by] = jax.jit(f).lower(*given).compile(), given
-    walls = [{key: by_the_wall(*run) for key, run in runs.items()} for _ in range(TURNS)]
-    cards = [{key: by_the_card(*run) for key, run in runs.items()} for _ in range(TURNS)]
-    print(f"{'':<22}{'':<8}{'kernels':>10}{'in a row':>10}")
-    for what, by in sorted(runs):
-        card, wall = (statistics.median(turn[what, by] for turn in turns) for turns in (cards, walls))
-        print(f"{what:<22}{by:<8}{card:>10.1f}{wall:>10.1f}", flush=True)
+    for title, clock in (("a call among many in a row", by_the_wall), ("its kernels", by_the_card)):
+        turns = [{key: clock(*run) for key, run in runs.items()} for _ in range(TURNS)]
+        for what, by in sorted(runs):
+            print(f"{what:<20}{by:<7}{title:<28}{statistics.median(turn[what, by] for turn in turns):>8.1f}", flush=True)
     return 0
 
 
