@@ -183,7 +183,7 @@ def _on_the_tpu(kernel):
 # Plain einsum, compiled by XLA: the specification, and the path of every platform without kernels.
 REFERENCE = Ops(patch_embed.patch_embed, attention.attention_half, mlp.mlp_half, layer_norm.layer_norm)
 # Our kernels on Hopper; elsewhere cuDNN's attention, and products that read and write the activations' dtype. With `bytes=True`,
-# which is not the default until a card has run it, Hopper's patch embedding reads bytes (`kernels/patch_embed/hopper.py`).
+# which is not the default since it gains nothing in whole models (LOG.md, 2026-11-28), Hopper's patch embedding reads bytes.
 GPU = Ops(
     patch_embed_gpu.patch_embed,
     attention_gpu.attention_half,
