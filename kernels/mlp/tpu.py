@@ -33,7 +33,7 @@ from kernels.body import operand_dtype
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
-from kernels.mlp import backward, forward, outermost
+from kernels.mlp import arriving, backward, forward, outermost
 from kernels.mlp import kept as backward_kept
 from kernels.mlp.plan import Outermost, Plan, Shape, Tiling, choose, cost
 from kernels.mlp.plan import plan as kernels_of
@@ -76,6 +76,8 @@ def _specs(t: Tiling, shape: Shape):
     d, f, tiles_of_image = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
     rows = pl.BlockSpec((t.images, t.rows, d), lambda i, j, _: (lax.div(i, tiles_of_image), lax.rem(i, tiles_of_image), 0))
     vector = pl.BlockSpec((SUBLANES, d), lambda i, j, _: (0, 0))
+    if t.roomy:
+        return rows, vector, *[pl.BlockSpec(memory_space=pl.ANY)] * 2
     if t.resident:
         whole = partial(pl.BlockSpec, index_map=lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
         return rows, vector, whole((d, f)), whole((f, d))
@@ -106,7 +108,7 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
         out_shapes=[((*view, shape.d), x.dtype), *([(t.kept(shape), x.dtype)] if t.keep else [])],
         semantics=("parallel", "arbitrary"),
         cost=cost(shape, t, backward=False),
-        scratch=forward.scratch(t, shape.d, operands[0].dtype),
+        scratch=[*forward.scratch(t, shape.d, operands[0].dtype), *arriving.scratch(t, shape.d, shape.f, operands[0].dtype)],
         prefetch=1,
     )(
         scalars,
@@ -194,7 +196,7 @@ def _backward_part(spec: _Spec, t, scalars, x, dy, scale, bias, w_in, b_in, w_ou
         ],
         semantics=("arbitrary", "arbitrary"),
         cost=cost(shape, t, backward=True),
-        scratch=body.scratch(t, d, hidden_tiles, operands[0].dtype),
+        scratch=[*body.scratch(t, d, hidden_tiles, operands[0].dtype), *arriving.scratch(t, d, f, operands[0].dtype)],
         prefetch=1,
         aliases={2: 0},  # a row tile of dy is read before that of dx is written
     )(
