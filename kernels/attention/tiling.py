@@ -240,8 +240,8 @@ def _lags(s: Shape, device: Device, lanes: int, queries: int, keys: int) -> tupl
 
 
 def _several_images(s: Shape, device: Device, t: CoreTiles, budget: float, backward: bool) -> CoreTiles:
-    """The tiles with as many images a step as fit, where images come whole and all heads at once: short ones together, of longer ones
-    two whose heads take turns, where there is room."""
+    """The tiles with as many images a step as fit, where images come whole and all heads at once: short ones together, of longer
+    ones two whose heads take turns, where there is room."""
     images = divisor(s.b, 256 // s.t) if t.lanes == s.k else 1
     if images == 1 and t.lags and t.lanes == s.k and s.b % 2 == 0 and device.vmem_bytes >= TURNS_VMEM:
         images = 2

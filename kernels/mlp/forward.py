@@ -54,11 +54,11 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
     i, j = pl.program_id(0), pl.program_id(1)
     weights = None
     if t.roomy:
-        *rest, near_in, near_out, semaphores = rest
-        weights = Arriving((w_in, w_out), (near_in, near_out), semaphores, t, i, j)
-        w_in, w_out = near_in, near_out
+        memory = rest[2 + t.keep :]
+        weights = Arriving((w_in, w_out), memory, t, i, j)
+        w_in, w_out = memory[:2]
         weights.begin()
-    *kept, z, acc = rest
+    *kept, z, acc = rest[: 2 + t.keep]
     d = acc.shape[1]
     block = Block(t, i, *view)
     flat_x, flat_y = (_Flat(ref, t, interpret=bool(spec.launch.interpret)) for ref in (x, y))
@@ -69,7 +69,9 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
         def begin(first):
             rows = pl.ds(first, size)
             values = to_float32(flat_x.rows(first, size), t.unpack)
-            if kept and not (t.roomy and t.whole(*view[:2])):  # what the backward kernel reads of rows that do not exist must be finite: it multiplies it by zero
+            if kept and not (
+                t.roomy and t.whole(*view[:2])
+            ):  # what the backward kernel reads of rows that do not exist must be finite: it multiplies it by zero
                 values = jnp.where(block.exist(first, size), values, 0.0)
             normal, _ = normalise(values, spec.eps)
             z[rows] = by_tile(lambda n: n * scale[...] + bias[...], normal).astype(z.dtype)

@@ -38,8 +38,9 @@ class Refs(NamedTuple):
 
     scale, bias are eight equal rows; kept [1, height, hidden] is a of the tile. dw_in [D, F] and dw_out [F, D] are in HBM; db_in
     [F/hidden, 8, hidden], db_out, dscale, dbias [8, D] gather over the grid, by row modulo 8. zt [D, columns] is z', g [columns, D]
-    the masked dy, dz [columns, D] its float32 sum; ht [hidden, columns] h', da [columns, hidden]. Of roomy tiles: normal [columns, D]
-    and rsd [columns, 1] are what `normal_rows` returned, and w_in and w_out, in HBM, come to near_in and near_out.
+    the masked dy, dz [columns, D] its float32 sum; ht [hidden, columns] h', da [columns, hidden]. Of roomy tiles: normal
+    [columns, D] and rsd [columns, 1] are what `normal_rows` returned; w_in and w_out, in HBM, come to near_in and near_out, by way
+    of tile_in and tile_out where they are rounded.
     """
 
     scalars: Any
@@ -70,6 +71,8 @@ class Refs(NamedTuple):
     near_in: Any = None
     near_out: Any = None
     arrivals: Any = None
+    tile_in: Any = None
+    tile_out: Any = None
 
 
 def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
@@ -80,7 +83,8 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
     sums = Sums((refs.dw_in, refs.dw_out), (refs.slots_in, refs.slots_out), refs.semaphores, t, i, j)
     weights = None
     if t.roomy:
-        weights = Arriving((refs.w_in, refs.w_out), (refs.near_in, refs.near_out), refs.arrivals, t, i, j)
+        memory = [ref for ref in (refs.near_in, refs.near_out, refs.arrivals, refs.tile_in, refs.tile_out) if ref is not None]
+        weights = Arriving((refs.w_in, refs.w_out), memory, t, i, j)
         weights.begin()
         refs = refs._replace(w_in=refs.near_in, w_out=refs.near_out)
 

@@ -64,8 +64,8 @@ class Tiling:
     them again. Both then take the same rows a step, in the same places of VMEM.
     spans: of a backward kernel's hidden tile; several are unrolled, and the products of one stand beside the GELU of the next, for
     which the MXU waits otherwise.
-    roomy: of resident weights, where VMEM is plenty and a device is one core: the weights come a hidden tile at a time while the first
-    row tile is worked on (`arriving.py`), and a backward kernel's normalised rows stay till the end of their tile.
+    roomy: of resident weights, where VMEM is plenty and a device is one core: the weights come a hidden tile at a time while the
+    first row tile is worked on (`arriving.py`), and a backward kernel's normalised rows stay till the end of their tile.
     shared: of a flat backward kernel, dx is written over dy in VMEM and goes to HBM from there: a block less, a wait more.
     """
 
@@ -136,6 +136,11 @@ class Plan:
     backward: Tiling | Outermost | ByXLA
     backward_images: int | None = None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether both kernels take weights of any dtype, and round them as they arrive."""
+        return all(isinstance(t, Tiling) and t.roomy for t in (self.forward, self.backward))
+
 
 def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> int:
     """VMEM a kernel takes: blocks (two of each that streams), scratch, and the float32 hidden tiles it has in flight."""
@@ -145,6 +150,7 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
     block = t.images * round_up(t.rows, 16) * d * shape.itemsize
     weights = d * operand * (whole if t.resident else 2 * hidden)
     kept = 2 * round_up(t.height, 16) * hidden * shape.itemsize if t.keep else 0
+    kept += 2 * d * hidden * 4 if t.roomy and operand < 4 else 0  # a tile of both weights, as they arrive
     if not backward:
         return 4 * block + t.height * d * (operand + 4) + 2 * weights + 3 * t.height * hidden * 4 + kept
     natural = 0 if t.keep or t.stride % LANES == 0 else t.columns * d * 4
