@@ -216,18 +216,20 @@ def _clear(refs: Refs):
 
 def normal_rows(refs, spec, t: Tiling, block: Block, b, r, n):
     """n rows of image b from row r on, normalised, those behind its last token zero; and 1/deviation."""
-    return normalise(_existing(t, block, b, r, n, to_float32(refs.x[b, pl.ds(r, n)], t.unpack)), spec.eps)
+    return normalise(_existing(refs.x, t, block, b, r, n), spec.eps)
 
 
-def _existing(t: Tiling, block: Block, b, r, n, values):
-    """n rows of image b from row r on, those behind its last token zero."""
+def _existing(ref, t: Tiling, block: Block, b, r, n):
+    """n rows of image b of a block from row r on, float32, those behind its last token zero."""
     every = t.roomy and t.whole(block.images, block.rows)
-    return values if every else jnp.where(block.valid(b, r, n), values, 0.0)
+    valid = None if every else block.valid(b, r, n)
+    rows = to_float32(ref[b, pl.ds(r, n)], t.unpack)
+    return rows if every else jnp.where(valid, rows, 0.0)
 
 
 def gradient_rows(refs, spec, t: Tiling, block: Block, b, r, n):
     """g of the same rows, the gradient of the output product's result, its dropout done; and their part of db2."""
-    g = _existing(t, block, b, r, n, to_float32(refs.dy[b, pl.ds(r, n)], t.unpack))
+    g = _existing(refs.dy, t, block, b, r, n)
     if spec.rate:
         g = dropout(g, keep(refs.scalars, 1, block.global_rows(b, r, n), iota(refs.x.shape[-1], 1), spec.rate), spec.rate)
     refs.db_out[...] += spec.residual_scale * sum_by_tile(g)
@@ -237,9 +239,8 @@ def gradient_rows(refs, spec, t: Tiling, block: Block, b, r, n):
 def finish_rows(refs, spec, t: Tiling, block: Block, b, r, n, read, normals=None):
     """dx of the same rows, and their part of the layer norm's gradients. read: a slice of the row tile -> its dz; normals: -> what
     `normal_rows` returned, made again without."""
-    rows = pl.ds(at(t, b, r), n)
-    normal, rsd = normals(rows) if normals else normal_rows(refs, spec, t, block, b, r, n)
-    dz = read(rows)
+    normal, rsd = normals(pl.ds(at(t, b, r), n)) if normals else normal_rows(refs, spec, t, block, b, r, n)
+    dz = read(pl.ds(at(t, b, r), n))
     refs.dscale[...] += sum_by_tile(dz * normal)
     refs.dbias[...] += sum_by_tile(dz)
     found = spec.residual_scale * to_float32(refs.dy[b, pl.ds(r, n)], t.unpack)
