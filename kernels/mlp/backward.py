@@ -221,10 +221,9 @@ def normal_rows(refs, spec, t: Tiling, block: Block, b, r, n):
 
 def _existing(ref, t: Tiling, block: Block, b, r, n):
     """n rows of image b of a block from row r on, float32, those behind its last token zero."""
-    every = t.roomy and t.whole(block.images, block.rows)
-    valid = None if every else block.valid(b, r, n)
-    rows = to_float32(ref[b, pl.ds(r, n)], t.unpack)
-    return rows if every else jnp.where(valid, rows, 0.0)
+    if t.roomy and t.whole(block.images, block.rows):
+        return to_float32(ref[b, pl.ds(r, n)], t.unpack)
+    return jnp.where(block.valid(b, r, n), to_float32(ref[b, pl.ds(r, n)], t.unpack), 0.0)
 
 
 def gradient_rows(refs, spec, t: Tiling, block: Block, b, r, n):
