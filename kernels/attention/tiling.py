@@ -57,6 +57,7 @@ class CoreTiles:
     keys: int
     # Of a step's unrolled heads: by how many heads their softmax and what follows it run behind their logits; (): one by one.
     lags: tuple[int, ...] = ()
+    turns: int = 1  # images whose heads take turns together: the MXU waits at the first and the last heads of each such run
     streamed: bool = False  # the tiles of queries come in the grid, one a step; else a step takes all of them in a loop
     needs: int = 0  # bytes of VMEM
 
@@ -196,6 +197,7 @@ WHOLE_ROWS = 2048  # longest row of keys whose softmax is not online
 TILE = 128  # a tile of queries or a chunk of keys is a multiple of this, or all there are
 COUNTED_TOKENS = 3 * LANES  # of an image, at most, whose heads are taken in turns: 200 and 264 were compiled, longer ones were not
 CORE_SHARE = 0.94  # of VMEM
+TURNS_VMEM = 128 * 2**20  # of the generations where two images' heads in turns were counted, v5e and v6e
 
 
 def group_lanes(s: Shape) -> int:
@@ -233,7 +235,7 @@ def core_tiles(s: Shape, device: Device, *, backward: bool) -> CoreTiles:
                     continue
                 found = CoreTiles(images=1, lanes=lanes, queries=queries, keys=keys, lags=_lags(s, device, lanes, queries, keys))
                 if _core_bytes(s, found, backward=backward) <= budget:
-                    return _several_images(s, found, budget, backward)
+                    return _several_images(s, device, found, budget, backward)
     if backward and (found := _streamed(s, group, budget)):
         return found
     raise NotImplementedError(
@@ -248,11 +250,14 @@ def _lags(s: Shape, device: Device, lanes: int, queries: int, keys: int) -> tupl
     return (1, 3) if device.bf16_matmul and lanes > s.h and whole else ()
 
 
-def _several_images(s: Shape, t: CoreTiles, budget: float, backward: bool) -> CoreTiles:
-    """The tiles with as many images a step as fit, where short images come whole and all heads at once."""
+def _several_images(s: Shape, device: Device, t: CoreTiles, budget: float, backward: bool) -> CoreTiles:
+    """The tiles with as many images a step as fit, where images come whole and all heads at once: short ones together, of longer
+    ones two whose heads take turns, where there is room."""
     images = divisor(s.b, 256 // s.t) if t.lanes == s.k else 1
+    if images == 1 and t.lags and t.lanes == s.k and s.b % 2 == 0 and device.vmem_bytes >= TURNS_VMEM:
+        images = 2
     while True:
-        found = replace(t, images=images)
+        found = replace(t, images=images, turns=2 if images == 2 and 256 // s.t < 2 else 1)
         needs = _core_bytes(s, found, backward=backward)
         if images == 1 or needs <= budget:
             return replace(found, needs=needs)

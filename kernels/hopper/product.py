@@ -166,7 +166,7 @@ class _Block:
             y = sums[r : r + ROWS, c : c + DEEP]
             if e.bias and r == 0:
                 bias = along(of_columns(self.bias, c), y, 1)
-            slot = lax.rem(tile * self.each + self.steps + c // DEEP, t.stages) if by_ring else None
+            slot: Any = lax.rem(tile * self.each + self.steps + c // DEEP, t.stages) if by_ring else None
             if by_ring:
                 if r == 0:
                     plgpu.barrier_wait(self.ready.at[who + slot])

@@ -213,21 +213,29 @@ def _clear(refs: Refs):
 
 def normal_rows(refs, spec, t: Tiling, block: Block, b, r, n):
     """n rows of image b from row r on, normalised, those behind its last token zero; and 1/deviation."""
-    return normalise(jnp.where(block.valid(b, r, n), to_float32(refs.x[b, pl.ds(r, n)], t.unpack), 0.0), spec.eps)
+    return normalise(_existing(refs.x, t, block, b, r, n), spec.eps)
+
+
+def _existing(ref, t: Tiling, block: Block, b, r, n):
+    """n rows of image b of a block from row r on, float32, those behind its last token zero."""
+    if t.roomy and t.whole(block.images, block.rows):
+        return to_float32(ref[b, pl.ds(r, n)], t.unpack)
+    return jnp.where(block.valid(b, r, n), to_float32(ref[b, pl.ds(r, n)], t.unpack), 0.0)
 
 
 def gradient_rows(refs, spec, t: Tiling, block: Block, b, r, n):
     """g of the same rows, the gradient of the output product's result, its dropout done; and their part of db2."""
-    g = jnp.where(block.valid(b, r, n), to_float32(refs.dy[b, pl.ds(r, n)], t.unpack), 0.0)
+    g = _existing(refs.dy, t, block, b, r, n)
     if spec.rate:
         g = dropout(g, keep(refs.scalars, 1, block.global_rows(b, r, n), iota(refs.x.shape[-1], 1), spec.rate), spec.rate)
     refs.db_out[...] += spec.residual_scale * sum_by_tile(g)
     return g
 
 
-def finish_rows(refs, spec, t: Tiling, block: Block, b, r, n, read):
-    """dx of the same rows, and their part of the layer norm's gradients. read: a slice of the row tile -> its dz."""
-    normal, rsd = normal_rows(refs, spec, t, block, b, r, n)
+def finish_rows(refs, spec, t: Tiling, block: Block, b, r, n, read, normals=None):
+    """dx of the same rows, and their part of the layer norm's gradients. read: a slice of the row tile -> its dz; normals: -> what
+    `normal_rows` returned, made again without."""
+    normal, rsd = normals(pl.ds(at(t, b, r), n)) if normals else normal_rows(refs, spec, t, block, b, r, n)
     dz = read(pl.ds(at(t, b, r), n))
     refs.dscale[...] += sum_by_tile(dz * normal)
     refs.dbias[...] += sum_by_tile(dz)

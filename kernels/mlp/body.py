@@ -131,6 +131,8 @@ def block_specs(t: Tiling, shape: Shape, rows: int):
     d, f, of_image = shape.d, shape.f, pl.cdiv(t.view(shape)[1], t.rows)
     tile = pl.BlockSpec((t.images, rows, d), lambda i, j, _: (lax.div(i, of_image), lax.rem(i, of_image), 0))
     vector = pl.BlockSpec((SUBLANES, d), lambda i, j, _: (0, 0))
+    if t.roomy:
+        return tile, vector, *[pl.BlockSpec(memory_space=pl.ANY)] * 2
     if t.resident:
         whole = partial(pl.BlockSpec, index_map=lambda i, j, _: (0, 0), pipeline_mode=pl.Buffered(1))
         return tile, vector, whole((d, f)), whole((f, d))

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.body import dot, dropout, from_float32, iota, sweep, to_float32
 from kernels.device import SUBLANES
 from kernels.layer_norm.tpu import normalise
+from kernels.mlp.arriving import Arriving
 from kernels.mlp.body import Block, block_specs, by_tile, gelu, hidden_columns, hidden_rows, keep
 from kernels.mlp.plan import Shape, Tiling
 
@@ -49,8 +50,14 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
     """One row tile times one hidden tile. x, y [images, stride, D]; z [height, D] the normalised rows, acc [height, D] float32 the
     sum over hidden tiles; scale, bias, b_out, b_in [8, K] eight equal rows; kept [1, height, hidden] the hidden values before GELU,
     if they are asked for."""
-    *kept, z, acc = rest
     i, j = pl.program_id(0), pl.program_id(1)
+    weights = None
+    if t.roomy:
+        memory = rest[2 + t.keep :]
+        weights = Arriving((w_in, w_out), memory, t, i, j)
+        w_in, w_out = memory[:2]
+        weights.begin()
+    *kept, z, acc = rest[: 2 + t.keep]
     d = acc.shape[1]
     block = Block(t, i, *view)
     flat_x, flat_y = (_Flat(ref, t, interpret=bool(spec.launch.interpret)) for ref in (x, y))
@@ -61,12 +68,17 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
         def begin(first):
             rows = pl.ds(first, size)
             values = to_float32(flat_x.rows(first, size), t.unpack)
-            if kept:  # what the backward kernel reads of rows that do not exist must be finite: it multiplies it by zero
+            if kept and not (
+                t.roomy and t.whole(*view[:2])
+            ):  # what the backward kernel reads of rows that do not exist must be finite: it multiplies it by zero
                 values = jnp.where(block.exist(first, size), values, 0.0)
             normal, _ = normalise(values, spec.eps)
             z[rows] = by_tile(lambda n: n * scale[...] + bias[...], normal).astype(z.dtype)
 
         sweep(t.height, size, lambda first, _: begin(first))
+
+    if weights:
+        weights.ready()
 
     def product():
         hidden = j * t.hidden if t.resident else 0

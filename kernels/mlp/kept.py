@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.body import dot, dropout, iota, sweep, to_float32
 from kernels.device import LANES
+from kernels.mlp.arriving import Arriving
 from kernels.mlp.backward import SLOTS, Sums, finish_rows, gradient_rows, normal_rows, send_rows
 from kernels.mlp.body import (
     PIECE,
@@ -38,7 +39,9 @@ class Refs(NamedTuple):
 
     scale, bias are eight equal rows; kept [1, height, hidden] is a of the tile. dw_in [D, F] and dw_out [F, D] are in HBM; db_in
     [F/hidden, 8, hidden], db_out, dscale, dbias [8, D] gather over the grid, by row modulo 8. zt [D, columns] is z', g [columns, D]
-    the masked dy, dz [columns, D] its float32 sum; ht [hidden, columns] h', da [columns, hidden].
+    the masked dy, dz [columns, D] its float32 sum; ht [hidden, columns] h', da [columns, hidden]. Of roomy tiles: normal
+    [columns, D] and rsd [columns, 1] are what `normal_rows` returned; w_in and w_out, in HBM, come to near_in and near_out, by way
+    of tile_in and tile_out where they are rounded.
     """
 
     scalars: Any
@@ -64,6 +67,13 @@ class Refs(NamedTuple):
     slots_in: Any
     slots_out: Any
     semaphores: Any
+    normal: Any = None
+    rsd: Any = None
+    near_in: Any = None
+    near_out: Any = None
+    arrivals: Any = None
+    tile_in: Any = None
+    tile_out: Any = None
 
 
 def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
@@ -72,6 +82,12 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
     i, j = pl.program_id(0), pl.program_id(1)
     block = Block(t, i, *view)
     sums = Sums((refs.dw_in, refs.dw_out), (refs.slots_in, refs.slots_out), refs.semaphores, t, i, j)
+    weights = None
+    if t.roomy:
+        memory = [ref for ref in (refs.near_in, refs.near_out, refs.arrivals, refs.tile_in, refs.tile_out) if ref is not None]
+        weights = Arriving((refs.w_in, refs.w_out), memory, t, i, j)
+        weights.begin()
+        refs = refs._replace(w_in=refs.near_in, w_out=refs.near_out)
 
     @pl.when((i == 0) & (j == 0))
     def _():
@@ -112,6 +128,8 @@ def kernel(*arrays, spec, t: Tiling, view: tuple[int, int, int, int]):
         into_out[columns] = jnp.where(i == 0, 0.0, into_out[columns]) + dot(ht[columns], g[...], dtype)
 
     into_in, into_out = sums.ready()
+    if weights:
+        weights.ready()
     in_spans(t, span, hidden, products)
     sums.send()
 
@@ -125,7 +143,9 @@ def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
     whole = t.stride % LANES == 0
 
     def lay(b, r, n):
-        normal, _ = normal_rows(refs, spec, t, block, b, r, n)
+        normal, rsd = normal_rows(refs, spec, t, block, b, r, n)
+        if refs.normal is not None:
+            refs.normal[pl.ds(at(t, b, r), n)], refs.rsd[pl.ds(at(t, b, r), n)] = normal, rsd
         z = by_tile(lambda v: v * refs.scale[...] + refs.bias[...], normal)
         if whole:
             refs.zt[:, pl.ds(at(t, b, r), n)] = z.T.astype(refs.zt.dtype)
@@ -149,13 +169,15 @@ def _lay_rows(refs: Refs, spec, t: Tiling, block: Block):
 
 def _finish_rows(refs: Refs, spec, t: Tiling, block: Block):
     """dx of a row tile from its whole dz, and its part of the layer norm's gradients."""
-    for_pieces(t, lambda b, r, n: finish_rows(refs, spec, t, block, b, r, n, lambda rows: refs.dz[rows]))
+    normals = None if refs.normal is None else lambda rows: (refs.normal[rows], refs.rsd[rows])
+    for_pieces(t, lambda b, r, n: finish_rows(refs, spec, t, block, b, r, n, lambda rows: refs.dz[rows], normals))
     send_rows(refs, t, block.tile)
 
 
 def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
     """The scratch buffers, in the kernel's order."""
     slots = tiles_f if t.resident else SLOTS
+    normals = [pltpu.VMEM((t.columns, d), jnp.float32), pltpu.VMEM((t.columns, 1), jnp.float32)] if t.roomy else []
     return [
         pltpu.VMEM((d, t.columns), operand),
         pltpu.VMEM((t.columns, d), operand),
@@ -165,4 +187,5 @@ def scratch(t: Tiling, d: int, tiles_f: int, operand) -> list:
         pltpu.VMEM((slots, d, t.hidden), jnp.float32),
         pltpu.VMEM((slots, t.hidden, d), jnp.float32),
         pltpu.SemaphoreType.DMA((2, SLOTS + 1, 2)),
+        *normals,
     ]

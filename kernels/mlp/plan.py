@@ -64,6 +64,8 @@ class Tiling:
     them again. Both then take the same rows a step, in the same places of VMEM.
     spans: of a backward kernel's hidden tile; several are unrolled, and the products of one stand beside the GELU of the next, for
     which the MXU waits otherwise.
+    roomy: of resident weights, where VMEM is plenty and a device is one core: the weights come a hidden tile at a time while the
+    first row tile is worked on (`arriving.py`), and a backward kernel's normalised rows stay till the end of their tile.
     shared: of a flat backward kernel, dx is written over dy in VMEM and goes to HBM from there: a block less, a wait more.
     """
 
@@ -76,6 +78,7 @@ class Tiling:
     unpack: bool = False
     keep: bool = False
     shared: bool = False
+    roomy: bool = False
     spans: int = 1
     needs: int = 0  # bytes of VMEM
 
@@ -83,6 +86,10 @@ class Tiling:
     def height(self) -> int:
         """Rows of a step in VMEM."""
         return self.images * self.stride
+
+    def whole(self, images: int, rows: int) -> bool:
+        """Whether all rows of all steps exist, of so many images and rows of each."""
+        return images % self.images == 0 and rows % self.rows == 0
 
     @property
     def columns(self) -> int:
@@ -129,6 +136,11 @@ class Plan:
     backward: Tiling | Outermost | ByXLA
     backward_images: int | None = None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether both kernels take weights of any dtype, and round them as they arrive."""
+        return all(isinstance(t, Tiling) and t.roomy for t in (self.forward, self.backward))
+
 
 def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> int:
     """VMEM a kernel takes: blocks (two of each that streams), scratch, and the float32 hidden tiles it has in flight."""
@@ -138,6 +150,7 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
     block = t.images * round_up(t.rows, 16) * d * shape.itemsize
     weights = d * operand * (whole if t.resident else 2 * hidden)
     kept = 2 * round_up(t.height, 16) * hidden * shape.itemsize if t.keep else 0
+    kept += 2 * d * hidden * 4 if t.roomy and operand < 4 else 0  # a tile of both weights, as they arrive
     if not backward:
         return 4 * block + t.height * d * (operand + 4) + 2 * weights + 3 * t.height * hidden * 4 + kept
     natural = 0 if t.keep or t.stride % LANES == 0 else t.columns * d * 4
@@ -145,6 +158,7 @@ def vmem_bytes(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> in
     scratch = t.columns * (d * (2 * operand + 4) + hidden * 2 * operand) + natural
     blocks = (6 if t.resident else 2 if t.shared else 3) * block
     flying = 2 * t.columns * hidden * 4 if t.spans > 1 else 0
+    scratch += t.columns * (d + LANES) * 4 if t.roomy else 0
     return blocks + 2 * weights + sums + scratch + t.columns * LANES * 4 * 2 + 2 * d * LANES * 4 + kept + flying
 
 
@@ -223,7 +237,8 @@ def _cycles(shape: Shape, device: Device, t: Tiling, *, backward: bool) -> float
 
 def _fitting(shape: Shape, device: Device, *, backward: bool, keep: bool = False) -> list[Tiling]:
     """The tilings that fit the VMEM. NotImplementedError, with the reason, where none does."""
-    candidates = (replace(t, keep=keep) for t in _candidates(shape, device, backward))
+    plenty = device.vmem_bytes >= _SPANS_VMEM and (keep or not backward)
+    candidates = (replace(t, keep=keep, roomy=plenty and t.resident) for t in _candidates(shape, device, backward))
     counted = (replace(t, needs=vmem_bytes(shape, device, t, backward=backward)) for t in candidates)
 
     def share(t: Tiling) -> float:

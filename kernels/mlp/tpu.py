@@ -33,7 +33,7 @@ from kernels.body import operand_dtype
 from kernels.device import SUBLANES
 from kernels.launch import Launch, call, vary_alike
 from kernels.layer_norm.reference import EPS
-from kernels.mlp import backward, forward, outermost
+from kernels.mlp import arriving, backward, forward, outermost
 from kernels.mlp import kept as backward_kept
 from kernels.mlp.body import block_specs
 from kernels.mlp.plan import Outermost, Plan, Shape, Tiling, choose, cost
@@ -61,9 +61,10 @@ def _shape(x, w_in) -> Shape:
     return Shape(b, t, d, w_in.shape[1], x.dtype.itemsize)
 
 
-def _weights(spec: _Spec, x, w_in, w_out):
+def _weights(spec: _Spec, rounds: bool, x, w_in, w_out):
+    """The kernels' weights: in their operands' dtype, or as they are where the kernels round them."""
     dtype = operand_dtype(x.dtype, spec.launch.device)
-    return cast(w_in, dtype), cast(w_out, dtype)
+    return (w_in, w_out) if rounds else (cast(w_in, dtype), cast(w_out, dtype))
 
 
 def _rows(v):
@@ -79,7 +80,7 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
     view, hidden_tiles = t.view(shape), t.grid(shape)[1]
     places = *view, shape.t, spec.tokens or shape.t
     in_specs, out_specs = forward.specs(t, shape)
-    operands = _weights(spec, x, w_in, w_out)
+    operands, operand = _weights(spec, plan.rounds, x, w_in, w_out), operand_dtype(x.dtype, spec.launch.device)
     x_rows = checkpoint_name(x.reshape(*view, shape.d), "mlp_half_in")
     y, *kept = call(
         partial(forward.kernel, spec=spec, t=t, view=places, hidden_tiles=hidden_tiles),
@@ -91,7 +92,7 @@ def _forward(spec: _Spec, plan: Plan, scalars, x, scale, bias, w_in, b_in, w_out
         out_shapes=[((*view, shape.d), x.dtype), *([(t.kept(shape), x.dtype)] if t.keep else [])],
         semantics=("parallel", "arbitrary"),
         cost=cost(shape, t, backward=False),
-        scratch=forward.scratch(t, shape.d, operands[0].dtype),
+        scratch=[*forward.scratch(t, shape.d, operand), *arriving.scratch(t, shape.d, shape.f, operands[0].dtype, operand)],
         prefetch=1,
     )(
         scalars,
@@ -125,9 +126,11 @@ def _backward(spec: _Spec, plan: Plan, saved, cotangents):
     def step(first, dy):
         if n == 1:
             into = [place if ready else None for place, ready in zip(where, written, strict=True)]
-            return _backward_part(spec, chosen, scalars, x, dy, *weights, into=into, kept=kept)
+            return _backward_part(spec, chosen, plan.rounds, scalars, x, dy, *weights, into=into, kept=kept)
         part, g = (lax.dynamic_slice_in_dim(a, first, x.shape[0] // n) for a in (x, dy))
-        dx, sums = _backward_part(spec, chosen, scalars.at[2].add(first * (spec.tokens or x.shape[1])), part, g, *weights)
+        dx, sums = _backward_part(
+            spec, chosen, plan.rounds, scalars.at[2].add(first * (spec.tokens or x.shape[1])), part, g, *weights
+        )
         return lax.dynamic_update_slice_in_dim(dy, dx, first, 0), sums
 
     dx, sums = parts.backward(step, n, x, dy)
@@ -138,11 +141,13 @@ def _backward(spec: _Spec, plan: Plan, saved, cotangents):
     return None, dx, *(cotangent(w, place, a, written=ready) for w, place, a, ready in found)
 
 
-def _backward_part(spec: _Spec, t, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, into=(None,) * 6, kept=None):
-    """(dx, the gradients of the parameters in float32). t: Tiling or Outermost. into: where each belongs; the whole array is
-    returned then. kept: of the forward kernel."""
+def _backward_part(
+    spec: _Spec, t, rounds: bool, scalars, x, dy, scale, bias, w_in, b_in, w_out, b_out, into=(None,) * 6, kept=None
+):
+    """(dx, the gradients of the parameters in float32). t: Tiling or Outermost. rounds: `Plan.rounds`. into: where each belongs;
+    the whole array is returned then. kept: of the forward kernel."""
     if isinstance(t, Outermost):
-        operands = _weights(spec, x, w_in, w_out)
+        operands = _weights(spec, rounds, x, w_in, w_out)
         return outermost.backward(spec, t, scalars, x, dy, scale, bias, operands[0], b_in, operands[1], into=(into[2], into[4]))
     shape = _shape(x, w_in)
     d, f, view, (row_tiles, hidden_tiles) = shape.d, shape.f, t.view(shape), t.grid(shape)
@@ -150,7 +155,7 @@ def _backward_part(spec: _Spec, t, scalars, x, dy, scale, bias, w_in, b_in, w_ou
     if not t.resident:  # half the VMEM for a stall of some percent, once a row tile: the rows it makes room for are worth more
         rows = pl.BlockSpec(rows.block_shape, rows.index_map, pipeline_mode=pl.Buffered(1))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    operands = _weights(spec, x, w_in, w_out)
+    operands, operand = _weights(spec, rounds, x, w_in, w_out), operand_dtype(x.dtype, spec.launch.device)
     body: Any = backward_kept if t.keep else backward
     hidden, bias_rows = pl.BlockSpec((1, t.hidden, 1), lambda i, j, _: (j, 0, 0)), SUBLANES if t.keep else 1
     if t.keep:
@@ -179,7 +184,7 @@ def _backward_part(spec: _Spec, t, scalars, x, dy, scale, bias, w_in, b_in, w_ou
         ],
         semantics=("arbitrary", "arbitrary"),
         cost=cost(shape, t, backward=True),
-        scratch=body.scratch(t, d, hidden_tiles, operands[0].dtype),
+        scratch=[*body.scratch(t, d, hidden_tiles, operand), *arriving.scratch(t, d, f, operands[0].dtype, operand)],
         prefetch=1,
         aliases={2: 0},  # a row tile of dy is read before that of dx is written
     )(
@@ -269,7 +274,7 @@ def mlp_half(
         )
     dtype = operand_dtype(x.dtype, launch.device)
     whole = plan.backward_images in (None, x.shape[0]) and x.shape[0] * x.shape[1] <= WRITTEN_TOKENS
-    weights = in_place(weights, write=whole, dtype=dtype)
+    weights = in_place(weights, write=whole, dtype=jnp.dtype(jnp.float32) if plan.rounds else dtype)
     spec = _Spec(launch=launch, gelu=gelu, rate=rate, residual_scale=float(residual_scale), eps=float(eps), tokens=tokens)
     arrays = vary_alike(scalars, x, *weights)
     y, stacks = _mlp_half(spec, plan, *arrays)  # type: ignore[misc]  # pyright cannot see through custom_vjp

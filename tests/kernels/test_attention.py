@@ -147,17 +147,30 @@ def test_heads_in_turns_are_the_heads_one_by_one(n, h):
     qkv, device = packed(2, 17, n, h, jnp.bfloat16), DEVICES["v6e"]
     chosen: Any = core_plan(tiling.Shape(2, 17, n * h, n, h, qkv.dtype), device)
 
-    def passes(lags):
-        cut = CorePlan(forward=replace(chosen.forward, lags=lags), backward=replace(chosen.backward, lags=lags))
+    def passes(lags, turns=1):
+        order = {"lags": lags, "turns": turns}
+        cut = CorePlan(forward=replace(chosen.forward, **order), backward=replace(chosen.backward, **order))
         run = partial(tpu.attention, num_heads=n, launch=Launch(device=device, interpret=True), plan=cut)
         o, pullback = jax.vjp(run, qkv)
         return o, *pullback(o)
 
     one_by_one = passes(())
     assert chosen.backward.lags
-    for lags in (chosen.backward.lags, (1, 1)):
-        for ours, theirs in zip(passes(lags), one_by_one, strict=True):
+    assert chosen.backward.images == 2
+    for order in ((chosen.backward.lags, 1), ((1, 1), 1), (chosen.backward.lags, 2)):
+        for ours, theirs in zip(passes(*order), one_by_one, strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("device", "images", "tokens", "turns"),
+    [("v6e", 32, 200, 2), ("v5e", 32, 200, 2), ("v6e", 33, 200, 1), ("v5p", 32, 200, 1), ("v3", 32, 200, 1), ("v6e", 32, 56, 1)],
+)
+def test_two_images_whose_heads_take_turns_where_there_is_room(device, images, tokens, turns):
+    chosen: Any = core_plan(tiling.Shape(images, tokens, 768, 12, 64, jnp.dtype(jnp.bfloat16)), DEVICES[device])
+    for t in (chosen.forward, chosen.backward):
+        assert getattr(t, "turns", 1) == turns
+        assert getattr(t, "images", 1) % turns == 0
 
 
 def test_core_agrees_in_groups_of_heads():

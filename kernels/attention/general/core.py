@@ -56,12 +56,12 @@ class _Core:
         self.factor = scale * math.log2(math.e)  # exp(x / sqrt(H)) = 2**(factor x), one multiplication either way
 
     def run(self):
-        sweep(self.images, 1, lambda i, _: self.image(i))
+        if self.t.lags:
+            sweep(self.images, self.t.turns, lambda first, _: self.interleaved(first))
+        else:
+            sweep(self.images, 1, lambda i, _: self.image(i))
 
     def image(self, i):
-        if self.t.lags:
-            self.interleaved(i)
-            return
         for run in heads_of(self.lanes, self.h):
 
             def tile(start, size, run=run):
@@ -76,25 +76,32 @@ class _Core:
 
             sweep(self.total, self.t.queries, tile)
 
-    def interleaved(self, i):
-        """All heads of an image, whole rows of keys: the logits of one head are made before the softmax of the one before it."""
+    def interleaved(self, first):
+        """All heads of `turns` images, whole rows of keys: the logits of one head are made before the softmax of the one before
+        it."""
         heads, sums = [head for run in heads_of(self.lanes, self.h) for head in run], Sums()
+        borders = [*[head.lo for head in heads[1:]], self.lanes]
         made: dict = {}
 
+        def place(n):
+            """(image, head) of the n-th turn."""
+            return first + n // len(heads), heads[n % len(heads)]
+
         def logits(n):
-            q = operand(heads[n].mask(self.q[0, i, :, heads[n].lo : heads[n].hi]), self.o.dtype, self.device)
-            made[n] = self.attend(i, heads[n], q, 0, self.total)
+            i, head = place(n)
+            q = operand(head.mask(self.q[0, i, :, head.lo : head.hi]), self.o.dtype, self.device)
+            made[n] = self.attend(i, head, q, 0, self.total)
 
         def softmax(n):
             s, v = made[n]
             made[n] = *self.softmax(s, v), v
 
         def weighted(n):
-            p, inverse, v = made.pop(n)
-            sums.add(heads[n], heads[n].mask(cast_dot(p, v, self.device) * inverse))
-            sums.store(self.o, (i, slice(None)), self.o.dtype, before=heads[n + 1].lo if n + 1 < len(heads) else self.lanes)
+            (i, head), (p, inverse, v) = place(n), made.pop(n)
+            sums.add(head, head.mask(cast_dot(p, v, self.device) * inverse))
+            sums.store(self.o, (i, slice(None)), self.o.dtype, before=borders[n % len(heads)])
 
-        staggered(len(heads), (logits, softmax, weighted), self.t.lags)
+        staggered(self.t.turns * len(heads), (logits, softmax, weighted), self.t.lags)
 
     def attend(self, i, head, q, start, size):
         """One chunk of keys: logits [Tq, S] and values [S, columns]."""

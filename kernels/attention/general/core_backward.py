@@ -39,7 +39,10 @@ class _Core:
         self.dtype, self.factor = self.do.dtype, scale * math.log2(math.e)
 
     def run(self):
-        sweep(self.images, 1, lambda i, _: self.image(i))
+        if self.t.lags:
+            sweep(self.images, self.t.turns, lambda first, _: self.interleaved(first))
+        else:
+            sweep(self.images, 1, lambda i, _: self.image(i))
 
     def image(self, i):
         begins = (pl.program_id(2) == 0) if self.t.streamed else True
@@ -50,9 +53,6 @@ class _Core:
             for ref in self.scratch:
                 ref[...] = jnp.zeros_like(ref)
 
-        if self.t.lags:
-            self.interleaved(i)
-            return
         for run in heads_of(self.lanes, self.h):
             dks, dvs = Sums(), Sums()
             tile = partial(self.tile, i, run, partial(self.emit, dks, dvs))
@@ -120,19 +120,24 @@ class _Core:
         o = dq if self.o is None else cast_dot(p, v, self.device, contract=(0, 0))
         return cast_dot(ds, q, self.device) * self.scale, cast_dot(p, do, self.device), dq, o
 
-    def interleaved(self, i):
-        """All heads of an image, whole rows of keys: the logits of one head are made before the softmax of the one before it, so
-        that the MXU works on them meanwhile. In the order of `whole` the two wait for each other, head by head."""
+    def interleaved(self, first):
+        """All heads of `turns` images, whole rows of keys: the logits of one head are made before the softmax of the one before it,
+        so that the MXU works on them meanwhile. In the order of `whole` the two wait for each other, head by head."""
         heads = [head for run in heads_of(self.lanes, self.h) for head in run]
+        borders = [*[head.lo for head in heads[1:]], self.lanes]
         refs = [(ref, Sums()) for ref in (self.dq, self.dk, self.dv, self.o) if ref is not None]
-        shared: dict = {}
+        shared: list[dict] = [{} for _ in range(self.t.turns)]
         made: dict = {}
 
+        def place(n):
+            """(image, head) of the n-th turn."""
+            return first + n // len(heads), heads[n % len(heads)]
+
         def logits(n):
-            head = heads[n]
+            i, head = place(n)
             columns = slice(head.lo, head.hi)
             q, do = (operand(head.mask(ref[i, :, columns]), self.dtype, self.device) for ref in (self.q, self.do))
-            made[n] = q, do, *self.products(i, head, q, do, 0, self.total, shared)
+            made[n] = q, do, *self.products(i, head, q, do, 0, self.total, shared[n // len(heads)])
 
         def softmax(n):
             q, do, s, dp, k, v = made[n]
@@ -141,14 +146,14 @@ class _Core:
             made[n] = operand(p, self.dtype, self.device), ds, q, do, k, v
 
         def gradients(n):
-            head, following = heads[n], heads[n + 1].lo if n + 1 < len(heads) else self.lanes
+            i, head = place(n)
             dk, dv, dq, o = self.gradients(*made.pop(n))
             for (_, sums), value in zip(refs, (head.mask(dq), dk, dv, head.mask(o)), strict=False):
                 sums.add(head, value)
             for ref, sums in refs:
-                sums.store(ref, (i, slice(None)), self.dtype, before=following)
+                sums.store(ref, (i, slice(None)), self.dtype, before=borders[n % len(heads)])
 
-        staggered(len(heads), (logits, softmax, gradients), self.t.lags)
+        staggered(self.t.turns * len(heads), (logits, softmax, gradients), self.t.lags)
 
     def whole(self, i, head, q, do, emit, shared):
         s, dp, k, v = self.products(i, head, q, do, 0, self.total, shared)
