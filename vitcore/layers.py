@@ -97,7 +97,7 @@ def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
         layers = gather(layers[0], specs, mesh, context.dtype), keys
 
         def placed(x, layer, at):
-            return one(x, row, *layer, at)[0]
+            return one(x, row, layer[0], layer[1], at)[0]
 
         looped = partial(stacks.looped, depth=config.depth)
         x = (partial(stacks.through, split=_split, depth=config.depth) if scan is _unrolled else looped)(placed, x, layers)
