@@ -93,9 +93,14 @@ def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
     if capture:
         return _captured(one, x, row, layers, config, context, scan, tokens)
     gathered = mesh and mesh.data > 1
-    if ops.stacked and scan is _unrolled and not remat and not gathered:
+    if ops.stacked and not remat and not gathered:
         layers = gather(layers[0], specs, mesh, context.dtype), keys
-        x = stacks.through(lambda x, layer, at: one(x, row, layer[0], layer[1], at)[0], x, layers, _split, config.depth)
+
+        def placed(x, layer, at):
+            return one(x, row, layer[0], layer[1], at)[0]
+
+        looped = partial(stacks.looped, depth=config.depth)
+        x = (partial(stacks.through, split=_split, depth=config.depth) if scan is _unrolled else looped)(placed, x, layers)
         return (x[:, : config.tokens] if extra else x), {}
     paced = ops.paced and scan is _unrolled and not remat and gathered
     step: Any = block_in_turn if paced else block

@@ -9,23 +9,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from kernels.stacked import Stacked, close
+from kernels.stacked import Lent, Stacked, close
 
 
 class Stacks:
     """arrays: path -> [L, ...], of the kernels of all layers; what an op returns of one takes its place. slices: path -> the weight
-    of this layer, a slice of it. layer: its number. used: how many layers have used each array."""
+    of this layer, a slice of it. layer: its number. used: how many layers have used each array. kind: `Lent` where the layers are a
+    loop, through which the arrays do not run."""
 
-    def __init__(self, arrays: dict[Any, jax.Array], slices: dict[Any, jax.Array], layer: int, used: Counter):
-        self.arrays, self.layer, self.used = arrays, jnp.full(1, layer, jnp.int32), used
+    def __init__(self, arrays: dict[Any, jax.Array], slices: dict[Any, jax.Array], layer, used: Counter, kind: type = Stacked):
+        self.arrays, self.layer, self.used, self.kind = arrays, jnp.full(1, layer, jnp.int32), used, kind
         self.paths = {id(a): path for path, a in slices.items()}
 
     def found(self, weights):
         """(an op's record with `Stacked` for those of its kernels that are slices still, their paths)."""
         paths = {name: self.paths.get(id(w)) for name, w in weights._asdict().items() if name.endswith("kernel")}
         paths = {name: path for name, path in paths.items() if path is not None}
-        given = {name: Stacked(self.arrays[path], self.layer, getattr(weights, name)) for name, path in paths.items()}
+        given = {name: self.kind(self.arrays[path], self.layer, getattr(weights, name)) for name, path in paths.items()}
         return weights._replace(**given), list(paths.values())
 
     def put(self, paths, arrays) -> None:
@@ -35,10 +37,30 @@ class Stacks:
             self.used[path] += 1
 
 
+def _kernels(weights) -> dict[Any, jax.Array]:
+    """path -> the kernels, [L, ...], of the weights of all layers."""
+    return {path: a for path, a in jax.tree.leaves_with_path(weights) if a.ndim > 2}
+
+
+def looped(block, x, layers, depth: int):
+    """`lax.scan` of block(x, layer, stacks) -> x over the layers, a tree (weights, keys). A slice that no op needs is not made.
+
+    Gradients are those of the slices: for the arrays a loop would add up zeros.
+    """
+    arrays = {path: lax.stop_gradient(a) for path, a in _kernels(layers[0]).items()}
+
+    def step(x, both):
+        layer, number = both
+        slices = {path: a for path, a in jax.tree.leaves_with_path(layer[0]) if path in arrays}
+        return block(x, layer, Stacks(arrays, slices, number, Counter(), Lent)), None
+
+    return lax.scan(step, x, (layers, jnp.arange(depth, dtype=jnp.int32)))[0]
+
+
 def through(block, x, layers, split, depth: int):
     """x through block(x, layer, stacks) of every layer; `split` takes the tree `layers`, (weights, keys), apart into a list."""
     weights, _ = layers
-    arrays = {path: a for path, a in jax.tree.leaves_with_path(weights) if a.ndim > 2}
+    arrays = _kernels(weights)
     used: Counter = Counter()
     for number, layer in enumerate(split(layers)):
         slices = {path: a for path, a in jax.tree.leaves_with_path(layer[0]) if path in arrays}

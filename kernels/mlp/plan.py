@@ -35,6 +35,8 @@ _VMEM_SHARE = 0.8  # the rest is the compiler's: spilled registers, masks, copie
 _KEEP_SHARES = {False: 0.82, True: 0.91}  # by backward, with `keep`: the body that reads it has fewer values in flight
 _SHORT_KEEP_SHARES = {False: 0.88, True: 0.955}  # the same of streamed tiles of at most _SHORT rows, tried at 512 rows of 1,024
 _SHORT = 512
+# Forward, of streamed tiles of at most _SHORT rows in v2's and v3's order: 384 rows and 256 hidden values of 1,280 columns compile.
+_STREAMED_SHARE = 0.88
 _OUTERMOST = (512, 256, 128)  # hidden values of a tile: with fewer, dz passes through the HBM more often
 _OUTERMOST_SHARE = 0.96  # of VMEM: the body has 128 x 128 values in flight, few of which are spilled
 
@@ -242,9 +244,9 @@ def _fitting(shape: Shape, device: Device, *, backward: bool, keep: bool = False
     counted = (replace(t, needs=vmem_bytes(shape, device, t, backward=backward)) for t in candidates)
 
     def share(t: Tiling) -> float:
-        if not keep:
-            return _VMEM_SHARE
         short = t.unpack and t.flat and not t.resident and t.rows <= _SHORT and t.hidden <= 256 and t.shared == backward
+        if not keep:
+            return _STREAMED_SHARE if short and not backward else _VMEM_SHARE
         return (_SHORT_KEEP_SHARES if short else _KEEP_SHARES)[backward]
 
     fitting = [t for t in counted if t.needs <= share(t) * device.vmem_bytes]

@@ -266,6 +266,12 @@ def test_heads_of_80_are_not_padded(keep):
     assert (chosen.head_lanes, chosen.narrow, chosen.backward.core.lanes, chosen.backward.core.shared) == (80, None, 640, True)
 
 
+def test_128_images_of_the_largest_model_are_one_part_forward():
+    """Of parts the count takes the input to be fetched for every column tile of the projections."""
+    chosen: Any = plan(shape(128, 264, 1280, 16, 80, jnp.bfloat16), DEVICES["v3"])
+    assert chosen.forward.images == 128
+
+
 def test_a_large_batch_is_cut_into_parts_once():
     """Heads whose passes have a plan each: 192 images are three parts forward, eight backward, and nothing is cut before that."""
     x, weights, options = jax.ShapeDtypeStruct((192, 401, 768), jnp.bfloat16), planned_weights(768, 8, 96), {"num_heads": 8}

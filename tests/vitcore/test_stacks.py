@@ -13,7 +13,7 @@ from kernels.device import DEVICES
 from kernels.launch import Launch
 from kernels.mlp.reference import MLPWeights
 from kernels.mlp.tpu import mlp_half
-from vitcore import ViTConfig, apply, init
+from vitcore import ViTConfig, apply, init, stacks
 from vitcore.ops import fused
 
 CONFIG = ViTConfig(image_size=16, patch_size=8, width=128, depth=2, mlp_dim=128, num_heads=2, num_classes=4)
@@ -82,3 +82,36 @@ def test_gradients_are_in_place_while_there_is_room(images):
     x = jax.ShapeDtypeStruct((images, 24, 128), jnp.float32)
     y = jax.eval_shape(lambda x: mlp_half(x, stack(write=True), launch=launch("v5e")), x)
     assert isinstance(y, tuple) == (images == 2)
+
+
+def test_a_loop_lends_its_kernels():
+    """Where the layers are a loop each finds its kernels in the arrays of all; the gradient is that of the slices, once."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    layers = {name: jax.random.normal(key, (3, 8, 8)) for name, key in zip(("in_kernel", "out_kernel"), keys, strict=True)}
+    x = jnp.ones((2, 8))
+
+    def run(layers, read):
+        def block(x, layer, places):
+            w = layer[0]
+            found, paths = places.found(MLPWeights(*[w.get(n, x) for n in MLPWeights._fields]))
+            assert len(paths) == 2
+            for kernel in (found.in_kernel, found.out_kernel):
+                assert isinstance(kernel, stacked.Lent)
+                x = x @ read(kernel)
+            return x
+
+        return stacks.looped(block, x, (layers, None), 3).sum()
+
+    lent = jax.value_and_grad(run)(layers, lambda kernel: kernel.array[kernel.at[0]])
+    own = jax.value_and_grad(run)(layers, lambda kernel: kernel.one)
+    np.testing.assert_allclose(lent[0], own[0], rtol=1e-6)
+    assert not any(g.any() for g in lent[1].values())
+    assert all(g.any() for g in own[1].values())
+
+
+@pytest.mark.slow
+def test_a_loop_that_reads_in_place_has_the_same_gradients():
+    ops = fused(launch("v3"))
+    assert ops.stacked
+    assert "forward" not in ops.unrolled
+    same(gradients(CONFIG, ops), gradients(CONFIG, ops._replace(stacked=False)))

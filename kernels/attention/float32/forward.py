@@ -80,12 +80,12 @@ def attend(run: list[Head], q, k, v, into, *, t: int, tokens: int, factor: float
     2**(factor q k) are the probabilities before they are divided by their sum.
     """
     keys = v.shape[0]
-    transposed = ByColumns(lambda columns: pad_rows(k[:, columns], keys).T)
+    by_rows = ByColumns(lambda columns: pad_rows(k[:, columns], keys))
     sums: dict = {}
     for head in run:
         columns = slice(head.lo, head.hi)
-        queries, kt = q[:, columns], own_rows(transposed[head], head)
-        s = [dot(queries, kt[:, c : c + LANES], dtype) for c in range(0, keys, LANES)]
+        queries, own = q[:, columns], head.mask(by_rows[head])
+        s = [dot(queries, own[c : c + LANES], dtype, (1, 1)) for c in range(0, keys, LANES)]
         if tokens < keys:
             lane = keys - LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
             s[-1] = jnp.where(token_at(lane, t, dtype) < tokens, s[-1], -jnp.inf)
