@@ -46,6 +46,21 @@ class _Flat:
             self.ref.reshape(self.shape)[pl.ds(first, value.shape[0])] = value
 
 
+def _lay_rows(x: _Flat, z, scale, bias, exist, spec, t: Tiling):
+    """The normalised rows of a row tile into z. exist: (first, rows) -> which there are, whose others count as zeros; or None."""
+    size = _piece(t)
+
+    def begin(first):
+        rows = pl.ds(first, size)
+        values = to_float32(x.rows(first, size), t.unpack)
+        if exist:
+            values = jnp.where(exist(first, size), values, 0.0)
+        normal, _ = normalise(values, spec.eps)
+        z[rows] = by_tile(lambda n: n * scale[...] + bias[...], normal).astype(z.dtype)
+
+    sweep(t.height, size, lambda first, _: begin(first))
+
+
 def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t: Tiling, view, hidden_tiles: int):
     """One row tile times one hidden tile. x, y [images, stride, D]; z [height, D] the normalised rows, acc [height, D] float32 the
     sum over hidden tiles; scale, bias, b_out, b_in [8, K] eight equal rows; kept [1, height, hidden] the hidden values before GELU,
@@ -63,19 +78,9 @@ def kernel(scalars, x, scale, bias, w_in, b_in, w_out, b_out, y, *rest, spec, t:
     flat_x, flat_y = (_Flat(ref, t, interpret=bool(spec.launch.interpret)) for ref in (x, y))
     size = _piece(t)
 
-    @pl.when(j == 0)
-    def _():
-        def begin(first):
-            rows = pl.ds(first, size)
-            values = to_float32(flat_x.rows(first, size), t.unpack)
-            if kept and not (
-                t.roomy and t.whole(*view[:2])
-            ):  # what the backward kernel reads of rows that do not exist must be finite: it multiplies it by zero
-                values = jnp.where(block.exist(first, size), values, 0.0)
-            normal, _ = normalise(values, spec.eps)
-            z[rows] = by_tile(lambda n: n * scale[...] + bias[...], normal).astype(z.dtype)
-
-        sweep(t.height, size, lambda first, _: begin(first))
+    # what the backward kernel reads of rows that do not exist must be finite: it multiplies it by zero
+    exist = block.exist if kept and not (t.roomy and t.whole(*view[:2])) else None
+    pl.when(j == 0)(lambda: _lay_rows(flat_x, z, scale, bias, exist, spec, t))
 
     if weights:
         weights.ready()
