@@ -71,7 +71,7 @@ test-peers: $(VENV)/.peers
 
 # With the machine's own Python, which has the jax that fits its driver (it wants pytest, pytest-timeout and hypothesis beside).
 test-gpu:
-	VITCORE_TEST_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON_GPU) -m pytest $(ARGS) tests/gpu tests/kernels/test_gpu.py
+	VITCORE_TEST_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON_GPU) -m pytest -v $(ARGS) tests/gpu tests/kernels/test_gpu.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
