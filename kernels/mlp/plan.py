@@ -90,8 +90,9 @@ class Tiling:
         return self.images * self.stride
 
     def whole(self, images: int, rows: int) -> bool:
-        """Whether all rows of all steps exist, of so many images and rows of each."""
-        return images % self.images == 0 and rows % self.rows == 0
+        """Whether all rows of all steps exist, of so many images and rows of each; those up to the stride too, which lie in VMEM
+        behind an image's and which nobody writes."""
+        return images % self.images == 0 and rows % self.rows == 0 and self.stride == self.rows
 
     @property
     def columns(self) -> int:

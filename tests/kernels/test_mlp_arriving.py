@@ -51,3 +51,8 @@ def test_float32_weights_are_rounded_as_they_arrive():
     z, plain = jax.vjp(run, *rounded)
     for ours, theirs in zip((y, *gradients), (z, *plain(z)), strict=True):
         np.testing.assert_array_equal(ours.astype(theirs.dtype), theirs)
+
+
+def test_rows_up_to_the_stride_are_not_taken_for_existing_ones():
+    assert not replace(ROOMY, images=2, rows=17, stride=32).whole(2, 17)
+    assert replace(ROOMY, images=2, rows=17, stride=17).whole(2, 17)
