@@ -294,11 +294,22 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
+_HOW_OPENED = re.compile(r" \[(source locations|tensorstore_spec)=.*")
+_A_PATH = re.compile(r"""(["'])(/|\w+://).*?\1""")
+_LONG_PATH = re.compile(r'"[^"]{4,}([^"]{40})"')
+
+
 def reason(error: BaseException) -> str:
-    """Why something failed, in one line."""
+    """Why something failed, in one line of at most 300 characters.
+
+    tensorstore names a path twice before it says what went wrong with it, and how it was opened behind that: so a long path keeps
+    its end, and what is still too long its beginning and its end."""
     error = _root(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    text = _HOW_OPENED.sub("", text)
+    if len(text) > 300:
+        text = _LONG_PATH.sub(r'"...\1"', text)
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
 
 
 # What says that this process may or can not read now, and nothing of the files: from Python, and from tensorstore
@@ -337,7 +348,8 @@ def _reading(path):
             yield
         except Exception as error:
             said = reason(error)
-            if isinstance(_root(error), MemoryError) or _CANNOT.search(said):
+            whole = _A_PATH.sub("", _HOW_OPENED.sub("", str(_root(error))))  # a folder may be called "stale", and `said` may be cut
+            if isinstance(_root(error), MemoryError) or _CANNOT.search(whole):
                 error_type = CheckpointError
         if said is not None:
             with warnings.catch_warnings():

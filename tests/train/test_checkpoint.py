@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train import saved
 from train.checkpoint import CheckpointError, Checkpoints, abstract
 
 
@@ -344,3 +345,42 @@ def test_a_directory_that_cannot_be_is_one_line(tmp_path, path):
 def test_a_policy_keeps_something(tmp_path, options):
     with pytest.raises(ValueError, match="at least 1"):
         Checkpoints(tmp_path, **options)
+
+
+# --- what is said of a failure, and made of it ------------------------------------------------------------------------------
+
+
+def as_tensorstore_says(path, why):
+    """Its errors at writing and reading: the path twice, then the reason, then how the array was opened."""
+    opened = "[tensorstore_spec='" + f'"path":"{path}",' * 6 + "']"
+    at = f'"params/w/0.0" at local file "{path}/": Failed: "{path}/d/a58aa371"'
+    return ValueError(f"DATA_LOSS: Error reading {at}: {why} {opened}")
+
+
+@pytest.mark.parametrize("path", ["/run", f"/data/{'a_long_name/' * 25}run"], ids=["short", "long"])
+def test_the_reason_of_a_failure_is_in_its_line_however_long_the_path(path):
+    said = saved.reason(as_tensorstore_says(path, "No space left on device [os_error_code='28']"))
+    assert "No space left on device" in said
+    assert "params/w/0.0" in said
+    assert len(said) <= 300
+    long = saved.reason(ValueError("begins " + "so " * 200 + "ends"))
+    assert len(long) <= 300
+    assert long.startswith("begins")
+    assert long.endswith("ends")
+
+
+@pytest.mark.parametrize(
+    ("path", "why", "damaged"),
+    [
+        ("/run", "Permission denied", False),
+        (f"/data/{'a_long_name/' * 25}run", "Permission denied", False),
+        ("/run", "CRC-32C checksum verification failed", True),
+        ("/data/stale/permission-denied/run", "CRC-32C checksum verification failed", True),
+    ],
+    ids=["may not", "may not, a long path", "damaged", "damaged, in a folder of such a name"],
+)
+def test_what_may_not_be_read_is_not_called_damaged_and_the_path_does_not_decide(path, why, damaged):
+    """A damaged step is put aside by the run that owns it; one that cannot be read just now must not be."""
+    with pytest.raises(CheckpointError) as raised, saved._reading(path):
+        raise as_tensorstore_says(path, why)
+    assert isinstance(raised.value, saved.Damaged) == damaged
