@@ -305,12 +305,13 @@ def _forward(f: Form, images, kernel, added, place):
 def _backward(f: Form, kept, g):
     images, kernel, added, place = kept
     s = f.shape
-    g = dropped(f.drops, place, g.reshape(-1, s.width), drop.EMBEDDING)
+    # in float32 until it is an operand: sums over images of what was rounded behind the mask would be off by that
+    wide = dropped(f.drops, place, g.reshape(-1, s.width).astype(jnp.float32), drop.EMBEDDING)
+    da, g = wide.reshape(s.batch, s.tokens, -1).sum(0), wide.astype(g.dtype)
     x = images.reshape(s.batch, s.rows, s.patch, s.columns, s.run).swapaxes(2, 3).reshape(s.batch, -1, s.patch * s.run)
     x = (2 * x.astype(jnp.int32) - 255).astype(g.dtype)  # exactly
     x = jnp.pad(x, ((0, 0), (s.first, s.tokens - s.end), (0, 0))).reshape(g.shape[0], -1)  # so that g need not be cut
     dw = jnp.einsum("mk,md->kd", x, g, preferred_element_type=jnp.float32) * jnp.float32(1 / 255)
-    da = g.reshape(s.batch, s.tokens, -1).astype(jnp.float32).sum(0)
     return None, dw.reshape(kernel.shape).astype(kernel.dtype), da.astype(added.dtype), None
 
 

@@ -18,6 +18,7 @@ from kernels.attention.hopper.plan import SHARED
 from kernels.dropout import Dropout
 from kernels.patch_embed import gpu, hopper, hopper_plan, reference
 from kernels.patch_embed.hopper_plan import BOX, COLUMNS, MADE, ROWS, UNIT, Shape, plan, refuses
+from tests import oracle
 
 SIZES = [(224, 16), (224, 14), (224, 32), (384, 16), (64, 8), (256, 16)]  # pixels, patch
 SMALL = Shape(batch=3, channels=3, rows=5, columns=4, patch=8, width=128, tokens=22, first=1)
@@ -119,6 +120,26 @@ def test_tokens_and_gradients(monkeypatch, s, dropout):
     assert np.abs(found[0][:, : s.end] - true[0][:, : s.end]).mean() < 2**-9
     for a, b in zip(found[1:], true[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("s", [shape(64, 8, batch=5), shape(16, 16, batch=3, cls=0)], ids=str)
+def test_what_dropout_leaves_of_a_gradient_is_summed_in_float32(monkeypatch, s):
+    """By the one tolerance, in bfloat16: the masked gradient is rounded as an operand, not in the sums over images."""
+    monkeypatch.setattr(hopper, "_tokens", lambda *some: emulated(*some).astype(jnp.bfloat16))
+    images, given = arrays(s)
+    names = ["kernel", "bias", "cls", "position"] if s.first else ["kernel", "bias", "position"]
+
+    def of(op):
+        def run(*some):
+            dtype = jnp.float64 if some[0].dtype == jnp.float64 else jnp.bfloat16  # where the oracle gives that
+            cls = some[2] if s.first else None
+            return op(dtype)(images, *some[:2], cls, some[-1], dropout=Dropout(0.1, jnp.int32(5), 7))
+
+        return run
+
+    ours = of(lambda _: partial(hopper.patch_embed, shape=s))
+    plain = of(lambda dtype: partial(reference.patch_embed, dtype=dtype, rows=s.tokens))
+    oracle.check(ours, plain, [a for a in given if a is not None], names=names)
 
 
 def lowered(f, *args) -> str:
