@@ -209,7 +209,8 @@ def theirs(request: dict[str, Any], seconds: float) -> dict[str, Any]:
     """A run of timm's. Raises TrialError where it fails."""
     found, error = start({**request, "port": free_port()}, seconds=seconds, module="bench.peers.timm_job")
     if error or not found or "whole" not in found[-1]:
-        raise TrialError(error or "it ended without a word")
+        reached = f" (step {found[-1]['step']} of {request['steps']} was its last word)" if found else ""
+        raise TrialError((error or "it ended without a word") + reached)
     return {**found[-1], "workers": request["workers"], "tuned": request["tuned"]}
 
 

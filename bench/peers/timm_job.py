@@ -11,6 +11,7 @@ cropped and flipped, as ours, and no more: timm's default would change their col
 """
 
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -42,16 +43,15 @@ class _Trainer:
     """A process's part of the run."""
 
     def __init__(self, request: dict[str, Any], rank: int):
-        import torch
-
         from vitcore import variant
 
+        torch = on_torch.prepare()
+        torch.set_num_threads(max(1, torch.get_num_threads() // request["cards"]))  # of both, as many as cores
         self.torch, self.request, self.rank, self.cards = torch, request, rank, request["cards"]
         self.gpu = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{rank}" if self.gpu else "cpu")
         if self.gpu:
             torch.cuda.set_device(self.device)
-        torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
         on_torch.import_timm()
         self.train, self.val = _loaders(request, self.device, self.cards)
@@ -136,6 +136,8 @@ def _work(rank: int, request: dict[str, Any], port: int, folder: str) -> None:
     import torch
 
     if request["cards"] > 1:
+        # torchrun's processes fork their readers; those of one that was spawned would be spawned too, one after another: minutes
+        multiprocessing.set_start_method("fork", force=True)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         address = f"tcp://127.0.0.1:{port}"
         torch.distributed.init_process_group(backend, init_method=address, rank=rank, world_size=request["cards"])

@@ -1,13 +1,16 @@
 """`bench.throughput --job`: a whole training job measured, and what the table says of it."""
 
 import json
+import multiprocessing
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench import job
 from bench.device_study import TrialError
+from bench.peers import timm_job
 from bench.throughput import Throughput, run
 
 
@@ -77,3 +80,34 @@ def test_sides_of_several_calls_make_one_table(tmp_path, monkeypatch, capsys):
 def test_a_side_belongs_to_a_job():
     with pytest.raises(ValueError, match="--only belongs to --job"):
         run(Throughput(only=("ours",)))
+
+
+def test_a_peer_that_does_not_end_says_how_far_it_came(monkeypatch):
+    monkeypatch.setattr(job, "start", lambda request, **_: ([{"step": 40, "loss": 1.0}], "ended after 60 s, the time it was given"))
+    request = {"workers": 4, "tuned": False, "steps": 120}
+    with pytest.raises(job.TrialError, match=r"ended after 60 s, the time it was given \(step 40 of 120 was its last word\)"):
+        job.theirs(request, 60.0)
+
+
+def test_a_card_s_process_forks_its_readers_as_torchrun_s_do(monkeypatch):
+    """A process that was spawned would spawn them, one after another, each with torch to import: minutes on 32 cores."""
+
+    class Trainer:
+        def __init__(self, request, rank):
+            pass
+
+        def run(self, folder):
+            return {"readers": multiprocessing.get_start_method()}
+
+    groups = SimpleNamespace(init_process_group=lambda *_, **__: None, destroy_process_group=lambda: None)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False), distributed=groups))
+    monkeypatch.setattr(timm_job, "_Trainer", Trainer)
+    said: list[dict] = []
+    monkeypatch.setattr(timm_job, "say", said.append)
+    before = multiprocessing.get_start_method()
+    try:
+        multiprocessing.set_start_method("spawn", force=True)
+        timm_job._work(0, {"cards": 2}, 1, "")
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert said == [{"readers": "fork"}]
