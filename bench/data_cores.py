@@ -1,8 +1,9 @@
 """`bench.data --cores 1 2 4 8`: images/s of the pipeline by the cores it may use, beside torch's DataLoader with as many workers.
 
-Each row is measured on that many cores of this machine, to which this process and those that it starts are held. "share of bare" is
-the rate over (cores x what one core decodes and crops with nothing around it). Packed: the same photographs in ArrayRecord shards,
-their shorter side 256 (`python -m train.data.pack SRC DST --shorter-side 256`).
+Each row is measured on that many cores of this machine, to which this process and those that it starts are held, with as many
+reading processes as a run has that feeds a GPU or TPU. "share of bare" is the rate over (cores x what one core decodes and crops
+with nothing around it). Packed: the same photographs in ArrayRecord shards, their shorter side 256
+(`python -m train.data.pack SRC DST --shorter-side 256`).
 """
 
 import os
@@ -67,7 +68,7 @@ def curve(cores: tuple[int, ...], seconds: float, root: Path, images: int, say: 
             os.sched_setaffinity(0, mine[:count])
             torch = _torch(source, count, seconds, say)
             for (name, decoder), one in alone.items():
-                workers = reading_processes(None, source)
+                workers = reading_processes(None, source, platform="gpu")
                 found = _ours(specs[name], decoder, workers, seconds)
                 row = {"cores": count, "source": name, "decoder": decoder, "workers": workers, "images_per_second": found}
                 rows.append(row | {"share": found / (count * one), "torch": torch})

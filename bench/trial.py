@@ -233,6 +233,7 @@ def describe(request: dict[str, Any]) -> None:
     import jax
     import jax.numpy as jnp
 
+    from train.build import cores
     from vitcore.ops import BY_NAME, resolve
 
     device = mesh.devices.flat[0]
@@ -259,7 +260,7 @@ def describe(request: dict[str, Any]) -> None:
             "matmul_spread": timing.spread,
             "jax": jax.__version__,
             "auto": next((name for name, ops in BY_NAME.items() if ops is resolve(None)), "auto"),
-            "cores": os.cpu_count(),
+            "cores": cores(),
         }
     )
 

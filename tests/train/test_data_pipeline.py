@@ -481,14 +481,24 @@ def test_bad_arguments_of_evaluation():
 
 
 def test_processes_read_where_there_are_cores_for_them(monkeypatch):
-    """By default none on few cores and for images in memory, else half as many as cores, 16 at most; what is asked counts."""
+    """By default none on few cores and for images in memory, else seven of eight cores, 16 at most; what is asked counts."""
     from train import build
 
     files: Any = SimpleNamespace(decoded=False)
     arrays: Any = SimpleNamespace(decoded=True)
 
-    for cores, expected in ((2, 0), (8, 0), (12, 6), (32, 16), (96, 16)):
+    for cores, on_gpu, on_cpu in (
+        (1, 0, 0),
+        (2, 0, 0),
+        (4, 3, 0),
+        (8, 7, 0),
+        (12, 11, 11),
+        (16, 14, 14),
+        (32, 16, 16),
+        (96, 16, 16),
+    ):
         monkeypatch.setattr(build.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        assert build.reading_processes(None, files) == expected
-        assert build.reading_processes(None, arrays) == 0
-        assert build.reading_processes(3, arrays) == 3
+        for platform, expected in (("gpu", on_gpu), ("tpu", on_gpu), ("cpu", on_cpu)):
+            assert build.reading_processes(None, files, platform=platform) == expected
+            assert build.reading_processes(None, arrays, platform=platform) == 0
+            assert build.reading_processes(3, arrays, platform=platform) == 3
