@@ -26,7 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.path import atomicity
 
 from train import distributed, files, manifest
-from train.saved import CheckpointError, Damaged, SavedSteps, abstract, handlers, named, nested, reason
+from train.reasons import reason
+from train.saved import CheckpointError, Damaged, SavedSteps, abstract, handlers, named, nested
 
 __all__ = ["CheckpointError", "Checkpoints", "Damaged", "abstract"]
 

@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src import asyncio_utils
 
 from train import distributed, manifest
+from train.reasons import is_of_this_process, reason
 
 # Replicas of an array share the work of writing it where each part is at least this large, in bytes. Orbax has no lower bound of
 # its own and compiles a slice for every replica of every small vector: a first save on an 8x4 mesh blocked for 14 s, now 0.1 s.
@@ -287,37 +288,6 @@ def _must_match(path, expected: dict, found: dict) -> None:
         raise ValueError(f"checkpoint {path} is of another model or optimizer: {'; '.join(wrong[:3])}{more}")
 
 
-def _root(error: BaseException) -> BaseException:
-    """The root of an exception's chain: Orbax wraps what went wrong ("incompatible handler") around its cause."""
-    while (deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
-        error = deeper
-    return error
-
-
-_HOW_OPENED = re.compile(r" \[(source locations|tensorstore_spec)=.*")
-_A_PATH = re.compile(r"""(["'])(/|\w+://).*?\1""")
-_LONG_PATH = re.compile(r'"[^"]{4,}([^"]{40})"')
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, in one line of at most 300 characters.
-
-    tensorstore names a path twice before it says what went wrong with it, and how it was opened behind that: so a long path keeps
-    its end, and what is still too long its beginning and its end."""
-    error = _root(error)
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = _HOW_OPENED.sub("", text)
-    if len(text) > 300:
-        text = _LONG_PATH.sub(r'"...\1"', text)
-    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
-
-
-# What says that this process may or can not read now, and nothing of the files: from Python, and from tensorstore
-_CANNOT = re.compile(
-    r"permission|denied|too many open files|cannot allocate|out of memory|resource.?exhausted|stale", re.IGNORECASE
-)
-
-
 def _not_a_failure_of_orbax(record) -> bool:
     """A log filter: Orbax prints each failure with a traceback on every thread it passes, and asyncio those of Orbax's tasks that
     nobody awaits any more; here a failure is raised, and said once. Orbax also warns at every look of a file that it can miss."""
@@ -335,7 +305,7 @@ def _reading(path):
     Orbax drops its other, still failing reads, and Python reports each on stderr when it is freed, which for some is at the next
     garbage collection: that is run here, unheard, and the error's own chain, which would keep them alive longer, is cut.
     """
-    heard, said, error_type = sys.unraisablehook, None, Damaged
+    heard, said, error_type = sys.unraisablehook, None, CheckpointError
 
     def hook(unraisable):
         code = getattr(unraisable.object, "cr_code", None)
@@ -347,10 +317,7 @@ def _reading(path):
         try:
             yield
         except Exception as error:
-            said = reason(error)
-            whole = _A_PATH.sub("", _HOW_OPENED.sub("", str(_root(error))))  # a folder may be called "stale", and `said` may be cut
-            if isinstance(_root(error), MemoryError) or _CANNOT.search(whole):
-                error_type = CheckpointError
+            said, error_type = reason(error), CheckpointError if is_of_this_process(error) else Damaged
         if said is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # "was never awaited"

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train import saved
+from train import reasons, saved
 from train.checkpoint import CheckpointError, Checkpoints, abstract
 
 
@@ -359,11 +359,11 @@ def as_tensorstore_says(path, why):
 
 @pytest.mark.parametrize("path", ["/run", f"/data/{'a_long_name/' * 25}run"], ids=["short", "long"])
 def test_the_reason_of_a_failure_is_in_its_line_however_long_the_path(path):
-    said = saved.reason(as_tensorstore_says(path, "No space left on device [os_error_code='28']"))
+    said = reasons.reason(as_tensorstore_says(path, "No space left on device [os_error_code='28']"))
     assert "No space left on device" in said
     assert "params/w/0.0" in said
     assert len(said) <= 300
-    long = saved.reason(ValueError("begins " + "so " * 200 + "ends"))
+    long = reasons.reason(ValueError("begins " + "so " * 200 + "ends"))
     assert len(long) <= 300
     assert long.startswith("begins")
     assert long.endswith("ends")
