@@ -76,8 +76,8 @@ class TrainOptions(MeshOptions):
     remat_every: int = 1
     """With --remat: keep every n-th block's input only, n a divisor of the blocks. 2: an eighth more arithmetic again."""
     workers: int | None = None
-    """Processes that read and decode images instead of threads. Default: none for images that lie decoded in memory and on few
-    cores, else half as many as there are cores, 16 at most."""
+    """Processes that read and decode images instead of threads. Default: none for images that lie decoded in memory, on 2 cores,
+    and on 8 where a CPU trains; else on seven of eight cores, 16 at most."""
     bad_share: float = 0.01
     """Images that cannot be read are replaced and logged; where they are a larger share, the run stops."""
     log_every: int | None = None
