@@ -305,7 +305,7 @@ def _reading(path):
     Orbax drops its other, still failing reads, and Python reports each on stderr when it is freed, which for some is at the next
     garbage collection: that is run here, unheard, and the error's own chain, which would keep them alive longer, is cut.
     """
-    heard, said, error_type = sys.unraisablehook, None, CheckpointError
+    heard, failure = sys.unraisablehook, None
 
     def hook(unraisable):
         code = getattr(unraisable.object, "cr_code", None)
@@ -317,12 +317,13 @@ def _reading(path):
         try:
             yield
         except Exception as error:
-            said, error_type = reason(error), CheckpointError if is_of_this_process(error) else Damaged
-        if said is not None:
+            kind = CheckpointError if is_of_this_process(error) else Damaged
+            failure = kind(f"cannot read checkpoint {path}: {reason(error)}")
+        if failure is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # "was never awaited"
                 gc.collect()
     finally:
         sys.unraisablehook = heard
-    if said is not None:
-        raise error_type(f"cannot read checkpoint {path}: {said}")
+    if failure is not None:
+        raise failure
