@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data_parts import SIDE, bare, decoders_here, timed, torch_batches, write_photographs
-from train.build import reading_processes
+from train import build
 from train.data import open_source, train_batches
 from train.data.pack import Pack, pack
 
@@ -21,14 +21,9 @@ BATCH = 128
 HEADER = f"{'cores':>5s} {'source, decoder':32s} {'workers':>7s} {'images/s':>9s} {'share of bare':>13s} {'x torch':>8s}"
 
 
-def cores_here() -> list[int]:
-    """The numbers of the cores that this process may use."""
-    return sorted(os.sched_getaffinity(0))
-
-
 def check(cores: tuple[int, ...]) -> None:
     """Raises ValueError for more cores than there are, or fewer than one."""
-    here = len(cores_here())
+    here = build.cores()
     if bad := [n for n in cores if not 1 <= n <= here]:
         raise ValueError(f"--cores {bad[0]}: 1 to {here}, the cores here, are required")
 
@@ -50,10 +45,10 @@ def curve(cores: tuple[int, ...], seconds: float, root: Path, images: int, say: 
     folder = f"folder:{root / 'folder'}"
     source = open_source(folder, "train")
     (root / "packed").mkdir()
-    pack(source, str(root / "packed"), "train", Pack(src="", dst="", workers=len(cores_here()), shorter_side=256))
+    pack(source, str(root / "packed"), "train", Pack(src="", dst="", workers=build.cores(), shorter_side=256))
     specs = {"folder": folder, "packed 256": f"arrayrecord:{root / 'packed'}"}
     decoders = decoders_here(say)
-    alone, mine = {}, cores_here()
+    alone, mine = {}, sorted(os.sched_getaffinity(0))
     rows: list[dict[str, Any]] = []
     try:
         os.sched_setaffinity(0, mine[:1])
@@ -68,7 +63,7 @@ def curve(cores: tuple[int, ...], seconds: float, root: Path, images: int, say: 
             os.sched_setaffinity(0, mine[:count])
             torch = _torch(source, count, seconds, say)
             for (name, decoder), one in alone.items():
-                workers = reading_processes(None, source, platform="gpu")
+                workers = build.reading_processes(None, source, platform="gpu")
                 found = _ours(specs[name], decoder, workers, seconds)
                 row = {"cores": count, "source": name, "decoder": decoder, "workers": workers, "images_per_second": found}
                 rows.append(row | {"share": found / (count * one), "torch": torch})
