@@ -95,7 +95,7 @@ def _known(out, identity: dict, sources: tuple[Source, Source], *, accept: bool)
 # Up to so many cores threads read. They bring what a CPU takes; on 4 and 8 cores beside a GPU they brought a third to three
 # quarters of what as many processes of torch's did.
 FEW_CORES_OF_A_CPU, FEW_CORES = 8, 2
-MOST_WORKERS = 16  # more brought no more images on 32 cores: the process that joins their batches is the limit then
+MOST_WORKERS = 28  # of 32 cores; more were not tried, and each takes about a second to start
 KEPT_BYTES = 1 << 30  # of a validation set, at most, that a process holds in memory between evaluations: 7,000 images of 224 pixels
 MANY_IMAGES = 8192  # of a validation set, from which processes read it: threads bring some 1,200 a second, whatever the cores
 

@@ -10,7 +10,8 @@ import jax
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from vitcore.sharding import AXES, MeshShape
+from kernels.attention.hopper.plan import not_hopper
+from vitcore.sharding import AXES, MeshShape, Shard
 
 MOST_SIMULATED = 1024  # more take minutes to start and teach nothing
 
@@ -21,6 +22,7 @@ _COLLECTIVE_FLAGS = (
 
 
 _TWO_CORES = ("TPU v2", "TPU v3")  # generations whose cores are devices of their own
+_ALL = 2**40  # bytes: more than any model has
 
 
 def parse(text: str) -> MeshShape:
@@ -121,21 +123,30 @@ def cores_apart(mesh: Mesh) -> bool:
     return [device.coords for device in line[::2]] == [device.coords for device in line[1::2]]
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh, shard: Shard) -> dict[str, str]:
     """What XLA is told of a training step on the mesh. On v2 and v3 all-gathers run beside kernels if it is, and only then; the
-    generations behind take no notice of it."""
+    generations behind take no notice of it. On Hopper GPUs one collective brings all parameters together and one sums all
+    gradients: our kernels hold every multiprocessor, and take twice their time where a collective beside them takes some. With
+    shard="parameters" layers come one by one, for lack of memory."""
     # one of this process's own: another's could not be compiled for here, and all must come to the same program
     device = next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), mesh.devices.flat[0])
-    asked = {"xla_enable_async_all_gather": "true"}
-    return asked if shape_of(mesh).data > 1 and device.device_kind in _TWO_CORES and _known(device) else {}
+    if shape_of(mesh).data == 1:
+        return {}
+    if device.device_kind in _TWO_CORES:
+        asked = {"xla_enable_async_all_gather": "true"}
+    elif device.platform == "gpu" and shard == "optimizer" and not_hopper() is None:
+        asked = {f"xla_gpu_{name}_combine_threshold_bytes": str(_ALL) for name in ("all_gather", "reduce_scatter")}
+    else:
+        return {}
+    return asked if _known(device, tuple(asked.items())) else {}
 
 
 @cache
-def _known(device) -> bool:
-    """Whether the compiler of a device knows that option: one that does not refuses it."""
+def _known(device, options: tuple[tuple[str, str], ...]) -> bool:
+    """Whether the compiler of a device knows these options: one that does not refuses them."""
     one = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
     try:
-        jax.jit(lambda x: x).lower(one).compile(compiler_options={"xla_enable_async_all_gather": "true"})
+        jax.jit(lambda x: x).lower(one).compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError:
         return False
     return True

@@ -148,35 +148,35 @@ _gather.defvjp(own(_gather_forward), own(_gather_backward))
 # --- gradients summed in turn (`Ops.paced`) -----------------------------------------------------------------------------------
 
 
-def gather_in_turn(params, specs, mesh: MeshShape, dtype, turn):
-    """(`gather` of a layer's parameters, turn). Backward, the sums of its gradients begin when those that `turn` stands for are
-    done, and the turn handed on stands for these."""
+def gather_in_turn(params, specs, mesh: MeshShape, dtype, turn, summed: bool = True):
+    """(`gather` of a layer's parameters, turn). Backward, the turn handed on stands for the sums of its gradients, which begin when
+    those that `turn` stands for are done. Without `summed` it stands for the gradients alone, and their sums for nothing."""
     leaves, tree = jax.tree.flatten(params)
     all_places = tuple(places(spec, mesh) for spec in tree.flatten_up_to(specs))
     leaves = [_vary_axes(w, mesh.over_data) for w in leaves]
     split = [w for w, where in zip(leaves, all_places, strict=True) if where]
     if not split:
         return gather(params, specs, mesh, dtype), turn
-    both: Any = _gather_in_turn(split, turn, tuple(filter(None, all_places)), dtype, mesh)
+    both: Any = _gather_in_turn(split, turn, tuple(filter(None, all_places)), dtype, mesh, summed)
     whole, turn = both
     rest = iter(whole)
     leaves = [next(rest) if where else w for w, where in zip(leaves, all_places, strict=True)]
     return jax.tree.unflatten(tree, leaves), turn
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _gather_in_turn(split, turn, of_each: tuple[Places, ...], dtype, mesh):
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _gather_in_turn(split, turn, of_each: tuple[Places, ...], dtype, mesh, summed: bool):
     return [_gather(w, dtype, where) for w, where in zip(split, of_each, strict=True)], turn
 
 
-def _gather_in_turn_forward(split, turn, of_each, dtype, mesh):
+def _gather_in_turn_forward(split, turn, of_each, dtype, mesh, summed):
     return ([_gather_forward(w, dtype, where)[0] for w, where in zip(split, of_each, strict=True)], turn), None
 
 
-def _gather_in_turn_backward(of_each, dtype, mesh, _, gradients):
+def _gather_in_turn_backward(of_each, dtype, mesh, summed, _, gradients):
     whole, turn = lax.optimization_barrier(gradients)
-    summed = [_gather_backward(dtype, where, None, g)[0] for g, where in zip(whole, of_each, strict=True)]
-    return summed, turn + sum(_vary_axes(g.reshape(-1)[0], mesh.over) for g in summed)
+    sums = [_gather_backward(dtype, where, None, g)[0] for g, where in zip(whole, of_each, strict=True)]
+    return sums, turn + sum(_vary_axes(g.reshape(-1)[0], mesh.over) for g in (sums if summed else whole))
 
 
 _gather_in_turn.defvjp(own(_gather_in_turn_forward), own(_gather_in_turn_backward))
@@ -184,7 +184,7 @@ _gather_in_turn.defvjp(own(_gather_in_turn_forward), own(_gather_in_turn_backwar
 
 @jax.custom_vjp
 def in_turn(x, turn):
-    """(x, turn). Backward, x's gradient goes on when the sums that `turn` stands for are done."""
+    """(x, turn). Backward, x's gradient goes on when what `turn` stands for is done."""
     return x, turn
 
 

@@ -87,7 +87,7 @@ def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
         assert mesh is not None
         (x, turn), (w, key) = carry, layer
         x, before = in_turn(vary(x, mesh), turn)
-        w, turn = gather_in_turn(w, layer_specs(specs), mesh, context.dtype, turn)
+        w, turn = gather_in_turn(w, layer_specs(specs), mesh, context.dtype, turn, summed)
         return (one(x, row, w, key)[0], turn + before), None
 
     if capture:
@@ -103,6 +103,7 @@ def run(blocks, p, x: Any, row, keys, chances, config, context: Context):
         x = (partial(stacks.through, split=_split, depth=config.depth) if scan is _unrolled else looped)(placed, x, layers)
         return (x[:, : config.tokens] if extra else x), {}
     paced = ops.paced and scan is _unrolled and not remat and gathered
+    summed = context.gathers_again or not ops.alone()  # which `block_in_turn` waits for
     step: Any = block_in_turn if paced else block
     if paced:
         x = x, _first_turn(layers[0], mesh)

@@ -9,6 +9,7 @@ import jax
 from kernels.attention import gpu as attention_gpu
 from kernels.attention import reference as attention
 from kernels.attention import tpu as attention_tpu
+from kernels.attention.hopper.plan import not_hopper
 from kernels.attention.lines import reference as attention_lines
 from kernels.attention.lines import tpu as attention_lines_tpu
 from kernels.attention.relative import reference as attention_relative
@@ -59,6 +60,9 @@ class Ops(NamedTuple):
     paced: in unrolled blocks on a data axis, the sums of a block's gradients run beside the backward pass of the next block and are
     done before that of the one behind begins. XLA on a GPU, left alone, puts all of them behind the last block, where nothing is
     left to run beside them, and keeps the gradients till then.
+    alone: () -> whether nothing should run beside the kernels, since they hold all multiprocessors of a device: a collective that
+    takes some of these makes a kernel beside it wait for as long as it takes itself. Blocks then wait for each other's gradients
+    alone, which are summed behind the last, but where parameters come layer by layer, for lack of memory (shard="parameters").
     relative_half: the half with relative positions, by default `kernels/attention/relative/reference.py`. relative_by_xla:
     why XLA does it for a `tiling.Shape`, "" where a kernel does.
     rotary_half, rotary_by_xla: likewise the half with rotary positions, by default `kernels/attention/rotary/reference.py`.
@@ -83,6 +87,7 @@ class Ops(NamedTuple):
     stacked: bool = False
     keeps: Callable | None = None
     paced: bool = False
+    alone: Callable[[], bool] = lambda: False
     relative_half: Callable = attention_relative.attention_half
     relative_by_xla: Callable = lambda shape: "these ops have no kernel for them"
     rotary_half: Callable = attention_rotary.attention_half
@@ -193,6 +198,7 @@ GPU = Ops(
     unrolled=("forward", "train"),
     keeps=attention_gpu.keeps,
     paced=True,
+    alone=lambda: not_hopper() is None,
 )
 # The kernels, compiled for the TPU that is present. Forward, a loop costs them nothing, and needs less memory.
 FUSED = _kernels(_on_the_tpu, here)._replace(unrolled=("train", "remat"))

@@ -1,15 +1,18 @@
 """The throughput comparison: it measures what it says, and says so where torch is missing."""
 
+import os
+
 import pytest
 
-from bench import data
+from bench import data, data_cores
 from train.data.job import run_job
 
 
-def test_every_contender_is_measured(capsys, monkeypatch, tmp_path):
-    def missing(*_):
-        raise ImportError("No module named 'torch'")  # hidden from the import system, torch would stay half imported
+def missing(*_):
+    raise ImportError("No module named 'torch'")  # hidden from the import system, torch would stay half imported
 
+
+def test_every_contender_is_measured(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("VITCORE_CACHE", str(tmp_path))
     monkeypatch.setattr(data, "torch_batches", missing)
     data.run(data.Options(images=16, width=60, height=50, batch_size=4, batches=1, rounds=1))
@@ -45,3 +48,22 @@ def test_torch_is_measured_too(capsys, monkeypatch, tmp_path):
     assert run_job(data.Options, data.run, "bench.data", [*argv, "--sources", "folder"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch ")]
     assert float(line.split()[1]) > 1
+
+
+@pytest.mark.slow
+def test_the_curve_over_cores_counts_by_what_they_do_bare_all_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_cores, "torch_batches", missing)
+    said: list[str] = []
+    before = os.sched_getaffinity(0)
+    rows = data_cores.curve((1, 2), 0.2, tmp_path, 16, said.append)
+    assert os.sched_getaffinity(0) == before
+    assert [(row["cores"], row["source"], row["decoder"]) for row in rows] == [
+        (cores, source, decoder) for cores in (1, 2) for decoder in ("pillow", "simplejpeg") for source in ("folder", "packed 256")
+    ]
+    bare = {int(line.split()[0]): line for line in said if "all cores at once" in line}
+    assert set(bare) == {1, 2}
+    for row in rows:
+        one, together = (float(bare[n].split(f"{row['source']} {row['decoder']} ")[1].split(",")[0]) for n in (1, row["cores"]))
+        assert row["share"] == pytest.approx(row["images_per_second"] / together, rel=0.05)
+        assert row["of_one"] == pytest.approx(row["images_per_second"] / (row["cores"] * one), rel=0.05)

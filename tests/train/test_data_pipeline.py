@@ -494,8 +494,8 @@ def test_processes_read_where_there_are_cores_for_them(monkeypatch):
         (8, 7, 0),
         (12, 11, 11),
         (16, 14, 14),
-        (32, 16, 16),
-        (96, 16, 16),
+        (32, 28, 28),
+        (96, 28, 28),
     ):
         monkeypatch.setattr(build.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         for platform, expected in (("gpu", on_gpu), ("tpu", on_gpu), ("cpu", on_cpu)):

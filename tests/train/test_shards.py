@@ -1,6 +1,7 @@
 """What the data axis splits (--shard): the same numbers whatever it is, on any ops; a run goes on under another setting."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import Literal
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.train.interruption import interrupt_before
 from tests.train.small import batch, mesh_of, with_a_head
+from train import mesh as meshes
 from train import pretrain
 from train.mesh import parted as parted_mesh
 from train.mesh import rows, shape_of
 from train.shards import better, choose, laid_for, parted, said
 from train.step import StepOptions, make_eval_step, make_init, make_train_step
 from vitcore import GPU, REFERENCE, families, parameters, partition_specs, variant
-from vitcore.sharding import MeshShape
+from vitcore.sharding import AXES, MeshShape
 
 CONFIG = variant("ViT-Nano/4", image_size=8, channels=1, num_classes=10, depth=2, dropout=0.1, drop_path=0.3)
 
@@ -74,7 +77,70 @@ def test_nothing_split_and_the_optimizer_split_are_the_same_training():
 def test_sums_in_turn_and_halves_of_a_batch_change_no_number(data, model, shard):
     """The GPU ops, whose blocks sum their gradients in turn on a data axis and take the batch in halves on a model axis."""
     assert GPU.paced
+    assert not GPU.alone()
     same(three_steps(data, model, shard, GPU), three_steps(1, 1, "parameters", REFERENCE))
+
+
+ALONE = GPU._replace(alone=lambda: True)  # as on a Hopper GPU, whose multiprocessors our kernels hold
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [1, 2])
+def test_sums_behind_the_last_block_change_no_number(model):
+    same(three_steps(2, model, "optimizer", ALONE), three_steps(1, 1, "parameters", REFERENCE))
+
+
+def waits_for_sums(jaxpr, waiting=()) -> tuple[int, list[bool]]:
+    """(barriers of a jaxpr that something summed over a mesh goes into, which of its results come of a sum); waiting: the same of
+    its arguments."""
+    of, count = dict(zip(jaxpr.invars, waiting, strict=False)), 0
+    for eqn in jaxpr.eqns:
+        given = [not isinstance(v, Literal) and of.get(v, False) for v in eqn.invars]
+        inner = next((getattr(p, "jaxpr", p) for p in eqn.params.values() if hasattr(getattr(p, "jaxpr", p), "eqns")), None)
+        if inner is not None:
+            more, results = waits_for_sums(inner, given)
+            count += more
+        else:
+            count += eqn.primitive.name == "optimization_barrier" and any(given)
+            results = [any(given) or eqn.primitive.name == "reduce_scatter"] * len(eqn.outvars)
+        of.update(zip(eqn.outvars, results, strict=True))
+    return count, [not isinstance(v, Literal) and of.get(v, False) for v in jaxpr.outvars]
+
+
+@pytest.mark.parametrize(
+    ("ops", "shard", "waits"), [(GPU, "optimizer", True), (ALONE, "optimizer", False), (ALONE, "parameters", True)]
+)
+def test_beside_kernels_that_hold_a_device_nothing_is_summed(ops, shard, waits):
+    """No block waits for sums of gradients, unless parameters come layer by layer; but each for the gradients of the one before, so
+    that what these are made of is freed."""
+    mesh, tx, options = mesh_of(2, 1), optax.sgd(0.1), StepOptions(ops=ops, shard=shard)
+    state = jax.eval_shape(make_init(CONFIG, mesh, tx, options), jax.random.key(0))
+    jaxpr = make_train_step(CONFIG, mesh, tx, options).trace(state, *batch(mesh, 8)).jaxpr.jaxpr
+    assert (waits_for_sums(jaxpr)[0] > 0) == waits
+    assert str(jaxpr).count("optimization_barrier") >= CONFIG.depth
+    assert str(jaxpr).count("reduce_scatter") > 0
+
+
+@pytest.mark.parametrize(
+    ("platform", "data", "shard", "hopper", "one"),
+    [
+        ("gpu", 2, "optimizer", True, True),
+        ("gpu", 2, "parameters", True, False),
+        ("gpu", 2, "none", True, False),
+        ("gpu", 1, "optimizer", True, False),
+        ("gpu", 2, "optimizer", False, False),
+        ("cpu", 2, "optimizer", True, False),
+    ],
+)
+def test_one_collective_of_all_parameters_where_kernels_hold_a_gpu(platform, data, shard, hopper, one, monkeypatch):
+    """What XLA is told of a step: to join them all, on Hopper GPUs and where the parameters are brought together once a step."""
+    device = SimpleNamespace(platform=platform, device_kind="a GPU", process_index=0)
+    mesh: Any = SimpleNamespace(axis_names=AXES, shape={"data": data, "model": 1}, devices=np.array([[device]] * data))
+    monkeypatch.setattr(meshes, "not_hopper", lambda: None if hopper else "no Hopper")
+    monkeypatch.setattr(meshes, "_known", lambda device, options: True)
+    told = meshes.compiler_options(mesh, shard)
+    assert set(told) == ({f"xla_gpu_{name}_combine_threshold_bytes" for name in ("all_gather", "reduce_scatter")} if one else set())
+    assert all(int(value) > 2**36 for value in told.values())
 
 
 def test_auto_goes_by_the_model_s_size():
