@@ -10,8 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels.attention.hopper.plan import not_hopper
-from vitcore.sharding import AXES, MeshShape, Shard
+from vitcore.sharding import AXES, MeshShape
 
 MOST_SIMULATED = 1024  # more take minutes to start and teach nothing
 
@@ -123,18 +122,17 @@ def cores_apart(mesh: Mesh) -> bool:
     return [device.coords for device in line[::2]] == [device.coords for device in line[1::2]]
 
 
-def compiler_options(mesh: Mesh, shard: Shard) -> dict[str, str]:
+def compiler_options(mesh: Mesh, together: bool) -> dict[str, str]:
     """What XLA is told of a training step on the mesh. On v2 and v3 all-gathers run beside kernels if it is, and only then; the
-    generations behind take no notice of it. On Hopper GPUs one collective brings all parameters together and one sums all
-    gradients: our kernels hold every multiprocessor, and take twice their time where a collective beside them takes some. With
-    shard="parameters" layers come one by one, for lack of memory."""
+    generations behind take no notice of it. together: on GPUs one collective brings all parameters together and one sums all
+    gradients, for kernels beside which none should run (`Ops.alone`): not where layers come one by one, for lack of memory."""
     # one of this process's own: another's could not be compiled for here, and all must come to the same program
     device = next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), mesh.devices.flat[0])
     if shape_of(mesh).data == 1:
         return {}
     if device.device_kind in _TWO_CORES:
         asked = {"xla_enable_async_all_gather": "true"}
-    elif device.platform == "gpu" and shard == "optimizer" and not_hopper() is None:
+    elif device.platform == "gpu" and together:
         asked = {f"xla_gpu_{name}_combine_threshold_bytes": str(_ALL) for name in ("all_gather", "reduce_scatter")}
     else:
         return {}

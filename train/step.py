@@ -122,7 +122,7 @@ def make_train_step(config: ViTConfig, mesh: Mesh, tx, options: StepOptions):
     """
     specs = state_specs(config, mesh, tx, polyak=bool(options.polyak), shard=options.shard)
     gradients, rows = _gradients(config, shape_of(mesh), options), (rows_of(mesh),) * 2
-    told = compiler_options(mesh, options.shard)
+    told = compiler_options(mesh, together=options.shard == "optimizer" and for_training(options.ops).alone())
     if options.whole:
         mapped = jax.shard_map(gradients, mesh=mesh, in_specs=(specs.params, P(), *rows), out_specs=(specs.params, P(), P()))
 

@@ -17,6 +17,7 @@ from tests.train.interruption import interrupt_before
 from tests.train.small import batch, mesh_of, with_a_head
 from train import mesh as meshes
 from train import pretrain
+from train import step as step_module
 from train.mesh import parted as parted_mesh
 from train.mesh import rows, shape_of
 from train.shards import better, choose, laid_for, parted, said
@@ -122,7 +123,7 @@ def test_beside_kernels_that_hold_a_device_nothing_is_summed(ops, shard, waits):
 
 
 @pytest.mark.parametrize(
-    ("platform", "data", "shard", "hopper", "one"),
+    ("platform", "data", "shard", "alone", "one"),
     [
         ("gpu", 2, "optimizer", True, True),
         ("gpu", 2, "parameters", True, False),
@@ -132,13 +133,20 @@ def test_beside_kernels_that_hold_a_device_nothing_is_summed(ops, shard, waits):
         ("cpu", 2, "optimizer", True, False),
     ],
 )
-def test_one_collective_of_all_parameters_where_kernels_hold_a_gpu(platform, data, shard, hopper, one, monkeypatch):
-    """What XLA is told of a step: to join them all, on Hopper GPUs and where the parameters are brought together once a step."""
-    device = SimpleNamespace(platform=platform, device_kind="a GPU", process_index=0)
-    mesh: Any = SimpleNamespace(axis_names=AXES, shape={"data": data, "model": 1}, devices=np.array([[device]] * data))
-    monkeypatch.setattr(meshes, "not_hopper", lambda: None if hopper else "no Hopper")
+def test_one_collective_of_all_parameters_where_kernels_hold_a_gpu(platform, data, shard, alone, one, monkeypatch):
+    """XLA is told to join them all, for kernels that hold a GPU, where parameters are brought together once a step."""
+    device: Any = SimpleNamespace(platform=platform, device_kind="a GPU", process_index=0)
+    stand_in: Any = SimpleNamespace(axis_names=AXES, shape={"data": data, "model": 1}, devices=np.array([[device]] * data))
     monkeypatch.setattr(meshes, "_known", lambda device, options: True)
-    told = meshes.compiler_options(mesh, shard)
+    asked = []
+
+    def options_of(mesh, together):
+        asked.append(meshes.compiler_options(stand_in, together))
+        return {}
+
+    monkeypatch.setattr(step_module, "compiler_options", options_of)
+    make_train_step(CONFIG, mesh_of(data, 1), optax.sgd(0.1), StepOptions(ops=ALONE if alone else GPU, shard=shard))
+    (told,) = asked
     assert set(told) == ({f"xla_gpu_{name}_combine_threshold_bytes" for name in ("all_gather", "reduce_scatter")} if one else set())
     assert all(int(value) > 2**36 for value in told.values())
 
